@@ -1,0 +1,41 @@
+"""The `dcdit` command. Each sub-command is a module of dcdit.commands, imported only when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from .errors import DCDiTError
+
+COMMANDS = {
+    "info": "parameters and FLOPs of a preset or checkpoint",
+    "train": "train from a YAML config",
+    "sample": "sample images from a checkpoint",
+    "visualize": "draw chunk maps and the compute spent along a trajectory",
+    "demo": "sample the digits that ship with the package and tabulate what dynamic chunking saves",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one sub-command. Returns 0, or 2 after one line about input that cannot be used."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="dcdit", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    module = None
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if argv[:1] == [name]:
+            module = importlib.import_module(f"dcdit.commands.{name}")
+            module.configure(command)
+    args = parser.parse_args(argv)
+    try:
+        module.run(args)
+    except (DCDiTError, OSError) as error:
+        print(f"dcdit {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,17 @@
+"""Errors that a user can mend. The command line prints them as one line and exits with status 2."""
+
+
+class DCDiTError(ValueError):
+    """Something in the input is wrong; the message says what was expected and what came."""
+
+
+class ConfigError(DCDiTError):
+    """A configuration, preset or option that cannot be used."""
+
+
+class CheckpointError(DCDiTError):
+    """A checkpoint that is missing, truncated, foreign or does not fit."""
+
+
+class DataError(DCDiTError):
+    """A data set or a picture folder that cannot be used."""

@@ -1,0 +1,33 @@
+"""Operators for dynamic token counts: plan once in C++/CUDA, move features in Triton, attend with FlashAttention.
+
+Every operator has a plain PyTorch twin of the same name in `dcdit_kernels.reference`.
+"""
+
+from ._dispatch import BackendError, explain, use_backend
+from .attention import varlen_attention
+from .boundary import boundary_cosine, boundary_predictability
+from .chunk import chunk
+from .chunk_plan import ChunkPlan
+from .dechunk import dechunk
+from .ema import ema_smooth
+from .modulate import adaln_modulate, gate_residual, gate_residual_modulate
+from .plan import plan_chunks
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "ChunkPlan",
+    "adaln_modulate",
+    "boundary_cosine",
+    "boundary_predictability",
+    "chunk",
+    "dechunk",
+    "ema_smooth",
+    "explain",
+    "gate_residual",
+    "gate_residual_modulate",
+    "plan_chunks",
+    "use_backend",
+    "varlen_attention",
+]

@@ -1,0 +1,97 @@
+"""Which back-end runs an operator, and why the others cannot.
+
+`backend="auto"` takes the first of native, triton, reference that can run; any other name runs that back-end or
+raises BackendError with the reason. The default comes from `use_backend(...)`, then from DCDIT_BACKEND.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+BACKENDS = ("native", "triton", "reference")
+CHOICES = ("auto", *BACKENDS)
+
+# op -> backend -> ("module:function", why_not). why_not gets the operator's arguments and returns a reason or None.
+_registry: dict[str, dict[str, tuple[str, Callable[..., str | None]]]] = {}
+_current: contextvars.ContextVar[str | None] = contextvars.ContextVar("dcdit_backend", default=None)
+
+
+class BackendError(RuntimeError):
+    """The back-end that was asked for cannot run this call; the message says why and what to do."""
+
+
+def register(op: str, backend: str, target: str, why_not: Callable[..., str | None]) -> None:
+    """Make `target` ("module:function", imported on first use) the implementation of `op` on `backend`."""
+    _registry.setdefault(op, {})[backend] = (target, why_not)
+
+
+def register_reference(op: str) -> None:
+    """Register the operator of the same name in `dcdit_kernels.reference`, which runs everywhere."""
+    register(op, "reference", f"dcdit_kernels.reference:{op}", lambda *args, **kwargs: None)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the operators called inside on this back-end, unless a call names its own."""
+    token = _current.set(_checked(name))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def requested_backend(backend: str | None = None) -> str:
+    """The back-end asked for: by the call, the context manager, DCDIT_BACKEND, else "auto"."""
+    return _checked(backend or _current.get() or os.environ.get("DCDIT_BACKEND") or "auto")
+
+
+def run(op: str, backend: str | None, *args: Any, **kwargs: Any) -> Any:
+    """Call `op` on the back-end asked for. Raises BackendError where an explicit choice cannot run."""
+    return _load(_registry[op][choose(op, backend, *args, **kwargs)][0])(*args, **kwargs)
+
+
+def choose(op: str, backend: str | None, *args: Any, **kwargs: Any) -> str:
+    """Name of the back-end that `run` would take for these arguments."""
+    asked = requested_backend(backend)
+    for name in BACKENDS if asked == "auto" else (asked,):
+        reason = why_not(op, name, *args, **kwargs)
+        if reason is None:
+            return name
+    raise BackendError(f"{op}: backend {asked!r} cannot run: {reason}")
+
+
+def why_not(op: str, backend: str, *args: Any, **kwargs: Any) -> str | None:
+    """Reason why `backend` cannot run `op` on these arguments, or None where it can."""
+    if backend not in _registry[op]:
+        return f"{op} has no {backend} implementation"
+    return _registry[op][backend][1](*args, **kwargs)
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> str:
+    """One line per back-end: chosen, not needed, or the reason why it cannot run these arguments."""
+    if op not in _registry:
+        raise BackendError(f"unknown operator {op!r}; known: {', '.join(sorted(_registry))}")
+    chosen = choose(op, None, *args, **kwargs)
+    lines = [f"{op}: {chosen} (asked for: {requested_backend()})"]
+    for name in BACKENDS:
+        if name != chosen:
+            lines.append(f"  {name}: {why_not(op, name, *args, **kwargs) or 'can run'}")
+    return "\n".join(lines)
+
+
+def _checked(name: str) -> str:
+    if name not in CHOICES:
+        raise BackendError(f"unknown backend {name!r}; expected one of {', '.join(CHOICES)}")
+    return name
+
+
+@functools.cache
+def _load(target: str) -> Callable[..., Any]:
+    module, function = target.split(":")
+    return getattr(importlib.import_module(module), function)

@@ -1,0 +1,78 @@
+"""Boundary scores: the probability that a cell starts a new chunk."""
+
+from __future__ import annotations
+
+import torch
+
+from . import _dispatch
+from ._check import floating, require, shaped
+
+_dispatch.register_reference("boundary_cosine")
+_dispatch.register_reference("boundary_predictability")
+
+
+def boundary_cosine(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    kernel: torch.Tensor | None = None,
+    grid: tuple[int, int] | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Dissimilarity to the neighbourhood, p = (1 - q·k') / 2 with q and k l2-normalised, ends forced to 1.
+
+    1D (H-Net, arXiv 2507.07955 eq. 4): k' is the previous cell's k. 2D (arXiv 2603.06351 v1): k' is the depthwise
+    3×3 average of k with zero padding, weighted by `kernel`.
+
+    Args:
+        q, k: (B, L, D), or (T, D) with `cu_seqlens` (1D only).
+        kernel: (D, 3, 3) neighbourhood weights; given, the score is 2D and `grid` (H, W) with H·W = L is needed.
+        cu_seqlens: int32 (B + 1,) of packed samples.
+
+    Returns p in float32 (float64 for float64 input), (B, L) or (T,); 0 past the last live row. The forced first
+    and last cell of each sample pass no gradient. Raises ValueError where the shapes do not fit.
+    """
+    floating("boundary_cosine", q=q, k=k, kernel=kernel)
+    require(q.shape == k.shape, f"boundary_cosine: q and k must have one shape, got {tuple(q.shape)}, {tuple(k.shape)}")
+    require(q.dim() == (3 if cu_seqlens is None else 2),
+            f"boundary_cosine: q must be (B, L, D), or (T, D) with cu_seqlens, got {tuple(q.shape)}")  # fmt: skip
+    if kernel is not None:
+        require(cu_seqlens is None and grid is not None, "boundary_cosine: kernel needs grid=(H, W) and dense q, k")
+        shaped("boundary_cosine", "kernel", kernel, q.shape[-1], 3, 3)
+        require(grid[0] * grid[1] == q.shape[1], f"boundary_cosine: grid {grid} does not hold L = {q.shape[1]} cells")
+    return _dispatch.run("boundary_cosine", backend, q, k, kernel, grid, cu_seqlens)
+
+
+def boundary_predictability(
+    features: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    score_weight: torch.Tensor,
+    score_bias: torch.Tensor,
+    groups: int = 8,
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """p = sigmoid(w · SiLU(GroupNorm(features)) + b), ends forced to 1 (arXiv 2603.06351 v2).
+
+    Everything of the predictability router after its last 3×3 convolution.
+
+    Args:
+        features: (B, C, H, W), output of that convolution.
+        norm_weight, norm_bias: (C,) of the GroupNorm with `groups` groups.
+        score_weight: (C,), score_bias: (1,) or (): the final 1×1 convolution.
+
+    Returns p (B, H·W) in float32 (float64 for float64 input). The forced first and last cell pass no gradient.
+    """
+    floating("boundary_predictability", features=features, norm_weight=norm_weight, score_weight=score_weight)
+    shaped("boundary_predictability", "features", features, None, None, None, None)
+    channels = features.shape[1]
+    for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias), ("score_weight", score_weight)):
+        shaped("boundary_predictability", name, tensor, channels)
+    require(score_bias.numel() == 1, f"boundary_predictability: score_bias must hold one number, got {score_bias.shape}")
+    require(channels % groups == 0, f"boundary_predictability: {channels} channels do not fit {groups} groups")
+    return _dispatch.run(
+        "boundary_predictability", backend, features, norm_weight, norm_bias, score_weight, score_bias, groups, eps
+    )

@@ -1,0 +1,30 @@
+"""chunk: gather the retained cells into one packed tensor."""
+
+from __future__ import annotations
+
+import torch
+
+from . import _dispatch
+from ._check import floating, shaped
+from .chunk_plan import ChunkPlan
+
+_dispatch.register_reference("chunk")
+
+
+def chunk(
+    h: torch.Tensor, plan: ChunkPlan, pos_embed: torch.Tensor | None = None, *, backend: str | None = None
+) -> torch.Tensor:
+    """packed[r] = h[token_index[r]] + pos_embed[cell of r], in raster order, sample after sample.
+
+    Args:
+        h: (B, L, D).
+        pos_embed: (L, D), the position embedding of each cell of the grid, or None.
+
+    Returns (capacity, D) in h's dtype, zero past the last live row. Raises ValueError where the shapes do not fit.
+    Source: arXiv 2603.06351 section 3.
+    """
+    floating("chunk", h=h, pos_embed=pos_embed)
+    shaped("chunk", "h", h, plan.batch_size, plan.cells, None)
+    if pos_embed is not None:
+        shaped("chunk", "pos_embed", pos_embed, plan.cells, h.shape[2])
+    return _dispatch.run("chunk", backend, h, plan, pos_embed)

@@ -1,0 +1,46 @@
+"""dechunk: refill the grid from the packed tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from . import _dispatch
+from ._check import floating, packed, require, shaped
+from .chunk_plan import ChunkPlan
+
+SMOOTHING = ("gaussian", "ema", None)
+
+_dispatch.register_reference("dechunk")
+
+
+def dechunk(
+    x: torch.Tensor,
+    boundary_prob: torch.Tensor,
+    plan: ChunkPlan,
+    residual: torch.Tensor | None = None,
+    sigma: float = 1.0,
+    smoothing: str | None = "gaussian",
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """y = plugged · STE(s) + residual, plugged cells taking the smoothed row of their nearest retained token.
+
+    gaussian: out_i = p̃_i x_i + (1 - p̃_i) Σ_j w_ij x_j / (Σ_j w_ij + 1e-8) over the sample's retained tokens j, with
+    w_ij = p̃_j exp(-|u_i - u_j|² / 2σ²), u the cell on the grid and p̃ = clamp(p, 1e-4, 1 - 1e-4).
+    ema: `ema_smooth`. None: no smoothing. STE(s) is 1 forward and passes Σ_D (∂y · plugged) on to s = max(p, 1 - p).
+
+    Args:
+        x: (capacity, D) packed features. boundary_prob: (B, L). residual: (B, L, D) or None.
+        sigma: width of the Gaussian, in cells.
+
+    Returns (B, L, D) in x's dtype, accumulated in float32; a cell that no token refills gets the residual alone.
+    Raises ValueError where the shapes do not fit. Source: arXiv 2603.06351 section 3.
+    """
+    floating("dechunk", x=x, boundary_prob=boundary_prob, residual=residual)
+    packed("dechunk", "x", x, plan)
+    shaped("dechunk", "boundary_prob", boundary_prob, plan.batch_size, plan.cells)
+    if residual is not None:
+        shaped("dechunk", "residual", residual, plan.batch_size, plan.cells, x.shape[1])
+    require(smoothing in SMOOTHING, f"dechunk: smoothing must be one of {SMOOTHING}, got {smoothing!r}")
+    require(sigma > 0, f"dechunk: sigma must be positive, got {sigma}")
+    return _dispatch.run("dechunk", backend, x, boundary_prob, plan, residual, sigma, smoothing)

@@ -1,0 +1,70 @@
+"""Varlen adaLN: modulators (B, D) are looked up by sample and never expanded to one row per token."""
+
+from __future__ import annotations
+
+import torch
+
+from . import _dispatch
+from ._check import floating, require, shaped
+from .chunk_plan import ChunkPlan
+
+for _op in ("adaln_modulate", "gate_residual", "gate_residual_modulate"):
+    _dispatch.register_reference(_op)
+
+
+def adaln_modulate(
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    plan: ChunkPlan | None = None,
+    eps: float = 1e-6,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """LayerNorm(x) · (1 + scale_b) + shift_b, the norm without affine (DiT, arXiv 2212.09748 section 3.2).
+
+    Args:
+        x: (capacity, D) packed with `plan`, or (B, L, D) dense without.
+        shift, scale: (B, D), possibly views of one (B, 6·D) tensor.
+
+    Returns x's shape and dtype; statistics in float32.
+    """
+    _check("adaln_modulate", plan, x, shift=shift, scale=scale)
+    return _dispatch.run("adaln_modulate", backend, x, shift, scale, plan, eps)
+
+
+def gate_residual(
+    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, plan: ChunkPlan | None = None, *, backend: str | None = None
+) -> torch.Tensor:
+    """x + gate_b · y, in x's dtype (adaLN-Zero, arXiv 2212.09748). Shapes as in `adaln_modulate`; y as x."""
+    _check("gate_residual", plan, x, gate=gate)
+    require(y.shape == x.shape, f"gate_residual: y must have x's shape {tuple(x.shape)}, got {tuple(y.shape)}")
+    return _dispatch.run("gate_residual", backend, x, y, gate, plan)
+
+
+def gate_residual_modulate(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    plan: ChunkPlan | None = None,
+    eps: float = 1e-6,
+    *,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x', adaln_modulate(x', shift, scale)) with x' = gate_residual(x, y, gate), reading x and y once."""
+    _check("gate_residual_modulate", plan, x, gate=gate, shift=shift, scale=scale)
+    require(y.shape == x.shape, f"gate_residual_modulate: y must have x's shape {tuple(x.shape)}, got {tuple(y.shape)}")
+    return _dispatch.run("gate_residual_modulate", backend, x, y, gate, shift, scale, plan, eps)
+
+
+def _check(op: str, plan: ChunkPlan | None, x: torch.Tensor, **modulators: torch.Tensor) -> None:
+    floating(op, x=x, **modulators)
+    if plan is None:
+        shaped(op, "x", x, None, None, None)
+    else:
+        shaped(op, "x", x, plan.capacity, None)
+    batch = x.shape[0] if plan is None else plan.batch_size
+    for name, tensor in modulators.items():
+        shaped(op, name, tensor, batch, x.shape[-1])

@@ -1,0 +1,22 @@
+"""Every operator in plain PyTorch: the CPU path, and the oracle of the tests (float64-capable)."""
+
+from .attention import varlen_attention
+from .boundary import boundary_cosine, boundary_predictability
+from .chunk import chunk
+from .dechunk import dechunk
+from .ema import ema_smooth
+from .modulate import adaln_modulate, gate_residual, gate_residual_modulate
+from .plan import plan_chunks
+
+__all__ = [
+    "adaln_modulate",
+    "boundary_cosine",
+    "boundary_predictability",
+    "chunk",
+    "dechunk",
+    "ema_smooth",
+    "gate_residual",
+    "gate_residual_modulate",
+    "plan_chunks",
+    "varlen_attention",
+]

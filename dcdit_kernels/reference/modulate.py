@@ -1,0 +1,55 @@
+"""adaLN modulation and gated residual in plain PyTorch, with modulators looked up per sample."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..chunk_plan import ChunkPlan
+from ._packed import accumulate_dtype, live_rows, take_rows
+
+
+def per_row(modulator: torch.Tensor, plan: ChunkPlan | None) -> torch.Tensor:
+    """The modulator (B, D) of each row: (capacity, D) packed, or (B, 1, D) for a dense batch."""
+    return modulator[:, None] if plan is None else take_rows(modulator, plan.sample_index)
+
+
+def adaln_modulate(
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    plan: ChunkPlan | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """See `dcdit_kernels.adaln_modulate`."""
+    dtype = accumulate_dtype(x)
+    normed = F.layer_norm(_live(x, plan).to(dtype), x.shape[-1:], eps=eps)
+    out = normed * (1 + per_row(scale, plan).to(dtype)) + per_row(shift, plan).to(dtype)
+    return _live(out, plan).to(x.dtype)
+
+
+def gate_residual(
+    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, plan: ChunkPlan | None = None
+) -> torch.Tensor:
+    """See `dcdit_kernels.gate_residual`."""
+    dtype = accumulate_dtype(x, y)
+    out = _live(x, plan).to(dtype) + per_row(gate, plan).to(dtype) * _live(y, plan).to(dtype)
+    return out.to(x.dtype)
+
+
+def gate_residual_modulate(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    plan: ChunkPlan | None = None,
+    eps: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `dcdit_kernels.gate_residual_modulate`."""
+    x = gate_residual(x, y, gate, plan)
+    return x, adaln_modulate(x, shift, scale, plan, eps)
+
+
+def _live(x: torch.Tensor, plan: ChunkPlan | None) -> torch.Tensor:
+    return x if plan is None else torch.where(live_rows(plan), x, 0.0)

@@ -1,0 +1,96 @@
+"""Chunk plan in plain PyTorch: threshold, tail drop, packing, nearest retained token and its inverse."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..chunk_plan import ChunkPlan
+
+
+def plan_chunks(
+    boundary_prob: torch.Tensor,
+    grid: tuple[int, ...],
+    drop_fraction: float | torch.Tensor = 0.0,
+    threshold: float = 0.5,
+    nearest: str = "2d",
+    capacity: int | None = None,
+) -> ChunkPlan:
+    """See `dcdit_kernels.plan_chunks`. Memory: one (L, M_b) distance matrix at a time."""
+    batch, cells = boundary_prob.shape
+    device = boundary_prob.device
+    mask = tail_drop(boundary_prob.detach(), drop_fraction, threshold)
+
+    kept = mask.flatten().nonzero().squeeze(1)
+    overflow = torch.zeros((), dtype=torch.int32, device=device)
+    if capacity is not None:
+        overflow = torch.clamp(mask.sum() - capacity, min=0).to(torch.int32)
+        kept = kept[:capacity]
+    live = kept.numel()
+    lengths = torch.bincount(kept // cells, minlength=batch)
+    cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=device)
+    cu_seqlens[1:] = lengths.cumsum(0)
+
+    if capacity is None:
+        capacity, max_seqlen = live, int(lengths.max()) if batch else 0
+    else:
+        max_seqlen = min(cells, capacity)
+    token_index = torch.full((capacity,), -1, dtype=torch.int32, device=device)
+    token_index[:live] = kept.to(torch.int32)
+    sample_index = torch.full((capacity,), -1, dtype=torch.int32, device=device)
+    sample_index[:live] = (kept // cells).to(torch.int32)
+
+    nearest_row = nearest_rows(kept, lengths.tolist(), grid, nearest)
+    order = torch.argsort(nearest_row, stable=True)
+    unassigned = int((nearest_row < 0).sum())
+    member_index = torch.cat([order[unassigned:], order.new_full((unassigned,), -1)])
+    counts = torch.bincount(nearest_row[nearest_row >= 0], minlength=capacity)
+    member_offsets = torch.zeros(capacity + 1, dtype=torch.int32, device=device)
+    member_offsets[1:] = counts.cumsum(0)
+    return ChunkPlan(
+        grid=tuple(grid),
+        batch_size=batch,
+        capacity=capacity,
+        max_seqlen=max_seqlen,
+        cu_seqlens=cu_seqlens,
+        token_index=token_index,
+        sample_index=sample_index,
+        nearest=nearest_row.to(torch.int32),
+        member_offsets=member_offsets,
+        member_index=member_index.to(torch.int32),
+        overflow=overflow,
+    )
+
+
+def tail_drop(boundary_prob: torch.Tensor, drop_fraction: float | torch.Tensor, threshold: float) -> torch.Tensor:
+    """Boundary mask (B, L): p > threshold, less the floor(n_b·ρ_b) of lowest p; of equals the later cell goes."""
+    natural = boundary_prob > threshold
+    count = natural.sum(1)
+    fraction = torch.as_tensor(drop_fraction, dtype=torch.float32, device=boundary_prob.device)
+    keep = count - (count.to(torch.float32) * fraction).floor().to(count.dtype)
+    order = torch.argsort(torch.where(natural, boundary_prob, -1.0), dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    return natural & (rank < keep[:, None])
+
+
+def nearest_rows(kept: torch.Tensor, lengths: list[int], grid: tuple[int, ...], nearest: str) -> torch.Tensor:
+    """Packed row that refills each cell, int64 (B·L,), -1 for none; ties go to the lowest raster index."""
+    cells = math.prod(grid)
+    cell = torch.arange(cells, device=kept.device)
+    shape = (cells,) if nearest == "1d" else grid
+    place = torch.stack(torch.unravel_index(cell, shape), dim=1)
+    rows, start = [], 0
+    for sample, length in enumerate(lengths):
+        own = kept[start : start + length] - sample * cells
+        if length == 0:
+            rows.append(cell.new_full((cells,), -1))
+        elif nearest == "previous":
+            row = torch.searchsorted(own, cell, right=True) - 1
+            rows.append(torch.where(row >= 0, row + start, -1))
+        else:
+            distance = sum((place[:, None, axis] - place[own, axis]) ** 2 for axis in range(place.shape[1]))
+            # Unique keys, distance first and row second, make the tie rule explicit.
+            rows.append(start + (distance * length + torch.arange(length, device=kept.device)).argmin(1))
+        start += length
+    return torch.cat(rows) if rows else cell.new_empty(0)
