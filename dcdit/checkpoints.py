@@ -70,7 +70,10 @@ def from_release(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def load_state(model: DCDiT, state: dict[str, torch.Tensor]) -> None:
     """Load a state dict strictly. Raises CheckpointError naming the keys or shapes that differ."""
     expected = model.state_dict()
-    for what, keys in (("missing", expected.keys() - state.keys()), ("unexpected", state.keys() - expected.keys())):
+    for what, keys in (
+        ("missing", expected.keys() - state.keys()),
+        ("unexpected", state.keys() - expected.keys()),
+    ):
         if keys:
             raise CheckpointError(f"{what} keys in checkpoint: {_some(keys)}")
     for key, tensor in expected.items():

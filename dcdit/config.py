@@ -92,7 +92,13 @@ def _presets() -> dict[str, DCDiTConfig]:
                 )
     # 28×28 digits, unshuffled 2×2 pixels to a 14×14 grid of 4 channels.
     presets["digits"] = DCDiTConfig(
-        input_size=(14, 14), num_classes=10, hidden_size=96, depth=6, num_heads=3, encoder_width=32, learn_sigma=False
+        input_size=(14, 14),
+        num_classes=10,
+        hidden_size=96,
+        depth=6,
+        num_heads=3,
+        encoder_width=32,
+        learn_sigma=False,
     )
     return presets
 

@@ -106,4 +106,6 @@ class DCDiT(nn.Module):
         # On a GPU this look would be a synchronisation; there the embedding's own assert speaks.
         on_cpu = y.device.type == "cpu" and not torch.compiler.is_compiling()
         if on_cpu and y.numel() and not 0 <= int(y.min()) <= int(y.max()) <= self.config.num_classes:
-            raise ValueError(f"class ids must be in [0, {self.config.num_classes}], got {int(y.min())} to {int(y.max())}")
+            raise ValueError(
+                f"class ids must be in [0, {self.config.num_classes}], got {int(y.min())} to {int(y.max())}"
+            )

@@ -41,5 +41,14 @@ def varlen_attention(
         f"{tuple(cu_seqlens_k.shape)} must describe one batch",
     )
     return _dispatch.run(
-        "varlen_attention", backend, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale
+        "varlen_attention",
+        backend,
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale,
     )

@@ -34,13 +34,22 @@ def boundary_cosine(
     and last cell of each sample pass no gradient. Raises ValueError where the shapes do not fit.
     """
     floating("boundary_cosine", q=q, k=k, kernel=kernel)
-    require(q.shape == k.shape, f"boundary_cosine: q and k must have one shape, got {tuple(q.shape)}, {tuple(k.shape)}")
+    require(
+        q.shape == k.shape,
+        f"boundary_cosine: q and k must have one shape, got {tuple(q.shape)}, {tuple(k.shape)}",
+    )
     require(q.dim() == (3 if cu_seqlens is None else 2),
             f"boundary_cosine: q must be (B, L, D), or (T, D) with cu_seqlens, got {tuple(q.shape)}")  # fmt: skip
     if kernel is not None:
-        require(cu_seqlens is None and grid is not None, "boundary_cosine: kernel needs grid=(H, W) and dense q, k")
+        require(
+            cu_seqlens is None and grid is not None,
+            "boundary_cosine: kernel needs grid=(H, W) and dense q, k",
+        )
         shaped("boundary_cosine", "kernel", kernel, q.shape[-1], 3, 3)
-        require(grid[0] * grid[1] == q.shape[1], f"boundary_cosine: grid {grid} does not hold L = {q.shape[1]} cells")
+        require(
+            grid[0] * grid[1] == q.shape[1],
+            f"boundary_cosine: grid {grid} does not hold L = {q.shape[1]} cells",
+        )
     return _dispatch.run("boundary_cosine", backend, q, k, kernel, grid, cu_seqlens)
 
 
@@ -69,10 +78,25 @@ def boundary_predictability(
     floating("boundary_predictability", features=features, norm_weight=norm_weight, score_weight=score_weight)
     shaped("boundary_predictability", "features", features, None, None, None, None)
     channels = features.shape[1]
-    for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias), ("score_weight", score_weight)):
+    for name, tensor in (
+        ("norm_weight", norm_weight),
+        ("norm_bias", norm_bias),
+        ("score_weight", score_weight),
+    ):
         shaped("boundary_predictability", name, tensor, channels)
-    require(score_bias.numel() == 1, f"boundary_predictability: score_bias must hold one number, got {score_bias.shape}")
+    require(
+        score_bias.numel() == 1,
+        f"boundary_predictability: score_bias must hold one number, got {score_bias.shape}",
+    )
     require(channels % groups == 0, f"boundary_predictability: {channels} channels do not fit {groups} groups")
     return _dispatch.run(
-        "boundary_predictability", backend, features, norm_weight, norm_bias, score_weight, score_bias, groups, eps
+        "boundary_predictability",
+        backend,
+        features,
+        norm_weight,
+        norm_bias,
+        score_weight,
+        score_bias,
+        groups,
+        eps,
     )

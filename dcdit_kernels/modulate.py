@@ -34,7 +34,12 @@ def adaln_modulate(
 
 
 def gate_residual(
-    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, plan: ChunkPlan | None = None, *, backend: str | None = None
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor,
+    plan: ChunkPlan | None = None,
+    *,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """x + gate_b · y, in x's dtype (adaLN-Zero, arXiv 2212.09748). Shapes as in `adaln_modulate`; y as x."""
     _check("gate_residual", plan, x, gate=gate)
@@ -55,7 +60,10 @@ def gate_residual_modulate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x', adaln_modulate(x', shift, scale)) with x' = gate_residual(x, y, gate), reading x and y once."""
     _check("gate_residual_modulate", plan, x, gate=gate, shift=shift, scale=scale)
-    require(y.shape == x.shape, f"gate_residual_modulate: y must have x's shape {tuple(x.shape)}, got {tuple(y.shape)}")
+    require(
+        y.shape == x.shape,
+        f"gate_residual_modulate: y must have x's shape {tuple(x.shape)}, got {tuple(y.shape)}",
+    )
     return _dispatch.run("gate_residual_modulate", backend, x, y, gate, shift, scale, plan, eps)
 
 

@@ -49,7 +49,10 @@ def plan_chunks(
         f"plan_chunks: grid must be (L,), (H, W) or (F, H, W), got {grid}",
     )
     if nearest in ("2d", "3d"):
-        require(len(grid) == int(nearest[0]), f"plan_chunks: nearest={nearest!r} needs a {nearest} grid, got {grid}")
+        require(
+            len(grid) == int(nearest[0]),
+            f"plan_chunks: nearest={nearest!r} needs a {nearest} grid, got {grid}",
+        )
     floating("plan_chunks", boundary_prob=boundary_prob)
     shaped("plan_chunks", "boundary_prob", boundary_prob, None, math.prod(grid))
     if isinstance(drop_fraction, torch.Tensor) and drop_fraction.dim() > 0:

@@ -11,6 +11,7 @@ from dcdit.checkpoints import from_release, load_state, release_key
 from dcdit.config import DCDiTConfig
 from dcdit.diffusion import ratio_loss
 from dcdit.model import DCDiT
+from dcdit_kernels import chunk, dechunk, plan_chunks
 
 DATA = Path(__file__).parent / "data"
 CASES = [("dcdit_tiny", c) for c in ("full", "drop30", "per_sample")] + [
@@ -56,7 +57,6 @@ def ran(request):
     seen = {}
     for part in ("encoder", "main", "decoder"):
         getattr(model, part).register_forward_hook(lambda m, i, o, part=part: seen.__setitem__(part, o))
-    model.main.register_forward_pre_hook(lambda m, i: seen.__setitem__("packed", i[0]))
     model.decoder.register_forward_pre_hook(lambda m, i: seen.__setitem__("decoder_in", i[0]))
     want = {key[len(case) + 1 :]: value for key, value in golden.items() if key.startswith(case + ".")}
     inputs = golden["in.x"], golden["in.t"], golden["in.y"]
@@ -69,16 +69,16 @@ def ran(request):
     return model, want, seen, routing, ratio, loss
 
 
-@pytest.mark.parametrize("part", ["encoder", "packed", "main", "decoder", "out"])
+@pytest.mark.parametrize("part", ["encoder", "main", "decoder", "out"])
 def test_activations(ran, part):
     _, want, seen, *_ = ran
     close(seen[part], want[part], 1e-5, part)
 
 
-def test_dechunk(ran):
-    from dcdit_kernels import dechunk
+def test_chunk_and_dechunk(ran):
 
     model, want, seen, routing, *_ = ran
+    close(chunk(seen["encoder"], routing.plan), want["packed"], 1e-5, "packed")
     plugged = dechunk(seen["main"], routing.boundary_prob, routing.plan, sigma=model.config.sigma)
     close(plugged, want["dechunk"], 1e-5, "dechunk")
     close(seen["decoder_in"].flatten(2).transpose(1, 2), want["decoder_in"], 1e-5, "decoder_in")
@@ -87,14 +87,17 @@ def test_dechunk(ran):
 def test_routing(ran):
     _, want, _, routing, *_ = ran
     close(routing.boundary_prob, want["boundary_prob"], 1e-5, "boundary_prob")
-    close(torch.maximum(routing.boundary_prob, 1 - routing.boundary_prob), want["selected_prob"], 1e-5, "confidence")
+    close(
+        torch.maximum(routing.boundary_prob, 1 - routing.boundary_prob),
+        want["selected_prob"],
+        1e-5,
+        "confidence",
+    )
     assert torch.equal(routing.natural_mask, want["natural_mask"].bool())
     assert torch.equal(routing.boundary_mask, want["boundary_mask"].bool())
 
 
 def test_plan(ran):
-    from dcdit_kernels import plan_chunks
-
     model, want, _, routing, *_ = ran
     plan = routing.plan
     assert torch.equal(plan.lengths.long(), want["lengths"])
@@ -113,8 +116,14 @@ def test_loss_and_gradients(ran):
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     norms = {release_key(key[10:]): value for key, value in want.items() if key.startswith("grad_norm.")}
     assert norms.keys() == grads.keys()
+    # With one channel per group a bias in front of a GroupNorm has no effect: its gradient is rounding, below 1e-5.
+    zero = [name for name, norm in norms.items() if norm < 1e-5]
+    assert all(name.endswith(("conv1.bias", "cond.1.bias", "cond.1.weight")) for name in zero)
     for name, norm in norms.items():
-        close(grads[name].norm(), norm, 1e-4, f"norm of the gradient of {name}")
+        if name in zero:
+            assert grads[name].norm() < 1e-5
+        else:
+            close(grads[name].norm(), norm, 1e-4, f"norm of the gradient of {name}")
     checked = {release_key(key[5:]): value for key, value in want.items() if key.startswith("grad.")}
     assert len(checked) == 6
     for name, grad in checked.items():
@@ -125,5 +134,7 @@ def test_loss_and_gradients(ran):
 def test_float64_model_agrees(case):
     """The same operators in float64 stay within float32's own error of the golden."""
     model, golden = load("dcdit_tiny")
-    out = model.double()(golden["in.x"].double(), golden["in.t"], golden["in.y"], float(golden[f"{case}.drop_fraction"]))
+    out = model.double()(
+        golden["in.x"].double(), golden["in.t"], golden["in.y"], float(golden[f"{case}.drop_fraction"])
+    )
     close(out, golden[f"{case}.out"], 1e-5, "out")

@@ -28,9 +28,7 @@ def adaln_modulate(
     return _live(out, plan).to(x.dtype)
 
 
-def gate_residual(
-    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, plan: ChunkPlan | None = None
-) -> torch.Tensor:
+def gate_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, plan: ChunkPlan | None = None) -> torch.Tensor:
     """See `dcdit_kernels.gate_residual`."""
     dtype = accumulate_dtype(x, y)
     out = _live(x, plan).to(dtype) + per_row(gate, plan).to(dtype) * _live(y, plan).to(dtype)

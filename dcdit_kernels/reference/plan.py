@@ -70,7 +70,9 @@ def tail_drop(boundary_prob: torch.Tensor, drop_fraction: float | torch.Tensor, 
     fraction = torch.as_tensor(drop_fraction, dtype=torch.float32, device=boundary_prob.device)
     keep = count - (count.to(torch.float32) * fraction).floor().to(count.dtype)
     order = torch.argsort(torch.where(natural, boundary_prob, -1.0), dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     return natural & (rank < keep[:, None])
 
 
