@@ -1,0 +1,195 @@
+"""Sizes and FLOPs of the presets, the model's contract, its checkpoints, and what it says of bad input."""
+
+import json
+
+import pytest
+import torch
+
+from dcdit.checkpoints import load_checkpoint, save_checkpoint
+from dcdit.commands.info import count_parameters
+from dcdit.config import PRESETS, DCDiTConfig, preset
+from dcdit.errors import CheckpointError, ConfigError
+from dcdit.flops import dcdit_flops, dit_flops
+from dcdit.model import DCDiT
+
+TINY = DCDiTConfig(
+    input_size=(7, 9), in_channels=3, num_classes=5, hidden_size=64, depth=2, num_heads=2, encoder_width=32
+)
+
+# METHOD section 3: parameters without and with the 256 px position table, GFLOP at M = 256 in total and by part.
+TABLE = {
+    "S": (34_367_241, 34_760_457, 15.1, (1.27, 1.27, 0.42, 12.1), 3.02),
+    "B": (136_343_049, 137_129_481, 57.9, (5.06, 5.06, 1.66, 46.0), 11.46),
+    "L": (468_563_977, 469_612_553, 182.5, (8.99, 8.99, 2.95, 161.4), None),
+    "XL": (688_409_865, 689_589_513, 264.0, (11.4, 11.4, 3.74, 237.3), 59.00),
+}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = DCDiT(TINY)
+    for parameter in model.parameters():  # nothing zero, so that every part shows in the output
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def batch(n=3):
+    torch.manual_seed(1)
+    return torch.randn(n, 3, 7, 9), torch.rand(n) * 1000, torch.arange(n) % 6
+
+
+@pytest.mark.parametrize("size", TABLE)
+def test_preset_matches_the_paper(size):
+    parameters, with_table, total, parts, tera_per_image = TABLE[size]
+    config = preset(f"DC-DiT-{size}/N4")
+    trainable, table = count_parameters(config)
+    assert (trainable, trainable + table) == (parameters, with_table)
+    flops = dcdit_flops(config, 256)
+    assert flops["total"] == pytest.approx(total, rel=0.01)
+    assert [flops[p] for p in ("encoder", "decoder", "router", "main")] == pytest.approx(
+        parts,
+        rel=0.01,
+        abs=0.005,  # the table rounds to hundredths
+    )
+    if tera_per_image:  # the paper's plain DiT/2: 250 steps, 256 tokens
+        assert dit_flops(config, 256) * 250 / 1000 == pytest.approx(tera_per_image, rel=0.01)
+
+
+def test_presets_by_name():
+    assert {f"DC-DiT-{s}/N{n}{px}" for s in TABLE for n in (4, 16) for px in ("", "-512")} < set(PRESETS)
+    assert preset("DC-DiT-XL/N16-512").input_size == (64, 64)
+    assert preset("DC-DiT-B/N16").target_ratio == 16
+
+
+def test_forward_shapes_and_routing(model):
+    x, t, y = batch()
+    out, routing = model(x, t, y, drop_fraction=0.5, return_routing=True)
+    assert out.shape == (3, 6, 7, 9) and torch.equal(out, model(x, t, y, drop_fraction=0.5))
+    for field in (routing.boundary_prob, routing.boundary_mask, routing.natural_mask):
+        assert field.shape == (3, 63)
+    natural, kept = routing.natural_mask.sum(1), routing.boundary_mask.sum(1)
+    assert torch.equal(kept, natural - (natural * 0.5).floor().long())
+    assert torch.equal(kept, routing.plan.lengths)
+    assert not (routing.boundary_mask & ~routing.natural_mask).any()
+
+
+def test_samples_do_not_see_each_other(model):
+    """Each sample alone gives what it gives in the batch, with a ρ of its own."""
+    x, t, y = batch()
+    model, x = model.double(), x.double()
+    rho = torch.tensor([0.0, 0.4, 0.9])
+    together = model(x, t, y, drop_fraction=rho)
+    for i in range(3):
+        alone = model(x[i : i + 1], t[i : i + 1], y[i : i + 1], drop_fraction=float(rho[i]))
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("router", ["predictability", "cosine"])
+def test_every_parameter_learns(router):
+    torch.manual_seed(0)
+    model = DCDiT(DCDiTConfig(**{**TINY.to_dict(), "router": router, "hidden_size": 128, "encoder_width": 64}))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model(*batch()).square().mean().backward()
+    dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert dead == []
+
+
+def test_fresh_router_keeps_few(model):
+    """The last bias of a fresh predictability router is -log(N - 1): p is about 1 / N."""
+    prob = DCDiT(preset("digits"))(torch.randn(2, 4, 14, 14), torch.ones(2), torch.zeros(2).long(), 0.0, True)[1]
+    assert prob.boundary_prob.mean().item() == pytest.approx(0.25, abs=0.08)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(3, 4, 7, 9)}, r"x must have shape \(B, 3, 7, 9\), got \(3, 4, 7, 9\)"),
+        ({"x": torch.zeros(3, 3, 7, 9).long()}, "x must be floating point"),
+        ({"t": torch.zeros(2)}, r"t must have shape \(3,\), got \(2,\)"),
+        ({"y": torch.tensor([0, 1, 6])}, r"class ids must be in \[0, 5\], got 0 to 6"),
+        ({"y": torch.zeros(3)}, "y must hold integer class ids, got torch.float32"),
+        ({"drop_fraction": 1.0}, r"drop_fraction must be in \[0, 1\), got 1.0"),
+        ({"drop_fraction": torch.zeros(2)}, r"drop_fraction must have shape \(3\), got \(2,\)"),
+    ],
+)
+def test_bad_input(model, change, message):
+    x, t, y = batch()
+    with pytest.raises(ValueError, match=message):
+        model(**{"x": x, "t": t, "y": y, **change})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"hiden_size": 64}, "unknown model key 'hiden_size'; did you mean 'hidden_size'"),
+        ({"preset": "DC-DiT-M/N4"}, "unknown preset name 'DC-DiT-M/N4'; did you mean 'DC-DiT-"),
+        ({"num_heads": 5}, "hidden_size 384 is not a multiple of num_heads 5"),
+        ({"router": "magic"}, "router must be one of"),
+        ({"input_size": (4, 4, 4)}, "input_size must be two positive integers"),
+        ({"depth": 0}, "depth must be a positive integer"),
+        ({"target_ratio": 1}, "target_ratio N must be greater than 1"),
+    ],
+)
+def test_bad_config(values, message):
+    with pytest.raises(ConfigError, match=message):
+        DCDiTConfig.from_dict(values)
+
+
+def test_checkpoint_round_trip(model, tmp_path):
+    save_checkpoint(tmp_path / "a", model, {"objective": "flow"})
+    save_checkpoint(tmp_path / "a", model, {"objective": "ddpm"})  # over an old one
+    loaded, extra = load_checkpoint(tmp_path / "a")
+    assert loaded.config == TINY and extra == {"objective": "ddpm"}
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_failed_write_leaves_the_old_checkpoint(model, tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "a", model)
+    before = (tmp_path / "a" / "model.safetensors").read_bytes()
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(tmp_path / "a", model)
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_bad_checkpoints(model, tmp_path):
+    with pytest.raises(CheckpointError, match="config.json is missing"):
+        load_checkpoint(tmp_path / "none")
+    save_checkpoint(tmp_path / "a", model)
+    weights, config = tmp_path / "a" / "model.safetensors", tmp_path / "a" / "config.json"
+    whole, values = weights.read_bytes(), json.loads(config.read_text())
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
+        load_checkpoint(tmp_path / "a")
+    weights.write_bytes(whole)
+    values["model"]["depth"] = 3
+    config.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"missing keys in checkpoint: main.blocks.2.adaln.1.bias"):
+        load_checkpoint(tmp_path / "a")
+    values["model"].update(depth=2, num_classes=7)
+    config.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"class_embed.weight: expected shape \(8, 64\), found \(6, 64\)"):
+        load_checkpoint(tmp_path / "a")
+    config.write_text("[]")
+    with pytest.raises(CheckpointError, match="is not a dcdit config"):
+        load_checkpoint(tmp_path / "a")
+
+
+def test_info_prints_the_table(capsys):
+    from dcdit.cli import main
+
+    assert main(["info", "DC-DiT-S/N4"]) == 0
+    out = capsys.readouterr().out
+    assert "34,367,241" in out and "34,760,457" in out
+    assert main(["info", "DC-DiT-S/N5"]) == 2
+    assert "did you mean 'DC-DiT-S/N4'" in capsys.readouterr().err
