@@ -1,0 +1,21 @@
+"""`dcdit train`: train from a YAML file; the same command again resumes."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of `dcdit train`."""
+    parser.add_argument("config", help="a YAML file, such as configs/digits.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as steps=1000 optim.lr=1e-3")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train or resume."""
+    from ..train_config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from ..training import train
+
+    print(f"EMA model: {train(config)}")

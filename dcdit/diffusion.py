@@ -1,0 +1,126 @@
+"""Diffusion objectives: DDPM noise prediction with a learned variance, flow matching, and the ratio loss.
+
+An objective draws a time for one sample, makes the noisy sample, and gives the loss of each sample. Times are on
+the model's scale, 0 (data) to 1000 (noise).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+
+class FlowMatching:
+    """Velocity of the straight path x_t = (1−σ)·x_0 + σ·noise, t = 1000·σ (SiT, arXiv 2401.08740).
+
+    σ is logit-normal (arXiv 2403.03206 eq. 19, location 0, scale 1) and every σ has weight 1.
+    """
+
+    name = "flow"
+
+    def draw_time(self, rng: np.random.Generator) -> float:
+        """One time in (0, 1000)."""
+        return 1000 / (1 + math.exp(-rng.standard_normal()))
+
+    def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x_t of x_0 and noise (B, C, H, W) at t (B,)."""
+        sigma = _per_sample(t / 1000, x0)
+        return (1 - sigma) * x0 + sigma * noise
+
+    def loss(self, output: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Squared error of the velocity noise − x_0, mean over each sample: (B,)."""
+        return (output - (noise - x0)).square().flatten(1).mean(1)
+
+
+class DDPM:
+    """Noise prediction over a linear schedule of 1000 steps (arXiv 2006.11239), variance learned or not.
+
+    With `learn_sigma` the second half of the output channels is v of arXiv 2102.09672 eq. 15,
+    log σ² = (v+1)/2·log β_t + (1−v)/2·log β̃_t, and the loss is the hybrid of its eq. 16: squared error plus the
+    variational bound of the step in bits per dimension, whose gradient reaches the variance only. The paper's
+    λ = 0.001 times 1000 steps gives the bound of one drawn step the weight 1.
+    """
+
+    name = "ddpm"
+    steps = 1000
+
+    def __init__(self, learn_sigma: bool) -> None:
+        self.learn_sigma = learn_sigma
+        beta = torch.linspace(1e-4, 0.02, self.steps, dtype=torch.float64)
+        alpha_bar = (1 - beta).cumprod(0)
+        before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+        variance = beta * (1 - before) / (1 - alpha_bar)
+        variance[0] = variance[1]  # β̃_0 = 0 has no logarithm; the first step is scored by its likelihood
+        self.signal, self.noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        self.log_beta, self.log_variance = beta.log(), variance.log()
+        # Posterior mean = mean_x0·x_0 + mean_xt·x_t.
+        self.mean_x0 = before.sqrt() * beta / (1 - alpha_bar)
+        self.mean_xt = (1 - beta).sqrt() * (1 - before) / (1 - alpha_bar)
+
+    def draw_time(self, rng: np.random.Generator) -> float:
+        """One integer step in [0, 1000), as a float."""
+        return float(rng.integers(self.steps))
+
+    def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x_t of x_0 and noise (B, C, H, W) at the steps t (B,)."""
+        return self._at(self.signal, t, x0) * x0 + self._at(self.noise, t, x0) * noise
+
+    def loss(self, output: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Squared error of the noise, plus the bound with `learn_sigma`, mean over each sample: (B,)."""
+        if not self.learn_sigma:
+            return (output - noise).square().flatten(1).mean(1)
+        predicted, v = output.chunk(2, dim=1)
+        squared = (predicted - noise).square().flatten(1).mean(1)
+        return squared + self.bound(predicted.detach(), v, x0, noise, t)
+
+    def bound(
+        self, predicted: torch.Tensor, v: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
+        """Variational bound of step t, bits per dimension (B,): KL to the posterior, at t = 0 the likelihood."""
+        log_beta, log_variance = self._at(self.log_beta, t, x0), self._at(self.log_variance, t, x0)
+        log_sigma2 = (v + 1) / 2 * log_beta + (1 - v) / 2 * log_variance
+        # x̂_0 − x_0, written with the noises: the difference of two large numbers would lose digits near t = 1000.
+        error = self._at(self.noise / self.signal, t, x0) * (noise - predicted)
+        shift = self._at(self.mean_x0, t, x0) * error
+        ratio = log_variance - log_sigma2
+        kl = 0.5 * (ratio.exp() - 1 - ratio + shift.square() * torch.exp(-log_sigma2))
+        likelihood = _discretized_nll(x0, x0 + error, torch.exp(0.5 * log_sigma2))
+        return torch.where(_per_sample(t == 0, x0), likelihood, kl).flatten(1).mean(1) / math.log(2)
+
+    def _at(self, table: torch.Tensor, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return _per_sample(table.to(like.device)[t.long()].to(like.dtype), like)
+
+
+def make_objective(name: str, learn_sigma: bool) -> FlowMatching | DDPM:
+    """The objective called "flow" or "ddpm"."""
+    return DDPM(learn_sigma) if name == "ddpm" else FlowMatching()
+
+
+def ratio_loss(
+    boundary_prob: torch.Tensor, natural_mask: torch.Tensor, target_ratio: float, sub_batch: int = 16
+) -> torch.Tensor:
+    """N/(N−1)·((N−1)·F·G + (1−F)(1−G)), averaged over sub-batches: 1 when a share 1/N is kept (H-Net eq. 10).
+
+    `boundary_prob` (B, L) float and `natural_mask` (B, L) bool; F is the mean of the mask, G of the probabilities.
+    Each `sub_batch` samples in a row form one sub-batch; the last may be smaller. Returns a scalar.
+    """
+    losses = []
+    for mask, prob in zip(natural_mask.split(sub_batch), boundary_prob.split(sub_batch), strict=True):
+        kept, mean = mask.to(prob.dtype).mean(), prob.mean()
+        losses.append((target_ratio - 1) * kept * mean + (1 - kept) * (1 - mean))
+    return target_ratio / (target_ratio - 1) * torch.stack(losses).mean()
+
+
+def _discretized_nll(x: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """−log of a Gaussian's mass in the bin x ± 1/255, in nats; the bins at ±1 reach to infinity (2006.11239 eq. 13)."""
+    upper = torch.special.ndtr((x - mean + 1 / 255) / scale)
+    lower = torch.special.ndtr((x - mean - 1 / 255) / scale)
+    upper = torch.where(x > 0.999, 1.0, upper)
+    lower = torch.where(x < -0.999, 0.0, lower)
+    return -(upper - lower).clamp(min=1e-12).log()
+
+
+def _per_sample(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return values.view(-1, *[1] * (like.dim() - 1))

@@ -1,0 +1,225 @@
+"""The training loop: one objective, the ratio loss, multi-budget ρ, AdamW and EMA, on accelerate."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from .checkpoints import save_checkpoint
+from .codecs import make_codec
+from .config import DCDiTConfig
+from .data import Digits, ImageFolder, Latents, TrainingStream, draw_drop_fraction, make_loader
+from .diffusion import make_objective, ratio_loss
+from .errors import ConfigError, DataError, DCDiTError
+from .model import DCDiT
+from .train_config import DataConfig, OptimConfig, TrainConfig
+from .train_state import EMA, Metrics, load_state, save_state
+
+SUB_BATCH = 16  # of the ratio loss
+
+
+def train(config: TrainConfig) -> Path:
+    """Train, or resume what `config.output` holds, and return the directory of the EMA model.
+
+    Writes OUTPUT/last.safetensors (to resume from), OUTPUT/model (the EMA, for `dcdit sample`) and
+    OUTPUT/metrics.jsonl. Raises DCDiTError for input that cannot be used.
+    """
+    return Trainer(config).run()
+
+
+class Trainer:
+    """One run. Everything random about a step is a function of (seed, step), see `dcdit.data.TrainingStream`."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        from accelerate import Accelerator
+
+        self.config = config
+        self.accelerator = Accelerator(mixed_precision=config.precision)
+        self.device, self.ranks = self.accelerator.device, self.accelerator.num_processes
+        check_split(config.batch_size, self.ranks)
+        self.objective = make_objective(config.objective, config.model.learn_sigma)
+        source = make_source(config.data, config.model)
+        self.codec = None if source.encoded else make_codec(**config.codec.options())
+        self.stream = TrainingStream(
+            source,
+            self.objective,
+            (config.model.in_channels, *config.model.input_size),
+            config.model.num_classes,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            label_drop=config.label_drop,
+            flip=config.data.flip,
+        )
+        self._check_latents()
+
+        torch.manual_seed(config.seed)
+        self.net = DCDiT(config.model).to(self.device)
+        if config.channels_last:
+            self.net = self.net.to(memory_format=torch.channels_last)
+        self.model = self.accelerator.prepare(torch.compile(self.net) if config.compile else self.net)
+        self.ema = EMA(self.net, config.optim.ema_decay)
+        optim = config.optim
+        self.optimizer = torch.optim.AdamW(
+            self.net.parameters(),
+            lr=optim.lr,
+            betas=(0.9, optim.beta2),
+            weight_decay=optim.weight_decay,
+            fused=True,
+        )
+
+        self.output = Path(config.output)
+        self.last = self.output / "last.safetensors"
+        self.step = 0
+        if self.last.exists():
+            self.step = load_state(self.last, config.to_dict(), self.net, self.ema, self.optimizer)
+        self.metrics = None
+        if self.accelerator.is_main_process:
+            self.output.mkdir(parents=True, exist_ok=True)
+            self.metrics = Metrics(self.output, self.step, config.tensorboard)
+
+    def run(self) -> Path:
+        """Train to the last step, or to `max_minutes`; save, and return the directory of the EMA model."""
+        from tqdm import tqdm
+
+        config, main = self.config, self.accelerator.is_main_process
+        batches = make_loader(
+            self.stream, self.step, config.steps, self.accelerator.process_index, self.ranks, config.data.workers
+        )
+        start, since, since_step = time.monotonic(), time.monotonic(), self.step
+        saved = self.step
+        bar = tqdm(initial=self.step, total=config.steps, unit="step", disable=not main, dynamic_ncols=True)
+        with contextlib.closing(bar):
+            for batch in batches:
+                values = self.train_step(batch)
+                self.step += 1
+                bar.update()
+                if self.step % config.log_every == 0 or self.step == config.steps:
+                    values = self._reduced(values)
+                    now = time.monotonic()
+                    speed = (self.step - since_step) * config.batch_size / (now - since)
+                    since, since_step = now, self.step
+                    self._report(bar, {"step": self.step, **values, "images_per_s": speed})
+                if self.step % config.save_every == 0:
+                    self._save()
+                    saved = self.step
+                if config.max_minutes and self._time_is_up(start):
+                    break
+        if saved != self.step or not (self.output / "model").exists():
+            self._save()
+        if main:
+            self.metrics.close()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return self.output / "model"
+
+    def train_step(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | float]:
+        """One optimiser step on this rank's slice of the batch; returns what metrics.jsonl records."""
+        config = self.config
+        image, noise, t, y = (batch[key].to(self.device) for key in ("image", "noise", "t", "y"))
+        x0 = image if self.codec is None else self.codec.encode(image)
+        rho = draw_drop_fraction(config.seed, self.step, config.drop_fractions, config.drop_warmup)
+        x = self.objective.add_noise(x0, noise, t)
+        if config.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        output, routing = self.model(x, t, y, drop_fraction=rho, return_routing=True)
+        diffusion = self.objective.loss(output.float(), x0, noise, t).mean()
+        ratio = ratio_loss(routing.boundary_prob, routing.natural_mask, config.model.target_ratio, SUB_BATCH)
+        loss = diffusion + config.ratio_weight * ratio
+
+        lr = learning_rate(config.optim, self.step, config.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        self.accelerator.backward(loss)
+        norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), config.optim.grad_clip)
+        self.optimizer.step()
+        self.ema.update(self.net, self.step)
+        kept = routing.plan.lengths.float().mean() / routing.plan.cells
+        return {
+            "loss": loss.detach(),
+            "diffusion_loss": diffusion.detach(),
+            "ratio_loss": ratio.detach(),
+            "kept": kept,
+            "drop_fraction": rho,
+            "grad_norm": norm,
+            "lr": lr,
+        }
+
+    def _reduced(self, values: dict[str, torch.Tensor | float]) -> dict[str, float]:
+        """Means over the ranks, as numbers. Raises DCDiTError where training has diverged."""
+        stacked = torch.stack([torch.as_tensor(v, dtype=torch.float64).to(self.device) for v in values.values()])
+        numbers = dict(zip(values, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
+        if not math.isfinite(numbers["loss"] + numbers["grad_norm"]):
+            raise DCDiTError(
+                f"training diverged: loss {numbers['loss']}, gradient norm {numbers['grad_norm']} at step {self.step}"
+                "; try a smaller optim.lr"
+            )
+        return numbers
+
+    def _report(self, bar, values: dict[str, float]) -> None:
+        if self.metrics:
+            self.metrics.write(values)
+        bar.set_postfix_str(
+            f"loss {values['loss']:.4f}, kept {values['kept']:.1%}, {values['images_per_s']:.1f} images/s"
+        )
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            config = self.config.to_dict()
+            save_state(self.last, self.step, config, self.net, self.ema, self.optimizer)
+            average = DCDiT(self.config.model)
+            average.load_state_dict(self.ema.state_dict() | dict(self.net.named_buffers()))
+            extra = {"objective": config["objective"], "codec": self.config.codec.options(), "data": config["data"]}
+            save_checkpoint(self.output / "model", average, {**extra, "step": self.step, "training": config})
+
+    def _time_is_up(self, start: float) -> bool:
+        # The ranks must agree, or one waits for ever.
+        late = torch.tensor(float(time.monotonic() - start > 60 * self.config.max_minutes), device=self.device)
+        return self.accelerator.reduce(late, "sum").item() > 0
+
+    def _check_latents(self) -> None:
+        item = self.stream[0]
+        latent = item["image"][None]
+        if self.codec is not None:
+            latent = self.codec.encode(latent)
+        if latent[0].shape != item["noise"].shape:
+            raise DataError(
+                f"the data gives latents of shape {tuple(latent[0].shape)}, "
+                f"the model takes {tuple(item['noise'].shape)} (model.in_channels, model.input_size)"
+            )
+
+
+def make_source(data: DataConfig, model: DCDiTConfig):
+    """The images or latents that a configuration names. Raises DataError when there are none or too many classes."""
+    if data.kind == "digits":
+        source = Digits()
+    elif data.kind == "folder":
+        source = ImageFolder(data.path, data.size)
+    else:
+        source = Latents(data.path, (model.in_channels, *model.input_size))
+    if source.classes and source.classes > model.num_classes:
+        raise DataError(f"the data has {source.classes} classes, the model model.num_classes={model.num_classes}")
+    return source
+
+
+def check_split(batch_size: int, ranks: int) -> None:
+    """Raise ConfigError unless `ranks` processes give the same losses as one: whole sub-batches of the ratio loss."""
+    if ranks > 1 and batch_size % (ranks * SUB_BATCH):
+        raise ConfigError(
+            f"batch_size {batch_size} over {ranks} processes must be a multiple of {ranks * SUB_BATCH}: "
+            f"the ratio loss is taken over {SUB_BATCH} samples"
+        )
+
+
+def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
+    """Linear warm-up, then half a cosine to 0 at the last step (or constant)."""
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    if not optim.cosine:
+        return optim.lr
+    progress = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
+    return optim.lr * (1 + math.cos(math.pi * progress)) / 2
