@@ -1,0 +1,262 @@
+"""Sampling with diffusers' schedulers, classifier-free guidance and a budget of tokens for each half.
+
+Every image has random numbers of its own, made on the CPU from (seed, image index): the same image comes out
+whatever the batch size, the order or the number of devices.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .config import DCDiTConfig, check_keys
+from .errors import ConfigError
+from .flops import dcdit_flops
+from .model import DCDiT, Routing
+
+# The objective that each scheduler integrates; the first of an objective is what "auto" takes.
+SCHEDULERS = {"flow-euler": "flow", "ddpm": "ddpm", "ddim": "ddpm", "dpm-solver++": "ddpm"}
+TRAIN_STEPS = 1000
+
+DropFraction = float | torch.Tensor | Sequence[float] | Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a callback sees before each update: x (B, C, H, W) at `timestep` (0 data to 1000 noise), the images' indices
+    (B,), and the Routing of the conditional half (its plan covers both halves where there is guidance)."""
+
+    number: int
+    steps: int
+    timestep: float
+    x: torch.Tensor
+    indices: torch.Tensor
+    routing: Routing
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run cost: `timesteps` (S,), `seconds` (S,) over all images, and the retained tokens of each image,
+    `tokens` (S, N) and `uncond_tokens` (S, N); the latter None without guidance."""
+
+    timesteps: torch.Tensor
+    seconds: torch.Tensor
+    tokens: torch.Tensor
+    uncond_tokens: torch.Tensor | None
+
+    def gflops(self, config: DCDiTConfig) -> torch.Tensor:
+        """GFLOP of each step, mean over the images, both halves together: (S,)."""
+        halves = [self.tokens] if self.uncond_tokens is None else [self.tokens, self.uncond_tokens]
+        costs = [[np.mean([dcdit_flops(config, m)["total"] for m in row]) for row in h.tolist()] for h in halves]
+        return torch.tensor(costs).sum(0)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Clean latents (N, C, H, W), float32 on the CPU, and the Trace of the run."""
+
+    latents: torch.Tensor
+    trace: Trace
+
+
+def image_generator(seed: int, index: int) -> torch.Generator:
+    """The random numbers of one image.
+
+    The CPU generator reads 32 bits of its seed. Within a run the indices keep them apart; the odd multiplier
+    (2³² divided by the golden ratio) puts the runs of nearby seeds far from each other.
+    """
+    return torch.Generator().manual_seed((seed * 0x9E3779B1 + index) % 2**32)
+
+
+def make_scheduler(name: str, objective: str, steps: int, learn_sigma: bool = False, clip: bool = False):
+    """A diffusers scheduler set to `steps`, and the model's timestep of each step (float32, S).
+
+    "auto" is flow-euler or ddpm. Raises ConfigError for an unknown name, or one that integrates another objective.
+
+    For noise prediction the linear 1000-step schedule is respaced as in DiT (steps evenly spread from 0 to 999;
+    arXiv 2102.09672 section 4): the scheduler gets the betas of the steps that are left, and counts them 0 to S − 1.
+    All three then step between exactly these times, also where S does not divide 1000.
+    """
+    import diffusers
+
+    check_keys([objective], set(SCHEDULERS.values()), "objective")
+    if name == "auto":
+        name = next(key for key, value in SCHEDULERS.items() if value == objective)
+    check_keys([name], ["auto", *SCHEDULERS], "scheduler")
+    if SCHEDULERS[name] != objective:
+        fitting = " or ".join(key for key, value in SCHEDULERS.items() if value == objective)
+        raise ConfigError(
+            f"scheduler {name} integrates {SCHEDULERS[name]}, this model was trained by {objective}: use {fitting}"
+        )
+    if not 1 <= steps <= TRAIN_STEPS:
+        raise ConfigError(f"steps must be in [1, {TRAIN_STEPS}], got {steps}")
+    if objective == "flow":
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+        # Its own grid ends at σ = 0.001 and spends a whole step on the rest; this one has S equal steps.
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
+        return scheduler, scheduler.timesteps
+    kept = np.unique(np.linspace(TRAIN_STEPS - 1, 0, steps).round().astype(int))
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, TRAIN_STEPS))[kept]
+    betas = 1 - alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]])
+    shared = {"num_train_timesteps": steps, "trained_betas": betas, "timestep_spacing": "trailing"}
+    if name == "ddpm":
+        variance = "learned_range" if learn_sigma else "fixed_small"
+        scheduler = diffusers.DDPMScheduler(**shared, variance_type=variance, clip_sample=clip)
+    elif name == "ddim":
+        scheduler = diffusers.DDIMScheduler(**shared, clip_sample=clip)
+    else:
+        scheduler = diffusers.DPMSolverMultistepScheduler(**shared)
+    scheduler.set_timesteps(steps)
+    return scheduler, torch.from_numpy(kept[::-1].copy()).float()
+
+
+@torch.no_grad()
+def sample(
+    model: DCDiT,
+    classes: Sequence[int] | torch.Tensor,
+    *,
+    objective: str,
+    scheduler: str = "auto",
+    steps: int = 50,
+    guidance: float = 1.0,
+    drop_fraction: DropFraction = 0.0,
+    uncond_drop_fraction: DropFraction | None = None,
+    seed: int = 0,
+    indices: Sequence[int] | None = None,
+    batch_size: int = 64,
+    clip: bool = False,
+    precision: torch.dtype | None = None,
+    callback: Callable[[Step], Any] | None = None,
+) -> Samples:
+    """Sample one latent for each class id in `classes` (N,).
+
+    Args:
+        objective: what the model was trained by, "flow" or "ddpm".
+        scheduler: "auto", "flow-euler", "ddpm" (variance learned where the model has it), "ddim", "dpm-solver++".
+        guidance: classifier-free guidance, uncond + guidance·(cond − uncond), on all channels of the noise or velocity;
+            a learned variance is the conditional one. 1 runs no unconditional half. Both halves are one packed batch.
+        drop_fraction: ρ in [0, 1): a number; a tensor (N,), one per image; a list over the steps; or a function
+            of the progress from 0 (noise) to 1 (the last step).
+        uncond_drop_fraction: likewise for the unconditional half (Lite-CFG, arXiv 2603.06351); None: the same.
+        seed, indices: image i draws from (seed, indices[i]); the indices are 0 to N − 1 by default.
+        clip: clamp the predicted x_0 of "ddpm" and "ddim" to [−1, 1], for codecs whose latents are pixels.
+        precision: run the model under autocast to this dtype.
+        callback: called with a Step before each update.
+
+    Raises ConfigError for a class id outside [0, num_classes), ρ outside [0, 1), or a scheduler that does not fit.
+    """
+    config = model.config
+    classes = _class_ids(classes, config.num_classes)
+    count = len(classes)
+    indices = torch.arange(count) if indices is None else torch.as_tensor(indices)
+    if len(indices) != count:
+        raise ConfigError(f"indices must have one entry for each of the {count} classes, got {len(indices)}")
+    if not guidance >= 0 or batch_size < 1:
+        raise ConfigError(f"guidance must be at least 0 and batch_size at least 1, got {guidance} and {batch_size}")
+    if uncond_drop_fraction is None:
+        uncond_drop_fraction = drop_fraction
+    _, timesteps = make_scheduler(scheduler, objective, steps, config.learn_sigma, clip)
+    # (S, N) each, checked before the first step is taken.
+    budgets = [_budget(drop_fraction, steps, count)]
+    if guidance != 1:
+        budgets.append(_budget(uncond_drop_fraction, steps, count))
+
+    latents = torch.empty(count, config.in_channels, *config.input_size)
+    tokens = torch.empty(len(budgets), steps, count)
+    seconds = torch.zeros(steps)
+    for start in range(0, count, batch_size):
+        part = slice(start, start + batch_size)
+        stepper, _ = make_scheduler(scheduler, objective, steps, config.learn_sigma, clip)  # multistep ones keep state
+        run = _Batch(model, stepper, classes[part], indices[part], seed, guidance, precision)
+        for i, t in enumerate(timesteps.tolist()):
+            begin = time.perf_counter()
+            rho = torch.cat([budget[i, part] for budget in budgets])
+            routing = run.predict(t, rho)
+            if callback is not None:
+                paused = time.perf_counter()
+                callback(Step(i, steps, t, run.x, indices[part], routing))
+                begin += time.perf_counter() - paused
+            tokens[:, i, part] = routing.plan.lengths.view(len(budgets), -1).cpu().float()
+            run.update(i)
+            seconds[i] += time.perf_counter() - begin
+        latents[part] = run.x.cpu()
+    trace = Trace(timesteps, seconds, tokens[0], tokens[1] if len(budgets) == 2 else None)
+    return Samples(latents, trace)
+
+
+class _Batch:
+    """The images of one batch on their way from noise to data."""
+
+    def __init__(self, model, scheduler, classes, indices, seed, guidance, precision) -> None:
+        self.model, self.scheduler, self.guidance, self.precision = model, scheduler, guidance, precision
+        self.device = next(model.parameters()).device
+        self.generators = [image_generator(seed, index) for index in indices.tolist()]
+        shape = (1, model.config.in_channels, *model.config.input_size)
+        self.x = torch.cat([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
+        self.halves = 1 if guidance == 1 else 2
+        null = torch.full_like(classes, model.config.num_classes)
+        self.y = torch.cat([classes, null][: self.halves]).to(self.device)
+
+    def predict(self, t: float, rho: torch.Tensor) -> Routing:
+        """Run the model at time t with ρ (halves·B,), keep the guided output, return the conditional routing."""
+        x = torch.cat([self.x] * self.halves)
+        times = torch.full((len(x),), t, device=self.device)
+        with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not None):
+            out, routing = self.model(x, times, self.y, rho.to(self.device), return_routing=True)
+        self.output = self._guide(out.float())
+        batch = len(self.x)
+        masks = (routing.boundary_prob, routing.boundary_mask, routing.natural_mask)
+        return Routing(*(mask[:batch] for mask in masks), routing.plan)
+
+    def update(self, i: int) -> None:
+        """Let the scheduler take step i."""
+        scheduler, output = self.scheduler, self.output
+        if scheduler.config.get("variance_type") != "learned_range":
+            output = output[:, : self.x.shape[1]]
+        # diffusers draws a list of generators one image at a time, on the CPU.
+        self.x = scheduler.step(output, scheduler.timesteps[i], self.x, generator=self.generators).prev_sample
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _guide(self, out: torch.Tensor) -> torch.Tensor:
+        if self.halves == 1:
+            return out
+        channels = self.x.shape[1]
+        cond, uncond = out.chunk(2)
+        mean = uncond[:, :channels] + self.guidance * (cond[:, :channels] - uncond[:, :channels])
+        return torch.cat([mean, cond[:, channels:]], dim=1)
+
+
+def _class_ids(classes: Sequence[int] | torch.Tensor, num_classes: int) -> torch.Tensor:
+    classes = torch.as_tensor(classes)
+    if classes.dim() != 1 or classes.is_floating_point() or len(classes) == 0:
+        raise ConfigError(f"classes must be a list of class ids, got {classes.dtype} of shape {tuple(classes.shape)}")
+    low, high = int(classes.min()), int(classes.max())
+    if low < 0 or high >= num_classes:
+        wrong = low if low < 0 else high
+        raise ConfigError(f"class id {wrong} is outside [0, {num_classes - 1}], the classes of this model")
+    return classes.long()
+
+
+def _budget(drop: DropFraction, steps: int, count: int) -> torch.Tensor:
+    """ρ of every step and image (S, N), float32."""
+    if isinstance(drop, torch.Tensor) and drop.dim() == 1:
+        if len(drop) != count:
+            raise ConfigError(f"a drop fraction for each image needs {count} values, got {len(drop)}")
+        table = drop.float().cpu().expand(steps, count)
+    else:
+        if callable(drop):
+            drop = [drop(i / max(steps - 1, 1)) for i in range(steps)]
+        values = torch.as_tensor(drop, dtype=torch.float32)
+        if values.dim() > 1 or (values.dim() == 1 and len(values) != steps):
+            raise ConfigError(f"a drop fraction for each step needs {steps} values, got shape {tuple(values.shape)}")
+        table = values.reshape(-1, 1).expand(steps, count)
+    wrong = table[~((table >= 0) & (table < 1))]
+    if len(wrong):
+        raise ConfigError(f"drop fractions must be in [0, 1), got {wrong[0]:g}")
+    return table
