@@ -9,13 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from .checkpoints import load_checkpoint
+from .codecs import make_codec
 from .config import DCDiTConfig, check_keys
-from .errors import ConfigError
+from .errors import CheckpointError, ConfigError
 from .flops import dcdit_flops
 from .model import DCDiT, Routing
 
@@ -260,3 +263,28 @@ def _budget(drop: DropFraction, steps: int, count: int) -> torch.Tensor:
     if len(wrong):
         raise ConfigError(f"drop fractions must be in [0, 1), got {wrong[0]:g}")
     return table
+
+
+def parse_classes(text: str, num_classes: int) -> list[int]:
+    """Class ids from text such as "0-9" or "1,3,5-7". Raises ConfigError."""
+    ids = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ConfigError(f"classes must look like 0-9 or 1,3,5, got {text!r}")
+        low, high = int(first), int(last or first)
+        if low > high:
+            raise ConfigError(f"classes {part.strip()!r} run backwards")
+        _class_ids([low, high], num_classes)
+        ids.extend(range(low, high + 1))
+    return ids
+
+
+def open_checkpoint(path: str | Path, device: str | torch.device = "cpu"):
+    """What a checkpoint needs to become images: (model, objective, codec). Raises CheckpointError or ConfigError."""
+    model, extra = load_checkpoint(path, device)
+    for key, kind in (("objective", str), ("codec", dict)):
+        if not isinstance(extra.get(key), kind):
+            raise CheckpointError(f"{Path(path) / 'config.json'} does not say the model's {key}")
+    check_keys([extra["objective"]], set(SCHEDULERS.values()), "objective")
+    return model, extra["objective"], make_codec(**extra["codec"])

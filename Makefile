@@ -1,0 +1,37 @@
+# make demo · make test · make lint. They need Python 3.10 or newer and a C++ compiler, nothing else.
+PYTHON ?= python3
+# The CPU build. A PYTHON that has torch already keeps its own.
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+PY := $(VENV)/bin/python
+# Prints the package folders of the Python that runs it.
+FOLDERS := import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed-demo
+	$(VENV)/bin/dcdit demo
+
+test: $(VENV)/installed-test
+	$(PY) -m pytest tests -q
+
+lint: $(VENV)/installed-dev
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info
+
+# An environment that sees PYTHON's own packages where torch is among them, and has a torch of its own where not.
+$(VENV)/torch:
+	$(PYTHON) -m venv --clear $(VENV)
+	if $(PYTHON) -c 'import torch' 2>/dev/null; \
+	then $(PYTHON) -c '$(FOLDERS)' >"$$($(PY) -c '$(FOLDERS)')/outer.pth"; \
+	else $(PY) -m pip install --quiet --disable-pip-version-check '$(TORCH)'; fi
+	touch $@
+
+$(VENV)/installed-%: $(VENV)/torch pyproject.toml setup.py $(wildcard csrc/*)
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	touch $@

@@ -1,0 +1,129 @@
+"""`dcdit sample`: images from a checkpoint; under `accelerate launch` the processes share the work."""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+import torch
+
+from ..codecs import PixelUnshuffle
+from ..errors import ConfigError
+from ..pictures import check_output, enlarge, grid, output_folder, save_png, to_uint8
+from ..sampling import SCHEDULERS, open_checkpoint, parse_classes, sample
+
+FORMATS = ("grid", "png", "npz")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of `dcdit sample`."""
+    parser.add_argument("checkpoint", help="a folder with model.safetensors and config.json")
+    add_sampling_options(parser)
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("--per-class", type=int, default=1, metavar="N", help="images of each class (1)")
+    amount.add_argument("--num", type=int, metavar="N", help="images in all, the classes taking turns")
+    parser.add_argument("--output", default="samples", metavar="DIR", help="folder to write (samples)")
+    parser.add_argument(
+        "--format",
+        nargs="+",
+        choices=FORMATS,
+        default=["grid"],
+        help="grid.png; one PNG for each image; samples.npz as the ADM evaluation suite reads it (grid)",
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """The options that every command that samples has."""
+    parser.add_argument("--classes", metavar="IDS", help="such as 0-9 or 1,3,5 (all)")
+    parser.add_argument("--steps", type=int, default=50, help="steps from noise to image (50)")
+    parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance; 1 is none (2)")
+    parser.add_argument("--drop-fraction", type=float, default=0.0, metavar="RHO", help="share of tokens to drop (0)")
+    parser.add_argument(
+        "--uncond-drop-fraction",
+        type=float,
+        metavar="RHO",
+        help="the same for the unconditional half, Lite-CFG (as --drop-fraction)",
+    )
+    parser.add_argument("--scheduler", default="auto", help=f"auto, {', '.join(SCHEDULERS)}")
+    parser.add_argument("--seed", type=int, default=0, help="image I draws its noise from (seed, I) (0)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images at a time on each device (64)")
+    parser.add_argument("--bf16", action="store_true", help="run the model under bfloat16 autocast")
+    parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
+
+
+def sampling_arguments(args: argparse.Namespace, objective: str, codec) -> dict:
+    """Keywords of `sample` from the options above."""
+    return {
+        "objective": objective,
+        "scheduler": args.scheduler,
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "drop_fraction": args.drop_fraction,
+        "uncond_drop_fraction": args.uncond_drop_fraction,
+        "seed": args.seed,
+        "batch_size": args.batch_size,
+        "clip": isinstance(codec, PixelUnshuffle),
+        "precision": torch.bfloat16 if args.bf16 else None,
+    }
+
+
+def run(args: argparse.Namespace) -> None:
+    """Sample, gather on the first process, write."""
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+    from tqdm import tqdm
+
+    state = PartialState(cpu=args.cpu)
+    check_output(args.output)
+    model, objective, codec = open_checkpoint(args.checkpoint, state.device)
+    ids = parse_classes(args.classes, model.config.num_classes) if args.classes else range(model.config.num_classes)
+    count = args.num if args.num is not None else len(ids) * args.per_class
+    if count < 1 or args.batch_size < 1:
+        raise ConfigError(f"expected at least one image and a batch size of at least 1, got {count}, {args.batch_size}")
+    # The classes take turns, so that the first images stay the same when more are asked for.
+    labels = np.resize(np.asarray(ids), count)
+    options = sampling_arguments(args, objective, codec)
+
+    images, traces = [], []
+    together = args.batch_size * state.num_processes
+    rounds = range(0, count, together)
+    with tqdm(total=len(rounds) * args.steps, unit="step", disable=not state.is_main_process) as bar:
+        for first in rounds:
+            mine = np.array_split(np.arange(first, min(first + together, count)), state.num_processes)
+            mine = mine[state.process_index]
+            part = None
+            if len(mine):
+                result = sample(model, labels[mine], indices=mine, callback=lambda _: bar.update(), **options)
+                traces.append(result.trace)
+                part = to_uint8(codec.decode(result.latents.to(state.device)))
+            images += [part for part in gather_object([part]) if part is not None and state.is_main_process]
+    if state.is_main_process:
+        write(args.output, args.format, np.concatenate(images), labels, columns=len(ids))
+        print(f"{count} images in {args.output}/: {summary(traces, model.config)}")
+
+
+def write(directory: str, formats: list[str], images: np.ndarray, labels: np.ndarray, columns: int) -> None:
+    """Write uint8 images (N, H, W, 3) in the formats asked for; all files appear, or none."""
+    with output_folder(directory) as folder:
+        if "grid" in formats:
+            columns = columns if columns <= 32 else int(np.ceil(len(images) ** 0.5))
+            save_png(folder / "grid.png", grid(enlarge(images), min(columns, len(images))))
+        if "png" in formats:
+            for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+                save_png(folder / f"{i:06d}_class{label}.png", image)
+        if "npz" in formats:
+            np.savez(folder / "samples.npz", images, labels)  # arr_0 and arr_1, as ADM's own scripts write them
+
+
+def summary(traces, config) -> str:
+    """One line about the tokens, FLOPs and time of this process's images."""
+    cells = config.input_size[0] * config.input_size[1]
+    tokens = torch.cat([trace.tokens for trace in traces], dim=1)
+    text = f"{tokens.mean() / cells:.1%} of {cells} cells kept"
+    if traces[0].uncond_tokens is not None:
+        uncond = torch.cat([trace.uncond_tokens for trace in traces], dim=1)
+        text += f" ({uncond.mean() / cells:.1%} without class)"
+    weights = [trace.tokens.shape[1] / tokens.shape[1] for trace in traces]
+    gflops = sum(w * float(trace.gflops(config).sum()) for w, trace in zip(weights, traces, strict=True))
+    seconds = sum(float(trace.seconds.sum()) for trace in traces)
+    return f"{text}, {gflops:.4g} GFLOP and {seconds / tokens.shape[1]:.3g} s per image"

@@ -1,0 +1,52 @@
+"""`dcdit visualize`: chunk maps over the trajectory, and what each step costs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import ConfigError
+from ..pictures import check_output, output_folder
+from ..sampling import open_checkpoint, parse_classes
+from ..visualize import draw_chunk_maps, draw_curves, record
+from .sample import add_sampling_options, sampling_arguments
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of `dcdit visualize`."""
+    parser.add_argument("checkpoint", nargs="+", help="one checkpoint folder, or several of one size to compare")
+    add_sampling_options(parser)
+    parser.add_argument("--num", type=int, default=4, metavar="N", help="samples to draw (4)")
+    parser.add_argument("--times", type=int, default=7, metavar="T", help="timesteps to draw (7)")
+    parser.add_argument("--output", default="pictures", metavar="DIR", help="folder to write (pictures)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write chunks-NAME.png for each checkpoint and one curves.png."""
+    import torch
+
+    if args.num < 1 or args.times < 1:
+        raise ConfigError(f"expected at least one sample and one timestep, got {args.num} and {args.times}")
+    check_output(args.output)
+    device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
+    with output_folder(args.output) as folder:
+        traces = {}
+        for path in args.checkpoint:
+            model, objective, codec = open_checkpoint(path, device)
+            classes = model.config.num_classes
+            ids = parse_classes(args.classes, classes) if args.classes else range(classes)
+            labels = np.resize(np.asarray(ids), args.num)
+            samples, snapshots = record(model, labels, args.times, **sampling_arguments(args, objective, codec))
+            name = _name(path)
+            draw_chunk_maps(folder / f"chunks-{name}.png", samples, snapshots, codec, model.config)
+            traces[f"{name} ({objective})"] = samples.trace
+        draw_curves(folder / "curves.png", traces, model.config)
+    print(f"wrote the chunk maps and curves.png in {args.output}/")
+
+
+def _name(path: str) -> str:
+    """The folder's name; the folder above it where training called it just 'model'."""
+    folder = Path(path).resolve()
+    return folder.parent.name if folder.name == "model" else folder.name
