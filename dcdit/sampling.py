@@ -159,8 +159,10 @@ def sample(
     indices = torch.arange(count) if indices is None else torch.as_tensor(indices)
     if len(indices) != count:
         raise ConfigError(f"indices must have one entry for each of the {count} classes, got {len(indices)}")
-    if not guidance >= 0 or batch_size < 1:
-        raise ConfigError(f"guidance must be at least 0 and batch_size at least 1, got {guidance} and {batch_size}")
+    if not 0 <= guidance < float("inf"):
+        raise ConfigError(f"guidance must be a number of at least 0, got {guidance}")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
     if uncond_drop_fraction is None:
         uncond_drop_fraction = drop_fraction
     _, timesteps = make_scheduler(scheduler, objective, steps, config.learn_sigma, clip)

@@ -12,30 +12,32 @@ import torch
 from .config import DCDiTConfig
 from .flops import dit_flops
 from .model import DCDiT
-from .pictures import to_uint8
+from .pictures import enlarge, grid, save_png, to_uint8
 from .sampling import Samples, Step, Trace, sample
 
 TINT = np.array([255, 122, 24])  # kept cells
+OUTLINE = np.array([120, 150, 190])  # between chunks
 INK, PAPER, MUTED = "#1d2433", "#ffffff", "#8a93a6"
 COLOURS = ("#e4572e", "#2e6fe4", "#2a9d62", "#8e44ad")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The images on their way: x (N, C, H, W) at `timestep`, the retained cells (N, L) bool, and for every cell the
-    cell that refills it (N, L)."""
+    """The images on their way: x (N, C, H, W) at `timestep`, and as arrays (N, H, W) the retained cells, bool, and for
+    each cell the one that refills it, by raster index."""
 
     timestep: float
     x: torch.Tensor
-    mask: torch.Tensor
-    source: torch.Tensor
+    mask: np.ndarray
+    source: np.ndarray
 
     @classmethod
     def of(cls, step: Step) -> Snapshot:
         plan, (batch, cells) = step.routing.plan, step.routing.boundary_mask.shape
         row = plan.nearest.view(-1, cells)[:batch].long()
         source = plan.token_index[row] - torch.arange(batch, device=row.device)[:, None] * cells
-        return cls(step.timestep, step.x.cpu(), step.routing.boundary_mask.cpu(), source.cpu())
+        grids = (part.view(batch, *plan.grid).cpu().numpy() for part in (step.routing.boundary_mask, source))
+        return cls(step.timestep, step.x.cpu(), *grids)
 
 
 def record(model: DCDiT, classes, count: int = 6, **options) -> tuple[Samples, list[Snapshot]]:
@@ -60,41 +62,75 @@ def chunk_map(image: np.ndarray, mask: np.ndarray, source: np.ndarray, side: int
     """
     factor = max(1, side // image.shape[0])
     scale = image.shape[0] * factor // mask.shape[0], image.shape[1] * factor // mask.shape[1]
-    grow = lambda cells: cells.repeat(scale[0], axis=0).repeat(scale[1], axis=1)  # noqa: E731
+
+    def grow(cells: np.ndarray) -> np.ndarray:
+        return cells.repeat(scale[0], axis=0).repeat(scale[1], axis=1)
+
     picture = image.repeat(factor, axis=0).repeat(factor, axis=1).astype(np.float64)
     picture = np.where(grow(mask)[..., None], 0.35 * picture + 0.65 * TINT, 0.75 * picture)
     chunks = grow(source)
     edge = np.zeros(chunks.shape, dtype=bool)
     edge[1:] |= chunks[1:] != chunks[:-1]
     edge[:, 1:] |= chunks[:, 1:] != chunks[:, :-1]
-    picture[edge & ~grow(mask)] = 0.6 * picture[edge & ~grow(mask)] + 0.4 * 110
+    outline = edge & ~grow(mask)
+    picture[outline] = 0.55 * picture[outline] + 0.45 * OUTLINE
     return picture.round().astype(np.uint8)
 
 
-def draw_chunk_maps(file: Path, samples: Samples, snapshots: list[Snapshot], codec, config: DCDiTConfig) -> None:
+def draw_chunk_maps(file: Path, samples: Samples, snapshots: list[Snapshot], codec) -> None:
     """For every sample x_t over its chunk map, one column per snapshot and the result at the right."""
     from matplotlib.figure import Figure
 
-    rows, columns = len(samples.latents), len(snapshots) + 1
-    high, wide = config.input_size
-    figure = Figure(figsize=(1.25 * columns + 0.3, rows * 2.72 * high / wide + 0.45), facecolor=PAPER)
-    axes = figure.subplots(2 * rows, columns, squeeze=False)
-    figure.subplots_adjust(
-        left=0.02, right=0.98, top=1 - 0.35 / figure.get_figheight(), bottom=0.04, hspace=0.06, wspace=0.06
-    )
-    for axis in axes.flat:
+    # Inches: a picture is `side` wide and `tall` high; two of them and a line of text make a block.
+    side, gap, text, margin = 1.2, 0.07, 0.3, 0.12
+    tall = side * samples.latents.shape[2] / samples.latents.shape[3]
+    block = 2 * tall + gap + text
+    high, wide = len(samples.latents) * block + 0.32, (len(snapshots) + 1) * (side + gap) - gap + 2 * margin
+    figure = Figure(figsize=(wide, high), facecolor=PAPER)
+
+    def place(column: int, top: float, image: np.ndarray):
+        left = margin + column * (side + gap)
+        axis = figure.add_axes([left / wide, 1 - (top + tall) / high, side / wide, tall / high])
+        axis.imshow(image, interpolation="nearest")
         axis.set_axis_off()
+        return axis
+
     for j, shot in enumerate(snapshots):
-        images = to_uint8(codec.decode(shot.x))
-        axes[0, j].set_title(f"t = {shot.timestep:.0f}", fontsize=10, color=INK)
-        for i, image in enumerate(images):
-            mask, source = (cells[i].view(high, wide).numpy() for cells in (shot.mask, shot.source))
-            axes[2 * i, j].imshow(image, interpolation="nearest")
-            axes[2 * i + 1, j].imshow(chunk_map(image, mask, source))
-            _below(axes[2 * i + 1, j], f"{mask.mean():.0%} kept")
-    axes[0, -1].set_title("image", fontsize=10, color=INK)
+        for i, image in enumerate(to_uint8(codec.decode(shot.x))):
+            top = 0.3 + i * block
+            axis = place(j, top, image)
+            if i == 0:
+                axis.set_title(f"t = {shot.timestep:.0f}", fontsize=10, color=INK, pad=5)
+            below = place(j, top + tall + gap, chunk_map(image, shot.mask[i], shot.source[i]))
+            label = f"{shot.mask[i].mean():.0%} kept"
+            below.text(0.5, -0.03, label, transform=below.transAxes, ha="center", va="top", fontsize=9, color=MUTED)
     for i, image in enumerate(to_uint8(codec.decode(samples.latents))):
-        axes[2 * i, -1].imshow(image, interpolation="nearest")
+        axis = place(len(snapshots), 0.3 + i * block + (tall + gap) / 2, image)
+        axis.set_title("image", fontsize=10, color=INK, pad=5)
+    figure.savefig(file, dpi=140)
+
+
+def draw_poster(file: Path, samples: Samples, last: Snapshot, codec) -> None:
+    """The images in one row, and under each its chunk map at the last snapshot."""
+    images = enlarge(to_uint8(codec.decode(samples.latents)), 168)
+    maps = [chunk_map(*parts) for parts in zip(images, last.mask, last.source, strict=True)]
+    save_png(file, grid(np.concatenate([images, np.stack(maps)]), len(images), gap=6))
+
+
+def draw_budgets(file: Path, images: dict[str, np.ndarray], columns: int = 20) -> None:
+    """One row of pictures (N, H, W, 3) for each name, the same samples under each other."""
+    from matplotlib.figure import Figure
+
+    rows = [enlarge(row[:columns], 84) for row in images.values()]
+    sheet = grid(np.concatenate(rows), len(rows[0]), gap=4)
+    figure = Figure(figsize=(12, 11 * sheet.shape[0] / sheet.shape[1] + 0.1), facecolor=PAPER, layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(sheet, interpolation="nearest")
+    pitch = rows[0].shape[1] + 4
+    axis.set_yticks([2 + pitch * (i + 0.5) for i in range(len(rows))], list(images), color=INK, fontsize=11)
+    axis.set_xticks([])
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
     figure.savefig(file, dpi=130)
 
 
@@ -102,7 +138,7 @@ def draw_curves(file: Path, traces: dict[str, Trace], config: DCDiTConfig) -> No
     """Tokens kept, GFLOP and milliseconds of each step, from noise to image, one colour for each named trace."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.5), facecolor=PAPER, layout="constrained")
+    figure = Figure(figsize=(13, 3.5), facecolor=PAPER, layout="constrained")
     kept, flops, seconds = figure.subplots(1, 3)
     cells = math.prod(config.input_size)
     halves = 1
@@ -114,7 +150,9 @@ def draw_curves(file: Path, traces: dict[str, Trace], config: DCDiTConfig) -> No
         kept.plot(way, share.mean(1), color=colour, label=name)
         if trace.uncond_tokens is not None:
             halves = 2
-            kept.plot(way, 100 * trace.uncond_tokens.mean(1) / cells, color=colour, linestyle=":", linewidth=1.4)
+            other = 100 * trace.uncond_tokens.mean(1) / cells
+            if (other - share.mean(1)).abs().mean() > 1:  # else the two lines would cover each other
+                kept.plot(way, other, color=colour, linestyle=":", label=f"{name}, without class")
         flops.plot(way, trace.gflops(config), color=colour)
         seconds.plot(way, 1000 * trace.seconds / trace.tokens.shape[1], color=colour)
     target, plain = 100 / config.target_ratio, halves * dit_flops(config, cells / 4)
@@ -131,16 +169,10 @@ def draw_curves(file: Path, traces: dict[str, Trace], config: DCDiTConfig) -> No
         axis.tick_params(colors=MUTED)
         axis.grid(axis="y", color="#eceef3")
         axis.set_axisbelow(True)
-    if halves == 2:
-        kept.plot([], [], color=MUTED, linestyle=":", linewidth=1.4, label="without class")
-    kept.legend(frameon=False, fontsize=9, labelcolor=INK)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9, labelcolor=INK)
     figure.savefig(file, dpi=130)
-
-
-def _below(axis, text: str) -> None:
-    axis.text(0.5, -0.04, text, transform=axis.transAxes, ha="center", va="top", fontsize=8.5, color=INK)
 
 
 def _level(axis, value: float, text: str) -> None:
     axis.axhline(value, color=MUTED, linestyle="--", linewidth=1)
-    axis.text(99, value, text, ha="right", va="bottom", fontsize=8.5, color=MUTED)
+    axis.text(1, value, text, ha="left", va="top", fontsize=8.5, color=MUTED)

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
             labels = np.resize(np.asarray(ids), args.num)
             samples, snapshots = record(model, labels, args.times, **sampling_arguments(args, objective, codec))
             name = _name(path)
-            draw_chunk_maps(folder / f"chunks-{name}.png", samples, snapshots, codec, model.config)
+            draw_chunk_maps(folder / f"chunks-{name}.png", samples, snapshots, codec)
             traces[f"{name} ({objective})"] = samples.trace
         draw_curves(folder / "curves.png", traces, model.config)
     print(f"wrote the chunk maps and curves.png in {args.output}/")

@@ -1,0 +1,73 @@
+"""`dcdit demo`: what `make demo` runs."""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..demo import DIGITS, LATE, run_budget, table, time_plain_dit
+from ..errors import ConfigError
+from ..pictures import check_output, output_folder
+from ..sampling import open_checkpoint
+from ..visualize import draw_budgets, draw_chunk_maps, draw_curves, draw_poster, record
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of `dcdit demo`."""
+    parser.add_argument("--checkpoint", default=str(DIGITS), help="a digits checkpoint (the one that is shipped)")
+    parser.add_argument("--drop-fractions", type=float, nargs="+", default=[0, 0.2, 0.4, 0.6], metavar="RHO")
+    parser.add_argument("--samples", type=int, default=100, metavar="N", help="samples at each ρ (100)")
+    parser.add_argument("--steps", type=int, default=50, help="steps from noise to image (50)")
+    parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance (2)")
+    parser.add_argument("--batch-size", type=int, default=50, help="images at a time (50)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="demo", metavar="DIR", help="folder for the pictures (demo)")
+    parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Sample at each ρ, draw, and print the table."""
+    check_output(args.output)
+    if args.samples < 1:
+        raise ConfigError(f"expected at least one sample, got {args.samples}")
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+    model, objective, codec = open_checkpoint(args.checkpoint, device)
+    from ..classifier import DigitClassifier
+
+    print("Fitting a classifier to real digits …", flush=True)
+    classifier = DigitClassifier()
+    print(f"It recognises {classifier.accuracy:.1%} of 500 real digits that it has not seen.", flush=True)
+    options = {"objective": objective, "steps": args.steps, "guidance": args.guidance, "seed": args.seed}
+    config, classes = model.config, np.arange(args.samples) % 10
+    cells, halves = config.input_size[0] * config.input_size[1], 1 if args.guidance == 1 else 2
+
+    # The first steps of a batch size also pay for imports and allocations.
+    batch = min(args.batch_size, args.samples)
+    record(model, classes[:batch], 1, **{**options, "steps": 3})
+    budgets = []
+    for rho in tqdm(args.drop_fractions, desc=f"{args.samples} digits at each ρ", unit="ρ"):
+        budgets.append(run_budget(model, codec, classifier, rho, classes, batch_size=args.batch_size, **options))
+    plain = [time_plain_dit(config, patch, batch, args.steps, halves, device) for patch in (2, 1)]
+
+    with output_folder(args.output) as folder:
+        digits, snapshots = record(model, range(10), 50, **options)
+        draw_poster(folder / "digits.png", digits, snapshots[-1], codec)
+        some = record(model, [3, 5, 8], 7, **options)
+        draw_chunk_maps(folder / "trajectory.png", *some, codec)
+        draw_budgets(folder / "budgets.png", {f"ρ = {b.drop_fraction:g}": b.images for b in budgets})
+        draw_curves(folder / "curves.png", {f"ρ = {b.drop_fraction:g}": b.samples.trace for b in budgets}, config)
+        text = table(budgets, plain, cells)
+        (folder / "table.txt").write_text(text + "\n")
+
+    print(f"\n{text}\n")
+    print(f"{args.steps} steps, guidance {args.guidance:g}, on {device.type}; GFLOPs as the paper counts them.")
+    first = budgets[0]
+    print(
+        f"At ρ = {first.drop_fraction:g} a share of {first.share:.1%} is kept over the trajectory, 1/N is "
+        f"{1 / config.target_ratio:.1%}; in the last {1 - LATE:.0%} of the steps {first.ink:.1%} of the cells with ink "
+        f"and {first.blank:.1%} of the blank ones ({first.ink / max(first.blank, 1e-9):.1f} times as often)."
+    )
+    print(f"Pictures: {args.output}/digits.png, trajectory.png, budgets.png, curves.png")

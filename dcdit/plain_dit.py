@@ -1,0 +1,57 @@
+"""The plain DiT of a DC-DiT's backbone (arXiv 2212.09748): the yardstick for its time, without trained weights."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .blocks import TimestepEmbedding, sincos_2d
+from .config import DCDiTConfig
+
+
+class PlainDiT(nn.Module):
+    """`patch`×`patch` cells to a token, DiT blocks on all tokens, and back: (B, C, H, W) → (B, C or 2C, H, W)."""
+
+    def __init__(self, config: DCDiTConfig, patch: int = 2) -> None:
+        super().__init__()
+        self.patch, self.grid = patch, tuple(n // patch for n in config.input_size)
+        width = config.hidden_size
+        self.stem = nn.Conv2d(config.in_channels, width, patch, stride=patch)
+        self.time_embed = TimestepEmbedding(width)
+        self.class_embed = nn.Embedding(config.num_classes + 1, width)
+        self.blocks = nn.ModuleList(_Block(width, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.head = nn.Linear(width, patch**2 * config.out_channels)
+        self.register_buffer("pos_embed", sincos_2d(width, self.grid))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        c = self.time_embed(t) + self.class_embed(y)
+        h = self.stem(x).flatten(2).transpose(1, 2) + self.pos_embed
+        for block in self.blocks:
+            h = block(h, c)
+        shift, scale = self.adaln(c)[:, None].chunk(2, dim=2)
+        h = self.head(self.norm(h) * (1 + scale) + shift)
+        return F.pixel_shuffle(h.transpose(1, 2).unflatten(2, self.grid), self.patch)
+
+
+class _Block(nn.Module):
+    """An adaLN-Zero block on (B, M, D)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        hidden = int(width * mlp_ratio)
+        self.heads = heads
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, h: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c)[:, None].chunk(6, dim=2)
+        q, k, v = self.qkv(self.norm(h) * (1 + scale1) + shift1).unflatten(2, (3, self.heads, -1)).unbind(2)
+        out = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)))
+        h = h + gate1 * self.proj(out.transpose(1, 2).flatten(2))
+        inner = F.gelu(self.fc1(self.norm(h) * (1 + scale2) + shift2), approximate="tanh")
+        return h + gate2 * self.fc2(inner)
