@@ -1,4 +1,4 @@
-"""Training data: where images come from, how they become latents, and which of them each step sees."""
+"""Where training images come from: the digits, a folder, or latents on disk."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
 
-from .errors import DataError
+from .config import DCDiTConfig
+from .errors import ConfigError, DataError
+from .train_config import DataConfig
 
 HELD_OUT = 50  # of each digit, the last ones
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-# Streams of random numbers; each is a key of its own.
-_SAMPLE, _ORDER, _STEP = range(3)
 
 
 class Source(Protocol):
     """Numbered images or latents with class ids."""
 
     encoded: bool  # already latents: no codec before the model
-    classes: int
+    classes: int | None  # None: not known before reading
 
     def __len__(self) -> int: ...
 
@@ -135,64 +133,22 @@ class Latents:
             raise DataError(f"{self.features / name}: expected shape {self.shape}, found {latent.shape}")
         if label.size != 1:
             raise DataError(f"{self.label_dir / name}: expected one class id, found shape {label.shape}")
-        return _flipped(latent.reshape(self.shape).astype(np.float32), flip), int(label.item())
+        return latent.reshape(self.shape).astype(np.float32), int(label.item())
 
 
-def generator(seed: int, stream: int, step: int = 0, position: int = 0) -> np.random.Generator:
-    """Random numbers that depend on these four alone, so that nothing has to be saved to resume (Philox)."""
-    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, position, step]))
-
-
-def draw_drop_fraction(seed: int, step: int, choices: list[float], warmup: int) -> float:
-    """ρ of a step, the same on every rank: 0 in the first `warmup` steps, then one of `choices`."""
-    if step < warmup:
-        return 0.0
-    return float(choices[generator(seed, _STEP, step).integers(len(choices))])
-
-
-class TrainingStream(Dataset):
-    """An endless training set: item step·batch_size + position is a sample with its noise, time and label.
-
-    Every item is {"image": (C, H, W), "noise": latent shape, "t": (), "y": ()}, a function of (seed, step, position)
-    only. Each epoch is a permutation of the source.
-    """
-
-    def __init__(self, source, objective, latent_shape, null_label, *, seed, batch_size, label_drop, flip) -> None:
-        self.source, self.objective, self.latent_shape, self.null_label = source, objective, latent_shape, null_label
-        self.seed, self.batch_size, self.label_drop, self.flip = seed, batch_size, label_drop, flip
-        self.epoch, self.order = -1, None
-
-    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
-        epoch, place = divmod(item, len(self.source))
-        if epoch != self.epoch:
-            self.epoch, self.order = epoch, generator(self.seed, _ORDER, epoch).permutation(len(self.source))
-        rng = generator(self.seed, _SAMPLE, *divmod(item, self.batch_size))
-        t = self.objective.draw_time(rng)
-        drop_label, flip = rng.random(2) < (self.label_drop, 0.5 * self.flip)
-        noise = rng.standard_normal(self.latent_shape, dtype=np.float32)
-        image, label = self.source.load(int(self.order[place]), bool(flip))
-        if not 0 <= label < self.null_label:
-            raise DataError(f"class id {label} of item {self.order[place]} is outside [0, {self.null_label})")
-        return {
-            "image": torch.from_numpy(np.ascontiguousarray(image)),
-            "noise": torch.from_numpy(noise),
-            "t": torch.tensor(t, dtype=torch.float32),
-            "y": torch.tensor(self.null_label if drop_label else label),
-        }
-
-
-def make_loader(
-    stream: TrainingStream, start: int, stop: int, rank: int = 0, ranks: int = 1, workers: int = 0
-) -> DataLoader:
-    """Batches of the steps [start, stop): the `rank`-th of `ranks` equal slices of each global batch."""
-    share = stream.batch_size // ranks
-    firsts = (step * stream.batch_size + rank * share for step in range(start, stop))
-    return DataLoader(
-        stream,
-        batch_sampler=(range(first, first + share) for first in firsts),
-        num_workers=workers,
-        persistent_workers=False,
-    )
+def make_source(data: DataConfig, model: DCDiTConfig) -> Source:
+    """The images or latents that a configuration names. Raises DataError when there are none or too many classes."""
+    if data.kind == "digits":
+        source = Digits()
+    elif data.kind == "folder":
+        source = ImageFolder(data.path, data.size)
+    else:
+        if data.flip:
+            raise ConfigError("data.flip works on images: mirror them before they are encoded to latents")
+        source = Latents(data.path, (model.in_channels, *model.input_size))
+    if source.classes and source.classes > model.num_classes:
+        raise DataError(f"the data has {source.classes} classes, the model model.num_classes={model.num_classes}")
+    return source
 
 
 def _load_npy(file: Path) -> np.ndarray:

@@ -85,7 +85,7 @@ class DDPM:
         error = self._at(self.noise / self.signal, t, x0) * (noise - predicted)
         shift = self._at(self.mean_x0, t, x0) * error
         ratio = log_variance - log_sigma2
-        kl = 0.5 * (ratio.exp() - 1 - ratio + shift.square() * torch.exp(-log_sigma2))
+        kl = 0.5 * (torch.expm1(ratio) - ratio + shift.square() * torch.exp(-log_sigma2))
         likelihood = _discretized_nll(x0, x0 + error, torch.exp(0.5 * log_sigma2))
         return torch.where(_per_sample(t == 0, x0), likelihood, kl).flatten(1).mean(1) / math.log(2)
 

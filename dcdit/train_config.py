@@ -84,6 +84,8 @@ class TrainConfig:
         for rho in self.drop_fractions:
             if not 0 <= rho < 1:
                 raise ConfigError(f"drop_fractions must lie in [0, 1), got {rho}")
+        if self.seed < 0:
+            raise ConfigError(f"seed must not be negative, got {self.seed}")
         if not self.drop_fractions:
             raise ConfigError("drop_fractions needs at least one value; [0] trains without dropping")
         if not 0 <= self.label_drop < 1:
@@ -98,7 +100,7 @@ class TrainConfig:
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> TrainConfig:
-    """Read a YAML file and apply `key=value` overrides, dots for nesting. Raises ConfigError for what cannot be used."""
+    """A YAML file under `key=value` overrides, dots for nesting. Raises ConfigError for what cannot be used."""
     import yaml
 
     try:

@@ -69,7 +69,7 @@ def load_state(file: Path, config: dict[str, Any], model: nn.Module, ema: EMA, o
     try:
         with safe_open(file, framework="pt") as stream:
             header = json.loads((stream.metadata() or {})["dcdit_training"])
-            tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118, not a dict
+            tensors = {key: stream.get_tensor(key) for key in stream.keys()}
     except (SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"{file} is truncated or not a training checkpoint: {error}") from error
     for key, old, new in _differences(header["config"], config):

@@ -11,12 +11,12 @@ import torch
 
 from .checkpoints import save_checkpoint
 from .codecs import make_codec
-from .config import DCDiTConfig
-from .data import Digits, ImageFolder, Latents, TrainingStream, draw_drop_fraction, make_loader
+from .data import make_source
 from .diffusion import make_objective, ratio_loss
 from .errors import ConfigError, DataError, DCDiTError
 from .model import DCDiT
-from .train_config import DataConfig, OptimConfig, TrainConfig
+from .stream import TrainingStream, batches, draw_drop_fraction
+from .train_config import OptimConfig, TrainConfig
 from .train_state import EMA, Metrics, load_state, save_state
 
 SUB_BATCH = 16  # of the ratio loss
@@ -28,11 +28,15 @@ def train(config: TrainConfig) -> Path:
     Writes OUTPUT/last.safetensors (to resume from), OUTPUT/model (the EMA, for `dcdit sample`) and
     OUTPUT/metrics.jsonl. Raises DCDiTError for input that cannot be used.
     """
-    return Trainer(config).run()
+    trainer = Trainer(config)
+    try:
+        return trainer.run()
+    finally:
+        trainer.close()
 
 
 class Trainer:
-    """One run. Everything random about a step is a function of (seed, step), see `dcdit.data.TrainingStream`."""
+    """One run. Everything random about a step is a function of (seed, step), see `dcdit.stream`."""
 
     def __init__(self, config: TrainConfig) -> None:
         from accelerate import Accelerator
@@ -86,14 +90,12 @@ class Trainer:
         from tqdm import tqdm
 
         config, main = self.config, self.accelerator.is_main_process
-        batches = make_loader(
-            self.stream, self.step, config.steps, self.accelerator.process_index, self.ranks, config.data.workers
-        )
+        rank, workers = self.accelerator.process_index, config.data.workers
         start, since, since_step = time.monotonic(), time.monotonic(), self.step
         saved = self.step
         bar = tqdm(initial=self.step, total=config.steps, unit="step", disable=not main, dynamic_ncols=True)
         with contextlib.closing(bar):
-            for batch in batches:
+            for batch in batches(self.stream, self.step, config.steps, rank, self.ranks, workers):
                 values = self.train_step(batch)
                 self.step += 1
                 bar.update()
@@ -110,11 +112,15 @@ class Trainer:
                     break
         if saved != self.step or not (self.output / "model").exists():
             self._save()
-        if main:
-            self.metrics.close()
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+        self.accelerator.print(f"EMA model after step {self.step}: {self.output / 'model'}")
         return self.output / "model"
+
+    def close(self) -> None:
+        """Close the metrics and leave the process group."""
+        if self.metrics:
+            self.metrics.close()
+        self.accelerator.end_training()
 
     def train_step(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | float]:
         """One optimiser step on this rank's slice of the batch; returns what metrics.jsonl records."""
@@ -170,11 +176,12 @@ class Trainer:
     def _save(self) -> None:
         if self.accelerator.is_main_process:
             config = self.config.to_dict()
-            save_state(self.last, self.step, config, self.net, self.ema, self.optimizer)
             average = DCDiT(self.config.model)
             average.load_state_dict(self.ema.state_dict() | dict(self.net.named_buffers()))
             extra = {"objective": config["objective"], "codec": self.config.codec.options(), "data": config["data"]}
             save_checkpoint(self.output / "model", average, {**extra, "step": self.step, "training": config})
+            # Last, so that a run killed between the two comes back to an older step and writes both again.
+            save_state(self.last, self.step, config, self.net, self.ema, self.optimizer)
 
     def _time_is_up(self, start: float) -> bool:
         # The ranks must agree, or one waits for ever.
@@ -191,19 +198,6 @@ class Trainer:
                 f"the data gives latents of shape {tuple(latent[0].shape)}, "
                 f"the model takes {tuple(item['noise'].shape)} (model.in_channels, model.input_size)"
             )
-
-
-def make_source(data: DataConfig, model: DCDiTConfig):
-    """The images or latents that a configuration names. Raises DataError when there are none or too many classes."""
-    if data.kind == "digits":
-        source = Digits()
-    elif data.kind == "folder":
-        source = ImageFolder(data.path, data.size)
-    else:
-        source = Latents(data.path, (model.in_channels, *model.input_size))
-    if source.classes and source.classes > model.num_classes:
-        raise DataError(f"the data has {source.classes} classes, the model model.num_classes={model.num_classes}")
-    return source
 
 
 def check_split(batch_size: int, ranks: int) -> None:

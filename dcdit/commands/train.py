@@ -18,4 +18,4 @@ def run(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     from ..training import train
 
-    print(f"EMA model: {train(config)}")
+    train(config)
