@@ -28,6 +28,8 @@ class Routing:
 class DCDiT(nn.Module):
     """A Dynamic Chunking Diffusion Transformer on (B, C, H, W) latents, one token per latent cell."""
 
+    pos_embed: torch.Tensor
+
     def __init__(self, config: DCDiTConfig) -> None:
         super().__init__()
         self.config = config
@@ -47,16 +49,16 @@ class DCDiT(nn.Module):
     def init_weights(self) -> None:
         """Xavier linears, zero adaLN and output (DiT), zero residual projection (H-Net)."""
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear) and not name.startswith("router"):
+            if not isinstance(module, nn.Linear) or name.startswith("router"):
+                continue
+            if name.endswith(("adaln.1", "final.linear", "residual_proj")):
+                nn.init.zeros_(module.weight)
+            elif name.startswith("time_embed"):
+                nn.init.normal_(module.weight, std=0.02)
+            else:
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+            nn.init.zeros_(module.bias)
         nn.init.normal_(self.class_embed.weight, std=0.02)
-        for linear in (self.time_embed.mlp[0], self.time_embed.mlp[2]):
-            nn.init.normal_(linear.weight, std=0.02)
-        zeroed = [block.adaln[1] for block in self.main.blocks]
-        for linear in (*zeroed, self.final.adaln[1], self.final.linear, self.residual_proj):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
 
     def forward(
         self,
