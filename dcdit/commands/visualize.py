@@ -38,7 +38,9 @@ def run(args: argparse.Namespace) -> None:
             classes = model.config.num_classes
             ids = parse_classes(args.classes, classes) if args.classes else range(classes)
             labels = np.resize(np.asarray(ids), args.num)
-            samples, snapshots = record(model, labels, args.times, **sampling_arguments(args, objective, codec))
+            options = sampling_arguments(args, objective, codec)
+            record(model, labels, 1, **{**options, "steps": 2})  # the first steps also pay for imports and allocations
+            samples, snapshots = record(model, labels, args.times, **options)
             name = _name(path)
             draw_chunk_maps(folder / f"chunks-{name}.png", samples, snapshots, codec)
             traces[f"{name} ({objective})"] = samples.trace

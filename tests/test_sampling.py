@@ -1,0 +1,266 @@
+"""Samplers against formulas worked out by hand and against data whose answer is known; noise, budgets, processes."""
+
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from dcdit.checkpoints import save_checkpoint
+from dcdit.config import DCDiTConfig
+from dcdit.errors import ConfigError
+from dcdit.model import DCDiT
+from dcdit.sampling import SCHEDULERS, image_generator, make_scheduler, parse_classes, sample
+
+SIZES = {"input_size": (6, 5), "in_channels": 3, "num_classes": 4, "hidden_size": 32, "depth": 1, "num_heads": 1}
+
+
+def tiny(learn_sigma=True):
+    torch.manual_seed(0)
+    model = DCDiT(DCDiTConfig(**SIZES, encoder_width=32, learn_sigma=learn_sigma))
+    for parameter in model.parameters():  # nothing zero, so that class, time and ρ all show
+        torch.nn.init.normal_(parameter, std=0.08)
+    torch.nn.init.zeros_(model.router.score.bias)
+    torch.nn.init.normal_(model.class_embed.weight)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def ddpm():
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def flow():
+    return tiny(learn_sigma=False)
+
+
+def predict(model, x, t, y, rho):
+    with torch.no_grad():
+        return model(x, torch.full((len(x),), float(t)), y, drop_fraction=rho)
+
+
+def initial(seed, indices, generators=None):
+    generators = generators or [image_generator(seed, i) for i in indices]
+    return torch.stack([torch.randn(3, 6, 5, generator=g) for g in generators])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_noise_is_bit_equal_whatever_the_batch_and_order(flow, batch_size):
+    order, seen = [4, 0, 7, 2, 5], {}
+
+    def look(step):
+        if step.number == 0:
+            seen.update(zip(step.indices.tolist(), step.x, strict=True))
+
+    options = {"objective": "flow", "steps": 1, "seed": 5, "callback": look}
+    sample(flow, [0] * 5, indices=order, batch_size=batch_size, **options)
+    for index in order:
+        assert torch.equal(seen[index], initial(5, [index])[0])
+    assert not torch.equal(seen[4], initial(6, [4])[0])
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_batch_size_and_order_do_not_change_the_images(ddpm, flow, scheduler):
+    """Step noise included: "ddpm" draws some at every step."""
+    objective = SCHEDULERS[scheduler]
+    model = flow if objective == "flow" else ddpm
+    options = {"objective": objective, "scheduler": scheduler, "steps": 6, "guidance": 1.5, "drop_fraction": 0.3}
+    one = sample(model, [0, 1, 2, 3, 0], batch_size=5, **options).latents
+    two = sample(model, [0, 3, 2, 1, 0], indices=[4, 3, 2, 1, 0], batch_size=2, **options).latents.flip(0)
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4 * float(one.abs().max()))
+
+
+def test_seeds_of_a_run_never_meet():
+    seeds = {image_generator(seed, i).initial_seed() for seed in range(4) for i in range(10_000)}
+    assert len(seeds) == 40_000
+
+
+def test_flow_euler_and_lite_cfg_by_hand(flow):
+    """x ← x − v/S on the grid t = 1000, …, 1000/S, the two halves run apart, each with its own ρ."""
+    steps, guidance, y = 5, 3.0, torch.tensor([1, 3])
+    x = initial(0, [0, 1])
+    for i in range(steps):
+        t = 1000 * (1 - i / steps)
+        cond, uncond = predict(flow, x, t, y, 0.2), predict(flow, x, t, torch.tensor([4, 4]), 0.9)
+        x = x - (uncond + guidance * (cond - uncond)) / steps
+    options = {"steps": steps, "guidance": guidance, "drop_fraction": 0.2, "uncond_drop_fraction": 0.9}
+    got = sample(flow, y, objective="flow", **options)
+    torch.testing.assert_close(got.latents, x, rtol=1e-4, atol=1e-4)
+    assert (got.trace.uncond_tokens < got.trace.tokens).all()
+
+
+def spaced(steps):
+    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    times = [round(999 * i / (steps - 1)) for i in range(steps)][::-1]
+    return times, [float(alpha_bar[t]) for t in times] + [1.0]
+
+
+def test_ddpm_with_learned_variance_by_hand(ddpm):
+    """Ancestral sampling in float64 from arXiv 2006.11239 eq. 7 and 2102.09672 eq. 15, S not a divisor of 1000.
+
+    Guidance moves the noise of all channels; the variance is the conditional one.
+    """
+    y = torch.tensor([2, 0])
+    generators = [image_generator(3, i) for i in range(2)]
+    x = initial(3, None, generators).double()
+    times, alpha_bar = spaced(7)
+    for t, now, then in zip(times, alpha_bar[:-1], alpha_bar[1:], strict=True):
+        cond = predict(ddpm, x.float(), t, y, 0.0).double()
+        uncond = predict(ddpm, x.float(), t, torch.tensor([4, 4]), 0.0).double()
+        eps, v = uncond[:, :3] + 2.5 * (cond[:, :3] - uncond[:, :3]), cond[:, 3:]
+        beta = 1 - now / then
+        x0 = ((x - (1 - now) ** 0.5 * eps) / now**0.5).clamp(-1, 1)
+        mean = (then**0.5 * beta * x0 + (now / then) ** 0.5 * (1 - then) * x) / (1 - now)
+        x = mean
+        if then < 1:
+            log_variance = (v + 1) / 2 * np.log(beta) + (1 - v) / 2 * np.log(beta * (1 - then) / (1 - now))
+            x = mean + torch.exp(log_variance / 2) * initial(0, None, generators)
+    got = sample(ddpm, y, objective="ddpm", steps=7, guidance=2.5, seed=3, clip=True).latents.double()
+    torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-4)
+
+
+def test_ddim_by_hand(ddpm):
+    y = torch.tensor([2, 0])
+    x = initial(0, [0, 1]).double()
+    times, alpha_bar = spaced(7)
+    for t, now, then in zip(times, alpha_bar[:-1], alpha_bar[1:], strict=True):
+        eps = predict(ddpm, x.float(), t, y, 0.0)[:, :3].double()
+        x0 = ((x - (1 - now) ** 0.5 * eps) / now**0.5).clamp(-1, 1)
+        x = then**0.5 * x0 + (1 - then) ** 0.5 * eps
+    got = sample(ddpm, y, objective="ddpm", scheduler="ddim", steps=7, clip=True).latents.double()
+    torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-4)
+
+
+class Gaussian(torch.nn.Module):
+    """The best possible prediction for data of N(0.5, 0.3²): every sampler must give that distribution back."""
+
+    mean, std = 0.5, 0.3
+
+    def __init__(self, objective, learn_sigma):
+        super().__init__()
+        self.objective, self.scale = objective, torch.nn.Parameter(torch.ones(()))
+        self.config = DCDiTConfig(**SIZES, encoder_width=32, learn_sigma=learn_sigma)
+        self.alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+
+    def forward(self, x, t, y, drop_fraction, return_routing):
+        time = float(t[0])
+        if self.objective == "flow":
+            data, noise = 1 - time / 1000, time / 1000
+        else:
+            data, noise = float(self.alpha_bar[int(time)]) ** 0.5, float(1 - self.alpha_bar[int(time)]) ** 0.5
+        centred = (x - data * self.mean) / (data**2 * self.std**2 + noise**2)
+        out = noise * centred
+        if self.objective == "flow":
+            out = out - (self.mean + data * self.std**2 * centred)
+        if self.config.learn_sigma:  # v = −1: the posterior variance
+            out = torch.cat([out, -torch.ones_like(out)], dim=1)
+        mask = torch.ones(len(x), 30, dtype=torch.bool)
+        plan = types.SimpleNamespace(lengths=torch.full((len(x),), 30))
+        return out, types.SimpleNamespace(boundary_prob=mask, boundary_mask=mask, natural_mask=mask, plan=plan)
+
+
+@pytest.mark.parametrize("scheduler, learned", [*((s, False) for s in SCHEDULERS), ("ddpm", True)])
+def test_known_data_comes_out(scheduler, learned):
+    """Time scale, directions and step sizes: a wrong one moves the mean or the spread of Gaussian data."""
+    objective = SCHEDULERS[scheduler]
+    model = Gaussian(objective, learned)
+    result = sample(model, [0] * 64, objective=objective, scheduler=scheduler, steps=300)
+    if scheduler == "ddpm":
+        assert float(result.latents.mean()) == pytest.approx(0.5, abs=0.02)  # 5760 draws: 4 standard errors are 0.016
+        assert float(result.latents.std()) == pytest.approx(0.3, rel=0.05)
+    else:  # the probability-flow ODE maps noise z to 0.5 + 0.3·z
+        torch.testing.assert_close(result.latents, 0.5 + 0.3 * initial(0, range(64)), rtol=0, atol=0.02)
+
+
+def test_budgets_as_number_tensor_list_and_function(flow):
+    options = {"objective": "flow", "steps": 4, "guidance": 1.0}
+    natural = []
+    each = torch.tensor([0.0, 0.5, 0.9])
+
+    def look(step):
+        natural.append(step.routing.natural_mask.sum(1))
+
+    trace = sample(flow, [0, 1, 2], drop_fraction=each, callback=look, **options).trace
+    natural = torch.stack(natural)
+    assert torch.equal(trace.tokens.long(), natural - (natural * each).floor().long())
+    assert trace.uncond_tokens is None and trace.seconds.shape == (4,)
+    ramp = sample(flow, [0, 1], drop_fraction=lambda progress: 0.9 * progress, **options)
+    listed = sample(flow, [0, 1], drop_fraction=[0.0, 0.3, 0.6, 0.9], **options)
+    torch.testing.assert_close(ramp.latents, listed.latents)
+    assert (ramp.trace.tokens[0] > ramp.trace.tokens[-1]).all()
+
+
+def test_guidance_1_runs_one_half(flow):
+    rows = []
+    hook = flow.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    sample(flow, [0, 1], objective="flow", steps=1)
+    sample(flow, [0, 1], objective="flow", steps=1, guidance=2)
+    hook.remove()
+    assert rows == [2, 4]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"classes": [0, 4]}, r"class id 4 is outside \[0, 3\]"),
+        ({"classes": [-1]}, r"class id -1 is outside \[0, 3\]"),
+        ({"classes": []}, "list of class ids"),
+        ({"classes": [0.5]}, "list of class ids"),
+        ({"drop_fraction": 1.0}, r"must be in \[0, 1\), got 1"),
+        ({"drop_fraction": float("nan")}, "got nan"),
+        ({"guidance": 2, "uncond_drop_fraction": -0.1}, "got -0.1"),
+        ({"drop_fraction": [0.1, 0.2]}, "needs 3 values"),
+        ({"drop_fraction": torch.zeros(3)}, "for each image needs 2 values, got 3"),
+        ({"guidance": float("nan")}, "guidance must be"),
+        ({"steps": 0}, r"steps must be in \[1, 1000\], got 0"),
+        ({"scheduler": "ddim"}, "ddim integrates ddpm, this model was trained by flow: use flow-euler"),
+        ({"scheduler": "ddimm"}, "did you mean 'ddim'"),
+        ({"indices": [1]}, "one entry for each of the 2"),
+    ],
+)
+def test_bad_input_is_named(flow, arguments, words):
+    with pytest.raises(ConfigError, match=words):
+        sample(flow, **{"classes": [0, 1], "objective": "flow", "steps": 3, **arguments})
+
+
+def test_one_step_starts_from_pure_noise():
+    for objective, top in (("flow", 1000), ("ddpm", 999)):
+        assert make_scheduler("auto", objective, 1)[1].tolist() == [top]
+
+
+def test_parse_classes():
+    assert parse_classes("0-2, 7,9-9", 10) == [0, 1, 2, 7, 9]
+    for text, words in (
+        ("0-10", r"10 is outside \[0, 9\]"),
+        ("3-1", "backwards"),
+        ("a", "0-9 or 1,3"),
+        ("1,,2", "0-9"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            parse_classes(text, 10)
+
+
+def test_two_processes_write_the_same_images(tmp_path):
+    """`accelerate launch` shares the images out; the files are those of one process."""
+    model = DCDiT(DCDiTConfig(**{**SIZES, "in_channels": 4}, encoder_width=32, learn_sigma=False))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.08)
+    codec = {"kind": "pixel_unshuffle", "factor": 2}
+    save_checkpoint(tmp_path / "model", model, {"objective": "flow", "codec": codec})
+    words = ["-m", "dcdit.cli", "sample", str(tmp_path / "model"), "--num", "7", "--steps", "3", "--batch-size", "2"]
+    words += ["--cpu", "--format", "npz", "png", "grid", "--output"]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+    runs = {"one": [sys.executable], "two": [sys.executable, *launch]}
+    running = [subprocess.Popen([*run, *words, str(tmp_path / name)]) for name, run in runs.items()]
+    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    one, two = (np.load(tmp_path / name / "samples.npz") for name in runs)
+    assert one["arr_0"].shape == (7, 12, 10, 3) and one["arr_0"].dtype == np.uint8
+    assert one["arr_1"].tolist() == [0, 1, 2, 3, 0, 1, 2]
+    # A value on the edge between two levels may round either way.
+    assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
+    names = [sorted(file.name for file in (tmp_path / name).iterdir()) for name in runs]
+    assert names[0] == names[1] and len(names[0]) == 9
