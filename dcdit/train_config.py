@@ -90,6 +90,8 @@ class TrainConfig:
             raise ConfigError("drop_fractions needs at least one value; [0] trains without dropping")
         if not 0 <= self.label_drop < 1:
             raise ConfigError(f"label_drop must be in [0, 1), got {self.label_drop}")
+        if self.data.kind != "digits" and not self.data.path:
+            raise ConfigError(f"data.kind={self.data.kind} needs data.path")
         if self.objective == "flow" and self.model.learn_sigma:
             raise ConfigError("objective flow has no variance to learn: set model.learn_sigma=false")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from pathlib import Path
 
@@ -42,7 +43,9 @@ class Trainer:
         from accelerate import Accelerator
 
         self.config = config
-        self.accelerator = Accelerator(mixed_precision=config.precision)
+        # Several processes without a GPU are CPU ranks over gloo; accelerate would take each for a run of its own.
+        cpu_ranks = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
+        self.accelerator = Accelerator(mixed_precision=config.precision, cpu=cpu_ranks)
         self.device, self.ranks = self.accelerator.device, self.accelerator.num_processes
         check_split(config.batch_size, self.ranks)
         self.objective = make_objective(config.objective, config.model.learn_sigma)

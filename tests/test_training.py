@@ -1,0 +1,360 @@
+"""Training: what a step computes, that runs resume exactly after a kill, spread over processes, and fail cleanly."""
+
+import errno
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+
+from dcdit.checkpoints import load_checkpoint
+from dcdit.cli import main
+from dcdit.data import Digits
+from dcdit.diffusion import FlowMatching
+from dcdit.model import DCDiT
+from dcdit.stream import TrainingStream, batches, draw_drop_fraction
+from dcdit.train_config import OptimConfig, load_config
+from dcdit.train_state import EMA
+from dcdit.training import check_split, learning_rate, train
+
+TINY = {
+    "model": {"preset": "digits", "input_size": 7, "in_channels": 16, "hidden_size": 32, "depth": 1, "num_heads": 1}
+    | {"target_ratio": 1.5},  # a fresh router then keeps most cells, so that ρ and ragged lengths matter
+    "codec": {"factor": 4},
+    "steps": 8,
+    "batch_size": 32,
+    "optim": {"lr": 3e-4, "warmup_steps": 2, "ema_decay": 0.9},
+    "drop_warmup": 2,
+    "log_every": 1,
+    "save_every": 3,
+}
+METRICS = ["step", "loss", "diffusion_loss", "ratio_loss", "kept", "drop_fraction", "grad_norm", "lr", "images_per_s"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps one state per process; a run with another precision needs a new one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A config file of a run of seconds."""
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(TINY))
+    return str(file)
+
+
+def run(config, output, *overrides):
+    train(load_config(config, [f"output={output}", *overrides]))
+    return metrics(output)
+
+
+def metrics(output):
+    """The lines of metrics.jsonl without the one value that time decides."""
+    lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "images_per_s"} for line in lines]
+
+
+def subprocess_environment():
+    root = Path(__file__).parent.parent
+    path = os.pathsep.join([str(root), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run: its directory."""
+    directory = tmp_path_factory.mktemp("whole")
+    (directory / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run(str(directory / "tiny.yaml"), directory)
+    return directory
+
+
+def test_first_step_computes_the_stated_loss(whole):
+    """Step 1 of the run, recomputed in float64 from the seed: flow matching + 0.03 · ratio loss over 16s."""
+    config = load_config(whole / "tiny.yaml")
+    torch.manual_seed(0)
+    model = DCDiT(config.model).double()
+    stream = TrainingStream(Digits(), FlowMatching(), (16, 7, 7), 10, seed=0, batch_size=32, label_drop=0.1)
+    batch = next(batches(stream, 0, 1))
+    x0 = torch.nn.functional.pixel_unshuffle(batch["image"], 4).double()
+    noise, sigma = batch["noise"].double(), (batch["t"].double() / 1000).view(-1, 1, 1, 1)
+    output, routing = model((1 - sigma) * x0 + sigma * noise, batch["t"], batch["y"], return_routing=True)
+    diffusion = (output - (noise - x0)).square().mean()
+    ratios = []
+    for half in (slice(0, 16), slice(16, 32)):
+        f, g = routing.natural_mask[half].double().mean(), routing.boundary_prob[half].mean()
+        ratios.append(3 * (0.5 * f * g + (1 - f) * (1 - g)))  # N = 1.5
+    ratio = sum(ratios) / 2
+    loss = diffusion + 0.03 * ratio
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    first = metrics(whole)[0]
+    for key, value in (("loss", loss), ("diffusion_loss", diffusion), ("ratio_loss", ratio), ("grad_norm", norm)):
+        assert first[key] == pytest.approx(value.item(), rel=1e-5), key
+    assert first["kept"] == pytest.approx(routing.plan.lengths.double().mean().item() / 49)
+
+
+def test_metrics_and_checkpoint_of_a_run(whole):
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9)) and list(lines[0]) == METRICS
+    config = load_config(whole / "tiny.yaml")
+    for line in lines:
+        assert line["drop_fraction"] == draw_drop_fraction(0, line["step"] - 1, config.drop_fractions, 2)
+        assert line["lr"] == learning_rate(config.optim, line["step"] - 1, 8)
+        assert 0 < line["kept"] <= 1 and line["images_per_s"] > 0
+    model, extra = load_checkpoint(whole / "model")
+    assert model.config == config.model
+    assert extra["objective"] == "flow" and extra["codec"] == {"kind": "pixel_unshuffle", "factor": 4}
+    assert extra["data"]["kind"] == "digits" and extra["step"] == 8 and extra["training"]["steps"] == 8
+    assert sorted(file.name for file in whole.iterdir()) == ["last.safetensors", "metrics.jsonl", "model", "tiny.yaml"]
+
+
+def test_training_learns_to_read_its_input(tiny, tmp_path):
+    """Whatever ignores x_t cannot guess the noise: its error stays above the noise's variance of 1."""
+    codec = ["codec.factor=2", "model.in_channels=4", "model.input_size=14"]
+    lines = run(tiny, tmp_path, "steps=125", "optim.lr=2e-2", "optim.cosine=false", "save_every=1000", *codec)
+    assert lines[0]["diffusion_loss"] > 1.5
+    assert sum(line["diffusion_loss"] for line in lines[-10:]) / 10 < 0.95
+
+
+def test_a_killed_run_resumes_to_the_same_losses(whole, tiny, tmp_path):
+    command = [sys.executable, "-m", "dcdit.cli", "train", tiny, f"output={tmp_path}"]
+    process = subprocess.Popen(command, env=subprocess_environment(), stderr=subprocess.DEVNULL)
+    lines, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 120
+    while not (lines.exists() and lines.read_bytes().count(b"\n") >= 4):  # past the save at step 3
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    # As a kill in the middle of a line and of a save would leave them.
+    with open(lines, "a") as stream:
+        stream.write('{"step": 9')
+    (tmp_path / ".last.safetensors.tmp").write_bytes(b"half")
+    assert run(tiny, tmp_path) == metrics(whole)
+    for key, value in load_checkpoint(whole / "model")[0].state_dict().items():
+        assert torch.equal(value, load_checkpoint(tmp_path / "model")[0].state_dict()[key]), key
+
+
+def test_stopping_by_the_clock_resumes_to_the_same_losses(whole, tiny, tmp_path):
+    assert [line["step"] for line in run(tiny, tmp_path, "max_minutes=1e-9")] == [1]
+    assert load_checkpoint(tmp_path / "model")[1]["step"] == 1
+    assert run(tiny, tmp_path, "log_every=2") == [line for line in metrics(whole) if line["step"] in (1, 2, 4, 6, 8)]
+
+
+def test_two_processes_give_the_losses_of_one(whole, tiny, tmp_path):
+    """Rounding apart: 1e-7 is measured."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    command = [*launcher, "--main_process_port=0", "-m", "dcdit.cli", "train", tiny, f"output={tmp_path}"]
+    done = subprocess.run(command, env=subprocess_environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert len(metrics(tmp_path)) == 8
+    for line, alone in zip(metrics(tmp_path), metrics(whole), strict=True):
+        for key in ("loss", "diffusion_loss", "ratio_loss", "kept", "drop_fraction", "grad_norm", "lr"):
+            assert line[key] == pytest.approx(alone[key], rel=1e-5), (line["step"], key)
+
+
+def test_bf16_channels_last_and_tracing_change_rounding_only(tiny, tmp_path, monkeypatch):
+    """The compiler's back-end takes minutes on a CPU, so torch.compile only traces here."""
+    plain = run(tiny, tmp_path / "plain", "steps=3")
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compiler(model, backend="eager"))
+    for options, tolerance in ((["precision=bf16", "channels_last=true"], 0.02), (["compile=true"], 1e-6)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        output = tmp_path / options[0]
+        for line, expected in zip(run(tiny, output, "steps=3", *options), plain, strict=True):
+            assert line["loss"] == pytest.approx(expected["loss"], rel=tolerance)
+        assert all(v.dtype == torch.float32 for v in load_checkpoint(output / "model")[0].state_dict().values())
+
+
+def test_ddpm_with_learned_variance_trains(tiny, tmp_path):
+    lines = run(tiny, tmp_path, "objective=ddpm", "model.learn_sigma=true", "model.target_ratio=16", "steps=3")
+    assert all(math.isfinite(line["loss"]) for line in lines) and lines[0]["diffusion_loss"] > 0.9
+    assert load_checkpoint(tmp_path / "model")[1]["objective"] == "ddpm"
+
+
+def test_latents_train_without_a_codec(tmp_path):
+    import numpy as np
+
+    for kind in ("features", "labels"):
+        (tmp_path / f"imagenet256_{kind}").mkdir()
+    for i in range(5):
+        np.save(tmp_path / "imagenet256_features" / f"{i}.npy", np.random.default_rng(i).normal(size=(1, 4, 6, 6)))
+        np.save(tmp_path / "imagenet256_labels" / f"{i}.npy", np.array([i]))
+    values = {**TINY, "model": {**TINY["model"], "input_size": 6, "in_channels": 4}, "steps": 2}
+    values |= {"data": {"kind": "latents", "path": str(tmp_path)}, "codec": {"kind": "autoencoder_kl"}}
+    (tmp_path / "latents.yaml").write_text(yaml.safe_dump(values))
+    assert len(run(tmp_path / "latents.yaml", tmp_path / "out")) == 2
+    codec = load_checkpoint(tmp_path / "out" / "model")[1]["codec"]
+    assert codec["kind"] == "autoencoder_kl" and "pretrained" in codec
+
+
+def full_disk(monkeypatch):
+    def no_space(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    return lambda: None
+
+
+def file_limit(monkeypatch):
+    """The operating system's own refusal, in the middle of a write: files may not grow past 100 kB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("broken", [full_disk, file_limit])
+def test_a_full_disk_leaves_the_last_checkpoint_whole(broken, whole, tiny, tmp_path, monkeypatch, capsys):
+    run(tiny, tmp_path, "max_minutes=1e-9")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.safetensors")}
+    assert len(before) == 2
+    capsys.readouterr()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    restore = broken(monkeypatch)
+    try:
+        status = main(["train", tiny, f"output={tmp_path}"])
+    finally:
+        restore()
+        monkeypatch.undo()
+    assert status == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("dcdit train: ") and ("No space" in message or "too large" in message)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*.safetensors")} == before
+    assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert run(tiny, tmp_path) == metrics(whole)
+
+
+def fails(capsys, *arguments):
+    """The one line with which the command refuses."""
+    assert main(["train", *map(str, arguments)]) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("dcdit train: ") and text.count("\n") == 1
+    return text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.rl=1", "did you mean 'lr'"),
+        ("step=1", "did you mean 'steps'"),
+        ("model.preset=digit", "did you mean 'digits'"),
+        ("model.hiden_size=32", "did you mean 'hidden_size'"),
+        ("optim.lr=fast", "optim.lr must be a number, got 'fast'"),
+        ("optim=3", "optim must be a group of keys, got 3"),
+        ("steps=1.5", "steps must be an integer, got 1.5"),
+        ("steps=true", "steps must be an integer, got True"),
+        ("steps=0", "steps must be at least 1"),
+        ("seed=-1", "seed must not be negative"),
+        ("channels_last=3", "channels_last must be true or false, got 3"),
+        ("objective=eps", "objective must be one of flow, ddpm, got 'eps'"),
+        ("model.learn_sigma=true", "set model.learn_sigma=false"),
+        ("drop_fractions=[0,1]", r"drop_fractions must lie in [0, 1), got 1.0"),
+        ("drop_fractions=[]", "drop_fractions needs at least one value"),
+        ("label_drop=1", "label_drop must be in [0, 1)"),
+        ("steps", "expected key=value, got 'steps'"),
+        ("steps.x=1", "steps is not a group"),
+        ("data.kind=folder", "data.kind=folder needs data.path"),
+        ("data.kind=digit", "data.kind must be one of digits, folder, latents"),
+        ("codec.factor=3", "do not divide into 3×3"),
+        ("codec.factor=2", "model takes (16, 7, 7)"),
+        ("model.num_classes=9", "10 classes"),
+    ],
+)
+def test_bad_configurations_are_one_line(override, message, tiny, tmp_path, capsys):
+    assert message in fails(capsys, tiny, f"output={tmp_path / 'out'}", override)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_config_files_and_checkpoints_are_one_line(whole, tmp_path, capsys):
+    assert "no config file" in fails(capsys, tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1\nb: 2")
+    assert "is not YAML" in fails(capsys, tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    assert "must hold a mapping of keys, found list" in fails(capsys, tmp_path / "list.yaml")
+
+    copy = tmp_path / "run"
+    shutil.copytree(whole, copy)
+    tiny, output = copy / "tiny.yaml", f"output={copy}"
+    assert "optim.lr=0.0003, this run asks for 1.0" in fails(capsys, tiny, output, "optim.lr=1")
+    data = (copy / "last.safetensors").read_bytes()
+    (copy / "last.safetensors").write_bytes(data[: len(data) // 2])
+    assert "truncated or not a training checkpoint" in fails(capsys, tiny, output)
+    shutil.copy(copy / "model" / "model.safetensors", copy / "last.safetensors")
+    assert "truncated or not a training checkpoint" in fails(capsys, tiny, output)
+
+
+def test_divergence_stops_with_one_line(tiny, tmp_path, capsys):
+    assert main(["train", tiny, f"output={tmp_path}", "optim.lr=1e30", "optim.grad_clip=1e30"]) == 2
+    assert "training diverged" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "model").exists()
+
+
+def test_tensorboard_gets_the_metrics(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert "pip install tensorboard" in fails(capsys, tiny, f"output={tmp_path / 'a'}", "tensorboard=true")
+    written = {}
+
+    class SummaryWriter:
+        def __init__(self, directory, purge_step):
+            assert purge_step == 1
+
+        def add_scalar(self, key, value, step):
+            written.setdefault(step, {})[key] = value
+
+        def close(self):
+            written["closed"] = True
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    lines = run(tiny, tmp_path / "b", "tensorboard=true", "steps=2")
+    assert written.pop("closed") and sorted(written) == [1, 2] and written[2]["loss"] == lines[1]["loss"]
+
+
+def test_learning_rate_schedule():
+    optim = OptimConfig(lr=2.0, warmup_steps=10)
+    assert [learning_rate(optim, step, 110) for step in (0, 4, 9)] == pytest.approx([0.2, 1.0, 2.0])
+    assert [learning_rate(optim, step, 110) for step in (10, 60, 110)] == pytest.approx([2.0, 1.0, 0.0])
+    assert learning_rate(OptimConfig(lr=2.0, cosine=False), 99, 100) == 2.0
+
+
+def test_ema_ramps_up_to_its_decay():
+    model = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    ema, expected = EMA(model, 0.5), 1.0
+    for step in range(12):
+        with torch.no_grad():
+            model.weight.fill_(float(step))
+        ema.update(model, step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+        assert ema.state_dict()["weight"].item() == pytest.approx(expected)
+
+
+def test_batches_split_over_whole_sub_batches_only():
+    check_split(48, 1)
+    check_split(64, 4)
+    with pytest.raises(ValueError, match="batch_size 48 over 2 processes must be a multiple of 32"):
+        check_split(48, 2)
+
+
+@pytest.mark.parametrize("file", sorted(Path(__file__).parent.parent.glob("configs/*.yaml")), ids=lambda f: f.stem)
+def test_shipped_configs_fit_together(file):
+    config = load_config(file)
+    with torch.device("meta"):
+        DCDiT(config.model)
+    assert config.data.kind != "latents" or config.codec.kind == "autoencoder_kl"
