@@ -17,10 +17,16 @@ COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        """One line, like every other complaint."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one sub-command. Returns 0, or 2 after one line about input that cannot be used."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="dcdit", description=__doc__.splitlines()[0])
+    parser = _Parser(prog="dcdit", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     module = None
     for name, text in COMMANDS.items():

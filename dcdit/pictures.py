@@ -63,7 +63,10 @@ def check_output(directory: str | Path) -> Path:
 
 @contextmanager
 def output_folder(directory: str | Path) -> Iterator[Path]:
-    """A folder to write into; at the end its files move into `directory`, after an error none do."""
+    """A folder to write into; at the end its files move into `directory`, after an error none do.
+
+    Raises DataError where the disk does not take them.
+    """
     directory = check_output(directory)
     stage = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.absolute().parent))
     try:
@@ -74,5 +77,7 @@ def output_folder(directory: str | Path) -> Iterator[Path]:
                 os.replace(file, directory / file.name)
         else:
             os.rename(stage, directory)
+    except OSError as error:
+        raise DataError(f"cannot write {directory}: {error}") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)

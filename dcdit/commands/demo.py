@@ -35,6 +35,9 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"expected at least one sample, got {args.samples}")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     model, objective, codec = open_checkpoint(args.checkpoint, device)
+    shape = codec.decode(torch.zeros(1, model.config.in_channels, *model.config.input_size, device=device)).shape[1:]
+    if shape != (1, 28, 28) or model.config.num_classes != 10:
+        raise ConfigError(f"the demo needs a checkpoint that makes 28×28 digits, this one makes {tuple(shape)} pixels")
     from ..classifier import DigitClassifier
 
     print("Fitting a classifier to real digits …", flush=True)
@@ -48,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     batch = min(args.batch_size, args.samples)
     record(model, classes[:batch], 1, **{**options, "steps": 3})
     budgets = []
-    for rho in tqdm(args.drop_fractions, desc=f"{args.samples} digits at each ρ", unit="ρ"):
+    for rho in tqdm(args.drop_fractions, desc=f"{args.samples} digits at each ρ", unit="ρ", disable=None):
         budgets.append(run_budget(model, codec, classifier, rho, classes, batch_size=args.batch_size, **options))
     plain = [time_plain_dit(config, patch, batch, args.steps, halves, device) for patch in (2, 1)]
 

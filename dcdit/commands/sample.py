@@ -22,6 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--per-class", type=int, default=1, metavar="N", help="images of each class (1)")
     amount.add_argument("--num", type=int, metavar="N", help="images in all, the classes taking turns")
+    parser.add_argument("--batch-size", type=int, default=64, help="images at a time on each device (64)")
     parser.add_argument("--output", default="samples", metavar="DIR", help="folder to write (samples)")
     parser.add_argument(
         "--format",
@@ -46,7 +47,6 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--scheduler", default="auto", help=f"auto, {', '.join(SCHEDULERS)}")
     parser.add_argument("--seed", type=int, default=0, help="image I draws its noise from (seed, I) (0)")
-    parser.add_argument("--batch-size", type=int, default=64, help="images at a time on each device (64)")
     parser.add_argument("--bf16", action="store_true", help="run the model under bfloat16 autocast")
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
 
@@ -61,7 +61,6 @@ def sampling_arguments(args: argparse.Namespace, objective: str, codec) -> dict:
         "drop_fraction": args.drop_fraction,
         "uncond_drop_fraction": args.uncond_drop_fraction,
         "seed": args.seed,
-        "batch_size": args.batch_size,
         "clip": isinstance(codec, PixelUnshuffle),
         "precision": torch.bfloat16 if args.bf16 else None,
     }
@@ -82,12 +81,14 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"expected at least one image and a batch size of at least 1, got {count}, {args.batch_size}")
     # The classes take turns, so that the first images stay the same when more are asked for.
     labels = np.resize(np.asarray(ids), count)
-    options = sampling_arguments(args, objective, codec)
+    options = {**sampling_arguments(args, objective, codec), "batch_size": args.batch_size}
 
     images, traces = [], []
     together = args.batch_size * state.num_processes
     rounds = range(0, count, together)
-    with tqdm(total=len(rounds) * args.steps, unit="step", disable=not state.is_main_process) as bar:
+    # Only on a terminal, and not before the options have passed every check.
+    quiet = None if state.is_main_process else True
+    with tqdm(total=len(rounds) * args.steps, unit="step", disable=quiet, delay=0.5, leave=False) as bar:
         for first in rounds:
             mine = np.array_split(np.arange(first, min(first + together, count)), state.num_processes)
             mine = mine[state.process_index]

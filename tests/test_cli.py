@@ -1,0 +1,235 @@
+"""Bad input on the command line: one clear line, exit status 2, nothing written."""
+
+import json
+import pickle
+import resource
+import shutil
+
+import pytest
+import torch
+
+from dcdit.checkpoints import save_checkpoint
+from dcdit.cli import main
+from dcdit.config import DCDiTConfig
+from dcdit.model import DCDiT
+from dcdit.pictures import output_folder
+
+TINY = DCDiTConfig(
+    input_size=(6, 5), num_classes=4, hidden_size=32, depth=1, num_heads=1, encoder_width=32, learn_sigma=False
+)
+EXTRA = {"objective": "flow", "codec": {"kind": "pixel_unshuffle", "factor": 2}}
+CONFIG = """
+output: {out}
+steps: 1
+batch_size: 2
+model: {{preset: digits, hidden_size: 32, depth: 1, num_heads: 1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("good") / "model"
+    save_checkpoint(folder, DCDiT(TINY), EXTRA)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(good, tmp_path):
+    """A copy to spoil, in a folder of its own."""
+    return shutil.copytree(good, tmp_path / "checkpoint")
+
+
+def rejected(capsys, words, *mentions):
+    """The command fails with status 2 and one line that has all `mentions`."""
+    try:
+        status = main([str(word) for word in words])
+    except SystemExit as stop:  # argparse
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2, error
+    assert len(error.splitlines()) == 1 and error.startswith("dcdit"), error
+    for mention in mentions:
+        assert mention in error
+
+
+def test_unknown_commands_and_options(capsys):
+    rejected(capsys, ["smaple"], "smaple", "sample")
+    rejected(capsys, [], "COMMAND")
+    rejected(capsys, ["sample", "x", "--steps", "many"], "--steps", "many")
+    rejected(capsys, ["sample", "x", "--format", "gif"], "gif", "png")
+
+
+def test_unknown_preset_names_the_nearest(capsys):
+    rejected(capsys, ["info", "DC-DiT-XS/N4"], "DC-DiT-XS/N4", "did you mean 'DC-DiT-S/N4'")
+
+
+@pytest.mark.parametrize(
+    "override, mentions",
+    [
+        ("batchsize=4", ["batchsize", "'batch_size'"]),
+        ("model.hiden_size=64", ["hiden_size", "'hidden_size'"]),
+        ("objective=flo", ["objective", "flow", "ddpm"]),
+        ("drop_fractions=[0,1.0]", ["[0, 1)", "1.0"]),
+        ("steps=few", ["steps", "integer", "few"]),
+    ],
+)
+def test_train_refuses_keys_and_values(tmp_path, capsys, override, mentions):
+    out, config = tmp_path / "out", tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(out=out))
+    rejected(capsys, ["train", config, override], *mentions)
+    assert not out.exists()
+
+
+def test_train_refuses_an_empty_data_folder(tmp_path, capsys):
+    out, config, data = tmp_path / "out", tmp_path / "config.yaml", tmp_path / "data"
+    data.mkdir()
+    config.write_text(CONFIG.format(out=out))
+    rejected(capsys, ["train", config, "data.kind=folder", f"data.path={data}"], str(data), "no images")
+    rejected(capsys, ["train", config, "data.kind=folder", f"data.path={data}/none"], f"{data}/none")
+    rejected(capsys, ["train", tmp_path / "none.yaml"], "none.yaml")
+    assert not (out / "model").exists()
+
+
+def missing(folder):
+    shutil.rmtree(folder)
+
+
+def half(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+
+
+def truncated(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def pickled(folder):
+    (folder / "model.safetensors").write_bytes(pickle.dumps({"weight": print}))
+
+
+def other_keys(folder):
+    from safetensors.torch import save_file
+
+    save_file({"unet.weight": torch.zeros(2)}, folder / "model.safetensors")
+
+
+def other_size(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["num_classes"] = 5
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def no_json(folder):
+    (folder / "config.json").write_text("not json")
+
+
+def no_objective(folder):
+    config = json.loads((folder / "config.json").read_text())
+    del config["objective"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def other_codec(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["codec"]["kind"] = "pixel_unshufle"
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "spoil, mentions",
+    [
+        (missing, ["no checkpoint at"]),
+        (half, ["model.safetensors is missing"]),
+        (truncated, ["truncated"]),
+        (pickled, ["not a safetensors file"]),
+        (other_keys, ["missing keys", "class_embed.weight"]),
+        (other_size, ["class_embed.weight: expected shape (6, 32), found (5, 32)"]),
+        (no_json, ["config.json"]),
+        (no_objective, ["config.json", "objective"]),
+        (other_codec, ["pixel_unshufle", "'pixel_unshuffle'"]),
+    ],
+)
+@pytest.mark.parametrize("command", ["sample", "visualize"])
+def test_checkpoints_that_cannot_be_used(checkpoint, tmp_path, capsys, command, spoil, mentions):
+    spoil(checkpoint)
+    rejected(capsys, [command, checkpoint, "--cpu", "--output", tmp_path / "out"], *mentions)
+    assert {file.name for file in tmp_path.iterdir()} <= {"checkpoint"}
+
+
+@pytest.mark.parametrize("command", ["sample", "visualize"])
+@pytest.mark.parametrize(
+    "words, mentions",
+    [
+        (["--classes", "0-4"], ["class id 4", "[0, 3]"]),
+        (["--classes", "one"], ["0-9 or 1,3,5", "one"]),
+        (["--drop-fraction", "1"], ["[0, 1)", "got 1"]),
+        (["--drop-fraction", "nan"], ["[0, 1)", "got nan"]),
+        (["--uncond-drop-fraction", "-0.5"], ["[0, 1)", "got -0.5"]),
+        (["--guidance", "inf"], ["guidance", "inf"]),
+        (["--steps", "0"], ["[1, 1000]", "got 0"]),
+        (["--num", "0"], ["at least one", "0"]),
+        (["--scheduler", "ddim"], ["ddim", "flow", "use flow-euler"]),
+        (["--scheduler", "euler"], ["euler", "did you mean 'flow-euler'"]),
+        (["--output", "{tmp}/none/out"], ["there is no folder", "none"]),
+        (["--output", "{tmp}/file"], ["file", "not a folder"]),
+    ],
+)
+def test_options_that_cannot_be_used(good, tmp_path, capsys, command, words, mentions):
+    (tmp_path / "file").write_text("kept")
+    words = [word.format(tmp=tmp_path) for word in words]
+    output = [] if "--output" in words else ["--output", tmp_path / "out"]
+    rejected(capsys, [command, good, "--cpu", "--steps", "2", *output, *words], *mentions)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "kept"
+
+
+def test_sample_refuses_what_only_it_takes(good, tmp_path, capsys):
+    cases = {"--batch-size 0": "batch size", "--per-class 0": "one image", "--per-class 3 --num 3": "not allowed with"}
+    for words, mention in cases.items():
+        rejected(capsys, ["sample", good, "--cpu", "--output", tmp_path / "out", *words.split()], mention)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_nothing(good, tmp_path, capsys):
+    """A limit on the size of files fails a write as a full disk does. What was there before stays as it was."""
+    out = tmp_path / "out"
+    words = ["sample", good, "--cpu", "--steps", "1", "--num", "200", "--format", "grid", "png", "npz", "--output", out]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for present in (False, True):
+        if present:
+            out.mkdir()
+            (out / "grid.png").write_bytes(b"older")
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+            rejected(capsys, words, "cannot write", "File too large")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert [file.name for file in tmp_path.iterdir()] == ["out"] * present
+    assert [file.name for file in out.iterdir()] == ["grid.png"] and (out / "grid.png").read_bytes() == b"older"
+
+
+def test_output_folder_appears_whole_and_keeps_what_is_there(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), output_folder(out) as folder:
+        (folder / "a").write_text("new")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    for text in ("one", "two"):
+        with output_folder(out) as folder:
+            (folder / text).write_text(text)
+            (folder / "same").write_text(text)
+            assert not (out / text).exists()
+    assert {file.name: file.read_text() for file in out.iterdir()} == {"one": "one", "two": "two", "same": "two"}
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_sample_and_visualize_write(good, tmp_path, capsys):
+    words = ["--cpu", "--steps", "2", "--classes", "1,3", "--output"]
+    assert main(["sample", str(good), "--per-class", "2", "--format", "png", "grid", *words, str(tmp_path / "s")]) == 0
+    names = sorted(file.name for file in (tmp_path / "s").iterdir())
+    assert names == [*(f"00000{i}_class{c}.png" for i, c in enumerate((1, 3, 1, 3))), "grid.png"]
+    assert "of 30 cells kept" in capsys.readouterr().out
+    assert main(["visualize", str(good), "--num", "2", "--times", "2", *words, str(tmp_path / "v")]) == 0
+    assert {file.name for file in (tmp_path / "v").iterdir()} == {"curves.png", f"chunks-{good.parent.name}.png"}

@@ -1,0 +1,128 @@
+"""The demo's instruments: the classifier, the plain DiT, the count of kept ink, the table, and the command itself."""
+
+from types import SimpleNamespace as Space
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dcdit import demo
+from dcdit.blocks import MainNetwork
+from dcdit.checkpoints import save_checkpoint
+from dcdit.classifier import DigitClassifier
+from dcdit.cli import main
+from dcdit.codecs import PixelUnshuffle
+from dcdit.config import DCDiTConfig, preset
+from dcdit.data import load_digits
+from dcdit.flops import dit_flops
+from dcdit.model import DCDiT
+from dcdit.plain_dit import PlainDiT
+from dcdit.sampling import Trace
+from dcdit_kernels import plan_chunks
+
+DIGITS = DCDiTConfig(
+    input_size=(14, 14), num_classes=10, hidden_size=32, depth=1, num_heads=1, encoder_width=32, learn_sigma=False
+)
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return DigitClassifier()
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = DCDiT(DIGITS)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.08)
+    return model.eval()
+
+
+def test_classifier_knows_digits_it_has_not_seen(classifier):
+    assert classifier.accuracy >= 0.97
+    images, labels, held_out = load_digits()
+    assert (classifier(images[held_out][::25]) == labels[held_out][::25]).mean() >= 0.9
+    assert held_out.sum() == 500
+
+
+def test_plain_dit_is_the_backbone_on_all_tokens():
+    """Its blocks, with the backbone's weights, equal MainNetwork where every cell is kept."""
+    torch.manual_seed(0)
+    config = DCDiTConfig(hidden_size=32, depth=2, num_heads=2, encoder_width=32)
+    backbone, plain = MainNetwork(32, 2, 2, 4.0), PlainDiT(config)
+    for parameter in backbone.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    plain.blocks.load_state_dict(backbone.blocks.state_dict())
+    backbone, plain = backbone.double(), plain.double()
+    h, c = torch.randn(2, 12, 32).double(), torch.randn(2, 32).double()
+    plan = plan_chunks(torch.full((2, 12), 0.9), (3, 4))
+    expected = backbone(h.reshape(24, 32), c, plan).view(2, 12, 32)
+    out = h
+    for block in plain.blocks:
+        out = block(out, c)
+    torch.testing.assert_close(backbone.norm(out), expected)
+
+
+@pytest.mark.parametrize("patch, tokens", [(2, 49), (1, 196)])
+def test_plain_dit_costs_what_is_said(patch, tokens):
+    config = preset("digits")
+    model, t, y = PlainDiT(config, patch), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it knows no fused CPU attention
+        out = model(torch.randn(1, 4, 14, 14), t, y)
+    assert out.shape == (1, 4, 14, 14)
+    # The counter also sees the embedders; the formula counts 2×2 patches at the ends.
+    assert dit_flops(config, tokens) == pytest.approx(counter.get_total_flops() / 1e9, rel=0.03)
+    seen, gflops, seconds = demo.time_plain_dit(config, patch, 2, 10, 2, torch.device("cpu"), repeats=1)
+    assert (seen, gflops) == (tokens, pytest.approx(20 * dit_flops(config, tokens))) and seconds > 0
+
+
+def test_a_budget_counts_ink_shares_and_hits(model, monkeypatch):
+    """Masks chosen here: late in sampling all the ink is kept and a quarter of the blank cells."""
+    latents = torch.full((4, 4, 14, 14), -1.0)
+    latents[:, 2, :, :10] = 1.0
+    late = torch.zeros(2, 14, 14, dtype=torch.bool)
+    late[:, :, :11] = True
+
+    def fake_sample(model, classes, drop_fraction, callback, steps):
+        for first in (0, 2):
+            for number in range(steps):
+                routing = Space(boundary_mask=(late if number >= 8 else ~late).flatten(1))
+                callback(Space(number=number, steps=steps, indices=torch.arange(first, first + 2), routing=routing))
+        trace = Trace(torch.zeros(steps), torch.full((steps,), 0.4), torch.full((steps, 4), 49.0), None)
+        return Space(latents=latents, trace=trace)
+
+    monkeypatch.setattr(demo, "sample", fake_sample)
+    classes = np.array([1, 2, 3, 4])
+    codec = PixelUnshuffle(2)
+    budget = demo.run_budget(model, codec, lambda images: np.array([1, 2, 3, 0]), 0.2, classes, steps=10)
+    assert (budget.ink, budget.blank, budget.share, budget.recognised) == (1.0, 0.25, 0.25, 3)
+    assert budget.seconds == pytest.approx(1.0) and budget.images.shape == (4, 28, 28, 3)
+    text = demo.table([budget], [(49, 8.25, 0.5), (196, 33.0, 2.0)], 196)
+    assert "49.0 (25.0%)" in text and "3 of 4" in text and "2×2 patches" in text and "196 (100.0%)" in text
+
+
+def test_demo_command(model, tmp_path, capsys):
+    extra = {"objective": "flow", "codec": {"kind": "pixel_unshuffle", "factor": 2}}
+    save_checkpoint(tmp_path / "model", model, extra)
+    out = tmp_path / "out"
+    words = ["demo", "--checkpoint", str(tmp_path / "model"), "--samples", "10", "--steps", "3", "--cpu"]
+    assert main([*words, "--drop-fractions", "0", "0.5", "--output", str(out)]) == 0
+    names = {file.name for file in out.iterdir()}
+    assert names == {"digits.png", "trajectory.png", "budgets.png", "curves.png", "table.txt"}
+    printed = capsys.readouterr().out
+    assert (out / "table.txt").read_text().strip() in printed and "of the blank ones" in printed
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_demo_wants_digits(tmp_path, capsys):
+    torch.manual_seed(0)
+    save_checkpoint(
+        tmp_path / "model",
+        DCDiT(DCDiTConfig(**{**DIGITS.to_dict(), "input_size": (6, 6)})),
+        {"objective": "flow", "codec": {"kind": "pixel_unshuffle", "factor": 2}},
+    )
+    assert main(["demo", "--checkpoint", str(tmp_path / "model"), "--output", str(tmp_path / "out")]) == 2
+    assert "28×28 digits" in capsys.readouterr().err and not (tmp_path / "out").exists()
