@@ -3,6 +3,9 @@ PYTHON ?= python3
 # The CPU build. A PYTHON that has torch already keeps its own.
 TORCH ?= torch==2.13.0
 
+# Where cores are shared, OpenMP threads that spin while they wait turn seconds into minutes.
+export OMP_WAIT_POLICY ?= passive
+
 VENV := .venv
 PY := $(VENV)/bin/python
 # Prints the package folders of the Python that runs it.
