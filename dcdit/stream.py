@@ -28,7 +28,7 @@ def draw_drop_fraction(seed: int, step: int, choices: Sequence[float], warmup: i
     """ρ of a step, the same on every rank: 0 in the first `warmup` steps, then one of `choices`."""
     if step < warmup:
         return 0.0
-    return float(choices[generator(seed, _STEP, step).integers(len(choices))])
+    return float(choices[int(generator(seed, _STEP, step).integers(len(choices)))])
 
 
 class TrainingStream(Dataset):
@@ -52,7 +52,7 @@ class TrainingStream(Dataset):
     ) -> None:
         self.source, self.objective, self.latent_shape, self.null_label = source, objective, latent_shape, null_label
         self.seed, self.batch_size, self.label_drop, self.flip = seed, batch_size, label_drop, flip
-        self.epoch, self.order = -1, None
+        self.epoch, self.order = -1, np.empty(0, dtype=np.int64)
 
     def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
         epoch, place = divmod(item, len(self.source))

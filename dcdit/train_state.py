@@ -76,13 +76,20 @@ def load_state(file: Path, config: dict[str, Any], model: nn.Module, ema: EMA, o
         raise ConfigError(
             f"{file} was trained with {key}={old}, this run asks for {new}; give another output or remove it"
         )
+    missing = [f"{kind}.{name}" for kind in ("model", "ema") for name in ema.names if f"{kind}.{name}" not in tensors]
+    if missing:
+        raise CheckpointError(f"{file} has no tensor {missing[0]}")
     with torch.no_grad():
         for (name, p), average in zip(model.named_parameters(), ema.values, strict=True):
             p.copy_(tensors[f"model.{name}"])
             average.copy_(tensors[f"ema.{name}"])
             prefix = f"optim.{name}."
             state = {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-            optimizer.state[p] = {key: tensor.to(p.device) for key, tensor in state.items()}
+            # Moments take their parameter's strides: fused AdamW walks through the memory of all of them alike.
+            optimizer.state[p] = {
+                key: torch.empty_like(p).copy_(tensor) if tensor.shape == p.shape else tensor.to(p.device)
+                for key, tensor in state.items()
+            }
     return header["step"]
 
 

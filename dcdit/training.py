@@ -103,11 +103,11 @@ class Trainer:
                 self.step += 1
                 bar.update()
                 if self.step % config.log_every == 0 or self.step == config.steps:
-                    values = self._reduced(values)
+                    numbers = self._reduced(values)
                     now = time.monotonic()
                     speed = (self.step - since_step) * config.batch_size / (now - since)
                     since, since_step = now, self.step
-                    self._report(bar, {"step": self.step, **values, "images_per_s": speed})
+                    self._report(bar, {"step": self.step, **numbers, "images_per_s": speed})
                 if self.step % config.save_every == 0:
                     self._save()
                     saved = self.step

@@ -125,10 +125,10 @@ def test_metrics_and_checkpoint_of_a_run(whole):
 
 def test_training_learns_to_read_its_input(tiny, tmp_path):
     """Whatever ignores x_t cannot guess the noise: its error stays above the noise's variance of 1."""
-    codec = ["codec.factor=2", "model.in_channels=4", "model.input_size=14"]
-    lines = run(tiny, tmp_path, "steps=125", "optim.lr=2e-2", "optim.cosine=false", "save_every=1000", *codec)
+    model = ["model.in_channels=4", "model.input_size=14", "model.target_ratio=4", "codec.factor=2"]
+    lines = run(tiny, tmp_path, "steps=120", "batch_size=16", "optim.lr=2e-2", "optim.cosine=false", *model)
     assert lines[0]["diffusion_loss"] > 1.5
-    assert sum(line["diffusion_loss"] for line in lines[-10:]) / 10 < 0.95
+    assert sum(line["diffusion_loss"] for line in lines[-10:]) / 10 < 0.97
 
 
 def test_a_killed_run_resumes_to_the_same_losses(whole, tiny, tmp_path):
@@ -153,6 +153,14 @@ def test_stopping_by_the_clock_resumes_to_the_same_losses(whole, tiny, tmp_path)
     assert [line["step"] for line in run(tiny, tmp_path, "max_minutes=1e-9")] == [1]
     assert load_checkpoint(tmp_path / "model")[1]["step"] == 1
     assert run(tiny, tmp_path, "log_every=2") == [line for line in metrics(whole) if line["step"] in (1, 2, 4, 6, 8)]
+
+
+def test_resuming_keeps_the_memory_format(tiny, tmp_path):
+    """AdamW's moments must come back in the layout of their parameters, or its fused step mixes up their entries."""
+    options = ["channels_last=true", "optim.lr=1e-2"]
+    plain = run(tiny, tmp_path / "plain", *options)
+    run(tiny, tmp_path / "resumed", *options, "save_every=1", "max_minutes=1e-9")
+    assert run(tiny, tmp_path / "resumed", *options) == plain
 
 
 def test_two_processes_give_the_losses_of_one(whole, tiny, tmp_path):
