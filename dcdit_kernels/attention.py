@@ -6,8 +6,10 @@ import torch
 
 from . import _dispatch
 from ._check import floating, require, shaped
+from .cpu._rows import why_not as cpu_why_not
 
 _dispatch.register_reference("varlen_attention")
+_dispatch.register("varlen_attention", "native", "dcdit_kernels.cpu.attention:varlen_attention", cpu_why_not)
 
 
 def varlen_attention(

@@ -7,10 +7,12 @@ import torch
 from . import _dispatch
 from ._check import floating, packed, require, shaped
 from .chunk_plan import ChunkPlan
+from .cpu._rows import why_not as cpu_why_not
 
 SMOOTHING = ("gaussian", "ema", None)
 
 _dispatch.register_reference("dechunk")
+_dispatch.register("dechunk", "native", "dcdit_kernels.cpu.dechunk:dechunk", cpu_why_not)
 
 
 def dechunk(

@@ -7,9 +7,11 @@ import torch
 from . import _dispatch
 from ._check import floating, require, shaped
 from .chunk_plan import ChunkPlan
+from .cpu._rows import why_not as cpu_why_not
 
 for _op in ("adaln_modulate", "gate_residual", "gate_residual_modulate"):
     _dispatch.register_reference(_op)
+    _dispatch.register(_op, "native", f"dcdit_kernels.cpu.modulate:{_op}", cpu_why_not)
 
 
 def adaln_modulate(

@@ -1,0 +1,32 @@
+"""varlen_attention on the CPU: PyTorch's fused attention, sample after sample (faster than padding at any size)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ._rows import with_tail
+
+
+def varlen_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None = None,
+) -> torch.Tensor:
+    """See `dcdit_kernels.varlen_attention`."""
+    # split, not slices: its backward is one concatenation, that of a slice fills a tensor as large as q.
+    parts = zip(_samples(q, cu_seqlens_q), _samples(k, cu_seqlens_k), _samples(v, cu_seqlens_k), strict=True)
+    outs = [F.scaled_dot_product_attention(*part, scale=softmax_scale)[0].transpose(0, 1) for part in parts]
+    return with_tail(torch.cat([q[:0], *outs]), q.shape[0])
+
+
+def _samples(x: torch.Tensor, cu_seqlens: torch.Tensor) -> list[torch.Tensor]:
+    """(T, heads, d) → one (1, heads, M_b, d) for each sample."""
+    lengths = cu_seqlens.diff().tolist()
+    parts = x.split([*lengths, x.shape[0] - sum(lengths)])[:-1]
+    return [part.transpose(0, 1)[None] for part in parts]

@@ -1,0 +1,303 @@
+"""The operators against formulas written out here in float64, on every CPU back-end, with poisoned tails."""
+
+import math
+
+import pytest
+import torch
+
+import dcdit_kernels as K
+from dcdit_kernels import reference
+
+GRIDS = [(7, 9), (1, 13), (5, 1)]
+SHARES = ["all", "one", "quarter", "empty"]
+BACKENDS = ["reference", "native"]
+
+
+def make(grid, share, spare=0, batch=3):
+    """(boundary_prob float64, plan) with one sample of another kind at the end; `spare` rows past the live ones."""
+    gen = torch.Generator().manual_seed(SHARES.index(share))
+    cells = math.prod(grid)
+    prob = torch.rand(batch, cells, generator=gen, dtype=torch.float64)
+    limit = {"all": 0.0, "quarter": 0.75}.get(share, 2.0)
+    prob = torch.where(prob > limit, 0.55 + 0.4 * prob, 0.45 * prob)
+    if share == "one":
+        prob[:, cells // 2] = 0.9
+    live = int((prob > 0.5).sum())
+    return prob, K.plan_chunks(prob, grid, capacity=live + spare if spare else None, backend="reference")
+
+
+def poisoned(rows, plan):
+    """The same rows with NaN past the last live one, as a view with strides of its own."""
+    live = int(plan.cu_seqlens[-1])
+    wide = torch.full((rows.shape[0], 2 * rows.shape[1]), math.nan, dtype=rows.dtype)
+    wide[:live, ::2] = rows[:live]
+    return wide[:, ::2]
+
+
+def gradients(function, *tensors):
+    """Output, and gradients of a weighted sum of it. Weights depend on the place, so that no error cancels."""
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    out = function(*leaves)
+    outs = out if isinstance(out, tuple) else (out,)
+    total = sum((o * torch.linspace(-1, 2, o.numel(), dtype=o.dtype).view(o.shape)).sum() for o in outs)
+    return [o.detach() for o in outs] + list(
+        torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+    )
+
+
+def dechunk_by_cell(x, prob, plan, residual, sigma):
+    """METHOD step 8, one cell at a time."""
+    out, places = [], torch.cartesian_prod(*(torch.arange(n) for n in plan.grid)).view(plan.cells, -1).double()
+    for b in range(plan.batch_size):
+        start, end = plan.cu_seqlens[b], plan.cu_seqlens[b + 1]
+        tokens = plan.token_index[start:end].long() - b * plan.cells
+        p, u = prob[b, tokens].clamp(1e-4, 1 - 1e-4), places[tokens]
+        for cell in range(plan.cells):
+            value = torch.zeros(x.shape[1], dtype=x.dtype)
+            if len(tokens):
+                i = int((u - places[cell]).square().sum(1).argmin())  # argmin takes the first of equals
+                w = p * torch.exp(-(u - u[i]).square().sum(1) / (2 * sigma**2))
+                smoothed = (w[:, None] * x[start:end]).sum(0) / (w.sum() + 1e-8)
+                value = p[i] * x[start + i] + (1 - p[i]) * smoothed
+            s = torch.maximum(prob[b, cell], 1 - prob[b, cell])
+            out.append(value * (1 + s - s.detach()) + residual[b, cell])
+    return torch.stack(out).view(residual.shape)
+
+
+@pytest.mark.parametrize("spare", [0, 5])
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dechunk(backend, grid, share, spare):
+    prob, plan = make(grid, share, spare)
+    x = torch.randn(plan.capacity, 6, dtype=torch.float64)
+    residual = torch.randn(3, plan.cells, 6, dtype=torch.float64)
+    want = gradients(lambda *a: dechunk_by_cell(a[0], a[1], plan, a[2], 1.3), x, prob, residual)
+    got = gradients(
+        lambda *a: K.dechunk(a[0], a[1], plan, a[2], 1.3, backend=backend), poisoned(x, plan), prob, residual
+    )
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def ema_by_token(x, prob, plan):
+    rows = []
+    for b in range(plan.batch_size):
+        state = None
+        for r in range(int(plan.cu_seqlens[b]), int(plan.cu_seqlens[b + 1])):
+            p = prob.flatten()[plan.token_index[r].long()].clamp(1e-4, 1 - 1e-4)
+            state = x[r] if state is None else p * x[r] + (1 - p) * state
+            rows.append(state)
+    rows += [torch.zeros_like(x[0])] * (plan.capacity - len(rows)) if plan.capacity else []
+    return torch.stack(rows) if rows else x
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_ema(share):
+    prob, plan = make((7, 9), share, spare=4)
+    x = torch.randn(plan.capacity, 5, dtype=torch.float64)
+    want = gradients(lambda *a: ema_by_token(*a, plan), x, prob) if share != "empty" else [torch.zeros_like(x)] * 2
+    got = gradients(lambda *a: K.ema_smooth(*a, plan), poisoned(x, plan), prob)
+    for a, b in zip(got[:2], want[:2], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_modulate_and_gate(backend, packed, share):
+    _, plan = make((7, 9), share, spare=4)
+    shape = (plan.capacity, 8) if packed else (3, 7, 8)
+    x, y = torch.randn(2, *shape, dtype=torch.float64)
+    modulators = torch.randn(3, 24, dtype=torch.float64)
+    sample = plan.sample_index.long() if packed else None
+
+    def by_hand(x, y, modulators):
+        gate, shift, scale = (m[sample] if packed else m[:, None] for m in modulators.chunk(3, 1))
+        live = (sample >= 0)[:, None] if packed else torch.ones(1, 1, 1, dtype=torch.bool)
+        x = x + gate * y
+        mean = x.mean(-1, keepdim=True)
+        normed = (x - mean) / ((x - mean).square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        return torch.where(live, x, 0), torch.where(live, normed * (1 + scale) + shift, 0)
+
+    def ours(x, y, modulators):
+        gate, shift, scale = modulators.chunk(3, 1)  # strided views of one tensor
+        return K.gate_residual_modulate(x, y, gate, shift, scale, plan if packed else None, backend=backend)
+
+    want = gradients(by_hand, x, y, modulators)
+    args = (poisoned(x, plan), poisoned(y, plan)) if packed else (x, y)
+    for a, b in zip(gradients(ours, *args, modulators), want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_varlen_attention(backend):
+    """Different q and k lengths, an empty sample, a poisoned tail, and views of a fused qkv."""
+    torch.manual_seed(0)
+    cu_q, cu_k = torch.tensor([0, 4, 4, 9], dtype=torch.int32), torch.tensor([0, 2, 5, 11], dtype=torch.int32)
+    q = torch.randn(12, 2, 8, dtype=torch.float64)
+    k, v = torch.randn(13, 2, 2, 8, dtype=torch.float64).unbind(1)
+
+    def by_hand(q, k, v):
+        out = torch.zeros_like(q)
+        for b in range(3):
+            for i in range(cu_q[b], cu_q[b + 1]):
+                own = slice(cu_k[b], cu_k[b + 1])
+                weight = (torch.einsum("hd,jhd->hj", q[i], k[own]) / math.sqrt(8)).softmax(-1)
+                out[i] = torch.einsum("hj,jhd->hd", weight, v[own])
+        return out
+
+    def bad(t, live):
+        return torch.cat([t[:live], torch.full_like(t[live:], math.nan)])
+
+    want = gradients(by_hand, q, k, v)
+    attend = lambda *a: K.varlen_attention(*a, cu_q, cu_k, 5, 6, backend=backend)  # noqa: E731
+    for a, b in zip(gradients(attend, bad(q, 9), bad(k, 11), bad(v, 11)), want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_chunk(share):
+    _, plan = make((7, 9), share, spare=4)
+    h, pos = torch.randn(3, 63, 8, dtype=torch.float64), torch.randn(63, 8, dtype=torch.float64)
+    out, grad, _ = gradients(lambda h, pos: K.chunk(h, plan, pos), h, pos)
+    weight = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape)
+    want, want_grad = torch.zeros_like(out), torch.zeros_like(h)
+    for row, cell in enumerate(plan.token_index.tolist()):
+        if cell >= 0:
+            want[row] = h.view(-1, 8)[cell] + pos[cell % 63]
+            want_grad.view(-1, 8)[cell] = weight[row]
+    assert torch.equal(out, want) and torch.equal(grad, want_grad)
+
+
+def test_boundary_cosine_1d_and_packed():
+    """p_t = (1 - cos(q_t, k_{t-1})) / 2, both ends 1; a packed batch gives what its samples give alone."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 2, 6, 8, dtype=torch.float64)
+    prob = K.boundary_cosine(q, k)
+    for b in range(2):
+        for t in range(1, 5):
+            assert prob[b, t].item() == pytest.approx((1 - torch.cosine_similarity(q[b, t], k[b, t - 1], 0).item()) / 2)
+    assert (prob[:, [0, -1]] == 1).all()
+    tail = torch.full((3, 8), math.nan, dtype=q.dtype)
+    cu = torch.tensor([0, 6, 6, 12], dtype=torch.int32)
+    packed = K.boundary_cosine(*(torch.cat([x.flatten(0, 1), tail]) for x in (q, k)), cu_seqlens=cu)
+    torch.testing.assert_close(packed, torch.cat([prob.flatten(), prob.new_zeros(3)]))
+
+
+def test_boundary_cosine_2d():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 12, 4, dtype=torch.float64)
+    kernel = torch.rand(4, 3, 3, dtype=torch.float64)
+    prob = K.boundary_cosine(q, k, kernel, (3, 4))
+    unit_q, unit_k = (x / x.norm(dim=-1, keepdim=True) for x in (q[0], k[0]))
+    for cell in range(1, 11):
+        row, column = divmod(cell, 4)
+        mean = sum(
+            kernel[:, i + 1, j + 1] * unit_k[(row + i) * 4 + column + j]
+            for i in (-1, 0, 1)
+            for j in (-1, 0, 1)
+            if 0 <= row + i < 3 and 0 <= column + j < 4
+        )
+        want = min(max((1 - (unit_q[cell] * mean).sum().item()) / 2, 0), 1)
+        assert prob[0, cell].item() == pytest.approx(want)
+
+
+def test_gradcheck_of_the_scores():
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, 6, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    kernel = torch.rand(4, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *a: K.boundary_cosine(*a, (2, 3)), (q, k, kernel / 20))
+    features = torch.randn(2, 16, 2, 3, dtype=torch.float64, requires_grad=True)
+    weights = [torch.randn(16, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    bias = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(K.boundary_predictability, (features, *weights, bias))
+
+
+def naive_mask(prob, rho):
+    """Drop floor(n·ρ) boundaries one at a time: always the lowest p, of equals the last."""
+    mask = prob > 0.5
+    for b, share in enumerate(rho):
+        for _ in range(int(torch.floor(mask[b].sum().float() * torch.tensor(share)))):
+            low = min((prob[b, i].item(), -i) for i in range(prob.shape[1]) if mask[b, i])
+            mask[b, -low[1]] = False
+    return mask
+
+
+def place(cell, grid, kind):
+    """Where a cell is: on the grid, or for "1d" along the raster."""
+    return torch.tensor([cell] if kind == "1d" else torch.unravel_index(torch.tensor(cell), grid))
+
+
+@pytest.mark.parametrize("grid", [*GRIDS, (2, 3, 4), (17,)])
+def test_plan(grid):
+    """Mask, packing, nearest, inverse: each against a loop; ties are frequent, one sample keeps nothing."""
+    gen = torch.Generator().manual_seed(3)
+    cells, rho = math.prod(grid), [0.0, 0.5, 0.9, 0.3]
+    prob = torch.randint(0, 6, (4, cells), generator=gen) / 6
+    prob[3] = 0.2
+    for kind in {1: ["1d", "previous"], 2: ["2d", "1d", "previous"], 3: ["3d", "previous"]}[len(grid)]:
+        plan = reference.plan_chunks(prob, grid, torch.tensor(rho), nearest=kind)
+        mask = torch.stack([naive_mask(prob[b : b + 1], rho[b : b + 1])[0] for b in range(4)])
+        assert torch.equal(plan.boundary_mask, mask)
+        assert plan.token_index.tolist() == mask.flatten().nonzero().squeeze(1).tolist()
+        assert plan.sample_index.tolist() == [c // cells for c in plan.token_index.tolist()]
+        assert plan.lengths.tolist() == mask.sum(1).tolist() and plan.max_seqlen == mask.sum(1).max()
+        for cell, row in enumerate(plan.nearest.tolist()):
+            sample = cell // cells
+            places = [(r, t) for r, t in enumerate(plan.token_index.tolist()) if t // cells == sample]
+            if kind == "previous":
+                places = [(r, t) for r, t in places if t <= cell][-1:]
+            here = place(cell % cells, grid, kind)
+            away = [((place(t % cells, grid, kind) - here).square().sum().item(), t, r) for r, t in places]
+            best = min(away, default=(0, 0, -1))
+            assert row == best[2], (kind, cell)
+        for row in range(plan.capacity):
+            members = plan.member_index[plan.member_offsets[row] : plan.member_offsets[row + 1]].tolist()
+            assert members == [c for c, r in enumerate(plan.nearest.tolist()) if r == row]
+
+
+def test_fixed_capacity():
+    """Spare rows are -1; rows that do not fit are cut from the end of the batch and counted."""
+    prob = torch.full((2, 6), 0.9)
+    plan = K.plan_chunks(prob, (2, 3), capacity=15)
+    assert plan.capacity == 15 and plan.token_index.tolist() == [*range(12), -1, -1, -1] and plan.overflow == 0
+    plan = K.plan_chunks(prob, (2, 3), capacity=8)
+    assert plan.cu_seqlens.tolist() == [0, 6, 8] and plan.overflow == 4 and plan.max_seqlen == 6
+    assert plan.nearest.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 7, 6, 7, 7]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_low_precision_keeps_its_dtype(backend, dtype):
+    """Accumulation is in float32: the error against float64 is that of rounding inputs and output once."""
+    prob, plan = make((7, 9), "quarter")
+    x, residual = torch.randn(plan.capacity, 72), torch.randn(3, 63, 72)
+    want = K.dechunk(
+        x.to(dtype).double(), prob.float().double(), plan, residual.to(dtype).double(), backend="reference"
+    )
+    got = K.dechunk(x.to(dtype), prob.float(), plan, residual.to(dtype), backend=backend)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), want, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+
+
+def test_backend_choice_is_explicit():
+    prob, plan = make((7, 9), "quarter")
+    x = torch.randn(plan.capacity, 8)
+    with pytest.raises(K.BackendError, match="chunk has no native implementation"):
+        K.chunk(torch.randn(3, 63, 8), plan, backend="native")
+    with pytest.raises(K.BackendError, match="unknown backend 'cuda'"), K.use_backend("cuda"):
+        pass
+    assert K.explain("dechunk", x, prob, plan).startswith("dechunk: native (asked for: auto)")
+    with K.use_backend("reference"):
+        assert K.explain("dechunk", x, prob, plan).startswith("dechunk: reference (asked for: reference)")
+
+
+def test_operators_name_what_came():
+    prob, plan = make((7, 9), "quarter")
+    with pytest.raises(ValueError, match=r"chunk: h must have shape \(3, 63, any\), got \(3, 62, 8\)"):
+        K.chunk(torch.zeros(3, 62, 8), plan)
+    with pytest.raises(TypeError, match=r"dechunk: x must be float16.* got torch.int64"):
+        K.dechunk(torch.zeros(plan.capacity, 8).long(), prob, plan)
+    with pytest.raises(ValueError, match="nearest='3d' needs a 3d grid"):
+        K.plan_chunks(prob, (7, 9), nearest="3d")
