@@ -1,4 +1,7 @@
-"""Checkpoints: a directory of model.safetensors and config.json. Loading one never runs code."""
+"""Checkpoints: a directory of model.safetensors and config.json, or a `.pt` of the public release.
+
+Loading one never runs code.
+"""
 
 from __future__ import annotations
 
@@ -14,57 +17,20 @@ import torch
 from .config import DCDiTConfig
 from .errors import CheckpointError, ConfigError
 from .model import DCDiT
+from .release import from_release, infer_config, read_state, release_content, release_key
 
-# The public release's prefixes and ours, in the order in which they are tried.
-_RELEASE_PREFIXES = (
-    ("x_embedder.proj.", "stem."),
-    ("t_embedder.", "time_embed."),
-    ("y_embedder.embedding_table.", "class_embed."),
-    ("hnet.encoder.layers.", "encoder.blocks."),
-    ("hnet.encoder.rmsnorm.", "encoder.norm."),
-    ("hnet.residual_proj.", "residual_proj."),
-    ("hnet.routing_module.proj.", "router.proj."),
-    ("hnet.routing_module.context_predictor.", "router.context."),
-    ("hnet.routing_module.residual_scorer.0.", "router.scorer."),
-    ("hnet.routing_module.residual_scorer.1.", "router.norm."),
-    ("hnet.routing_module.residual_scorer.3.", "router.score."),
-    ("hnet.main_network.main_network.layers.", "main.blocks."),
-    ("hnet.main_network.main_network.rmsnorm.", "main.norm."),
-    ("hnet.decoder.layers.", "decoder.blocks."),
-    ("hnet.decoder.rmsnorm.", "decoder.norm."),
-    ("final_layer.", "final."),
-    ("pos_embed", "pos_embed"),
-)
-_RELEASE_PARTS = (
-    ("cond_proj.", "cond."),
-    ("skip_proj.", "skip."),
-    ("adaLN_modulation.", "adaln."),
-    ("attn.qkv.", "qkv."),
-    ("attn.proj.", "proj."),
-    ("mlp.fc", "fc"),
-)
+__all__ = [
+    "from_pretrained",
+    "from_release",
+    "load_checkpoint",
+    "load_release",
+    "load_state",
+    "release_key",
+    "save_checkpoint",
+    "save_release",
+]
 
-
-def release_key(key: str) -> str:
-    """Our name of a parameter of the public release. Raises CheckpointError for a foreign one."""
-    for theirs, ours in _RELEASE_PREFIXES:
-        if key.startswith(theirs):
-            key = ours + key[len(theirs) :]
-            break
-    else:
-        raise CheckpointError(f"unknown key {key!r}: this is not a DC-DiT release state dict")
-    if key.startswith(("encoder.blocks", "decoder.blocks", "main.blocks", "final.")):
-        for theirs, ours in _RELEASE_PARTS:
-            key = key.replace(theirs, ours)
-    return key
-
-
-def from_release(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our state dict from the release's: keys renamed, tensors untouched but for the position table's batch axis."""
-    renamed = {release_key(key): tensor for key, tensor in state.items()}
-    if "pos_embed" in renamed:
-        renamed["pos_embed"] = renamed["pos_embed"].reshape(renamed["pos_embed"].shape[-2:])
-    return renamed
+FILES = ("config.json", "model.safetensors")
 
 
 def load_state(model: DCDiT, state: dict[str, torch.Tensor]) -> None:
@@ -85,11 +51,17 @@ def load_state(model: DCDiT, state: dict[str, torch.Tensor]) -> None:
 def save_checkpoint(directory: str | Path, model: DCDiT, extra: dict[str, Any] | None = None) -> None:
     """Write model.safetensors and config.json; the directory appears whole or not at all.
 
-    `extra` holds JSON values about the model's use, such as {"objective": "flow"}.
+    `extra` holds JSON values about the model's use, such as {"objective": "flow"}. A checkpoint that is there already
+    is replaced; raises CheckpointError where the directory holds anything else.
     """
     from safetensors.torch import save
 
     directory = Path(directory)
+    foreign = [entry.name for entry in directory.iterdir() if entry.name not in FILES] if directory.exists() else []
+    if foreign:
+        raise CheckpointError(
+            f"{directory} holds more than a checkpoint ({_some(foreign)}); give a directory of its own"
+        )
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
@@ -119,7 +91,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
     from safetensors.torch import load_file
 
     path = Path(path)
-    config_file, weights = path / "config.json", path / "model.safetensors"
+    config_file, weights = (path / name for name in FILES)
     for file in (config_file, weights):
         if not file.is_file():
             raise CheckpointError(f"no checkpoint at {path}: {file.name} is missing")
@@ -137,6 +109,60 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
     model = DCDiT(config).to(device)
     load_state(model, {key: tensor.to(torch.float32) for key, tensor in state.items()})
     return model.eval(), extra
+
+
+def from_pretrained(name: str | Path, device: str | torch.device = "cpu", **hub: Any) -> DCDiT:
+    """The model of a checkpoint directory, or of a repository id on the Hugging Face Hub, in eval mode.
+
+    `hub` goes to `huggingface_hub.snapshot_download`, such as revision= or local_files_only=. Raises CheckpointError.
+    """
+    if not Path(name).exists():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            name = snapshot_download(str(name), allow_patterns=list(FILES), **hub)
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(
+                f"{name} is neither a directory nor a repository that can be read: {reason}"
+            ) from error
+    return load_checkpoint(name, device)[0]
+
+
+def load_release(
+    path: str | Path, *, num_heads: int | None = None, sigma: float | None = None, which: str = "ema"
+) -> DCDiT:
+    """The model of a checkpoint of the public release (AMD-AGI/DynamicChunkingDiT), in eval mode.
+
+    Args:
+        path: the `.pt` file: a dict of model, ema and config, or a bare state dict.
+        num_heads, sigma: what the shapes do not tell. None: from the stored configuration where it can be read, else
+            heads of 72 or 64 channels and σ = 1.
+        which: "ema" or "model".
+
+    Sizes come from the tensors. Nothing that the file names is imported or run. Raises CheckpointError naming the key,
+    the expected and the found shape where they do not fit, and ConfigError for sizes that make no model.
+    """
+    state, config = read_state(path, which)
+    state = from_release(state)
+    model = DCDiT(infer_config(state, config, num_heads, sigma))
+    load_state(model, {key: tensor.to(torch.float32) for key, tensor in state.items()})
+    return model.eval()
+
+
+def save_release(path: str | Path, model: DCDiT) -> None:
+    """Write `model` as a `.pt` in the public release's layout; the file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
+    try:
+        torch.save(release_content(tensors, model.config), temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _write(file: Path, data: bytes) -> None:

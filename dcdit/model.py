@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -59,6 +61,19 @@ class DCDiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
         nn.init.normal_(self.class_embed.weight, std=0.02)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **hub: Any) -> DCDiT:
+        """The model of a checkpoint directory or Hub repository, in eval mode; see `dcdit.checkpoints`."""
+        from .checkpoints import from_pretrained
+
+        return from_pretrained(name, **hub)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write model.safetensors and config.json."""
+        from .checkpoints import save_checkpoint
+
+        save_checkpoint(directory, self)
 
     def forward(
         self,

@@ -1,0 +1,33 @@
+"""`dcdit convert`: a `.pt` of the public release to a checkpoint directory, or a directory back to a `.pt`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+# What the release's models were trained by: DDPM on latents of Stable Diffusion's autoencoder.
+RELEASE_USE = {
+    "objective": "ddpm",
+    "codec": {"kind": "autoencoder_kl", "pretrained": "stabilityai/sd-vae-ft-ema", "scale": 0.18215},
+}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of `dcdit convert`."""
+    parser.add_argument("source", help="a .pt file of the public release, or a checkpoint directory")
+    parser.add_argument("target", help="the directory to write for a .pt source, the .pt to write for a directory")
+    parser.add_argument("--which", choices=("ema", "model"), default="ema", help="weights of a .pt to take")
+    parser.add_argument("--num-heads", type=int, help="of a .pt that does not say (default: heads of 72 or 64)")
+    parser.add_argument("--sigma", type=float, help="smoothing width of a .pt that does not say (default 1)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert. Tensors are copied bit by bit."""
+    from ..checkpoints import load_checkpoint, load_release, save_checkpoint, save_release
+
+    if Path(args.source).is_dir():
+        save_release(args.target, load_checkpoint(args.source)[0])
+    else:
+        model = load_release(args.source, num_heads=args.num_heads, sigma=args.sigma, which=args.which)
+        save_checkpoint(args.target, model, RELEASE_USE)
+    print(f"{args.source} → {args.target}")

@@ -1,0 +1,268 @@
+"""Checkpoints of the public release: read safely, converted both ways without losing a bit."""
+
+import argparse
+import builtins
+import os
+import pickle
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dcdit.checkpoints import load_checkpoint, load_release, save_checkpoint, save_release
+from dcdit.cli import main
+from dcdit.config import DCDiTConfig
+from dcdit.errors import CheckpointError, ConfigError
+from dcdit.model import DCDiT
+from dcdit.release import Record, from_release, infer_heads, read_pickle, to_release
+
+DATA = Path(__file__).parent / "data"
+RELEASE = DATA / "dcdit_tiny_release.pt"
+TINY = DCDiTConfig(input_size=(6, 6), num_classes=5, hidden_size=64, depth=2, num_heads=4, encoder_width=32, sigma=2.0)
+
+
+def content(path=RELEASE):
+    """The golden file as plain containers, to be bent and saved again."""
+    values = read_pickle(path)
+    return {"model": dict(values["model"]), "ema": dict(values["ema"])}
+
+
+def save(tmp_path, values):
+    torch.save(values, tmp_path / "x.pt")
+    return tmp_path / "x.pt"
+
+
+@pytest.mark.parametrize("case", ["full", "drop30", "per_sample"])
+def test_release_reproduces_its_golden(case):
+    golden = load_file(DATA / "dcdit_tiny.safetensors")
+    model = load_release(RELEASE, which="model")
+    assert (model.config.num_heads, model.config.sigma, model.config.target_ratio) == (4, 1.0, 4.0)
+    rho = golden[f"{case}.drop_fraction"]
+    out = model(golden["in.x"], golden["in.t"], golden["in.y"], drop_fraction=rho if rho.dim() else float(rho))
+    error = (out - golden[f"{case}.out"]).abs().max() / golden[f"{case}.out"].abs().max()
+    assert error < 1e-5
+
+
+def test_ema_is_what_loads_by_default(tmp_path):
+    values = content()
+    values["ema"]["x_embedder.proj.bias"] = torch.arange(32.0)
+    path = save(tmp_path, values)
+    assert torch.equal(load_release(path).stem.bias, torch.arange(32.0))
+    assert torch.equal(load_release(path, which="model").stem.bias, values["model"]["x_embedder.proj.bias"])
+
+
+def test_stored_config_is_read_and_its_class_is_not_looked_for(monkeypatch):
+    imported = []
+    real = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", lambda name, *a, **k: (imported.append(name), real(name, *a, **k))[1])
+    config = read_pickle(RELEASE)["config"]
+    assert isinstance(config, Record) and type(config).__name__ == "config.Config"
+    assert config.model.hnet.num_heads == [4, 4] and config.model.hnet.arch_layout == ["c2", ["D2"], "c2"]
+    assert "config" not in imported and "config" not in sys.modules
+
+
+def test_arguments_win_over_the_stored_config():
+    config = load_release(RELEASE, num_heads=2, sigma=2.0).config
+    assert (config.num_heads, config.sigma) == (2, 2.0)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_bare_and_prefixed_state_dicts(tmp_path, prefix):
+    state = content()["model"]
+    path = save(tmp_path, {prefix + key: value for key, value in state.items()})
+    model = load_release(path, num_heads=4)
+    assert torch.equal(model.state_dict()["main.blocks.1.fc2.bias"], from_release(state)["main.blocks.1.fc2.bias"])
+
+
+@pytest.mark.parametrize(("width", "heads"), [(384, 6), (768, 12), (1024, 16), (1152, 16)])
+def test_heads_of_the_presets(width, heads):
+    assert infer_heads(width) == heads
+
+
+def test_heads_that_cannot_be_told(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot tell the number of heads of width 100: give num_heads"):
+        infer_heads(100)
+    assert load_release(save(tmp_path, content())).config.num_heads == 1  # 64 channels are one head
+    with pytest.raises(ConfigError, match="hidden_size 64 is not a multiple of num_heads 5"):
+        load_release(RELEASE, num_heads=5)
+
+
+class Evil:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def evil_files(tmp_path):
+    trace = tmp_path / "trace"
+    yield "os.system", Evil(os.system, f"touch {trace}"), trace
+    yield "builtins.open", Evil(open, str(trace), "w"), trace
+    yield "pathlib.Path.touch", Evil(Path.touch, trace), trace
+    yield "builtins.exec", Evil(exec, f"open({str(trace)!r}, 'w')"), trace
+    yield "builtins.getattr", Evil(getattr, trace, "name"), trace
+
+
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("place", ["config", "ema"])
+def test_malicious_pickle_is_refused(tmp_path, number, place):
+    name, evil, trace = list(evil_files(tmp_path))[number]
+    path = save(tmp_path, {**content(), place: evil})
+    with pytest.raises(CheckpointError):
+        load_release(path)
+    assert not trace.exists(), name
+
+
+def test_malicious_pickle_would_have_run(tmp_path):
+    """The same file does create the trace when it is unpickled: the test above proves something."""
+    _, evil, trace = next(evil_files(tmp_path))
+    torch.load(save(tmp_path, {"config": evil}), weights_only=False)
+    assert trace.exists()
+
+
+def test_the_error_names_what_was_asked_for(tmp_path):
+    path = save(tmp_path, {"config": Evil(exec, "1")})
+    with pytest.raises(CheckpointError, match=r"x.pt: the file asks to call builtins.exec; refused"):
+        read_pickle(path)
+
+
+def test_namespaces_of_other_trainers_become_records(tmp_path):
+    path = save(tmp_path, {**content(), "args": argparse.Namespace(model="DiT-XL/2", lr=1e-4)})
+    args = read_pickle(path)["args"]
+    assert not isinstance(args, argparse.Namespace) and args.model == "DiT-XL/2"
+    load_release(path, num_heads=4)
+
+
+def test_inert_classes_are_forgotten_afterwards():
+    before = torch.serialization.get_safe_globals()
+    read_pickle(RELEASE)
+    assert torch.serialization.get_safe_globals() == before
+
+
+def bent(change):
+    values = content()
+    change(values["ema"])
+    return values
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("x_embedder.proj.bias"), "missing keys in checkpoint: stem.bias"),
+        (lambda s: s.pop("x_embedder.proj.weight"), "missing keys in checkpoint: stem.weight"),
+        (lambda s: s.update(lm_head=torch.ones(1)), "unknown key 'lm_head'"),
+        (
+            lambda s: s.update({"hnet.residual_proj.weight": torch.ones(64, 63)}),
+            r"residual_proj.weight: expected shape \(64, 64\), found \(64, 63\)",
+        ),
+        (lambda s: s.update(pos_embed=torch.ones(1, 63, 64)), "pos_embed: expected a square grid, found 63 cells"),
+        (lambda s: s.update({"x_embedder.proj.weight": torch.ones(3)}), "stem.weight: expected 4 axes, found"),
+        (lambda s: s.update({"x_embedder.proj.bias": "hello"}), "'x_embedder.proj.bias' is str, expected a tensor"),
+    ],
+)  # fmt: skip
+def test_tampered_state(tmp_path, change, message):
+    with pytest.raises(CheckpointError, match=message):
+        load_release(save(tmp_path, bent(change)))
+
+
+def test_other_files(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint file"):
+        load_release(tmp_path / "none.pt")
+    whole = RELEASE.read_bytes()
+    for size in (0, 10, len(whole) // 2, len(whole) - 100):
+        (tmp_path / "cut.pt").write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match="truncated, tampered with or not a checkpoint"):
+            load_release(tmp_path / "cut.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps({"model": 1}))
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        load_release(tmp_path / "plain.pt")
+    with pytest.raises(CheckpointError, match="holds list, expected a dict"):
+        load_release(save(tmp_path, [1, 2]))
+    with pytest.raises(CheckpointError, match="has no 'ema'; it holds weights, step"):
+        load_release(save(tmp_path, {"weights": {}, "step": 1}))
+
+
+def test_flipped_byte_in_the_pickle_is_an_error_or_harmless(tmp_path):
+    """Whatever one changed byte makes of the pickle, the reader raises its own error or reads the file."""
+    with zipfile.ZipFile(RELEASE) as archive:
+        entries = {entry: archive.read(entry) for entry in archive.namelist()}
+    name = next(entry for entry in entries if entry.endswith("data.pkl"))
+    for place in range(28359, len(entries[name]), 97):  # the configuration's part
+        data = bytearray(entries[name])
+        data[place] ^= 0x15
+        with zipfile.ZipFile(tmp_path / "bent.pt", "w", zipfile.ZIP_STORED) as archive:
+            for entry, value in entries.items():
+                archive.writestr(entry, bytes(data) if entry == name else value)
+        try:
+            read_pickle(tmp_path / "bent.pt")
+        except CheckpointError:
+            pass
+
+
+def test_keys_map_one_to_one():
+    state = DCDiT(TINY).state_dict()
+    assert list(from_release(to_release(state))) == list(state)
+    theirs = content()["model"]
+    assert to_release(from_release(theirs)).keys() == theirs.keys()
+    with pytest.raises(CheckpointError, match=r"the public release has no place for cond_norm\.weight"):
+        to_release({"cond_norm.weight": torch.ones(1)})
+
+
+def test_convert_both_ways_is_bit_exact(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = DCDiT(TINY)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    save_checkpoint(tmp_path / "a", model)
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b.pt")]) == 0
+    assert main(["convert", str(tmp_path / "b.pt"), str(tmp_path / "c")]) == 0
+    again, extra = load_checkpoint(tmp_path / "c")
+    assert again.config == TINY and extra["objective"] == "ddpm"
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "c/model.safetensors").read_bytes()
+    assert main(["convert", str(RELEASE), str(tmp_path / "d"), "--which", "model"]) == 0
+    assert main(["convert", str(tmp_path / "d"), str(tmp_path / "e.pt")]) == 0
+    first, second = content()["model"], read_pickle(tmp_path / "e.pt")["model"]
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    capsys.readouterr()
+    assert main(["convert", str(tmp_path / "none.pt"), str(tmp_path / "f")]) == 2
+    assert "no checkpoint file" in capsys.readouterr().err and not (tmp_path / "f").exists()
+
+
+def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    (tmp_path / "a.pt").write_bytes(b"old")
+    monkeypatch.setattr(torch, "save", lambda content, path: Path(path).write_bytes(b"half") and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_release(tmp_path / "a.pt", DCDiT(TINY))
+    assert (tmp_path / "a.pt").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_pretrained_round_trip(tmp_path):
+    model = DCDiT(TINY)
+    model.save_pretrained(tmp_path / "a")
+    again = DCDiT.from_pretrained(tmp_path / "a")
+    assert again.config == TINY and not again.training
+    pairs = zip(model.state_dict().values(), again.state_dict().values(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_pretrained_from_the_hub_cache(tmp_path):
+    """A repository id, resolved by huggingface_hub itself from a cache that was filled before."""
+    repo = tmp_path / "hub" / "models--someone--tiny"
+    DCDiT(TINY).save_pretrained(repo / "snapshots" / ("0" * 40))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40)
+    model = DCDiT.from_pretrained("someone/tiny", cache_dir=tmp_path / "hub", local_files_only=True)
+    assert model.config == TINY
+    with pytest.raises(CheckpointError, match="someone/other is neither a directory nor a repository"):
+        DCDiT.from_pretrained("someone/other", cache_dir=tmp_path / "hub", local_files_only=True)
+
+
+def test_a_directory_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match=r"holds more than a checkpoint \(thesis.tex\)"):
+        DCDiT(TINY).save_pretrained(tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
