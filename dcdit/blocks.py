@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -57,7 +58,7 @@ class ConvStack(nn.Module):
 
     def __init__(self, widths: tuple[int, ...], width_cond: int) -> None:
         super().__init__()
-        pairs = zip(widths[:-1], widths[1:], strict=True)
+        pairs = itertools.pairwise(widths)
         self.blocks = nn.ModuleList(ResidualConvBlock(a, b, width_cond) for a, b in pairs)
         self.norm = nn.RMSNorm(widths[-1], eps=1e-5)
 

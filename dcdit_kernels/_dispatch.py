@@ -14,6 +14,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 BACKENDS = ("native", "triton", "reference")
 CHOICES = ("auto", *BACKENDS)
 
@@ -53,7 +55,11 @@ def requested_backend(backend: str | None = None) -> str:
 
 def run(op: str, backend: str | None, *args: Any, **kwargs: Any) -> Any:
     """Call `op` on the back-end asked for. Raises BackendError where an explicit choice cannot run."""
-    return _load(_registry[op][choose(op, backend, *args, **kwargs)][0])(*args, **kwargs)
+    implementation = _load(_registry[op][choose(op, backend, *args, **kwargs)][0])
+    device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
+    # Every operator states its own precision; autocast would turn float32 accumulation into bfloat16.
+    with torch.autocast(device, enabled=False):
+        return implementation(*args, **kwargs)
 
 
 def choose(op: str, backend: str | None, *args: Any, **kwargs: Any) -> str:

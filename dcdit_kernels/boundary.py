@@ -41,10 +41,8 @@ def boundary_cosine(
     require(q.dim() == (3 if cu_seqlens is None else 2),
             f"boundary_cosine: q must be (B, L, D), or (T, D) with cu_seqlens, got {tuple(q.shape)}")  # fmt: skip
     if kernel is not None:
-        require(
-            cu_seqlens is None and grid is not None,
-            "boundary_cosine: kernel needs grid=(H, W) and dense q, k",
-        )
+        if cu_seqlens is not None or grid is None:
+            raise ValueError("boundary_cosine: kernel needs grid=(H, W) and dense q, k")
         shaped("boundary_cosine", "kernel", kernel, q.shape[-1], 3, 3)
         require(
             grid[0] * grid[1] == q.shape[1],

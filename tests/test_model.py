@@ -163,7 +163,7 @@ def test_failed_write_leaves_the_old_checkpoint(model, tmp_path, monkeypatch):
 
 
 def test_bad_checkpoints(model, tmp_path):
-    with pytest.raises(CheckpointError, match="config.json is missing"):
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         load_checkpoint(tmp_path / "none")
     save_checkpoint(tmp_path / "a", model)
     weights, config = tmp_path / "a" / "model.safetensors", tmp_path / "a" / "config.json"

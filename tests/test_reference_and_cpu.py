@@ -281,6 +281,15 @@ def test_low_precision_keeps_its_dtype(backend, dtype):
     torch.testing.assert_close(got.double(), want, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_does_not_reach_the_accumulation(backend):
+    prob, plan = make((7, 9), "quarter")
+    x = torch.randn(plan.capacity, 72).bfloat16()
+    want = K.dechunk(x, prob.float(), plan, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(K.dechunk(x, prob.float(), plan, backend=backend), want)
+
+
 def test_backend_choice_is_explicit():
     prob, plan = make((7, 9), "quarter")
     x = torch.randn(plan.capacity, 8)

@@ -26,7 +26,8 @@ def run(args: argparse.Namespace) -> None:
         f"{args.preset}: grid {config.input_size[0]}×{config.input_size[1]} = {cells} cells, width {config.hidden_size}"
     )
     print(
-        f"  depth {config.depth}, {config.num_heads} heads, encoder width {config.encoder_width}, N {config.target_ratio:g}"
+        f"  depth {config.depth}, {config.num_heads} heads, encoder width {config.encoder_width}, "
+        f"N {config.target_ratio:g}"
     )
     print(f"  trainable parameters          {trainable:>15,}")
     print(f"  with the position table       {trainable + table:>15,}")
@@ -40,7 +41,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"\nplain DiT of the same backbone (2×2 patches, {patches} tokens): {plain:.4g} GFLOP per image")
     print("  DC-DiT / DiT" + " " * 16 + "".join(f"{column['total'] / plain:12.2f}" for column in columns))
     print(
-        "\n'total' is the paper's count; 'uncounted' is what it leaves out: stem, embedders, residual projection, output."
+        "\n'total' is the paper's count; 'uncounted' is what it leaves out: "
+        "stem, embedders, residual projection, output."
     )
 
 
