@@ -1,0 +1,20 @@
+"""The straightforward formulations that the operators are measured against, each as one would first write it."""
+
+from .attention import attention
+from .boundary import cosine, predictability
+from .chunk import chunk
+from .dechunk import dechunk
+from .modulate import gate_modulate
+from .plan import PaddedPlan, pad_rows, plan
+
+__all__ = [
+    "PaddedPlan",
+    "attention",
+    "chunk",
+    "cosine",
+    "dechunk",
+    "gate_modulate",
+    "pad_rows",
+    "plan",
+    "predictability",
+]

@@ -1,0 +1,15 @@
+"""Attention on a padded batch with a mask over the keys."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .plan import PaddedPlan, pad_rows
+
+
+def attention(qkv: torch.Tensor, padded: PaddedPlan) -> torch.Tensor:
+    """qkv (T, 3, heads, head_dim) packed → pad, attend, unpad → (T, heads, head_dim)."""
+    q, k, v = pad_rows(qkv, padded).permute(2, 0, 3, 1, 4)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=padded.valid[:, None, None])
+    return out.transpose(1, 2)[padded.valid]

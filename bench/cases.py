@@ -1,0 +1,99 @@
+"""What is measured: groups, sizes, and the selection for each kind of machine."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from dcdit import DCDiTConfig, preset
+
+OPERATORS = ("plan", "chunk", "dechunk", "boundary", "cosine", "modulate", "attention")
+MODELS = ("forward", "train", "sample")
+GROUPS = (*MODELS, *OPERATORS)  # the headline first, for runs that are cut short
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the results. `share` of the L = side² latent cells is kept before ρ (`drop_fraction`) is applied.
+
+    `backward` adds the backward pass to the time. `dtype` is that of the features; the router is always in float32.
+    """
+
+    group: str
+    size: str = "S"
+    side: int = 32
+    batch: int = 1
+    share: float = 0.25
+    drop_fraction: float = 0.0
+    backward: bool = False
+    dtype: str = "float32"
+
+    @property
+    def config(self) -> DCDiTConfig:
+        return preset("digits" if self.size == "digits" else f"DC-DiT-{self.size}/N4" + "-512" * (self.side == 64))
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def name(self) -> str:
+        parts = [self.group, self.size, f"{8 * self.side}px", f"B{self.batch}", f"keep{self.share:g}"]
+        if self.group in MODELS:
+            parts.append(f"drop{self.drop_fraction:g}")
+        return "-".join([*parts, "fwdbwd" if self.backward else "fwd", self.dtype])
+
+
+def select(device: str, groups: tuple[str, ...] = GROUPS, quick: bool = False) -> list[Case]:
+    """The cases of a machine: around one centre, each axis in turn. `quick` leaves the centres."""
+    cases_of = _on_gpu if device == "cuda" else _on_cpu
+    return [case for group in groups for case in cases_of(group)[: 1 if quick else None]]
+
+
+def _on_gpu(group: str) -> list[Case]:
+    centre = Case(group, "B", 32, 16, 0.25, dtype="bfloat16")
+    if group == "forward":
+        sizes = [("B", 32), ("S", 32), ("XL", 32), ("XL", 64)]
+        return [
+            dataclasses.replace(centre, size=size, side=side, batch=batch, drop_fraction=drop)
+            for size, side in sizes
+            for batch in (16, 1, 4, 64)
+            for drop in ((0.5, 0.2, 0.0, 0.8) if batch == 16 else (0.5,))
+        ]
+    if group == "train":
+        return [
+            dataclasses.replace(centre, size=size, batch=batch, drop_fraction=drop, backward=True)
+            for size in ("B", "S", "XL")
+            for batch, drop in ((16, 0.5), (64, 0.5), (16, 0.0))
+        ]
+    if group == "sample":
+        return [dataclasses.replace(centre, size=s, batch=b, drop_fraction=0.0) for s in ("B", "XL") for b in (4, 16)]
+    axes = [{}, *({"batch": b} for b in (1, 4, 64)), *({"share": s} for s in (0.1, 0.5, 1.0))]
+    axes += [{"size": "S"}, {"size": "XL"}, {"side": 64}]
+    directions = (False,) if group == "plan" else (False, True)
+    return [dataclasses.replace(centre, backward=b, **axis) for axis in axes for b in directions]
+
+
+def _on_cpu(group: str) -> list[Case]:
+    if group == "forward":
+        small = [Case(group, "digits", 14, b, drop_fraction=d) for b, d in ((64, 0.5), (4, 0.5))]
+        return [
+            *(Case(group, "S", batch=1, drop_fraction=drop) for drop in (0.5, 0.2, 0.0, 0.8)),
+            Case(group, "S", batch=4, drop_fraction=0.5),
+            Case(group, "B", batch=1, drop_fraction=0.5),
+            *small,
+        ]
+    if group == "train":
+        return [
+            Case(group, "S", batch=2, drop_fraction=0.5, backward=True),
+            Case(group, "digits", 14, 64, drop_fraction=0.5, backward=True),
+        ]
+    if group == "sample":
+        return [Case(group, "digits", 14, 16), Case(group, "S", batch=1)]
+    centre = Case(group, "S", 32, 4)
+    axes = [{}, {"batch": 1}, {"batch": 16}, {"share": 0.1}, {"share": 0.5}, {"share": 1.0}]
+    axes += [{"size": "B"}, {"size": "XL"}] if group != "plan" else [{"batch": 64}]
+    directions = (False,) if group == "plan" else (False, True)
+    return [dataclasses.replace(centre, backward=b, **axis) for axis in axes for b in directions]

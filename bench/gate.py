@@ -1,0 +1,71 @@
+"""The correctness gate: a variant whose outputs or gradients miss float64 by more than its budget gets no time.
+
+Budget: |variant − fp64| ≤ 2·|eager − fp64| + √K·eps32·max|fp64|, each the largest over a tensor, with eager the
+straightforward formulation in the same dtype. That one is first held to the same budget in float32, where the
+reference operator takes its place; when it fails, nothing is reported.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .problem import Problem, Tensors, Variant
+
+EPS32 = torch.finfo(torch.float32).eps
+
+
+def check(problem: Problem, backward: bool) -> dict[str, str | None]:
+    """For each variant what is wrong with it, or None."""
+    want = evaluate(problem.oracle, cast(problem.inputs, torch.float64), backward)
+    inputs32 = cast(problem.inputs, torch.float32)
+    eager, reference = problem.variants[problem.yardstick], problem.variants[problem.reference]
+    wrong = complaint(evaluate(eager, inputs32, backward), want, evaluate(reference, inputs32, backward), problem)
+    if wrong:
+        return dict.fromkeys(problem.variants, f"the yardstick, {problem.yardstick}, failed in float32: {wrong}")
+    yardstick = evaluate(eager, problem.inputs, backward)
+    verdicts = {}
+    for name, variant in problem.variants.items():
+        try:
+            verdicts[name] = complaint(evaluate(variant, problem.inputs, backward), want, yardstick, problem)
+        except Exception as error:  # a variant that cannot run is a failed variant, and the others go on
+            verdicts[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return verdicts
+
+
+def cast(inputs: Tensors, dtype: torch.dtype) -> Tensors:
+    """The floating ones in `dtype`."""
+    return tuple(t.detach().to(dtype) if t.is_floating_point() else t for t in inputs)
+
+
+def evaluate(variant: Variant, inputs: Tensors, backward: bool) -> Tensors:
+    """Outputs, and with `backward` the gradients of a weighted sum of them; integers as they are."""
+    leaves = [t.detach().clone().requires_grad_(backward and t.is_floating_point()) for t in inputs]
+    with torch.set_grad_enabled(backward):
+        outs = variant.result(variant.run(*variant.prepare(*leaves)))
+    if not backward:
+        return outs
+    # The weights depend on the place, so that no error cancels; float32 holds them in every dtype alike.
+    weights = [torch.linspace(-1, 2, out.numel(), device=out.device).view(out.shape) for out in outs]
+    total = sum((out * w.bfloat16().to(out.dtype)).sum() for out, w in zip(outs, weights, strict=True))
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    return *(out.detach() for out in outs), *torch.autograd.grad(total, wanted)
+
+
+def complaint(got: Tensors, want: Tensors, yardstick: Tensors, problem: Problem) -> str | None:
+    """The first tensor that misses its budget, or None."""
+    for place, (a, b, c) in enumerate(zip(got, want, yardstick, strict=True)):
+        if a.shape != b.shape:
+            return f"result {place} has shape {tuple(a.shape)}, expected {tuple(b.shape)}"
+        if not b.is_floating_point():
+            if not torch.equal(a.long(), b.long()):
+                return f"result {place} differs at {int((a.long() != b.long()).sum())} of {b.numel()} places"
+            continue
+        if b.numel() == 0:
+            continue
+        error, eager = ((t.double() - b).abs().max().item() for t in (a, c))
+        budget = 2 * eager + math.sqrt(problem.reduction) * EPS32 * b.abs().max().item()
+        if not error <= budget:
+            return f"result {place} is off by {error:.3g}, allowed {budget:.3g}"
+    return None

@@ -1,0 +1,208 @@
+"""The problems of the operator groups: our back-ends, the straightforward formulation, and that one compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+import dcdit_kernels as K
+from dcdit.blocks import sincos_2d
+
+from . import baselines
+from .cases import Case
+from .problem import Problem, Tensors, Variant, Work
+
+OURS = ("native", "triton", "reference")
+
+
+def routed_prob(case: Case, device: str) -> torch.Tensor:
+    """boundary_prob float32 (B, L) with exactly `share` of the cells above 1/2, scattered, the first and last among
+    them; all values differ, in float32 and by the same amounts, so that every dtype drops the same cells."""
+    cells = case.side**2
+    kept = max(2, round(case.share * cells))
+    generator = torch.Generator().manual_seed(0)
+    order = torch.stack([torch.randperm(cells - 2, generator=generator) + 1 for _ in range(case.batch)])
+    ends = torch.tensor([0, cells - 1]).expand(case.batch, 2)
+    order = torch.cat([ends, order], dim=1)
+    rank = torch.arange(cells, dtype=torch.float32)
+    prob = torch.where(rank < kept, 0.99 - 0.45 * rank / cells, 0.49 - 0.45 * rank / cells)
+    return torch.empty(case.batch, cells).scatter_(1, order, prob.expand(case.batch, -1)).to(device)
+
+
+def padded_plan(case: Case, plan: K.ChunkPlan) -> baselines.PaddedPlan:
+    """The same plan in the layout of the straightforward formulation."""
+    lengths = plan.lengths.long()
+    valid = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+    row = (plan.cu_seqlens[:-1].long()[:, None] + torch.arange(valid.shape[1], device=valid.device)) * valid
+    index = (plan.token_index[row].long() % plan.cells) * valid
+    nearest = plan.nearest.long().view(case.batch, -1) - plan.cu_seqlens[:-1, None]
+    return baselines.PaddedPlan(index, valid, nearest)
+
+
+def operator_problem(case: Case, device: str, compiled: bool) -> Problem:
+    """The problem of an operator case. Raises KeyError for a group that is no operator."""
+    return BUILDERS[case.group](case, device, compiled)
+
+
+def _draw(case: Case, device: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return torch.randn(*shape, device=device, dtype=dtype or case.torch_dtype)
+
+
+def _problem(
+    case: Case,
+    inputs: Tensors,
+    ours: Callable[..., object],
+    plain: Variant,
+    work: Work,
+    reduction: int,
+    compiled: bool,
+    result: Callable[[object], Tensors] | None = None,
+) -> Problem:
+    """`ours(backend, *inputs)` on each back-end that runs here, beside `plain`."""
+    extra = {} if result is None else {"result": result}
+    variants, absent = {}, {}
+    for backend in OURS:
+        variant = Variant(lambda *a, backend=backend: ours(backend, *a), **extra)
+        try:
+            variant.run(*(t.detach() for t in inputs))
+        except (K.BackendError, ImportError) as error:
+            absent[backend] = str(error)
+        else:
+            variants[backend] = variant
+    variants["plain"] = plain
+    if compiled:
+        variants["plain compiled"] = Variant(torch.compile(plain.run), plain.prepare, plain.result)
+    oracle = Variant(lambda *a: ours("reference", *a), **extra)
+    return Problem(inputs, variants, oracle, work, reduction, absent=absent)
+
+
+def plan_problem(case: Case, device: str, compiled: bool) -> Problem:
+    """probabilities → which cells stay, packed, and who refills whom. Half of the boundaries are dropped."""
+    grid, cells, batch = (case.side, case.side), case.side**2, case.batch
+    prob = routed_prob(case, device)
+
+    def packed(plan: K.ChunkPlan) -> Tensors:
+        return plan.cu_seqlens, plan.token_index, plan.nearest
+
+    def from_padded(padded: baselines.PaddedPlan) -> Tensors:
+        starts = torch.nn.functional.pad(padded.valid.sum(1).cumsum(0), (1, 0))
+        flat = padded.index + cells * torch.arange(batch, device=prob.device)[:, None]
+        return starts, flat[padded.valid], (padded.nearest + starts[:-1, None]).flatten()
+
+    tokens = int(K.plan_chunks(prob, grid, 0.5, backend="reference").cu_seqlens[-1])
+    work = Work(4 * (batch * cells * 3 + 3 * tokens), 0, tokens)
+    return _problem(
+        case, (prob,), lambda backend, p: K.plan_chunks(p, grid, 0.5, backend=backend),
+        Variant(lambda p: baselines.plan(p, grid, 0.5), result=from_padded), work, 1, compiled, packed,
+    )  # fmt: skip
+
+
+def _planned(case: Case, device: str) -> tuple[torch.Tensor, K.ChunkPlan, baselines.PaddedPlan]:
+    prob = routed_prob(case, device)
+    plan = K.plan_chunks(prob, (case.side, case.side))
+    return prob, plan, padded_plan(case, plan)
+
+
+def chunk_problem(case: Case, device: str, compiled: bool) -> Problem:
+    """h (B, L, D) and its position table → (T, D)."""
+    width, cells = case.config.hidden_size, case.side**2
+    _, plan, padded = _planned(case, device)
+    pos = sincos_2d(width, plan.grid).to(device, case.torch_dtype)
+    h = _draw(case, device, case.batch, cells, width)
+    moved = plan.capacity * width * h.element_size()
+    work = Work(2 * moved + (moved + h.nbytes) * case.backward, plan.capacity * width, plan.capacity)
+    return _problem(
+        case, (h,), lambda backend, h: K.chunk(h, plan, pos.to(h.dtype), backend=backend),
+        Variant(lambda h: baselines.chunk(h, padded, pos.to(h.dtype)), result=lambda out: (out[padded.valid],)),
+        work, 1, compiled,
+    )  # fmt: skip
+
+
+def dechunk_problem(case: Case, device: str, compiled: bool) -> Problem:
+    """(T, D) → (B, L, D): smoothing, plug-back, straight-through confidence, float32 residual."""
+    width, cells, grid = case.config.hidden_size, case.side**2, (case.side, case.side)
+    prob, plan, padded = _planned(case, device)
+    x = _draw(case, device, plan.capacity, width)
+    residual = _draw(case, device, case.batch, cells, width, dtype=torch.float32)
+    moved = x.nbytes + prob.nbytes + residual.nbytes + residual.numel() * x.element_size()
+    # A separable window of 6σ is the least smoothing known: 2·13 multiply-adds per cell and channel.
+    flops = 4 * 13 * case.batch * cells * width
+    work = Work(moved * (1 + 2 * case.backward), flops * (1 + 2 * case.backward), plan.capacity)
+    return _problem(
+        case, (x, prob, residual), lambda backend, x, p, r: K.dechunk(x, p, plan, r, backend=backend),
+        Variant(
+            lambda x, p, r: baselines.dechunk(x, p, padded, r, grid),
+            lambda x, p, r: (baselines.pad_rows(x, padded), p, r),
+        ),
+        work, max(width, padded.valid.shape[1]), compiled,
+    )  # fmt: skip
+
+
+def boundary_problem(case: Case, device: str, compiled: bool) -> Problem:
+    """The predictability router after its last convolution, (B, D/4, H, W) → (B, L), in float32 as in the model."""
+    width = case.config.hidden_size // 4
+    features = torch.randn(case.batch, width, case.side, case.side, device=device)
+    inputs = (features, *(torch.randn(n, device=device) for n in (width, width, width, 1)))
+    work = Work(features.nbytes * (1 + 2 * case.backward), 12 * features.numel() * (1 + 2 * case.backward), 0)
+    return _problem(
+        case, inputs, lambda backend, *a: K.boundary_predictability(*a, backend=backend),
+        Variant(baselines.predictability), work, width // 8 * case.side**2, compiled,
+    )  # fmt: skip
+
+
+def cosine_problem(case: Case, device: str, compiled: bool) -> Problem:
+    """The cosine router after its projections, q and k (B, L, D) → (B, L), in float32 as in the model."""
+    width, grid = case.config.hidden_size, (case.side, case.side)
+    q, k = torch.randn(2, case.batch, case.side**2, width, device=device)
+    kernel = torch.rand(width, 3, 3, device=device)
+    work = Work(2 * q.nbytes * (1 + 2 * case.backward), 26 * q.numel() * (1 + 2 * case.backward), 0)
+    return _problem(
+        case, (q, k, kernel), lambda backend, *a: K.boundary_cosine(*a, grid, backend=backend),
+        Variant(lambda *a: baselines.cosine(*a, grid)), work, width, compiled,
+    )  # fmt: skip
+
+
+def modulate_problem(case: Case, device: str, compiled: bool) -> Problem:
+    """The gated residual of one half of a block and the modulation of the next, on (T, D)."""
+    width = case.config.hidden_size
+    _, plan, _ = _planned(case, device)
+    x, y = (_draw(case, device, plan.capacity, width) for _ in range(2))
+    modulators = _draw(case, device, case.batch, 6 * width)
+    sample = plan.sample_index.long()
+
+    def ours(backend: str, x: torch.Tensor, y: torch.Tensor, modulators: torch.Tensor) -> Tensors:
+        _, _, gate, shift, scale, _ = modulators.chunk(6, dim=1)
+        return K.gate_residual_modulate(x, y, gate, shift, scale, plan, backend=backend)
+
+    work = Work(4 * x.nbytes * (1 + case.backward), 12 * x.numel() * (1 + 2 * case.backward), plan.capacity)
+    plain = Variant(lambda x, y, m: baselines.gate_modulate(x, y, m, sample))
+    return _problem(case, (x, y, modulators), ours, plain, work, max(width, plan.max_seqlen), compiled)
+
+
+def attention_problem(case: Case, device: str, compiled: bool) -> Problem:
+    """Attention inside each sample of (T, 3, heads, head_dim)."""
+    config = case.config
+    _, plan, padded = _planned(case, device)
+    qkv = _draw(case, device, plan.capacity, 3, config.num_heads, config.hidden_size // config.num_heads)
+    pairs = plan.lengths.double().square().sum().item()
+
+    def ours(backend: str, qkv: torch.Tensor) -> torch.Tensor:
+        cu, longest = plan.cu_seqlens, plan.max_seqlen
+        return K.varlen_attention(*qkv.unbind(1), cu, cu, longest, longest, backend=backend)
+
+    flops = 4 * pairs * config.hidden_size * (3.5 if case.backward else 1)
+    work = Work(qkv.nbytes * (4 / 3 + 8 / 3 * case.backward), flops, plan.capacity)
+    plain = Variant(lambda qkv: baselines.attention(qkv, padded))
+    return _problem(case, (qkv,), ours, plain, work, plan.max_seqlen, compiled)
+
+
+BUILDERS = {
+    "plan": plan_problem,
+    "chunk": chunk_problem,
+    "dechunk": dechunk_problem,
+    "boundary": boundary_problem,
+    "cosine": cosine_problem,
+    "modulate": modulate_problem,
+    "attention": attention_problem,
+}

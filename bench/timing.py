@@ -1,0 +1,155 @@
+"""Interleaved rounds: every variant once per round, in an order that turns, so that drift hits all alike.
+
+On a CPU a sample is the wall clock of a few milliseconds of calls. On a GPU it is the time between two events around
+one pass over copies of the inputs that together exceed the L2 cache twice, replayed as a CUDA graph where the variant
+never waits for the host.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from .problem import Problem, Tensors, Variant
+
+SAMPLE_SECONDS = 2e-3  # of a CPU sample, far above the clock's and the interpreter's grain
+
+
+def interleave(clocks: dict[str, Callable[[], float]], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds per call of each variant, up to `rounds` samples (at least 3) within about `seconds`."""
+    samples: dict[str, list[float]] = {name: [] for name in clocks}
+    names, begin = list(clocks), time.perf_counter()
+    for number in range(rounds):
+        if number >= 3 and time.perf_counter() - begin > seconds:
+            break
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            samples[name].append(clocks[name]())
+    return samples
+
+
+def make_call(variant: Variant, inputs: Tensors, backward: bool) -> Callable[[], object]:
+    """One call of a variant on inputs in its own layout, with the backward pass where asked for."""
+    own = [t.detach().clone() for t in variant.prepare(*inputs)]
+    if not backward:
+
+        def forward() -> object:
+            with torch.no_grad():
+                return variant.run(*own)
+
+        return forward
+    leaves = [t.requires_grad_() for t in own if t.is_floating_point()]
+    first = variant.run(*own)
+    outs = [first] if isinstance(first, torch.Tensor) else list(first)
+    weights = [torch.randn_like(out) for out in outs]
+
+    def both() -> object:
+        outs = variant.run(*own)
+        return torch.autograd.grad(outs, leaves, weights if isinstance(outs, tuple) else weights[0])
+
+    return both
+
+
+def cpu_clock(call: Callable[[], object]) -> Callable[[], float]:
+    """Seconds per call by the wall clock, after a warm-up."""
+    call()
+    begin = time.perf_counter()
+    call()
+    repeats = max(1, round(SAMPLE_SECONDS / (time.perf_counter() - begin)))
+
+    def sample() -> float:
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - begin) / repeats
+
+    return sample
+
+
+def gpu_wall_clock(call: Callable[[], object]) -> Callable[[], float]:
+    """Seconds per call as the host sees them: launches and waits included."""
+    for _ in range(3):
+        call()
+
+    def sample() -> float:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    return sample
+
+
+def gpu_event_clock(calls: list[Callable[[], object]], graph: bool) -> Callable[[], float]:
+    """Seconds of device time per call; `calls` work on copies of the inputs. Raises RuntimeError where a graph cannot
+    be captured."""
+    replay = captured(calls) if graph else None
+    for call in calls:
+        call()
+
+    def sample() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(1_000_000)  # the host gets ahead, so that no launch is waited for
+        start.record()
+        if replay:
+            replay()
+        else:
+            for call in calls:
+                call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / len(calls)
+
+    return sample
+
+
+def captured(calls: list[Callable[[], object]]) -> Callable[[], None]:
+    """The calls as one CUDA graph, warmed up on a side stream as capture demands."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls[:2]:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph.replay
+
+
+def copies(inputs: Tensors, cache_bytes: int) -> list[Tensors]:
+    """The inputs and copies of them, together past twice the cache, 64 at most."""
+    size = sum(t.nbytes for t in inputs)
+    count = min(64, 1 + -(-2 * cache_bytes // max(1, size)))
+    return [inputs, *(tuple(t.clone() for t in inputs) for _ in range(count - 1))]
+
+
+def ratios(samples: list[float], base: list[float]) -> tuple[float, float, float]:
+    """Median and quartiles of time over the baseline's, round by round."""
+    paired = sorted(a / b for a, b in zip(samples, base, strict=True))
+    low, middle, high = statistics.quantiles(paired, n=4, method="inclusive")
+    return middle, low, high
+
+
+def clocks_of(problem: Problem, names: list[str], backward: bool, device: str, syncs: dict[str, int]) -> dict:
+    """(clock, how it measures) of each variant; `syncs` counts the host synchronisations of one call."""
+    out = {}
+    for name in names:
+        variant = problem.variants[name]
+        if device == "cpu":
+            out[name] = cpu_clock(make_call(variant, problem.inputs, backward)), "wall"
+        elif problem.wall:
+            out[name] = gpu_wall_clock(make_call(variant, problem.inputs, backward)), "wall"
+        else:
+            cache = torch.cuda.get_device_properties(0).L2_cache_size
+            calls = [make_call(variant, part, backward) for part in copies(problem.inputs, cache)]
+            try:
+                out[name] = gpu_event_clock(calls, graph=not syncs[name]), "events" if syncs[name] else "graph"
+            except RuntimeError as error:
+                out[name] = gpu_event_clock(calls, graph=False), f"events, for want of a graph: {error}".splitlines()[0]
+    return out
