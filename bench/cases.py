@@ -40,7 +40,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        parts = [self.group, self.size, f"{8 * self.side}px", f"B{self.batch}", f"keep{self.share:g}"]
+        parts = [self.group, self.size, f"{self.side}x{self.side}", f"B{self.batch}", f"keep{self.share:g}"]
         if self.group in MODELS:
             parts.append(f"drop{self.drop_fraction:g}")
         return "-".join([*parts, "fwdbwd" if self.backward else "fwd", self.dtype])

@@ -11,26 +11,40 @@ import math
 
 import torch
 
-from .problem import Problem, Tensors, Variant
+from .problem import Family, Problem, Tensors, Variant
 
 EPS32 = torch.finfo(torch.float32).eps
 
 
 def check(problem: Problem, backward: bool) -> dict[str, str | None]:
     """For each variant what is wrong with it, or None."""
-    want = evaluate(problem.oracle, cast(problem.inputs, torch.float64), backward)
-    inputs32 = cast(problem.inputs, torch.float32)
-    eager, reference = problem.variants[problem.yardstick], problem.variants[problem.reference]
-    wrong = complaint(evaluate(eager, inputs32, backward), want, evaluate(reference, inputs32, backward), problem)
-    if wrong:
-        return dict.fromkeys(problem.variants, f"the yardstick, {problem.yardstick}, failed in float32: {wrong}")
+    verdicts: dict[str, str | None] = {}
+    for name, family in problem.families.items():
+        members = {key: variant for key, variant in problem.variants.items() if variant.family == name}
+        verdicts |= check_family(problem, family, members, backward)
+    return verdicts
+
+
+def check_family(
+    problem: Problem, family: Family, variants: dict[str, Variant], backward: bool
+) -> dict[str, str | None]:
+    """For each variant of one family what is wrong with it, or None."""
+    want = evaluate(Variant(family.oracle, result=family.result), cast(problem.inputs, torch.float64), backward)
+    eager, reference = variants[family.yardstick], variants[family.reference]
+    if eager is not reference:
+        got, base = (evaluate(v, cast(problem.inputs, torch.float32), backward) for v in (eager, reference))
+        wrong = complaint(got, want, base, problem.reduction)
+        if wrong:
+            return dict.fromkeys(variants, f"the yardstick, {family.yardstick}, failed in float32: {wrong}")
     yardstick = evaluate(eager, problem.inputs, backward)
     verdicts = {}
-    for name, variant in problem.variants.items():
+    for name, variant in variants.items():
         try:
-            verdicts[name] = complaint(evaluate(variant, problem.inputs, backward), want, yardstick, problem)
+            got = evaluate(variant, problem.inputs, backward)
         except Exception as error:  # a variant that cannot run is a failed variant, and the others go on
             verdicts[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            verdicts[name] = complaint(got, want, yardstick, problem.reduction)
     return verdicts
 
 
@@ -53,7 +67,7 @@ def evaluate(variant: Variant, inputs: Tensors, backward: bool) -> Tensors:
     return *(out.detach() for out in outs), *torch.autograd.grad(total, wanted)
 
 
-def complaint(got: Tensors, want: Tensors, yardstick: Tensors, problem: Problem) -> str | None:
+def complaint(got: Tensors, want: Tensors, yardstick: Tensors, reduction: int) -> str | None:
     """The first tensor that misses its budget, or None."""
     for place, (a, b, c) in enumerate(zip(got, want, yardstick, strict=True)):
         if a.shape != b.shape:
@@ -65,7 +79,7 @@ def complaint(got: Tensors, want: Tensors, yardstick: Tensors, problem: Problem)
         if b.numel() == 0:
             continue
         error, eager = ((t.double() - b).abs().max().item() for t in (a, c))
-        budget = 2 * eager + math.sqrt(problem.reduction) * EPS32 * b.abs().max().item()
+        budget = 2 * eager + math.sqrt(reduction) * EPS32 * b.abs().max().item()
         if not error <= budget:
             return f"result {place} is off by {error:.3g}, allowed {budget:.3g}"
     return None

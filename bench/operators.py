@@ -11,7 +11,7 @@ from dcdit.blocks import sincos_2d
 
 from . import baselines
 from .cases import Case
-from .problem import Problem, Tensors, Variant, Work
+from .problem import Family, Problem, Tensors, Variant, Work
 
 OURS = ("native", "triton", "reference")
 
@@ -73,8 +73,8 @@ def _problem(
     variants["plain"] = plain
     if compiled:
         variants["plain compiled"] = Variant(torch.compile(plain.run), plain.prepare, plain.result)
-    oracle = Variant(lambda *a: ours("reference", *a), **extra)
-    return Problem(inputs, variants, oracle, work, reduction, absent=absent)
+    family = Family(lambda *a: ours("reference", *a), **extra)
+    return Problem(inputs, variants, {"": family}, work, reduction, absent=absent)
 
 
 def plan_problem(case: Case, device: str, compiled: bool) -> Problem:

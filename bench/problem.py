@@ -23,11 +23,27 @@ def unchanged(*inputs: torch.Tensor) -> Tensors:
 @dataclass(frozen=True)
 class Variant:
     """One way to compute a case. Only `run` is timed: `prepare` brings the case's inputs into its own layout and
-    `result` its outputs into the common one, so that all variants can be compared."""
+    `result` its outputs into the common one, so that all variants of a family can be compared.
+
+    `timed` stands for `run` (and the backward pass) where a step is more than those, as with an optimiser.
+    """
 
     run: Callable[..., Any]
     prepare: Callable[..., Tensors] = unchanged
     result: Callable[[Any], Tensors] = as_tuple
+    family: str = ""
+    timed: Callable[[], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """Variants that compute the same. `oracle` takes the inputs in float64; `yardstick` names the eager variant whose
+    error sets the budget, `reference` the one that sets the budget of the yardstick itself."""
+
+    oracle: Callable[..., Any]
+    result: Callable[[Any], Tensors] = as_tuple
+    yardstick: str = "plain"
+    reference: str = "reference"
 
 
 @dataclass(frozen=True)
@@ -41,21 +57,17 @@ class Work:
 
 @dataclass(frozen=True)
 class Problem:
-    """`inputs` are drawn in the dtype of the case. `oracle` takes them in float64; `yardstick` names the eager variant
-    whose error sets the budget, `reference` the one that sets the budget of the yardstick itself.
+    """`inputs` are drawn in the dtype of the case; `reduction` is the length K of the longest sum.
 
-    `reduction` is the length K of the longest sum. `absent` says why a variant cannot run here. `wall`: the host's
-    clock is the one that counts, as for a whole model, whose launches are part of its time. `forward_flops` gives
-    GFLOP per image of the variants where they differ.
+    `absent` says why a variant cannot run here. `wall`: the host's clock is the one that counts, as for a whole model,
+    whose launches are part of its time. `gflop` is per image, of the variants of a model.
     """
 
     inputs: Tensors
     variants: dict[str, Variant]
-    oracle: Variant
+    families: dict[str, Family]
     work: Work
     reduction: int
-    yardstick: str = "plain"
-    reference: str = "reference"
     absent: dict[str, str] = field(default_factory=dict)
     wall: bool = False
-    flops_of: dict[str, float] = field(default_factory=dict)
+    gflop: dict[str, float] = field(default_factory=dict)

@@ -1,0 +1,79 @@
+"""The whole DC-DiT with the straightforward operators, on the weights of a `dcdit.DCDiT`.
+
+Attention is the project's own, so that what differs is everything around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from dcdit import DCDiT
+from dcdit.blocks import DiTBlock
+from dcdit.router import PredictabilityRouter
+from dcdit_kernels import varlen_attention
+
+from .boundary import predictability
+from .chunk import chunk
+from .dechunk import dechunk
+from .plan import pad_rows, plan
+
+
+def dcdit_forward(
+    net: DCDiT,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    y: torch.Tensor,
+    drop_fraction: float | torch.Tensor,
+    block: Callable[..., torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(prediction, boundary_prob) of `net`, whose router is a `bench.models.FixedRouter`; `block` is `dit_block`."""
+    grid = net.config.input_size
+    c = net.time_embed(t) + net.class_embed(y)
+    h = net.encoder(net.stem(x), c)
+    with torch.autocast(x.device.type, enabled=False):
+        wide = h.to(net.residual_proj.weight.dtype)
+        residual = net.residual_proj(wide)
+        prob = net.router.fix(scores(net.router.inner, wide))
+    padded = plan(prob.detach(), grid, drop_fraction)
+    rows = chunk(h, padded, net.pos_embed)[padded.valid]
+    lengths = padded.valid.sum(1)
+    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
+    sample_index = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths)
+    for weights in net.main.blocks:
+        rows = block(weights, rows, c, sample_index, cu_seqlens, padded.valid.shape[1])
+    rows = net.main.norm(rows)
+    with torch.autocast(x.device.type, enabled=False):
+        refilled = dechunk(pad_rows(rows, padded), prob, padded, residual, grid, net.config.sigma)
+    out = net.decoder(refilled.transpose(1, 2).unflatten(2, grid), c)
+    shift, scale = net.final.adaln(c)[:, None].chunk(2, dim=2)
+    out = net.final.linear(F.layer_norm(out, out.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+    return out.transpose(1, 2).unflatten(2, grid), prob
+
+
+def dit_block(
+    weights: DiTBlock,
+    x: torch.Tensor,
+    c: torch.Tensor,
+    sample_index: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    longest: int,
+) -> torch.Tensor:
+    """An adaLN-Zero block on packed rows (T, D), modulators expanded to (T, 6·D)."""
+    shift1, scale1, gate1, shift2, scale2, gate2 = weights.adaln(c)[sample_index].chunk(6, dim=1)
+    normed = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale1) + shift1
+    q, k, v = weights.qkv(normed).view(x.shape[0], 3, weights.heads, -1).unbind(1)
+    out = varlen_attention(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
+    x = x + gate1 * weights.proj(out.reshape(x.shape))
+    normed = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale2) + shift2
+    return x + gate2 * weights.mlp(normed)
+
+
+def scores(router: PredictabilityRouter, h: torch.Tensor) -> torch.Tensor:
+    """boundary_prob (B, L) of h (B, L, D)."""
+    z = router.proj(h.transpose(1, 2).unflatten(2, router.grid))
+    features = router.scorer(z - router.context(z))
+    weight = router.score.weight.flatten()
+    return predictability(features, router.norm.weight, router.norm.bias, weight, router.score.bias)

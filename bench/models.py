@@ -1,0 +1,240 @@
+"""The problems of the model groups: a forward pass, a training step, a sampling loop; DC-DiT beside the plain DiT."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from dcdit import DCDiT
+from dcdit.diffusion import ratio_loss
+from dcdit.flops import dcdit_flops, dit_flops
+from dcdit.plain_dit import PlainDiT
+from dcdit_kernels import use_backend
+
+from .baselines.model import dcdit_forward, dit_block
+from .cases import Case
+from .operators import routed_prob
+from .problem import Family, Problem, Tensors, Variant, Work
+
+SAMPLING_STEPS = {"cpu": 4, "cuda": 8}
+UNCOND_DROP = 0.9  # ρ of the unconditional half of Lite-CFG
+GUIDANCE = 1.25
+RATIO_WEIGHT = 0.03
+
+
+class FixedRouter(nn.Module):
+    """The model's router with its values replaced, so that exactly the share of the case is kept with random weights.
+
+    It costs what the router costs, and its gradient reaches the router.
+    """
+
+    def __init__(self, inner: nn.Module, prob: torch.Tensor) -> None:
+        super().__init__()
+        self.inner = inner
+        self.prob = prob  # not a buffer: it stays in float32 whatever the model is cast to
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return self.fix(self.inner(h))
+
+    def fix(self, prob: torch.Tensor) -> torch.Tensor:
+        repeats = prob.shape[0] // self.prob.shape[0]  # guidance runs two halves in one batch
+        return self.prob.repeat(repeats, 1) + (prob - prob.detach())
+
+
+class Nets:
+    """One network in every dtype that is asked for, with the same weights; `finish` is applied to each."""
+
+    def __init__(self, master: nn.Module, finish: Callable[[nn.Module], nn.Module] = lambda net: net) -> None:
+        self.master, self.finish, self.made = master, finish, {}
+
+    def __getitem__(self, dtype: torch.dtype) -> nn.Module:
+        if dtype not in self.made:
+            self.made[dtype] = self.finish(cast_net(copy.deepcopy(self.master), dtype))
+        return self.made[dtype]
+
+
+def cast_net(net: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Weights in `dtype`; what the method computes in float32 stays there when `dtype` is narrower."""
+    wide = {name: copy.deepcopy(getattr(net, name)) for name in ("router", "residual_proj") if hasattr(net, name)}
+    net.to(dtype)
+    for name, module in wide.items():
+        setattr(net, name, module if dtype.itemsize < 4 else module.to(dtype))
+    return net
+
+
+def make_net(kind: type[nn.Module], case: Case, device: str) -> nn.Module:
+    """A network in float32 with random weights that the dtype of the case holds, none zero, so that no part is idle;
+    a DC-DiT routes as the case says."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        net = kind(case.config)
+    for parameter in net.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    if isinstance(net, DCDiT):
+        net.router = FixedRouter(net.router, routed_prob(case, device))
+    return cast_net(cast_net(net, case.torch_dtype), torch.float32)
+
+
+def predict_dcdit(net: DCDiT, x, t, y, drop_fraction, routed: bool = False):
+    """The prediction of the model as shipped; with `routed` also boundary_prob."""
+    if not routed:
+        return net(x, t, y, drop_fraction)
+    out, routing = net(x, t, y, drop_fraction, return_routing=True)
+    return out, routing.boundary_prob
+
+
+def predict_reference(net: DCDiT, *args, **kwargs):
+    """The model as shipped on the reference operators."""
+    with use_backend("reference"):
+        return predict_dcdit(net, *args, **kwargs)
+
+
+def predict_plain(net: DCDiT, x, t, y, drop_fraction, routed: bool = False, block=dit_block):
+    """The straightforward operators on the same weights."""
+    out, prob = dcdit_forward(net, x, t, y, drop_fraction, block)
+    return (out, prob) if routed else out
+
+
+def predict_dit(net: PlainDiT, x, t, y, drop_fraction, routed: bool = False):
+    """The plain DiT, which drops nothing and has no router."""
+    out = net(x, t, y)
+    return (out, None) if routed else out
+
+
+def compile_blocks(net: PlainDiT) -> PlainDiT:
+    """Its blocks compiled; they are alike, so that one compilation serves all."""
+    for block in net.blocks:
+        block.compile(dynamic=True)
+    return net
+
+
+def model_problem(case: Case, device: str, compiled: bool) -> Problem:
+    """`dcdit`, `plain` operators on its weights, and `DiT/2`, the plain DiT of the same backbone."""
+    nets = Nets(make_net(DCDiT, case, device))
+    master = make_net(PlainDiT, case, device)
+    networks = {
+        "dcdit": (nets, predict_dcdit),
+        "dcdit reference": (nets, predict_reference),
+        "plain": (nets, predict_plain),
+        "DiT/2": (Nets(master), predict_dit),
+    }
+    if compiled:
+        block = torch.compile(dit_block, dynamic=True)
+        networks["plain compiled"] = nets, functools.partial(predict_plain, block=block)
+        networks["DiT/2 compiled"] = Nets(master, compile_blocks), predict_dit
+    task = {"forward": Forward, "train": Train, "sample": Sample}[case.group](case, device)
+    runs = {name: functools.partial(task.run, *network) for name, network in networks.items()}
+    variants = {
+        name: Variant(run, family="DiT/2" if "DiT" in name else "", timed=task.step(*networks[name]))
+        for name, run in runs.items()
+    }
+    families = {
+        "": Family(runs["dcdit reference"], reference="dcdit reference"),
+        "DiT/2": Family(runs["DiT/2"], yardstick="DiT/2", reference="DiT/2"),
+    }
+    ours, dit = task.gflop()
+    work = Work(
+        sum(p.nbytes for p in nets[case.torch_dtype].parameters()),
+        1e9 * case.batch * ours,
+        case.batch * kept_tokens(case, case.drop_fraction),
+    )
+    gflop = {name: dit if "DiT" in name else ours for name in variants}
+    return Problem(task.inputs, variants, families, work, case.side**2, wall=True, gflop=gflop)
+
+
+class Forward:
+    """One forward pass."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        self.case, self.device, config = case, device, case.config
+        torch.manual_seed(1)
+        x = torch.randn(case.batch, config.in_channels, *config.input_size, device=device).to(case.torch_dtype)
+        t = 1000 * torch.rand(case.batch, device=device)
+        self.inputs: Tensors = (x, t, torch.randint(config.num_classes, (case.batch,), device=device))
+
+    def run(self, nets: Nets, predict: Callable, x, t, y) -> torch.Tensor:
+        return predict(nets[x.dtype], x, t, y, self.case.drop_fraction)
+
+    def step(self, nets: Nets, predict: Callable) -> Callable[[], object] | None:
+        return None
+
+    def gflop(self) -> tuple[float, float]:
+        """GFLOP per image of DC-DiT and of the plain DiT, all that runs counted."""
+        return gflops(self.case, self.case.drop_fraction)
+
+
+class Train(Forward):
+    """Squared error to a fixed target plus the ratio loss; the step that is timed adds autocast and AdamW."""
+
+    def run(self, nets: Nets, predict: Callable, x, t, y) -> torch.Tensor:
+        return self.loss(nets[x.dtype], predict, x, t, y)
+
+    def loss(self, net: nn.Module, predict: Callable, x, t, y) -> torch.Tensor:
+        out, prob = predict(net, x, t, y, self.case.drop_fraction, routed=True)
+        loss = (out - torch.linspace(-1, 1, out.numel(), device=x.device).view(out.shape).to(x.dtype)).square().mean()
+        if prob is not None:
+            loss = loss + RATIO_WEIGHT * ratio_loss(prob, prob > 0.5, self.case.config.target_ratio)
+        return loss
+
+    def step(self, nets: Nets, predict: Callable) -> Callable[[], object]:
+        x, t, y = self.inputs
+        state = {}  # made at the first step, so that the gate holds no optimiser
+        mixed = self.case.torch_dtype != torch.float32
+
+        def step() -> None:
+            net = nets[torch.float32]
+            if not state:
+                state["optimizer"] = torch.optim.AdamW(net.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+            with torch.autocast(self.device, torch.bfloat16, enabled=mixed):
+                loss = self.loss(net, predict, x.float(), t, y)
+            loss.backward()
+            state["optimizer"].step()
+            state["optimizer"].zero_grad()
+
+        return step
+
+    def gflop(self) -> tuple[float, float]:
+        ours, dit = super().gflop()
+        return 3 * ours, 3 * dit
+
+
+class Sample(Forward):
+    """An Euler loop of the flow with Lite-CFG: both halves in one batch, the unconditional one on fewer tokens."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        super().__init__(case, device)
+        self.inputs = self.inputs[0], self.inputs[2]
+        self.steps = SAMPLING_STEPS[device]
+        self.drop_fraction = torch.tensor([case.drop_fraction, UNCOND_DROP], device=device).repeat_interleave(
+            case.batch
+        )
+
+    def run(self, nets: Nets, predict: Callable, x, y) -> torch.Tensor:
+        channels, labels = x.shape[1], torch.cat([y, torch.full_like(y, self.case.config.num_classes)])
+        for step in range(self.steps):
+            t = torch.full((2 * len(y),), 1000 * (1 - step / self.steps), device=x.device)
+            out = predict(nets[x.dtype], torch.cat([x, x]), t, labels, self.drop_fraction)[:, :channels]
+            cond, uncond = out.chunk(2)
+            x = x - (uncond + GUIDANCE * (cond - uncond)) / self.steps
+        return x
+
+    def gflop(self) -> tuple[float, float]:
+        halves = [gflops(self.case, drop) for drop in (self.case.drop_fraction, UNCOND_DROP)]
+        return tuple(self.steps * (a + b) for a, b in zip(*halves, strict=True))
+
+
+def kept_tokens(case: Case, drop_fraction: float) -> int:
+    """Tokens of each sample after the tail drop."""
+    kept = int((routed_prob(case, "cpu")[0] > 0.5).sum())
+    return kept - int(torch.tensor(float(kept)) * torch.tensor(drop_fraction))
+
+
+def gflops(case: Case, drop_fraction: float) -> tuple[float, float]:
+    """GFLOP of one forward of one image through DC-DiT and through the plain DiT."""
+    counted = dcdit_flops(case.config, kept_tokens(case, drop_fraction))
+    return counted["total"] + counted["uncounted"], dit_flops(case.config, case.side**2 // 4)
