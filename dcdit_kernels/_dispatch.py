@@ -7,10 +7,10 @@ raises BackendError with the reason. The default comes from `use_backend(...)`, 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
 import importlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +21,15 @@ CHOICES = ("auto", *BACKENDS)
 
 # op -> backend -> ("module:function", why_not). why_not gets the operator's arguments and returns a reason or None.
 _registry: dict[str, dict[str, tuple[str, Callable[..., str | None]]]] = {}
-_current: contextvars.ContextVar[str | None] = contextvars.ContextVar("dcdit_backend", default=None)
+
+
+class _Choice(threading.local):
+    """The back-end of `use_backend`; torch.compile can read a thread's attribute, and not a ContextVar."""
+
+    backend: str | None = None
+
+
+_current = _Choice()
 
 
 class BackendError(RuntimeError):
@@ -41,25 +49,34 @@ def register_reference(op: str) -> None:
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run the operators called inside on this back-end, unless a call names its own."""
-    token = _current.set(_checked(name))
+    before, _current.backend = _current.backend, _checked(name)
     try:
         yield
     finally:
-        _current.reset(token)
+        _current.backend = before
 
 
 def requested_backend(backend: str | None = None) -> str:
     """The back-end asked for: by the call, the context manager, DCDIT_BACKEND, else "auto"."""
-    return _checked(backend or _current.get() or os.environ.get("DCDIT_BACKEND") or "auto")
+    return _checked(backend or _current.backend or os.environ.get("DCDIT_BACKEND") or "auto")
 
 
 def run(op: str, backend: str | None, *args: Any, **kwargs: Any) -> Any:
     """Call `op` on the back-end asked for. Raises BackendError where an explicit choice cannot run."""
-    implementation = _load(_registry[op][choose(op, backend, *args, **kwargs)][0])
-    device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
+    return call(op, choose(op, backend, *args, **kwargs), *args, **kwargs)
+
+
+def call(op: str, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Call the implementation of `op` on the back-end `name`."""
+    device = next(a.device.type for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
     # Every operator states its own precision; autocast would turn float32 accumulation into bfloat16.
     with torch.autocast(device, enabled=False):
-        return implementation(*args, **kwargs)
+        return load(op, name)(*args, **kwargs)
+
+
+def load(op: str, name: str) -> Any:
+    """The implementation of `op` on `name`: a function, or for Triton a class with `forward` and `backward`."""
+    return _load(_registry[op][name][0])
 
 
 def choose(op: str, backend: str | None, *args: Any, **kwargs: Any) -> str:

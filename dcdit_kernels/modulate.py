@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from . import _dispatch
+from . import _dispatch, _ops, _triton_support
 from ._check import floating, require, shaped
 from .chunk_plan import ChunkPlan
 from .cpu._rows import why_not as cpu_why_not
 
+
+def _like_x(x: torch.Tensor, **_: Any) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+_ops.define("adaln_modulate", "Tensor x, Tensor shift, Tensor scale", "float eps", _like_x)
+_ops.define("gate_residual", "Tensor x, Tensor y, Tensor gate", "", _like_x)
+_ops.define(
+    "gate_residual_modulate",
+    "Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale",
+    "float eps",
+    lambda **inputs: (_like_x(**inputs), _like_x(**inputs)),
+    outputs=2,
+)
 for _op in ("adaln_modulate", "gate_residual", "gate_residual_modulate"):
     _dispatch.register_reference(_op)
     _dispatch.register(_op, "native", f"dcdit_kernels.cpu.modulate:{_op}", cpu_why_not)
+    _kernels = "".join(part.title() for part in _op.split("_"))
+    _dispatch.register(_op, "triton", f"dcdit_kernels.triton.modulate:{_kernels}", _triton_support.why_not)
 
 
 def adaln_modulate(
@@ -32,7 +50,7 @@ def adaln_modulate(
     Returns x's shape and dtype; statistics in float32.
     """
     _check("adaln_modulate", plan, x, shift=shift, scale=scale)
-    return _dispatch.run("adaln_modulate", backend, x, shift, scale, plan, eps)
+    return _ops.run("adaln_modulate", backend, x=x, shift=shift, scale=scale, plan=plan, eps=eps)
 
 
 def gate_residual(
@@ -46,7 +64,7 @@ def gate_residual(
     """x + gate_b · y, in x's dtype (adaLN-Zero, arXiv 2212.09748). Shapes as in `adaln_modulate`; y as x."""
     _check("gate_residual", plan, x, gate=gate)
     require(y.shape == x.shape, f"gate_residual: y must have x's shape {tuple(x.shape)}, got {tuple(y.shape)}")
-    return _dispatch.run("gate_residual", backend, x, y, gate, plan)
+    return _ops.run("gate_residual", backend, x=x, y=y, gate=gate, plan=plan)
 
 
 def gate_residual_modulate(
@@ -66,7 +84,9 @@ def gate_residual_modulate(
         y.shape == x.shape,
         f"gate_residual_modulate: y must have x's shape {tuple(x.shape)}, got {tuple(y.shape)}",
     )
-    return _dispatch.run("gate_residual_modulate", backend, x, y, gate, shift, scale, plan, eps)
+    return _ops.run(
+        "gate_residual_modulate", backend, x=x, y=y, gate=gate, shift=shift, scale=scale, plan=plan, eps=eps
+    )
 
 
 def _check(op: str, plan: ChunkPlan | None, x: torch.Tensor, **modulators: torch.Tensor) -> None:

@@ -1,0 +1,158 @@
+"""torch.library operators `dcdit::NAME` and `dcdit::NAME_backward`: what torch.compile, opcheck and Triton see.
+
+Every operator is a function of its inputs, and its backward one of the gradients and the same inputs: nothing else is
+saved. A plan travels as its tensors and sizes. Reference and native back-ends run eagerly without these operators;
+inside one they recompute the forward to differentiate it, which is the price of torch.compile on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import _dispatch
+from .chunk_plan import ChunkPlan
+
+PLAN_TENSORS = (
+    "cu_seqlens",
+    "token_index",
+    "sample_index",
+    "nearest",
+    "member_offsets",
+    "member_index",
+    "overflow",
+)
+
+_library = torch.library.Library("dcdit", "DEF")
+
+
+@dataclass(frozen=True)
+class _Operator:
+    tensors: tuple[str, ...]  # floating-point inputs, in the order of the schema
+    constants: tuple[str, ...]
+    outputs: int
+
+
+_operators: dict[str, _Operator] = {}
+
+
+def define(op: str, tensors: str, constants: str, fake: Callable[..., Any], outputs: int = 1) -> None:
+    """Make `dcdit::op` and its backward from schema fragments such as "Tensor x, Tensor? residual", "float sigma".
+
+    `fake(**inputs)` gets the operator's arguments by name and returns its outputs (a tuple where there are several).
+    """
+    names, constant_names = (tuple(part.split()[-1] for part in s.split(",") if part) for s in (tensors, constants))
+    _operators[op] = _Operator(names, constant_names, outputs)
+    tail = ", ".join(filter(None, (tensors, "Tensor[] plan, SymInt[] sizes", constants, "str backend")))
+    returns = "Tensor" if outputs == 1 else "(" + ", ".join(["Tensor"] * outputs) + ")"
+    gradients = ", ".join(f"Tensor grad{i}" for i in range(outputs))
+    _implement(f"{op}({tail}) -> {returns}", lambda *args: _forward(op, args), lambda *args: fake(**_named(op, args)))
+    _implement(
+        f"{op}_backward({gradients}, bool[] needs, {tail}) -> Tensor[]",
+        lambda *args: _backward(op, args),
+        lambda *args: _like(args[outputs], args[outputs + 1 : outputs + 1 + len(names)]),
+    )
+
+
+def _implement(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name = schema.split("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dcdit::{name}", fake, lib=_library)
+
+
+def run(op: str, backend: str | None, **inputs: Any) -> Any:
+    """Call `op` on the back-end asked for; Triton's kernels and compiled graphs go through torch.library."""
+    name = _dispatch.choose(op, backend, **inputs)
+    if name != "triton" and not torch.compiler.is_compiling():
+        return _dispatch.call(op, name, **inputs)
+    spec, plan = _operators[op], inputs.get("plan")
+    parts = [] if plan is None else [getattr(plan, part) for part in PLAN_TENSORS]
+    sizes = [] if plan is None else [plan.max_seqlen, *plan.grid]
+    constants = (parts and sizes, *(inputs[c] for c in spec.constants), name)
+    return _Call.apply(op, constants, *(inputs[t] for t in spec.tensors), *parts)
+
+
+class _Call(torch.autograd.Function):
+    """The operator and its backward, each one call."""
+
+    @staticmethod
+    def forward(ctx, op, constants, *tensors):
+        ctx.op, ctx.constants = op, constants
+        ctx.save_for_backward(*tensors)
+        count = len(_operators[op].tensors)
+        return getattr(torch.ops.dcdit, op)(*tensors[:count], list(tensors[count:]), *constants)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        tensors = ctx.saved_tensors
+        count = len(_operators[ctx.op].tensors)
+        needs = [bool(need) for need in ctx.needs_input_grad[2 : 2 + count]]
+        operator = getattr(torch.ops.dcdit, f"{ctx.op}_backward")
+        got = operator(*grads, needs, *tensors[:count], list(tensors[count:]), *ctx.constants)
+        got = [grad if need else None for grad, need in zip(got, needs, strict=True)]
+        return None, None, *got, *[None] * (len(tensors) - count)
+
+
+def _named(op: str, args: tuple[Any, ...]) -> dict[str, Any]:
+    """The operator's own arguments by name, with the plan put together again; without `backend`."""
+    spec = _operators[op]
+    count = len(spec.tensors)
+    parts, sizes = args[count], args[count + 1]
+    plan = None
+    if parts:
+        tensors = dict(zip(PLAN_TENSORS, parts, strict=True))
+        batch, capacity = tensors["cu_seqlens"].shape[0] - 1, tensors["token_index"].shape[0]
+        plan = ChunkPlan(tuple(sizes[1:]), batch, capacity, sizes[0], **tensors)
+    named = dict(zip((*spec.tensors, *spec.constants), (*args[:count], *args[count + 2 : -1]), strict=True))
+    return {**named, "plan": plan}
+
+
+def _forward(op: str, args: tuple[Any, ...]) -> Any:
+    inputs, backend = _named(op, args), args[-1]
+    if backend == "triton":
+        with _device_of(args[0]):
+            return _dispatch.load(op, backend).forward(**inputs)
+    # An operator must not return one of its inputs.
+    out = _dispatch.call(op, backend, **inputs)
+    return out.clone() if any(out is arg for arg in args) else out
+
+
+def _backward(op: str, args: tuple[Any, ...]) -> list[torch.Tensor]:
+    spec = _operators[op]
+    grads, needs, args = args[: spec.outputs], args[spec.outputs], args[spec.outputs + 1 :]
+    inputs, backend = _named(op, args), args[-1]
+    if backend == "triton":
+        with _device_of(args[0]):
+            got = _dispatch.load(op, backend).backward(*grads, needs, **inputs)
+    else:
+        got = _differentiate(op, backend, grads, needs, inputs)
+    like = _like(needs, args[: len(needs)])
+    return [have if need else none for have, need, none in zip(got, needs, like, strict=True)]
+
+
+def _differentiate(op: str, backend: str, grads: Any, needs: list[bool], inputs: dict[str, Any]) -> list[Any]:
+    names = _operators[op].tensors
+    with torch.enable_grad():
+        leaves = {n: inputs[n].detach().requires_grad_() for n, need in zip(names, needs, strict=True) if need}
+        out = _dispatch.call(op, backend, **{**inputs, **leaves})
+        outs = out if isinstance(out, tuple) else (out,)
+        got = iter(torch.autograd.grad(outs, list(leaves.values()), grads, allow_unused=True, materialize_grads=True))
+    return [next(got).contiguous() if need else None for need in needs]
+
+
+def _like(needs: list[bool], tensors: tuple[Any, ...]) -> list[torch.Tensor]:
+    """A gradient for each input, without elements where none is needed."""
+    first = tensors[0]
+    return [
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need else first.new_empty(0)
+        for t, need in zip(tensors, needs, strict=True)
+    ]
+
+
+def _device_of(tensor: torch.Tensor) -> Any:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

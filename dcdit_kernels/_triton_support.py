@@ -1,0 +1,40 @@
+"""Whether Triton's kernels can take a call, without importing Triton."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+
+def why_not(*args: Any, **kwargs: Any) -> str | None:
+    """Reason why the Triton back-end cannot take these arguments, or None."""
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+    if any(t.dtype == torch.float64 for t in tensors):
+        return "float64 is computed by the reference only"
+    if tensors[0].is_cuda:
+        return _no_triton() or _old_gpu(tensors[0].device.index)
+    if not _interpreted():
+        return f"Triton's kernels need a GPU, got {tensors[0].device} (TRITON_INTERPRET=1 interprets them for tests)"
+    if any(t.dtype == torch.bfloat16 for t in tensors):
+        return "Triton's interpreter computes bfloat16 wrongly"
+    return _no_triton()
+
+
+@torch.compiler.assume_constant_result
+def _no_triton() -> str | None:
+    found = importlib.util.find_spec("triton") is not None
+    return None if found else "triton is not installed (pip install triton; Linux only)"
+
+
+@torch.compiler.assume_constant_result
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@torch.compiler.assume_constant_result
+def _old_gpu(index: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(index)
+    return None if torch.version.hip or major >= 8 else f"needs compute capability 8.0, got {major}.{minor}"

@@ -1,0 +1,31 @@
+"""Launch rules that the row kernels share. They depend on shapes alone: nothing is tuned on the first call."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+# Programs that fill the GPUs these kernels are for several times over (132 SMs on an H200).
+FILL = 1024
+
+
+def pointer_rows(x: torch.Tensor | None) -> torch.Tensor | None:
+    """(…, D) as rows (N, D) with unit stride inside a row; copied only where the strides do not allow it."""
+    if x is None:
+        return None
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def warps_for_row(width: int) -> int:
+    """Warps for a program that holds one row in registers: 8 elements or so a thread."""
+    return min(max(triton.next_power_of_2(width) // 256, 1), 16)
+
+
+def segments(batch: int, total: int, longest: int) -> tuple[int, int]:
+    """(rows a program, programs a sample) for sums over the rows of a sample.
+
+    Few rows where there are few tokens, to fill the GPU; at most 32, beyond which partial sums cost nothing.
+    """
+    rows = min(max(total // FILL, 1), 32)
+    return rows, max(triton.cdiv(longest, rows), 1)
