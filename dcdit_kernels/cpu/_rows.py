@@ -12,7 +12,7 @@ from ..chunk_plan import ChunkPlan
 
 def why_not(*args: Any, **kwargs: Any) -> str | None:
     """Reason why the CPU back-end cannot take these arguments: their first tensor lies elsewhere."""
-    device = next(a for a in args if isinstance(a, torch.Tensor)).device
+    device = next(a.device for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
     return None if device.type == "cpu" else f"this formulation is for CPU tensors, got {device}"
 
 
