@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from . import _dispatch
+from . import _dispatch, _ops, _triton_support
 from ._check import floating, shaped
 from .chunk_plan import ChunkPlan
 
+_ops.define(
+    "chunk",
+    "Tensor h, Tensor? pos_embed",
+    "",
+    lambda h, pos_embed, plan: h.new_empty(plan.capacity, h.shape[2]),
+)
 _dispatch.register_reference("chunk")
+_dispatch.register("chunk", "triton", "dcdit_kernels.triton.chunk:Chunk", _triton_support.why_not)
 
 
 def chunk(
@@ -27,4 +34,4 @@ def chunk(
     shaped("chunk", "h", h, plan.batch_size, plan.cells, None)
     if pos_embed is not None:
         shaped("chunk", "pos_embed", pos_embed, plan.cells, h.shape[2])
-    return _dispatch.run("chunk", backend, h, plan, pos_embed)
+    return _ops.run("chunk", backend, h=h, pos_embed=pos_embed, plan=plan)

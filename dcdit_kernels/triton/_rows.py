@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 
@@ -29,3 +31,27 @@ def segments(batch: int, total: int, longest: int) -> tuple[int, int]:
     """
     rows = min(max(total // FILL, 1), 32)
     return rows, max(triton.cdiv(longest, rows), 1)
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """Rows × columns that one program moves; enough bytes in flight, and 16-byte accesses along the columns."""
+
+    rows: int
+    columns: int
+    width: int
+
+    def grid(self, total: int) -> tuple[int, int]:
+        """Programs that cover `total` rows."""
+        return triton.cdiv(total, self.rows), triton.cdiv(self.width, self.columns)
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Keyword arguments of the launch."""
+        return {"ROWS": self.rows, "COLUMNS": self.columns, "num_warps": 4}
+
+
+def row_tile(width: int) -> RowTile:
+    """A tile of 4096 elements: whole rows where they are short, pieces of 512 columns where they are long."""
+    columns = min(triton.next_power_of_2(width), 512)
+    return RowTile(4096 // columns, columns, width)
