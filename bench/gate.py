@@ -7,7 +7,9 @@ reference operator takes its place; when it fails, nothing is reported.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -16,19 +18,19 @@ from .problem import Family, Problem, Tensors, Variant
 EPS32 = torch.finfo(torch.float32).eps
 
 
-def check(problem: Problem, backward: bool) -> dict[str, str | None]:
+def check(problem: Problem) -> dict[str, str | None]:
     """For each variant what is wrong with it, or None."""
     verdicts: dict[str, str | None] = {}
     for name, family in problem.families.items():
         members = {key: variant for key, variant in problem.variants.items() if variant.family == name}
-        verdicts |= check_family(problem, family, members, backward)
+        with full_float32():
+            verdicts |= check_family(problem, family, members)
     return verdicts
 
 
-def check_family(
-    problem: Problem, family: Family, variants: dict[str, Variant], backward: bool
-) -> dict[str, str | None]:
+def check_family(problem: Problem, family: Family, variants: dict[str, Variant]) -> dict[str, str | None]:
     """For each variant of one family what is wrong with it, or None."""
+    backward = problem.backward
     want = evaluate(Variant(family.oracle, result=family.result), cast(problem.inputs, torch.float64), backward)
     eager, reference = variants[family.yardstick], variants[family.reference]
     if eager is not reference:
@@ -46,6 +48,17 @@ def check_family(
         else:
             verdicts[name] = complaint(got, want, yardstick, problem.reduction)
     return verdicts
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """cuDNN's float32 is TF32 by default, whose error would hide any other."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def cast(inputs: Tensors, dtype: torch.dtype) -> Tensors:

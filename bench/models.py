@@ -169,10 +169,22 @@ class Forward:
 
 
 class Train(Forward):
-    """Squared error to a fixed target plus the ratio loss; the step that is timed adds autocast and AdamW."""
+    """Squared error to a fixed target plus the ratio loss; the step that is timed adds autocast and AdamW.
 
-    def run(self, nets: Nets, predict: Callable, x, t, y) -> torch.Tensor:
-        return self.loss(nets[x.dtype], predict, x, t, y)
+    The gate sees the loss and the gradients of all weight matrices in float32: bfloat16 is gated operator by operator
+    and on the forward pass, where its noise has not gone through the whole network twice.
+    """
+
+    def __init__(self, case: Case, device: str) -> None:
+        super().__init__(case, device)
+        self.inputs = (self.inputs[0].float(), *self.inputs[1:])
+
+    def run(self, nets: Nets, predict: Callable, x, t, y) -> Tensors:
+        net = nets[x.dtype]
+        with torch.enable_grad():
+            loss = self.loss(net, predict, x, t, y)
+            weights = [p for p in net.parameters() if p.dim() > 1]
+            return loss.detach(), *torch.autograd.grad(loss, weights)
 
     def loss(self, net: nn.Module, predict: Callable, x, t, y) -> torch.Tensor:
         out, prob = predict(net, x, t, y, self.case.drop_fraction, routed=True)
@@ -191,7 +203,7 @@ class Train(Forward):
             if not state:
                 state["optimizer"] = torch.optim.AdamW(net.parameters(), lr=0.0, weight_decay=0.0, fused=True)
             with torch.autocast(self.device, torch.bfloat16, enabled=mixed):
-                loss = self.loss(net, predict, x.float(), t, y)
+                loss = self.loss(net, predict, x, t, y)
             loss.backward()
             state["optimizer"].step()
             state["optimizer"].zero_grad()

@@ -74,7 +74,7 @@ def _problem(
     if compiled:
         variants["plain compiled"] = Variant(torch.compile(plain.run), plain.prepare, plain.result)
     family = Family(lambda *a: ours("reference", *a), **extra)
-    return Problem(inputs, variants, {"": family}, work, reduction, absent=absent)
+    return Problem(inputs, variants, {"": family}, work, reduction, case.backward, absent)
 
 
 def plan_problem(case: Case, device: str, compiled: bool) -> Problem:

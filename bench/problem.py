@@ -57,7 +57,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Problem:
-    """`inputs` are drawn in the dtype of the case; `reduction` is the length K of the longest sum.
+    """`inputs` are drawn in the dtype of the case; `reduction` is the length K of the longest sum; `backward` adds the
+    gradients of the inputs.
 
     `absent` says why a variant cannot run here. `wall`: the host's clock is the one that counts, as for a whole model,
     whose launches are part of its time. `gflop` is per image, of the variants of a model.
@@ -68,6 +69,7 @@ class Problem:
     families: dict[str, Family]
     work: Work
     reduction: int
+    backward: bool = False
     absent: dict[str, str] = field(default_factory=dict)
     wall: bool = False
     gflop: dict[str, float] = field(default_factory=dict)

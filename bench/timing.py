@@ -138,18 +138,18 @@ def ratios(samples: list[float], base: list[float]) -> tuple[float, float, float
     return middle, low, high
 
 
-def clocks_of(problem: Problem, names: list[str], backward: bool, device: str, syncs: dict[str, int]) -> dict:
+def clocks_of(problem: Problem, names: list[str], device: str, syncs: dict[str, int]) -> dict:
     """(clock, how it measures) of each variant; `syncs` counts the host synchronisations of one call."""
     out = {}
     for name in names:
         variant = problem.variants[name]
         if device == "cpu":
-            out[name] = cpu_clock(make_call(variant, problem.inputs, backward)), "wall"
+            out[name] = cpu_clock(make_call(variant, problem.inputs, problem.backward)), "wall"
         elif problem.wall:
-            out[name] = gpu_wall_clock(make_call(variant, problem.inputs, backward)), "wall"
+            out[name] = gpu_wall_clock(make_call(variant, problem.inputs, problem.backward)), "wall"
         else:
             cache = torch.cuda.get_device_properties(0).L2_cache_size
-            calls = [make_call(variant, part, backward) for part in copies(problem.inputs, cache)]
+            calls = [make_call(variant, part, problem.backward) for part in copies(problem.inputs, cache)]
             try:
                 out[name] = gpu_event_clock(calls, graph=not syncs[name]), "events" if syncs[name] else "graph"
             except RuntimeError as error:

@@ -1,0 +1,118 @@
+"""What was saved and what it cost: time against the plain DiT next to FLOPs against it, and time by component."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
+
+from dcdit import model as model_module
+from dcdit.flops import dcdit_flops
+
+from .cases import Case
+from .measure import build
+from .models import kept_tokens
+from .timing import ratios
+
+COMPONENTS = ("embed", "encoder", "router", "plan", "chunk", "main", "dechunk", "decoder")
+
+
+def saving(entry: dict, variant: str = "dcdit", base: str = "DiT/2") -> dict | None:
+    """Time and FLOPs of a variant over those of the plain DiT, and the realised saving: time saved over FLOPs saved.
+
+    None where either has no time; "realised" is None where no FLOPs are saved.
+    """
+    ours, plain = (entry.get("variants", {}).get(name, {}) for name in (variant, base))
+    if ours.get("status") != "ok" or plain.get("status") != "ok":
+        return None
+    ratio, low, high = ratios(ours["samples"], plain["samples"])
+    flops = ours["gflop_per_image"] / plain["gflop_per_image"]
+    realised = (1 - ratio) / (1 - flops) if flops < 0.99 else None
+    return {"time": ratio, "low": low, "high": high, "flops": flops, "realised": realised}
+
+
+def component_times(case: Case, device: str, rounds: int = 5) -> dict[str, float]:
+    """Median seconds of each part of the forward pass of `dcdit`; "rest" is what stands between them."""
+    problem = build(case, device)
+    net = problem.variants["dcdit"].run.args[0][case.torch_dtype]
+    x, t, y = problem.inputs
+    marks: list[tuple[str, object]] = []
+    taken: dict[str, list[float]] = {}
+    with torch.no_grad(), marked(net, marks, device):
+        for number in range(rounds + 1):
+            marks.clear()
+            marks.append(("begin", stamp(device)))
+            net(x, t, y, case.drop_fraction)
+            marks.append(("rest", stamp(device)))
+            if device == "cuda":
+                torch.cuda.synchronize()
+            spent: dict[str, float] = {}
+            for (_, before), (name, after) in itertools.pairwise(marks):
+                spent[name] = spent.get(name, 0.0) + between(before, after)
+            if number:  # the first is the warm-up
+                for name, seconds in spent.items():
+                    taken.setdefault(name, []).append(seconds)
+    return {name: float(f"{statistics.median(seconds):.4g}") for name, seconds in taken.items()}
+
+
+def component_flops(case: Case) -> dict[str, float]:
+    """Share of the forward's FLOPs by component, all that runs counted."""
+    counted = dcdit_flops(case.config, kept_tokens(case, case.drop_fraction))
+    everything = counted["total"] + counted["uncounted"]
+    shares = {name: counted[name] / everything for name in ("encoder", "router", "main", "dechunk", "decoder")}
+    return {**shares, "rest": counted["uncounted"] / everything}
+
+
+@contextmanager
+def marked(net: torch.nn.Module, marks: list, device: str) -> Iterator[None]:
+    """Within it, every part of the model leaves a mark before ("rest" up to there) and after itself."""
+
+    def before(*_) -> None:
+        marks.append(("rest", stamp(device)))
+
+    def after(name: str):
+        def note(*_) -> None:
+            marks.append((name, stamp(device)))
+
+        return note
+
+    def wrapped(name: str, operator):
+        def call(*args, **kwargs):
+            before()
+            out = operator(*args, **kwargs)
+            after(name)()
+            return out
+
+        return call
+
+    parts = {"embed": (net.time_embed, net.class_embed, net.stem), "encoder": (net.encoder,), "router": (net.router,)}
+    parts |= {"main": (net.main,), "decoder": (net.decoder, net.final)}
+    handles = []
+    for name, modules in parts.items():
+        for module in modules:
+            handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after(name))]
+    operators = {"plan": "plan_chunks", "chunk": "chunk", "dechunk": "dechunk"}
+    replaced = {function: wrapped(name, getattr(model_module, function)) for name, function in operators.items()}
+    with patch.multiple(model_module, **replaced):
+        yield
+    for handle in handles:
+        handle.remove()
+
+
+def stamp(device: str) -> object:
+    """A point in time: an event on the GPU's stream, or the clock's reading."""
+    if device == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(before, after) -> float:
+    """Seconds from one stamp to the next."""
+    return after - before if isinstance(before, float) else before.elapsed_time(after) / 1e3

@@ -1,0 +1,101 @@
+"""One case, start to end: build, gate, count, time. The result is a dict of JSON types."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from . import timing
+from .cases import MODELS, Case
+from .gate import check
+from .models import model_problem
+from .operators import operator_problem
+from .problem import Problem
+
+GATE_BATCH = 4  # a model in float64 with its gradients does not fit at every batch size
+
+
+def build(case: Case, device: str, compiled: bool = False) -> Problem:
+    """The problem of any case."""
+    torch.manual_seed(0)
+    return (model_problem if case.group in MODELS else operator_problem)(case, device, compiled)
+
+
+def measure(case: Case, device: str, compiled: bool, rounds: int, seconds: float) -> dict:
+    """Samples in seconds of each variant that passed the gate, and what it moved and computed.
+
+    Each entry of "variants" has a "status": ok, failed (with "reason"; no time) or absent (with "reason").
+    """
+    problem = build(case, device, compiled)
+    gate_batch = min(case.batch, GATE_BATCH) if case.group in MODELS else case.batch
+    gated = (
+        problem if gate_batch == case.batch else build(dataclasses.replace(case, batch=gate_batch), device, compiled)
+    )
+    verdicts = check(gated)
+    del gated
+    variants: dict[str, dict] = {name: {"status": "absent", "reason": why} for name, why in problem.absent.items()}
+    passed = {}
+    for name, wrong in verdicts.items():
+        try:
+            if wrong is None:
+                passed[name] = count(timing.make_call(problem.variants[name], problem.inputs, problem.backward), device)
+        except Exception as error:  # too large for this machine, say: the others go on
+            wrong = f"{type(error).__name__}: {error}".splitlines()[0]
+        if wrong is not None:
+            variants[name] = {"status": "failed", "reason": wrong}
+    clocks = timing.clocks_of(problem, list(passed), device, {n: c["syncs"] for n, c in passed.items()})
+    samples = timing.interleave({name: clock for name, (clock, _) in clocks.items()}, rounds, seconds)
+    for name, counts in passed.items():
+        variants[name] = {
+            "status": "ok",
+            "clock": clocks[name][1],
+            "seconds": statistics.median(samples[name]),
+            "samples": [float(f"{s:.4g}") for s in samples[name]],
+            "gflop_per_image": problem.gflop.get(name),
+            **counts,
+        }
+    work = dataclasses.asdict(problem.work)
+    return {
+        "name": case.name,
+        "case": dataclasses.asdict(case),
+        "gate_batch": gated.batch,
+        **work,
+        "variants": variants,
+    }
+
+
+def count(call: Callable[[], object], device: str) -> dict[str, int | None]:
+    """Of one warm call: peak bytes on top of its inputs; on a GPU also kernel launches and waits of the host."""
+    call()
+    if device == "cpu":
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+            call()
+        now = peak = 0
+        for event in prof.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                now += event.nbytes()
+                peak = max(peak, now)
+        return {"peak_bytes": peak, "launches": None, "syncs": None}
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    syncs = sum("synchroniz" in str(w.message) for w in caught)
+    peak = torch.cuda.max_memory_allocated() - before
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
+        call()
+        torch.cuda.synchronize()
+    launches = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in prof.events())
+    return {"peak_bytes": peak, "launches": launches, "syncs": syncs}

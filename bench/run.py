@@ -1,0 +1,126 @@
+"""python -m bench.run: measure the cases of this machine into bench/results/<machine>-<date>.json.
+
+The measuring runs in a process of its own that writes the file after every case. Where it dies (a fault on the GPU
+takes the process with it) the case is recorded as crashed and the rest goes on in a fresh one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from .cases import GROUPS, select
+from .machine import ROOT, describe, rates
+
+RESULTS = ROOT / "bench" / "results"
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if args.worker:
+        work(args)
+        return 0
+    header = describe(args.device)
+    output = args.output or RESULTS / f"{header['machine']}-{header['date'][:10]}.json"
+    write(output, {**header, "budget_s": args.budget, "rates": None, "current": None, "cases": []})
+    deadline = time.time() + args.budget
+    command = [sys.executable, "-m", "bench.run", *(argv if argv is not None else sys.argv[1:])]
+    command += ["--worker", "--output", str(output), "--deadline", str(deadline)]
+    while True:
+        # A case that has begun may finish; one that hangs may not.
+        try:
+            limit = max(1, deadline + 60 - time.time())
+            status = subprocess.run(command, cwd=ROOT, timeout=limit, env=quiet()).returncode
+        except subprocess.TimeoutExpired:
+            status = "timeout"
+        result = json.loads(output.read_text())
+        if result["current"] is None:
+            break
+        print(f"{result['current']}: crashed, status {status}", flush=True)
+        result["cases"].append({"name": result["current"], "crashed": f"the process ended with status {status}"})
+        write(output, {**result, "current": None})
+        if status == "timeout":
+            break
+    print(output)
+    return 0 if status == 0 else 1
+
+
+def quiet() -> dict[str, str]:
+    """The environment, less the profiler's log."""
+    return {"KINETO_LOG_LEVEL": "5", **os.environ}
+
+
+def work(args: argparse.Namespace) -> None:
+    """Measure what the file does not have yet, until the deadline."""
+    from .headline import component_times
+    from .measure import measure
+
+    result = json.loads(args.output.read_text())
+    result["rates"] = result["rates"] or rates(args.device)
+    done = {entry["name"] for entry in result["cases"]}
+    first = {group: select(args.device, (group,), True)[0].name for group in args.groups}
+    for case in select(args.device, args.groups, args.quick):
+        if case.name in done:
+            continue
+        if time.time() > args.deadline:
+            result.setdefault("cut", []).append(case.name)
+            continue
+        write(args.output, {**result, "current": case.name})
+        begin = time.time()
+        # Compiling costs more than all the rest of a case, so only the first of each group is also compiled.
+        entry = measure(case, args.device, args.compile and case.name == first[case.group], args.rounds, args.seconds)
+        if case.group == "forward":
+            entry["components_s"] = component_times(case, args.device)
+        entry["wall_s"] = round(time.time() - begin, 2)
+        result["cases"].append(entry)
+        write(args.output, result)
+        print(summary(entry), flush=True)
+    write(args.output, result)
+
+
+def summary(entry: dict) -> str:
+    """One line: milliseconds, or what went wrong."""
+    parts = [
+        f"{name} {v['seconds'] * 1e3:.3g} ms" if v["status"] == "ok" else f"{name} {v['status'].upper()}"
+        for name, v in entry["variants"].items()
+        if v["status"] != "absent"
+    ]
+    return f"{entry['name']}: {', '.join(parts)}"
+
+
+def write(path: Path, result: dict) -> None:
+    """Replace the file as a whole, so that a kill leaves the last complete one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--groups", type=lambda s: tuple(s.split(",")), default=GROUPS, help="of " + ",".join(GROUPS))
+    parser.add_argument("--quick", action="store_true", help="the first case of each group only")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out what Inductor compiles")
+    parser.add_argument("--budget", type=float, default=540, help="seconds; cases that would begin later are cut")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of the rounds of one case")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    unknown = set(args.groups) - set(GROUPS)
+    if unknown:
+        parser.error(f"unknown group {', '.join(sorted(unknown))}; known: {', '.join(GROUPS)}")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())
