@@ -52,6 +52,12 @@ def select(device: str, groups: tuple[str, ...] = GROUPS, quick: bool = False) -
     return [case for group in groups for case in cases_of(group)[: 1 if quick else None]]
 
 
+def compiled_too(case: Case, device: str) -> bool:
+    """Whether the baselines are also measured compiled: compiling costs more than the rest of a case, so only the first
+    case of each group is."""
+    return case == select(device, (case.group,), quick=True)[0]
+
+
 def _on_gpu(group: str) -> list[Case]:
     centre = Case(group, "B", 32, 16, 0.25, dtype="bfloat16")
     if group == "forward":

@@ -32,12 +32,8 @@ def measure(case: Case, device: str, compiled: bool, rounds: int, seconds: float
     Each entry of "variants" has a "status": ok, failed (with "reason"; no time) or absent (with "reason").
     """
     problem = build(case, device, compiled)
-    gate_batch = min(case.batch, GATE_BATCH) if case.group in MODELS else case.batch
-    gated = (
-        problem if gate_batch == case.batch else build(dataclasses.replace(case, batch=gate_batch), device, compiled)
-    )
-    verdicts = check(gated)
-    del gated
+    gated = dataclasses.replace(case, batch=min(case.batch, GATE_BATCH)) if case.group in MODELS else case
+    verdicts = check(problem if gated == case else build(gated, device, compiled))
     variants: dict[str, dict] = {name: {"status": "absent", "reason": why} for name, why in problem.absent.items()}
     passed = {}
     for name, wrong in verdicts.items():
@@ -59,12 +55,11 @@ def measure(case: Case, device: str, compiled: bool, rounds: int, seconds: float
             "gflop_per_image": problem.gflop.get(name),
             **counts,
         }
-    work = dataclasses.asdict(problem.work)
     return {
         "name": case.name,
         "case": dataclasses.asdict(case),
         "gate_batch": gated.batch,
-        **work,
+        **dataclasses.asdict(problem.work),
         "variants": variants,
     }
 

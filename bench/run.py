@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .cases import GROUPS, select
+from .cases import GROUPS, compiled_too, select
 from .machine import ROOT, describe, rates
 
 RESULTS = ROOT / "bench" / "results"
@@ -65,7 +65,6 @@ def work(args: argparse.Namespace) -> None:
     result = json.loads(args.output.read_text())
     result["rates"] = result["rates"] or rates(args.device)
     done = {entry["name"] for entry in result["cases"]}
-    first = {group: select(args.device, (group,), True)[0].name for group in args.groups}
     for case in select(args.device, args.groups, args.quick):
         if case.name in done:
             continue
@@ -74,8 +73,8 @@ def work(args: argparse.Namespace) -> None:
             continue
         write(args.output, {**result, "current": case.name})
         begin = time.time()
-        # Compiling costs more than all the rest of a case, so only the first of each group is also compiled.
-        entry = measure(case, args.device, args.compile and case.name == first[case.group], args.rounds, args.seconds)
+        compiled = args.compile and compiled_too(case, args.device)
+        entry = measure(case, args.device, compiled, args.rounds, args.seconds)
         if case.group == "forward":
             entry["components_s"] = component_times(case, args.device)
         entry["wall_s"] = round(time.time() - begin, 2)
