@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from . import _dispatch
+from . import _dispatch, _ops, _triton_support
 from ._check import floating, packed, require, shaped
 from .chunk_plan import ChunkPlan
 from .cpu._rows import why_not as cpu_why_not
 
 SMOOTHING = ("gaussian", "ema", None)
 
+_ops.define(
+    "dechunk",
+    "Tensor x, Tensor boundary_prob, Tensor? residual",
+    "float sigma, str? smoothing",
+    lambda x, plan, **_: x.new_empty(plan.batch_size, plan.cells, x.shape[1]),
+)
 _dispatch.register_reference("dechunk")
 _dispatch.register("dechunk", "native", "dcdit_kernels.cpu.dechunk:dechunk", cpu_why_not)
+_dispatch.register("dechunk", "triton", "dcdit_kernels.triton.dechunk:Dechunk", _triton_support.why_not)
 
 
 def dechunk(
@@ -45,4 +52,5 @@ def dechunk(
         shaped("dechunk", "residual", residual, plan.batch_size, plan.cells, x.shape[1])
     require(smoothing in SMOOTHING, f"dechunk: smoothing must be one of {SMOOTHING}, got {smoothing!r}")
     require(sigma > 0, f"dechunk: sigma must be positive, got {sigma}")
-    return _dispatch.run("dechunk", backend, x, boundary_prob, plan, residual, sigma, smoothing)
+    inputs = {"x": x, "boundary_prob": boundary_prob, "residual": residual}
+    return _ops.run("dechunk", backend, **inputs, plan=plan, sigma=sigma, smoothing=smoothing)

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from . import _dispatch
+from . import _dispatch, _ops, _triton_support
 from ._check import floating, packed, shaped
 from .chunk_plan import ChunkPlan
 
+_ops.define(
+    "ema_smooth",
+    "Tensor x, Tensor boundary_prob",
+    "",
+    lambda x, **_: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
 _dispatch.register_reference("ema_smooth")
+_dispatch.register("ema_smooth", "triton", "dcdit_kernels.triton.ema:EmaSmooth", _triton_support.why_not)
 
 
 def ema_smooth(
@@ -24,4 +31,4 @@ def ema_smooth(
     floating("ema_smooth", x=x, boundary_prob=boundary_prob)
     packed("ema_smooth", "x", x, plan)
     shaped("ema_smooth", "boundary_prob", boundary_prob, plan.batch_size, plan.cells)
-    return _dispatch.run("ema_smooth", backend, x, boundary_prob, plan)
+    return _ops.run("ema_smooth", backend, x=x, boundary_prob=boundary_prob, plan=plan)

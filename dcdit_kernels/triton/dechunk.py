@@ -1,0 +1,158 @@
+"""Triton kernels of the dechunk scatter: each cell takes its row and the residual; gradients come back by CSR.
+
+Bytes for T rows and B·L cells of D elements of e bytes, with a residual of r bytes: plug-back T·D·4 + B·L·D·(e + r),
+its backward B·L·D·e + T·D·(e + 8); the smoothing between is in `smooth.py` and `ema.py`. Nothing is saved for the
+backward but the inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ._rows import pointer_rows, row_tile, warps_for_row
+from .ema import scan, scan_backward
+from .smooth import clamp_confidence, smoothed, smoothed_backward
+
+
+@triton.jit
+def plug_forward(
+    rows_ptr, residual_ptr, nearest_ptr, out_ptr, rows_stride, residual_stride, total, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out[c] = rows[nearest[c]] + residual[c]; the residual alone where no row refills the cell."""
+    cell = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (cell[:, None] < total) & (column[None, :] < width)
+    row = tl.load(nearest_ptr + cell, mask=cell < total, other=-1).to(tl.int64)
+    out = tl.load(
+        rows_ptr + row[:, None] * rows_stride + column[None, :], mask=(row[:, None] >= 0) & inside, other=0.0
+    ).to(tl.float32)
+    if residual_ptr is not None:
+        out += tl.load(
+            residual_ptr + cell[:, None] * residual_stride + column[None, :], mask=inside, other=0.0
+        ).to(tl.float32)  # fmt: skip
+    tl.store(out_ptr + cell[:, None] * width + column[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def plug_backward(
+    grad_ptr, x_ptr, smoothed_ptr, prob_ptr, token_ptr, offsets_ptr, member_ptr,
+    grad_row_ptr, through_ptr, dot_ptr, direct_ptr, grad_stride, x_stride, width,
+    SMOOTH: tl.constexpr, MEMBERS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row: G = Σ ∂y over the cells it refills, ∂y·plugged of each of them; with SMOOTH G·s and G·(x - s)."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    start = tl.load(offsets_ptr + row)
+    end = tl.load(offsets_ptr + row + 1)
+    token = tl.load(token_ptr + row)
+    own = column < tl.where(token >= 0, width, 0)
+    x = tl.load(x_ptr + row * x_stride + column, mask=own, other=0.0).to(tl.float32)
+    plugged = x
+    if SMOOTH:
+        s = tl.load(smoothed_ptr + row * width + column, mask=own, other=0.0)
+        confidence = clamp_confidence(tl.load(prob_ptr + token, mask=token >= 0, other=0.5))
+        plugged = confidence * x + (1 - confidence) * s
+    total = tl.zeros([BLOCK], tl.float32)
+    for base in range(start, end, MEMBERS):
+        member = base + tl.arange(0, MEMBERS)
+        cell = tl.load(member_ptr + member, mask=member < end, other=0).to(tl.int64)
+        grad = tl.load(
+            grad_ptr + cell[:, None] * grad_stride + column[None, :],
+            mask=(member[:, None] < end) & inside[None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        total += tl.sum(grad, 0)
+        tl.store(through_ptr + cell, tl.sum(grad * plugged[None, :], 1), mask=member < end)
+    tl.store(grad_row_ptr + row * width + column, total.to(grad_row_ptr.dtype.element_ty), mask=inside)
+    if SMOOTH:
+        tl.store(dot_ptr + row, tl.sum(total * s))
+        tl.store(direct_ptr + row, tl.sum(total * (x - s)))
+
+
+@triton.jit
+def prob_backward(
+    through_ptr, direct_ptr, partial_ptr, prob_ptr, nearest_ptr, token_ptr, out_ptr, total, capacity, parts,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """∂p: what the straight-through confidence passes on, and at retained cells what the smoothing does."""
+    cell = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = cell < total
+    row = tl.load(nearest_ptr + cell, mask=inside, other=-1).to(tl.int64)
+    p = tl.load(prob_ptr + cell, mask=inside, other=0.5)
+    out = tl.zeros([BLOCK], tl.float32)
+    if through_ptr is not None:
+        sign = tl.where(p > 0.5, 1.0, tl.where(p < 0.5, -1.0, 0.0))
+        out += tl.load(through_ptr + cell, mask=row >= 0, other=0.0) * sign
+    if partial_ptr is not None:
+        own = tl.load(token_ptr + row, mask=row >= 0, other=-1).to(tl.int64) == cell
+        moved = own & (p >= 1e-4) & (p <= 1 - 1e-4)
+        if direct_ptr is not None:
+            out += tl.load(direct_ptr + row, mask=moved, other=0.0)
+        for part in range(0, parts):
+            out += tl.load(partial_ptr + part * capacity + row, mask=moved, other=0.0)
+    tl.store(out_ptr + cell, out, mask=inside)
+
+
+def token_gradient(boundary_prob, prob, plan, partial, through=None, direct=None):
+    """∂p (B, L) in boundary_prob's dtype, from its parts."""
+    total = plan.batch_size * plan.cells
+    out = torch.empty(total, dtype=torch.float32, device=prob.device)
+    if total:
+        prob_backward[(triton.cdiv(total, 1024),)](
+            through, direct, partial, prob, plan.nearest, plan.token_index, out, total, plan.capacity,
+            0 if partial is None else partial.shape[0], BLOCK=1024,
+        )  # fmt: skip
+    return out.view(boundary_prob.shape).to(boundary_prob.dtype)
+
+
+class Dechunk:
+    """y = plugged · STE(s) + residual."""
+
+    @staticmethod
+    def forward(x, boundary_prob, residual, plan, sigma, smoothing):
+        total, width = plan.batch_size * plan.cells, x.shape[1]
+        out = torch.empty(plan.batch_size, plan.cells, width, dtype=x.dtype, device=x.device)
+        if out.numel():
+            prob = boundary_prob.float().contiguous()
+            if smoothing == "gaussian":
+                rows = smoothed(x, prob, plan, sigma)
+            else:
+                rows = scan(x, prob, plan) if smoothing == "ema" else pointer_rows(x)
+            residual = pointer_rows(residual)
+            tile = row_tile(width)
+            plug_forward[tile.grid(total)](
+                rows, residual, plan.nearest, out, rows.stride(0), 0 if residual is None else residual.stride(0),
+                total, width, **tile.launch,
+            )  # fmt: skip
+        return out
+
+    @staticmethod
+    def backward(grad, needs, x, boundary_prob, residual, plan, sigma, smoothing):
+        grad_residual = grad.to(residual.dtype).contiguous() if needs[2] else None
+        if needs[2] and grad_residual.data_ptr() == grad.data_ptr():
+            grad_residual = grad_residual.clone()  # an operator must not return one of its inputs
+        total, width = plan.batch_size * plan.cells, x.shape[1]
+        prob = boundary_prob.float().contiguous()
+        grad = pointer_rows(grad)
+        smooth = smoothing == "gaussian"
+        s, share = smoothed(x, prob, plan, sigma, backward=True) if smooth else (None, None)
+        rows = scan(x, prob, plan) if smoothing == "ema" else pointer_rows(x)
+        new = {"dtype": torch.float32, "device": x.device}
+        grad_rows = torch.empty(x.shape, dtype=torch.float32 if smoothing else x.dtype, device=x.device)
+        through = torch.empty(total, **new)
+        dot, direct = (torch.empty(plan.capacity, **new) if smooth else None for _ in range(2))
+        if plan.capacity and width:
+            plug_backward[(plan.capacity,)](
+                grad, rows, s, prob, plan.token_index, plan.member_offsets, plan.member_index,
+                grad_rows, through, dot, direct, grad.stride(0), rows.stride(0), width,
+                SMOOTH=smooth, MEMBERS=4, BLOCK=triton.next_power_of_2(width), num_warps=2 * warps_for_row(width),
+            )  # fmt: skip
+        partial = None
+        if smooth:
+            grad_rows, partial = smoothed_backward(grad_rows, share, dot, x, prob, plan, sigma)
+        elif smoothing == "ema":
+            grad_rows, partial = scan_backward(grad_rows, x, rows, prob, plan)
+        return grad_rows, token_gradient(boundary_prob, prob, plan, partial, through, direct), grad_residual
