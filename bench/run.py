@@ -28,15 +28,16 @@ def main(argv: list[str] | None = None) -> int:
         work(args)
         return 0
     header = describe(args.device)
-    output = args.output or RESULTS / f"{header['machine']}-{header['date'][:10]}.json"
-    write(output, {**header, "budget_s": args.budget, "rates": None, "current": None, "cases": []})
+    output = args.output or unused(RESULTS / f"{header['machine']}-{header['date'][:10]}.json")
+    stages = json.loads(output.read_text()).get("stages") if output.exists() else None  # what `bench.gpu` noted so far
+    write(output, {**header, "stages": stages, "rates": None, "current": None, "cases": []})
     deadline = time.time() + args.budget
     command = [sys.executable, "-m", "bench.run", *(argv if argv is not None else sys.argv[1:])]
     command += ["--worker", "--output", str(output), "--deadline", str(deadline)]
     while True:
         # A case that has begun may finish; one that hangs may not.
         try:
-            limit = max(1, deadline + 60 - time.time())
+            limit = max(1, deadline + args.grace - time.time())
             status = subprocess.run(command, cwd=ROOT, timeout=limit, env=quiet()).returncode
         except subprocess.TimeoutExpired:
             status = "timeout"
@@ -50,6 +51,15 @@ def main(argv: list[str] | None = None) -> int:
             break
     print(output)
     return 0 if status == 0 else 1
+
+
+def unused(path: Path) -> Path:
+    """The path, numbered where a run of the same day has taken it."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_stem(f"{path.stem}-{number}")
+    return free
 
 
 def quiet() -> dict[str, str]:
@@ -95,11 +105,14 @@ def summary(entry: dict) -> str:
 
 
 def write(path: Path, result: dict) -> None:
-    """Replace the file as a whole, so that a kill leaves the last complete one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    """Replace the file as a whole, so that a kill leaves the last complete one; a copy goes to the folder $OUT."""
+    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    folders = [path.parent, *([Path(os.environ["OUT"])] if os.environ.get("OUT") else [])]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f"{path.stem}.tmp"
+        temporary.write_text(text)
+        os.replace(temporary, folder / path.name)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -109,6 +122,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the first case of each group only")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out what Inductor compiles")
     parser.add_argument("--budget", type=float, default=540, help="seconds; cases that would begin later are cut")
+    parser.add_argument("--grace", type=float, default=60, help="seconds past the budget for a case that has begun")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=4.0, help="of the rounds of one case")
     parser.add_argument("--output", type=Path)

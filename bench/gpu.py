@@ -1,0 +1,105 @@
+"""make gpu: build in place, test, sanitise, measure and profile on a machine with a GPU, under one time limit.
+
+The stages go in the order of their importance; each has a limit of its own, a failure is noted and the next one starts,
+and the result file is rewritten after each, so that whatever cuts the run short leaves what it had. Nothing is
+installed and no network is needed: Python with torch (2.11 or newer) and pybind11, nvcc, and pytest for the tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .machine import ROOT, describe
+from .run import RESULTS, quiet, write
+
+TAIL = 6000  # characters of a stage's output that are kept
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    command: list[str]
+    limit: float  # seconds
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="under 2 minutes")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="cpu rehearses the stages")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("make gpu: this Python's torch sees no GPU", file=sys.stderr)
+        return 2
+    header = describe(args.device)
+    output = args.output or RESULTS / f"{header['machine']}-{header['date'][:10]}.json"
+    end = time.time() + (110 if args.quick else 460)
+    stages: list[dict] = []
+    write(output, {**header, "stages": stages, "rates": None, "current": None, "cases": []})
+    for stage in plan(args.device, args.quick, output):
+        limit = min(stage.limit, end - time.time())
+        if stage.name == "bench":  # it takes what is left, less what the profile needs
+            limit = end - time.time() - (10 if args.quick else 30)
+            stage.command.extend(["--budget", f"{max(1, limit - 25):.0f}", "--grace", "15"])
+        stages.append(run(stage, limit))
+        print(
+            f"{stage.name}: {stages[-1]['status']}, {stages[-1]['seconds']} s\n{stages[-1]['tail'][-1500:]}", flush=True
+        )
+        write(output, {**json.loads(output.read_text()), "stages": stages})
+    print(output)
+    return 0 if all(stage["status"] == 0 for stage in stages) else 1
+
+
+def plan(device: str, quick: bool, output: Path) -> list[Stage]:
+    """The stages. A rehearsal on a CPU builds nothing and has no sanitizer."""
+    python = [sys.executable, "-m"]
+    script = [*python, "bench.exercise", "--device", device]
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    stages = []
+    if device == "cuda":
+        stages.append(Stage("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 40 if quick else 90))
+    stages.append(Stage("tests", [*python, "pytest", "-q", "-rs", "tests/test_gpu.py"], 30 if quick else 120))
+    for tool in ("memcheck", "racecheck"):
+        prefix = [sanitizer, "--tool", tool, "--error-exitcode", "9"] if device == "cuda" else []
+        stages.append(Stage(tool, [*prefix, *script], 15 if quick else 50))
+    bench = [*python, "bench.run", "--device", device, "--output", str(output), *(["--quick", "--no-compile"] * quick)]
+    stages.append(Stage("bench", bench, 0))
+    stages.append(Stage("profile", [*python, "bench.profile_step", "--device", device], 10 if quick else 30))
+    return stages
+
+
+def run(stage: Stage, limit: float) -> dict:
+    """What came of a stage: exit status or "timeout", seconds, the end of its output."""
+    begin, status = time.time(), "cut"
+    log = ""
+    if limit > 0:
+        try:
+            done = subprocess.run(
+                stage.command, cwd=ROOT, env=quiet(), timeout=limit, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            status, log = done.returncode, done.stdout
+        except subprocess.TimeoutExpired as late:
+            status, log = "timeout", (late.stdout or b"").decode(errors="replace")
+        except OSError as error:
+            status, log = "failed", str(error)
+    return {
+        "name": stage.name,
+        "command": " ".join(stage.command),
+        "status": status,
+        "seconds": round(time.time() - begin, 1),
+        "tail": log[-TAIL:],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

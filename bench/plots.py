@@ -1,0 +1,105 @@
+"""The three plots of a machine: roofline, realised saving over batch size, time by component."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .headline import COMPONENTS, saving
+
+OURS = ("native", "triton", "reference")
+
+
+def draw(run: dict, folder: Path) -> list[tuple[str, str]]:
+    """(title, file name) of the plots that the run has data for, written to `folder`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = [entry for entry in run["cases"] if "variants" in entry]
+    drawn = []
+    for title, kind, paint in (
+        ("Roofline of the operators", "roofline", roofline),
+        ("Realised saving over batch size", "saving", savings),
+        ("Time of a forward pass by component", "components", components),
+    ):
+        height = 2 + 0.25 * sum("components_s" in e for e in entries) if kind == "components" else 4.2
+        figure, axes = pyplot.subplots(figsize=(7, height), layout="constrained")
+        if paint(axes, entries, run):
+            name = f"bench-{run['machine']}-{kind}.png"
+            axes.set_title(f"{title}, {run['machine']}", fontsize=10)
+            # Without the version that matplotlib writes, the same data give the same file.
+            figure.savefig(folder / name, dpi=110, metadata={"Software": None})
+            drawn.append((title, name))
+        pyplot.close(figure)
+    return drawn
+
+
+def roofline(axes, entries: list[dict], run: dict) -> bool:
+    """Achieved over possible: the fastest of ours and the straightforward formulation of each operator case."""
+    points = 0
+    groups = sorted({e["case"]["group"] for e in entries if e["flops"] and "plain" in e["variants"]} - {"plan"})
+    colours = {group: f"C{i}" for i, group in enumerate(groups)}
+    for entry in entries:
+        group, variants = entry["case"]["group"], entry["variants"]
+        if group not in colours or "DiT/2" in variants:
+            continue
+        intensity = entry["flops"] / entry["bytes"]
+        ours = [variants[n]["seconds"] for n in OURS if variants.get(n, {}).get("status") == "ok"]
+        if ours:
+            axes.plot(intensity, entry["flops"] / min(ours) / 1e9, "o", color=colours[group], markersize=5)
+            points += 1
+        if variants["plain"]["status"] == "ok":
+            rate = entry["flops"] / variants["plain"]["seconds"] / 1e9
+            axes.plot(intensity, rate, "x", color=colours[group], markersize=5)
+    if not points or not run["rates"]:
+        return False
+    rates = run["rates"]
+    x = [10 ** (i / 20) for i in range(-30, 70)]
+    for dtype, peak in rates["matmul_flops_per_s"].items():
+        axes.plot(x, [min(peak, rates["copy_bytes_per_s"] * v) / 1e9 for v in x], color="0.6", linewidth=1)
+        axes.annotate(f"matmul, {dtype}", (x[-1], peak / 1e9), fontsize=7, ha="right", va="bottom")
+    for group, colour in colours.items():
+        if group not in ("forward", "train", "sample"):
+            axes.plot([], [], "o", color=colour, label=group)
+    axes.plot([], [], "ko", label="ours"), axes.plot([], [], "kx", label="straightforward")
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte that must move", ylabel="GFLOP/s")
+    axes.legend(fontsize=7, ncols=2)
+    return True
+
+
+def savings(axes, entries: list[dict], run: dict) -> bool:
+    """Time saved over FLOPs saved, one line for each size and ρ."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for entry in entries:
+        case, won = entry["case"], saving(entry) if entry["case"]["group"] == "forward" else None
+        if won and won["realised"] is not None:
+            label = f"{case['size']}, {case['side']}×{case['side']}, ρ = {case['drop_fraction']:g}"
+            lines.setdefault(label, []).append((case["batch"], won["realised"]))
+    for label, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), "o-", label=label, markersize=4)
+    axes.axhline(1, color="0.6", linewidth=1)
+    axes.set(xscale="log", xlabel="batch size", ylabel="time saved / FLOPs saved", xlim=(0.8, 80))
+    axes.set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
+    axes.minorticks_off()
+    if lines:
+        axes.legend(fontsize=7)
+    return bool(lines)
+
+
+def components(axes, entries: list[dict], run: dict) -> bool:
+    """Share of each part."""
+    rows = [entry for entry in entries if entry.get("components_s")]
+    cases = [entry["case"] for entry in rows]
+    labels = [f"{c['size']} {c['side']}², B {c['batch']}, ρ {c['drop_fraction']:g}" for c in cases]
+    left = [0.0] * len(rows)
+    for i, name in enumerate((*COMPONENTS, "rest")):
+        shares = [100 * e["components_s"].get(name, 0.0) / sum(e["components_s"].values()) for e in rows]
+        axes.barh(labels, shares, left=left, label=name, color=f"C{i}")
+        left = [a + b for a, b in zip(left, shares, strict=True)]
+    axes.set(xlabel="% of the forward pass", xlim=(0, 100))
+    axes.tick_params(axis="y", labelsize=7)
+    axes.invert_yaxis()
+    axes.figure.legend(fontsize=7, ncols=5, loc="outside lower center")
+    return bool(rows)
