@@ -1,16 +1,19 @@
 """Dynamic Chunking Diffusion Transformers: the model, training and sampling. The operators are in dcdit.ops."""
 
+import importlib
+
 from dcdit_kernels import __version__
 
 from .config import DCDiTConfig, preset
 
-__all__ = ["DCDiT", "DCDiTConfig", "__version__", "preset"]
+__all__ = ["DCDiT", "DCDiTConfig", "DynamicChunking", "__version__", "preset"]
+
+
+# Imported on first use, so that `import dcdit.ops` stays cheap.
+_LAZY = {"DCDiT": "model", "DynamicChunking": "chunking"}
 
 
 def __getattr__(name: str):
-    # The model is imported on first use, so that `import dcdit.ops` stays cheap.
-    if name == "DCDiT":
-        from .model import DCDiT
-
-        return DCDiT
+    if name in _LAZY:
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module 'dcdit' has no attribute {name!r}")
