@@ -1,0 +1,176 @@
+"""Dynamic chunking for diffusers' transformers: their own blocks, on packed tokens.
+
+A packed batch of T tokens is shown to a block as T sequences of one token, (T, 1, D): everything in a block but
+attention works on each token alone, and attention is left to a processor that knows the plan. Blocks of the kinds
+`ada_norm_zero` (DiT), `ada_norm_single` (PixArt) and `layer_norm` are understood.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from diffusers.models.normalization import AdaLayerNormZero
+from torch import nn
+
+from dcdit_kernels import ChunkPlan, adaln_modulate, varlen_attention
+
+from ..chunking import DynamicChunking
+from ..errors import ConfigError
+
+BLOCK_KINDS = ("ada_norm_zero", "ada_norm_single", "layer_norm")
+
+
+@dataclass(frozen=True)
+class PackedText:
+    """Where each sample's rows are in packed text (Tk, D): `cu_seqlens` int32 (B + 1,); `max_seqlen` an upper bound."""
+
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+
+
+class PackedAttnProcessor:
+    """diffusers attention processor on packed tokens (T, 1, D): each token attends within its own sample.
+
+    Self-attention, or cross-attention to packed text (Tk, D) of a different length for each sample. `plan` and `text`
+    come through cross_attention_kwargs. The layer's own projections, q/k norms and dropout are used.
+    """
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        plan: ChunkPlan | None = None,
+        text: PackedText | None = None,
+    ) -> torch.Tensor:
+        if plan is None:
+            raise ValueError("PackedAttnProcessor needs cross_attention_kwargs={'plan': …}; DynamicChunking passes it")
+        tokens = hidden_states.squeeze(1)
+        if encoder_hidden_states is None:
+            source, cu_seqlens, max_seqlen = tokens, plan.cu_seqlens, plan.max_seqlen
+        else:
+            source, cu_seqlens, max_seqlen = encoder_hidden_states, text.cu_seqlens, text.max_seqlen
+            if attn.norm_cross:
+                source = attn.norm_encoder_hidden_states(source)
+        q, k, v = (layer(x) for layer, x in ((attn.to_q, tokens), (attn.to_k, source), (attn.to_v, source)))
+        q, k, v = (part.unflatten(1, (attn.heads, -1)) for part in (q, k, v))
+        q = q if attn.norm_q is None else attn.norm_q(q)
+        k = k if attn.norm_k is None else attn.norm_k(k)
+        out = varlen_attention(q, k, v, plan.cu_seqlens, cu_seqlens, plan.max_seqlen, max_seqlen)
+        out = attn.to_out[1](attn.to_out[0](out.flatten(1)))[:, None]
+        if attn.residual_connection:
+            out = out + hidden_states
+        return out / attn.rescale_output_factor
+
+
+class PackedAdaLayerNormZero(nn.Module):
+    """A block's AdaLayerNormZero on packed tokens, with its parameters under their own names.
+
+    Embedding and modulators are computed for each sample, not for each token: T·D² multiplications fewer, and in
+    training one label drop for each sample. `conditioning` is the pair of timestep (B,) and plan, which a block hands
+    through unread.
+    """
+
+    def __init__(self, norm: AdaLayerNormZero) -> None:
+        super().__init__()
+        self.emb, self.silu, self.linear, self.norm = norm.emb, norm.silu, norm.linear, norm.norm
+
+    def forward(
+        self, x: torch.Tensor, conditioning: tuple[torch.Tensor, ChunkPlan], class_labels: torch.Tensor, hidden_dtype
+    ) -> tuple[torch.Tensor, ...]:
+        """(T, 1, D) → modulated x, and gate, shift, scale, gate of each token (T, D)."""
+        timestep, plan = conditioning
+        c = self.linear(self.silu(self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)))
+        shift, scale, *rest = c.chunk(6, dim=1)
+        x = adaln_modulate(x.squeeze(1), shift, scale, plan, eps=self.norm.eps)
+        rows = plan.sample_index.clamp(min=0)
+        return x[:, None], *(part[rows] for part in rest)
+
+
+def run_blocks(
+    blocks: Iterable[BasicTransformerBlock],
+    tokens: torch.Tensor,
+    plan: ChunkPlan,
+    attention_mask: torch.Tensor | None = None,
+    encoder_hidden_states: torch.Tensor | None = None,
+    encoder_attention_mask: torch.Tensor | None = None,
+    timestep: torch.Tensor | None = None,
+    cross_attention_kwargs: dict | None = None,
+    class_labels: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Run BasicTransformerBlocks on packed tokens (capacity, D); the other arguments are those of their forward.
+
+    `encoder_hidden_states` (B, S, D') with `encoder_attention_mask` (B, S), 1 for text and 0 for padding, or the bias
+    (B, 1, S) that diffusers makes of it: padding is cut away before the keys are made.
+    """
+    if attention_mask is not None:
+        raise ConfigError("a self-attention mask cannot be used with dynamic chunking: got attention_mask")
+    kwargs = {**(cross_attention_kwargs or {}), "plan": plan}
+    if encoder_hidden_states is not None:
+        encoder_hidden_states, kwargs["text"] = pack_text(encoder_hidden_states, encoder_attention_mask)
+    per_token = None if timestep is None else timestep[plan.sample_index.clamp(min=0)]
+    tokens = tokens[:, None]
+    for block in blocks:
+        per_sample = block.norm_type == "ada_norm_zero"
+        tokens = block(
+            tokens,
+            encoder_hidden_states=encoder_hidden_states,
+            timestep=(timestep, plan) if per_sample else per_token,
+            cross_attention_kwargs=kwargs,
+            class_labels=class_labels,
+        )
+    return tokens.squeeze(1)
+
+
+def pack_text(text: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, PackedText]:
+    """Text (B, S, D) without its padding: (Tk, D) and where each sample's rows are. `mask` as in `run_blocks`."""
+    batch, length = text.shape[:2]
+    if mask is None:
+        keep = torch.ones(batch, length, dtype=torch.bool, device=text.device)
+    elif mask.dim() == 3:
+        keep = mask[:, 0] > -1  # a bias: 0 keeps, -10000 hides
+    else:
+        keep = mask.bool()
+    cu_seqlens = F.pad(keep.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    return text[keep], PackedText(cu_seqlens, length)
+
+
+class ChunkedBlocks(DynamicChunking):
+    """DynamicChunking of BasicTransformerBlocks; one block to the model that holds it."""
+
+    def __init__(self, blocks: Iterable[BasicTransformerBlock], grid: tuple[int, ...], **options) -> None:
+        blocks = list(blocks)
+        for block in blocks:
+            kind = getattr(block, "norm_type", type(block).__name__)
+            if kind not in BLOCK_KINDS:
+                raise ConfigError(f"blocks must be of the kinds {', '.join(BLOCK_KINDS)}, got {kind}")
+        super().__init__(blocks, blocks[0].dim, grid, run=run_blocks, **options)
+        for block in blocks:
+            if block.norm_type == "ada_norm_zero":
+                block.norm1 = PackedAdaLayerNormZero(block.norm1)
+            for module in block.modules():
+                if isinstance(module, Attention):
+                    module.set_processor(PackedAttnProcessor())
+
+    @property
+    def norm1(self) -> nn.Module:
+        """The first block's: DiTTransformer2DModel looks for its embedder there."""
+        return self.blocks[0].norm1
+
+
+def add_dynamic_chunking(model: nn.Module, **options) -> ChunkedBlocks:
+    """Put dynamic chunking around `model.transformer_blocks`, in place, and return it.
+
+    For DiTTransformer2DModel, PixArtTransformer2DModel and models like them, with (sample_size / patch_size)² tokens.
+    `options` are DynamicChunking's router and sigma. Load the model's weights before: their names change.
+    """
+    side = model.config.sample_size // model.config.patch_size
+    chunking = ChunkedBlocks(model.transformer_blocks, (side, side), **options)
+    model.transformer_blocks = nn.ModuleList([chunking.to(next(model.parameters()).device)])
+    return chunking
