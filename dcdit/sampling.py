@@ -143,8 +143,7 @@ def sample(
         scheduler: "auto", "flow-euler", "ddpm" (variance learned where the model has it), "ddim", "dpm-solver++".
         guidance: classifier-free guidance, uncond + guidance·(cond − uncond), on all channels of the noise or velocity;
             a learned variance is the conditional one. 1 runs no unconditional half. Both halves are one packed batch.
-        drop_fraction: ρ in [0, 1): a number; a tensor (N,), one per image; a list over the steps; or a function
-            of the progress from 0 (noise) to 1 (the last step).
+        drop_fraction: ρ in [0, 1), see `drop_table`: a number, a tensor (N,), a list over the steps, a function of t.
         uncond_drop_fraction: likewise for the unconditional half (Lite-CFG, arXiv 2603.06351); None: the same.
         seed, indices: image i draws from (seed, indices[i]); the indices are 0 to N − 1 by default.
         clip: clamp the predicted x_0 of "ddpm" and "ddim" to [−1, 1], for codecs whose latents are pixels.
@@ -167,9 +166,9 @@ def sample(
         uncond_drop_fraction = drop_fraction
     _, timesteps = make_scheduler(scheduler, objective, steps, config.learn_sigma, clip)
     # (S, N) each, checked before the first step is taken.
-    budgets = [_budget(drop_fraction, steps, count)]
+    budgets = [drop_table(drop_fraction, timesteps, count)]
     if guidance != 1:
-        budgets.append(_budget(uncond_drop_fraction, steps, count))
+        budgets.append(drop_table(uncond_drop_fraction, timesteps, count))
 
     latents = torch.empty(count, config.in_channels, *config.input_size)
     tokens = torch.empty(len(budgets), steps, count)
@@ -248,19 +247,27 @@ def _class_ids(classes: Sequence[int] | torch.Tensor, num_classes: int) -> torch
     return classes.long()
 
 
-def _budget(drop: DropFraction, steps: int, count: int) -> torch.Tensor:
-    """ρ of every step and image (S, N), float32."""
+def drop_table(drop: DropFraction, timesteps: torch.Tensor, count: int) -> torch.Tensor:
+    """ρ of every step and image (S, N), float32, for `timesteps` (S,) from 1000 (noise) to 0 (data) and N = `count`.
+
+    `drop` is a number; a tensor (N,), one for each image; a list of at most S numbers, each for an equal share of the
+    steps (S of them: one for each step); or a function of the timestep. Raises ConfigError.
+    """
+    steps = len(timesteps)
     if isinstance(drop, torch.Tensor) and drop.dim() == 1:
         if len(drop) != count:
             raise ConfigError(f"a drop fraction for each image needs {count} values, got {len(drop)}")
         table = drop.float().cpu().expand(steps, count)
     else:
         if callable(drop):
-            drop = [drop(i / max(steps - 1, 1)) for i in range(steps)]
-        values = torch.as_tensor(drop, dtype=torch.float32)
-        if values.dim() > 1 or (values.dim() == 1 and len(values) != steps):
-            raise ConfigError(f"a drop fraction for each step needs {steps} values, got shape {tuple(values.shape)}")
-        table = values.reshape(-1, 1).expand(steps, count)
+            drop = [drop(t) for t in timesteps.tolist()]
+        values = torch.as_tensor(drop, dtype=torch.float32).cpu()
+        if values.dim() > 1 or not 1 <= values.numel() <= steps:
+            raise ConfigError(
+                f"drop fractions over {steps} steps must be 1 to {steps} numbers, got shape {tuple(values.shape)}"
+            )
+        share = torch.arange(steps) * values.numel() // steps
+        table = values.reshape(-1, 1)[share].expand(steps, count)
     wrong = table[~((table >= 0) & (table < 1))]
     if len(wrong):
         raise ConfigError(f"drop fractions must be in [0, 1), got {wrong[0]:g}")
@@ -280,6 +287,15 @@ def parse_classes(text: str, num_classes: int) -> list[int]:
         _class_ids([low, high], num_classes)
         ids.extend(range(low, high + 1))
     return ids
+
+
+def parse_drop_fraction(text: str) -> float | list[float]:
+    """ρ from text such as "0.3", or "0,0.3,0.6" for a list over the steps. Raises ConfigError."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"a drop fraction must look like 0.3 or 0,0.3,0.6, got {text!r}") from error
+    return values if len(values) > 1 else values[0]
 
 
 def open_checkpoint(path: str | Path, device: str | torch.device = "cpu"):

@@ -9,10 +9,19 @@ import pytest
 import torch
 
 from dcdit.checkpoints import save_checkpoint
+from dcdit.cli import main
 from dcdit.config import DCDiTConfig
 from dcdit.errors import ConfigError
 from dcdit.model import DCDiT
-from dcdit.sampling import SCHEDULERS, image_generator, make_scheduler, parse_classes, sample
+from dcdit.sampling import (
+    SCHEDULERS,
+    drop_table,
+    image_generator,
+    make_scheduler,
+    parse_classes,
+    parse_drop_fraction,
+    sample,
+)
 
 ROUNDING = 1e-3  # of float32, which the first x_0 = (x − …)/√ᾱ magnifies by 160
 SIZES = {"input_size": (6, 5), "in_channels": 3, "num_classes": 4, "hidden_size": 32, "depth": 1, "num_heads": 1}
@@ -188,10 +197,17 @@ def test_budgets_as_number_tensor_list_and_function(flow):
     natural = torch.stack(natural)
     assert torch.equal(trace.tokens.long(), natural - (natural * each).floor().long())
     assert trace.uncond_tokens is None and trace.seconds.shape == (4,)
-    ramp = sample(flow, [0, 1], drop_fraction=lambda progress: 0.9 * progress, **options)
-    listed = sample(flow, [0, 1], drop_fraction=[0.0, 0.3, 0.6, 0.9], **options)
+    ramp = sample(flow, [0, 1], drop_fraction=lambda t: 0.9 * (1 - t / 1000), **options)
+    listed = sample(flow, [0, 1], drop_fraction=[0.0, 0.225, 0.45, 0.675], **options)
     torch.testing.assert_close(ramp.latents, listed.latents)
     assert (ramp.trace.tokens[0] > ramp.trace.tokens[-1]).all()
+
+
+def test_a_short_list_gives_each_number_an_equal_share_of_the_steps():
+    timesteps = torch.linspace(1000, 100, 5)
+    table = drop_table([0.6, 0.0], timesteps, 2)
+    torch.testing.assert_close(table, torch.tensor([0.6, 0.6, 0.6, 0.0, 0.0])[:, None].expand(5, 2))
+    torch.testing.assert_close(drop_table(0.3, timesteps, 2), torch.full((5, 2), 0.3))
 
 
 def test_guidance_1_runs_one_half(flow):
@@ -213,7 +229,9 @@ def test_guidance_1_runs_one_half(flow):
         ({"drop_fraction": 1.0}, r"must be in \[0, 1\), got 1"),
         ({"drop_fraction": float("nan")}, "got nan"),
         ({"guidance": 2, "uncond_drop_fraction": -0.1}, "got -0.1"),
-        ({"drop_fraction": [0.1, 0.2]}, "needs 3 values"),
+        ({"drop_fraction": [0.1, 0.2, 0.3, 0.4]}, r"over 3 steps must be 1 to 3 numbers, got shape \(4,\)"),
+        ({"drop_fraction": []}, "must be 1 to 3 numbers"),
+        ({"drop_fraction": lambda t: t / 1000}, r"must be in \[0, 1\), got 1"),
         ({"drop_fraction": torch.zeros(3)}, "for each image needs 2 values, got 3"),
         ({"guidance": float("nan")}, "guidance must be"),
         ({"steps": 0}, r"steps must be in \[1, 1000\], got 0"),
@@ -242,6 +260,22 @@ def test_parse_classes():
     ):
         with pytest.raises(ConfigError, match=words):
             parse_classes(text, 10)
+
+
+def test_parse_drop_fraction():
+    assert parse_drop_fraction("0.3") == 0.3 and parse_drop_fraction("0, .3,0.6") == [0.0, 0.3, 0.6]
+    for text in ("", "a", "0.1,,0.2"):
+        with pytest.raises(ConfigError, match=r"0\.3 or 0,0\.3,0\.6, got"):
+            parse_drop_fraction(text)
+
+
+def test_a_schedule_on_the_command_line(tmp_path, capsys):
+    words = ["sample", "dcdit/assets/digits", "--classes", "3", "--steps", "4", "--guidance", "1", "--cpu", "--output"]
+    shares = []
+    for rho in ("0", "0,0.9", "0.9"):
+        assert main([*words, str(tmp_path / rho), "--drop-fraction", rho]) == 0
+        shares.append(float(capsys.readouterr().out.split("%")[0].split()[-1]))
+    assert shares[0] > shares[1] > shares[2]
 
 
 def test_two_processes_write_the_same_images(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from ..codecs import PixelUnshuffle
 from ..errors import ConfigError
 from ..pictures import check_output, enlarge, grid, output_folder, save_png, to_uint8
-from ..sampling import SCHEDULERS, open_checkpoint, parse_classes, sample
+from ..sampling import SCHEDULERS, open_checkpoint, parse_classes, parse_drop_fraction, sample
 
 FORMATS = ("grid", "png", "npz")
 
@@ -38,10 +38,14 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", metavar="IDS", help="such as 0-9 or 1,3,5 (all)")
     parser.add_argument("--steps", type=int, default=50, help="steps from noise to image (50)")
     parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance; 1 is none (2)")
-    parser.add_argument("--drop-fraction", type=float, default=0.0, metavar="RHO", help="share of tokens to drop (0)")
+    parser.add_argument(
+        "--drop-fraction",
+        default="0",
+        metavar="RHO",
+        help="share of tokens to drop (0); 0.6,0.3,0 gives each an equal share of the steps, noise first",
+    )
     parser.add_argument(
         "--uncond-drop-fraction",
-        type=float,
         metavar="RHO",
         help="the same for the unconditional half, Lite-CFG (as --drop-fraction)",
     )
@@ -53,13 +57,14 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 def sampling_arguments(args: argparse.Namespace, objective: str, codec) -> dict:
     """Keywords of `sample` from the options above."""
+    uncond = args.uncond_drop_fraction
     return {
         "objective": objective,
         "scheduler": args.scheduler,
         "steps": args.steps,
         "guidance": args.guidance,
-        "drop_fraction": args.drop_fraction,
-        "uncond_drop_fraction": args.uncond_drop_fraction,
+        "drop_fraction": parse_drop_fraction(args.drop_fraction),
+        "uncond_drop_fraction": uncond if uncond is None else parse_drop_fraction(uncond),
         "seed": args.seed,
         "clip": isinstance(codec, PixelUnshuffle),
         "precision": torch.bfloat16 if args.bf16 else None,
