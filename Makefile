@@ -1,4 +1,4 @@
-# make demo · make test · make lint. They need Python 3.10 or newer and a C++ compiler, nothing else.
+# make demo · make test · make lint · make bench. They need Python 3.10 or newer and a C++ compiler, nothing else.
 PYTHON ?= python3
 # The CPU build. A PYTHON that has torch already keeps its own.
 TORCH ?= torch==2.13.0
@@ -11,7 +11,7 @@ PY := $(VENV)/bin/python
 # Prints the package folders of the Python that runs it.
 FOLDERS := import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench gpu bench-compare clean
 
 demo: $(VENV)/installed-demo
 	$(VENV)/bin/dcdit demo
@@ -23,6 +23,19 @@ lint: $(VENV)/installed-dev
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
+
+# Measure on this machine, then write docs/benchmarks.md; under 10 minutes on 2 cores.
+bench: $(VENV)/installed-test
+	$(PY) -m bench.run
+	$(PY) -m bench.report
+
+# On a machine with a GPU: build in place, test, sanitise, measure, with the packages that PYTHON has. QUICK=1: 2 minutes.
+gpu:
+	$(PYTHON) -m bench.gpu $(if $(QUICK),--quick)
+
+# make bench-compare BASE=main: the operators of this tree against those of another commit.
+bench-compare: $(VENV)/installed-test
+	$(PY) -m bench.compare $(or $(BASE),$(error BASE=<git ref> is missing))
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

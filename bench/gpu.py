@@ -8,13 +8,18 @@ installed and no network is needed: Python with torch (2.11 or newer) and pybind
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -40,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("make gpu: this Python's torch sees no GPU", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running stage is ended too
     header = describe(args.device)
     output = args.output or RESULTS / f"{header['machine']}-{header['date'][:10]}.json"
     end = time.time() + (110 if args.quick else 460)
@@ -78,27 +84,34 @@ def plan(device: str, quick: bool, output: Path) -> list[Stage]:
 
 
 def run(stage: Stage, limit: float) -> dict:
-    """What came of a stage: exit status or "timeout", seconds, the end of its output."""
+    """What came of a stage: exit status, "timeout" or "cut"; seconds; the end of its output."""
     begin, status = time.time(), "cut"
-    log = ""
-    if limit > 0:
-        try:
-            done = subprocess.run(
-                stage.command, cwd=ROOT, env=quiet(), timeout=limit, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-            status, log = done.returncode, done.stdout
-        except subprocess.TimeoutExpired as late:
-            status, log = "timeout", (late.stdout or b"").decode(errors="replace")
-        except OSError as error:
-            status, log = "failed", str(error)
-    return {
-        "name": stage.name,
-        "command": " ".join(stage.command),
-        "status": status,
-        "seconds": round(time.time() - begin, 1),
-        "tail": log[-TAIL:],
-    }
+    # A file, not a pipe: a grandchild that outlives the stage would keep a pipe open.
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        if limit > 0:
+            try:
+                status = wait(stage.command, log, limit)
+            except OSError as error:  # no such tool
+                status = str(error)
+        log.seek(0)
+        tail = log.read()[-TAIL:]
+    seconds = round(time.time() - begin, 1)
+    return {"name": stage.name, "command": " ".join(stage.command), "status": status, "seconds": seconds, "tail": tail}
+
+
+def wait(command: list[str], log: IO[str], limit: float) -> int | str:
+    """Run a command in a process group of its own, none of which outlives the limit or this process's end."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=quiet(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        return "timeout"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 if __name__ == "__main__":

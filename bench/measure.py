@@ -32,7 +32,8 @@ def measure(case: Case, device: str, compiled: bool, rounds: int, seconds: float
     Each entry of "variants" has a "status": ok, failed (with "reason"; no time) or absent (with "reason").
     """
     problem = build(case, device, compiled)
-    gated = dataclasses.replace(case, batch=min(case.batch, GATE_BATCH)) if case.group in MODELS else case
+    whole = case.group not in MODELS or compiled  # another batch size would be compiled again
+    gated = case if whole else dataclasses.replace(case, batch=min(case.batch, GATE_BATCH))
     verdicts = check(problem if gated == case else build(gated, device, compiled))
     variants: dict[str, dict] = {name: {"status": "absent", "reason": why} for name, why in problem.absent.items()}
     passed = {}

@@ -106,10 +106,17 @@ def predict_dit(net: PlainDiT, x, t, y, drop_fraction, routed: bool = False):
     return (out, None) if routed else out
 
 
-def compile_blocks(net: PlainDiT) -> PlainDiT:
-    """Its blocks compiled; they are alike, so that one compilation serves all."""
-    for block in net.blocks:
-        block.compile(dynamic=True)
+def compile_parts(net: nn.Module) -> nn.Module:
+    """What an owner would compile: the blocks of the plain DiT; of a DC-DiT the convolutions and the MLPs, which stand
+    between the operators. Blocks are alike, so that one compilation serves all."""
+    if isinstance(net, PlainDiT):
+        for block in net.blocks:
+            block.compile(dynamic=True)
+        return net
+    net.encoder.compile()
+    net.decoder.compile()
+    for block in net.main.blocks:
+        block.mlp = torch.compile(block.mlp, dynamic=True)
     return net
 
 
@@ -126,7 +133,8 @@ def model_problem(case: Case, device: str, compiled: bool) -> Problem:
     if compiled:
         block = torch.compile(dit_block, dynamic=True)
         networks["plain compiled"] = nets, functools.partial(predict_plain, block=block)
-        networks["DiT/2 compiled"] = Nets(master, compile_blocks), predict_dit
+        networks["dcdit compiled"] = Nets(nets.master, compile_parts), predict_dcdit
+        networks["DiT/2 compiled"] = Nets(master, compile_parts), predict_dit
     task = {"forward": Forward, "train": Train, "sample": Sample}[case.group](case, device)
     runs = {name: functools.partial(task.run, *network) for name, network in networks.items()}
     variants = {

@@ -22,7 +22,7 @@ pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installe
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPERATOR_VARIANTS = ("native", "triton", "reference", "plain", "plain compiled")
-MODEL_VARIANTS = ("dcdit", "dcdit reference", "plain", "plain compiled", "DiT/2", "DiT/2 compiled")
+MODEL_VARIANTS = ("dcdit", "dcdit reference", "plain", "plain compiled", "dcdit compiled", "DiT/2", "DiT/2 compiled")
 
 
 @functools.cache

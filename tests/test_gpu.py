@@ -1,0 +1,183 @@
+"""On a GPU: every back-end against float64, without hidden waits, in CUDA graphs, on side streams, past 2³¹ elements.
+
+`make gpu` runs this file; elsewhere every test is skipped.
+"""
+
+import dataclasses
+import math
+import warnings
+
+import pytest
+import torch
+
+import dcdit_kernels as K
+from bench.cases import OPERATORS, Case
+from bench.gate import check
+from bench.measure import build
+from bench.operators import routed_prob
+from dcdit import DCDiT, preset
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: torch sees none"),
+]
+DEVICE = "cuda"
+# Every operator with the back-ends that must run on a GPU where the extension is built.
+EXPECTED = {group: {"triton"} for group in OPERATORS} | {"plan": {"native"}}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("share", [0.02, 0.25, 1.0])
+@pytest.mark.parametrize("group", OPERATORS)
+def test_operator(group, share, dtype):
+    """Outputs and gradients of every variant within the error budget, at 14×14 with D 96 and at 32×32 with D 384."""
+    for size, side in (("digits", 14), ("S", 32)):
+        case = Case(group, size, side, 3, share, backward=group != "plan", dtype=dtype)
+        problem = build(case, DEVICE)
+        assert not EXPECTED[group] & problem.absent.keys(), problem.absent
+        wrong = {name: reason for name, reason in check(problem).items() if reason}
+        assert not wrong
+
+
+def pipeline(prob, h, modulators, residual, grid, capacity, attend=True):
+    """Plan, chunk, modulate, attend, dechunk in fixed mode."""
+    plan = K.plan_chunks(prob, grid, 0.3, capacity=capacity)
+    gate, shift, scale = modulators.chunk(3, dim=1)
+    x = K.chunk(h, plan)
+    x, normed = K.gate_residual_modulate(x, x, gate, shift, scale, plan)
+    if attend:
+        heads, cu, longest = normed.view(capacity, -1, 32), plan.cu_seqlens, plan.max_seqlen
+        normed = K.varlen_attention(heads, heads, heads, cu, cu, longest, longest).flatten(1)
+    x = K.gate_residual(x, normed, gate, plan)
+    return K.dechunk(x, prob, plan, residual)
+
+
+def pipeline_inputs(seed=0):
+    torch.manual_seed(seed)
+    prob = torch.rand(2, 256, device=DEVICE)
+    h, residual = torch.randn(2, 2, 256, 96, device=DEVICE, dtype=torch.bfloat16)
+    return prob, h, torch.randn(2, 288, device=DEVICE, dtype=torch.bfloat16), residual
+
+
+def waits(function):
+    """Host synchronisations of a warm call."""
+    function()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            function()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(w.message) for w in caught)
+
+
+def test_fixed_mode_never_waits():
+    tensors = pipeline_inputs()
+    assert waits(lambda: pipeline(*tensors, (16, 16), 300)) == 0
+
+
+def test_exact_mode_waits_once():
+    prob = pipeline_inputs()[0]
+    assert waits(lambda: K.plan_chunks(prob, (16, 16), 0.3)) <= 1
+
+
+def test_graph_replays_on_new_inputs():
+    """A captured forward gives what the eager one gives when other probabilities, with other counts, are copied in."""
+    static = pipeline_inputs()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        pipeline(*static, (16, 16), 300)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = pipeline(*static, (16, 16), 300)
+    for seed in (1, 2):
+        fresh = pipeline_inputs(seed)
+        for slot, value in zip(static, fresh, strict=True):
+            slot.copy_(value)
+        graph.replay()
+        torch.testing.assert_close(out, pipeline(*fresh, (16, 16), 300), rtol=0, atol=0)
+
+
+def test_side_stream():
+    """Work queued on another stream is waited for by nobody else: every kernel runs on the current one."""
+    prob, *rest = pipeline_inputs()
+    want = pipeline(prob, *rest, (16, 16), 300)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        late = torch.zeros_like(prob)
+        torch.cuda._sleep(100_000_000)
+        late.copy_(prob)
+        got = pipeline(late, *rest, (16, 16), 300)
+    stream.synchronize()
+    assert torch.equal(got, want)
+
+
+def test_backward_is_deterministic():
+    """Of our operators, to the bit; attention's own backward adds in any order."""
+    prob, h, modulators, residual = pipeline_inputs()
+    leaves = [t.requires_grad_() for t in (prob, h, modulators, residual)]
+    runs = []
+    for _ in range(3):
+        out = pipeline(*leaves, (16, 16), 300, attend=False)
+        runs.append(torch.autograd.grad(out, leaves, torch.ones_like(out)))
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+def test_spare_rows_are_never_read():
+    prob, h, modulators, residual = pipeline_inputs()
+    plan = K.plan_chunks(prob, (16, 16), capacity=400)
+    live = int(plan.cu_seqlens[-1])
+    x = K.chunk(h, plan)
+    assert live < 400 and not x[live:].any()
+    x = x.clone()
+    x[live:] = math.nan
+    gate, shift, scale = modulators.chunk(3, dim=1)
+    for out in K.gate_residual_modulate(x, x, gate, shift, scale, plan):
+        assert out.isfinite().all() and not out[live:].any()
+    assert K.dechunk(x, prob, plan, residual).isfinite().all()
+
+
+def test_offsets_past_two_billion():
+    """A tensor of more than 2³¹ elements: its last sample comes through like the same sample alone."""
+    batch, side, width = 460, 64, 1152
+    case = Case("chunk", "XL", side, batch, 0.1)
+    free, _ = torch.cuda.mem_get_info()
+    if free < 30 * 2**30:
+        pytest.skip(f"needs 30 GiB of GPU memory, {free / 2**30:.0f} are free")
+    prob = routed_prob(case, DEVICE)
+    h = torch.zeros(batch, side**2, width, device=DEVICE, dtype=torch.bfloat16)
+    assert h.numel() > 2**31
+    h[-1].normal_()
+    alone = routed_prob(dataclasses.replace(case, batch=1), DEVICE).copy_(prob[-1:])
+    outs = []
+    for p, cells in ((prob, h), (alone, h[-1:].clone())):
+        plan = K.plan_chunks(p, (side, side))
+        outs.append(K.dechunk(K.chunk(cells, plan), p, plan)[-1])
+    assert torch.equal(*outs) and outs[0].any()
+
+
+@pytest.mark.parametrize("drop_fraction", [0.0, 0.5])
+def test_model_equals_cpu(drop_fraction):
+    """The digits model in float32 gives on the GPU what it gives on the CPU."""
+    torch.manual_seed(0)
+    net = DCDiT(preset("digits")).eval()
+    for parameter in net.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    x, t, y = torch.randn(4, 4, 14, 14), torch.tensor([10.0, 300.0, 600.0, 990.0]), torch.arange(4)
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.no_grad():
+            want, cpu = net(x, t, y, drop_fraction, return_routing=True)
+            got, gpu = net.cuda()(x.cuda(), t.cuda(), y.cuda(), drop_fraction, return_routing=True)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+    torch.testing.assert_close(gpu.boundary_prob.cpu(), cpu.boundary_prob, rtol=1e-4, atol=1e-5)
+    same = (gpu.boundary_mask.cpu() == cpu.boundary_mask).flatten(1).all(1)
+    assert same.any(), "no sample was routed alike"
+    torch.testing.assert_close(got.cpu()[same], want[same], rtol=1e-3, atol=1e-4)
