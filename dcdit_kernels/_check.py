@@ -9,10 +9,13 @@ from .chunk_plan import ChunkPlan
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise ValueError(message) unless the condition holds."""
+def require(condition: bool, message: str, *values: object) -> None:
+    """Raise ValueError(message.format(*values)) unless the condition holds.
+
+    Values are put in only then: torch.compile cannot write a size that it does not know into a string.
+    """
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message.format(*values))
 
 
 def floating(op: str, **tensors: torch.Tensor | None) -> None:

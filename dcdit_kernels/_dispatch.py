@@ -48,7 +48,10 @@ def register_reference(op: str) -> None:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the operators called inside on this back-end, unless a call names its own."""
+    """Run the operators called inside on this back-end, unless a call names its own.
+
+    Operators that have no implementation of that name (plan_chunks in Triton, say) choose for themselves.
+    """
     before, _current.backend = _current.backend, _checked(name)
     try:
         yield
@@ -82,6 +85,8 @@ def load(op: str, name: str) -> Any:
 def choose(op: str, backend: str | None, *args: Any, **kwargs: Any) -> str:
     """Name of the back-end that `run` would take for these arguments."""
     asked = requested_backend(backend)
+    if backend is None and asked not in _registry[op]:
+        asked = "auto"  # use_backend and DCDIT_BACKEND speak to the operators that have such an implementation
     for name in BACKENDS if asked == "auto" else (asked,):
         reason = why_not(op, name, *args, **kwargs)
         if reason is None:

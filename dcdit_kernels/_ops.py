@@ -137,12 +137,22 @@ def _backward(op: str, args: tuple[Any, ...]) -> list[torch.Tensor]:
 
 def _differentiate(op: str, backend: str, grads: Any, needs: list[bool], inputs: dict[str, Any]) -> list[Any]:
     names = _operators[op].tensors
-    with torch.enable_grad():
+    # A compiled graph may run its operators below autograd; here it is needed.
+    autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with autograd, torch.enable_grad():
         leaves = {n: inputs[n].detach().requires_grad_() for n, need in zip(names, needs, strict=True) if need}
         out = _dispatch.call(op, backend, **{**inputs, **leaves})
         outs = out if isinstance(out, tuple) else (out,)
-        got = iter(torch.autograd.grad(outs, list(leaves.values()), grads, allow_unused=True, materialize_grads=True))
-    return [next(got).contiguous() if need else None for need in needs]
+        # Without a token an output may depend on nothing.
+        pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if o.requires_grad]
+        got = [torch.zeros_like(leaf) for leaf in leaves.values()]
+        if pairs:
+            used, weights = zip(*pairs, strict=True)
+            got = torch.autograd.grad(used, list(leaves.values()), weights, allow_unused=True, materialize_grads=True)
+    # An operator must not return one of its inputs.
+    memory = {grad.untyped_storage().data_ptr() for grad in grads}
+    got = iter([g.clone() if g.untyped_storage().data_ptr() in memory else g.contiguous() for g in got])
+    return [next(got) if need else None for need in needs]
 
 
 def _like(needs: list[bool], tensors: tuple[Any, ...]) -> list[torch.Tensor]:

@@ -7,6 +7,7 @@ import torch
 from . import _dispatch, _ops, _triton_support
 from ._check import floating, shaped
 from .chunk_plan import ChunkPlan
+from .cpu._rows import why_not as cpu_why_not
 
 _ops.define(
     "chunk",
@@ -15,6 +16,7 @@ _ops.define(
     lambda h, pos_embed, plan: h.new_empty(plan.capacity, h.shape[2]),
 )
 _dispatch.register_reference("chunk")
+_dispatch.register("chunk", "native", "dcdit_kernels.reference:chunk", cpu_why_not)
 _dispatch.register("chunk", "triton", "dcdit_kernels.triton.chunk:Chunk", _triton_support.why_not)
 
 

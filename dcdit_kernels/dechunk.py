@@ -50,7 +50,7 @@ def dechunk(
     shaped("dechunk", "boundary_prob", boundary_prob, plan.batch_size, plan.cells)
     if residual is not None:
         shaped("dechunk", "residual", residual, plan.batch_size, plan.cells, x.shape[1])
-    require(smoothing in SMOOTHING, f"dechunk: smoothing must be one of {SMOOTHING}, got {smoothing!r}")
-    require(sigma > 0, f"dechunk: sigma must be positive, got {sigma}")
+    require(smoothing in SMOOTHING, "dechunk: smoothing must be one of {}, got {!r}", SMOOTHING, smoothing)
+    require(sigma > 0, "dechunk: sigma must be positive, got {}", sigma)
     inputs = {"x": x, "boundary_prob": boundary_prob, "residual": residual}
     return _ops.run("dechunk", backend, **inputs, plan=plan, sigma=sigma, smoothing=smoothing)

@@ -7,6 +7,7 @@ import torch
 from . import _dispatch, _ops, _triton_support
 from ._check import floating, packed, shaped
 from .chunk_plan import ChunkPlan
+from .cpu._rows import why_not as cpu_why_not
 
 _ops.define(
     "ema_smooth",
@@ -15,6 +16,7 @@ _ops.define(
     lambda x, **_: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
 _dispatch.register_reference("ema_smooth")
+_dispatch.register("ema_smooth", "native", "dcdit_kernels.reference:ema_smooth", cpu_why_not)
 _dispatch.register("ema_smooth", "triton", "dcdit_kernels.triton.ema:EmaSmooth", _triton_support.why_not)
 
 

@@ -11,7 +11,7 @@ from dcdit.checkpoints import from_release, load_state, release_key
 from dcdit.config import DCDiTConfig
 from dcdit.diffusion import ratio_loss
 from dcdit.model import DCDiT
-from dcdit_kernels import chunk, dechunk, plan_chunks
+from dcdit_kernels import chunk, dechunk, plan_chunks, use_backend
 
 DATA = Path(__file__).parent / "data"
 CASES = [("dcdit_tiny", c) for c in ("full", "drop30", "per_sample")] + [
@@ -49,10 +49,19 @@ def close(actual, golden, rtol, what):
     assert error <= rtol, f"{what}: relative error {error:.2e} > {rtol}"
 
 
-@pytest.fixture(params=CASES, ids=lambda case: "-".join(case), scope="module")
+BACKENDS = ("auto", "reference", "triton")
+RUNS = [(*case, backend) for case in CASES for backend in BACKENDS]
+
+
+@pytest.fixture(params=RUNS, ids=lambda case: "-".join(case), scope="module")
 def ran(request):
-    """The model run once with hooks on its parts, and its golden."""
-    name, case = request.param
+    """The model run once on a back-end with hooks on its parts, and its golden."""
+    name, case, backend = request.param
+    with use_backend(backend):
+        return run(name, case)
+
+
+def run(name, case):
     model, golden = load(name)
     seen = {}
     for part in ("encoder", "main", "decoder"):
@@ -75,11 +84,11 @@ def test_activations(ran, part):
     close(seen[part], want[part], 1e-5, part)
 
 
-def test_chunk_and_dechunk(ran):
-
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chunk_and_dechunk(ran, backend):
     model, want, seen, routing, *_ = ran
-    close(chunk(seen["encoder"], routing.plan), want["packed"], 1e-5, "packed")
-    plugged = dechunk(seen["main"], routing.boundary_prob, routing.plan, sigma=model.config.sigma)
+    close(chunk(seen["encoder"], routing.plan, backend=backend), want["packed"], 1e-5, "packed")
+    plugged = dechunk(seen["main"], routing.boundary_prob, routing.plan, sigma=model.config.sigma, backend=backend)
     close(plugged, want["dechunk"], 1e-5, "dechunk")
     close(seen["decoder_in"].flatten(2).transpose(1, 2), want["decoder_in"], 1e-5, "decoder_in")
 

@@ -52,6 +52,9 @@ class RowTile:
 
 
 def row_tile(width: int) -> RowTile:
-    """A tile of 4096 elements: whole rows where they are short, pieces of 512 columns where they are long."""
+    """A tile of 4096 elements: whole rows where they are short, pieces of 512 columns where they are long.
+
+    A quarter of that where rows do not start at 16 bytes: loads are narrow then, and each needs its own address.
+    """
     columns = min(triton.next_power_of_2(width), 512)
-    return RowTile(4096 // columns, columns, width)
+    return RowTile((4096 if width % 16 == 0 else 1024) // columns, columns, width)

@@ -89,9 +89,7 @@ def scan_backward_kernel(
         value += decay * state[None, :]
         state = tl.sum(tl.where(step[:, None] == 0, value, 0.0), 0)
         x = tl.load(x_ptr + wide * x_stride + column[None, :], mask=live, other=0.0).to(tl.float32)
-        before = tl.load(
-            rows_ptr + (wide - 1) * width + column[None, :], mask=live & (row[:, None] > start), other=0.0
-        )
+        before = tl.load(rows_ptr + (wide - 1) * width + column[None, :], mask=live & (row[:, None] > start), other=0.0)
         moved = tl.where(live & (row[:, None] > start), value * (x - before), 0.0)
         tl.store(partial_ptr + tl.program_id(1) * capacity + row, tl.sum(moved, 1), mask=row < limit)
         place = grad_x_ptr + wide * width + column[None, :]

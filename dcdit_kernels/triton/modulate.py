@@ -154,7 +154,8 @@ def _backward(grad_mixed, grad_out, x, y, gate, scale, plan, eps):
             BLOCK=triton.next_power_of_2(width), num_warps=warps_for_row(width),
         )  # fmt: skip
     sums = iter(partial.sum(1).unbind(1))
-    modulators = [next(sums).to(dtype) if kind else None for kind, dtype in zip(kinds, dtypes, strict=True)]
+    # Copies, because the outputs of an operator must not share memory.
+    modulators = [next(sums).to(dtype, copy=True) if kind else None for kind, dtype in zip(kinds, dtypes, strict=True)]
     return grad_x.view(shape), None if grad_y is None else grad_y.view(shape), *modulators
 
 

@@ -1,0 +1,145 @@
+"""Compile every Triton kernel as it is launched, without a GPU; one JSON line for each kernel, case and target.
+
+A process of its own, because Triton's interpreter and its compiler exclude each other. Launches are recorded and not
+run; what Triton would specialise on (16-divisible integers and pointers, ones, None) is specialised on.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from dcdit_kernels import _dispatch, plan_chunks
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+OPTIONS = ("num_warps", "num_stages")
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+recorded = {}
+
+
+def record(function, *args, grid, warmup, **kwargs):
+    """Stands in for JITFunction.run."""
+    options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
+    values = dict(zip(function.arg_names, args, strict=False)) | kwargs
+    signature, constants, divisible = {}, {}, []
+    for index, parameter in enumerate(function.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+            divisible += [index] * (value.data_ptr() % 16 == 0)
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            divisible += [index] * (isinstance(value, int) and value % 16 == 0)
+    attributes = {(index,): [["tt.divisibility", 16]] for index in divisible}
+    recorded[f"{function.__name__} {signature} {constants} {divisible}"] = (
+        function, signature, constants, attributes, options, current,
+    )  # fmt: skip
+
+
+def launch_everything(dtype, grid, width, share):
+    """Forward and backward of every operator that has kernels, on tensors nobody reads."""
+    batch, cells = 2, grid[0] * grid[1]
+    prob = torch.where(torch.rand(batch, cells) < share, 0.9, 0.1)
+    plan = plan_chunks(prob, grid, backend="reference")
+    new = lambda *shape, **kw: torch.empty(*shape, **{"dtype": dtype, **kw})  # noqa: E731
+    x, y, h, residual = new(plan.capacity, width), new(plan.capacity, width), new(batch, cells, width), None
+    residual = new(batch, cells, width, dtype=torch.float32)
+    gate, shift, scale = new(batch, 6 * width).split(width, 1)[:3]
+    channels = 8 * (width // 32)
+    features, vector = new(batch, channels, *grid, dtype=torch.float32), new(channels, dtype=torch.float32)
+    q, kernel = new(batch, cells, width, dtype=torch.float32), new(width, 3, 3, dtype=torch.float32)
+    cu = torch.tensor([0, cells, 2 * cells], dtype=torch.int32)
+    packed_q = q.view(-1, width)
+    cases = [
+        ("chunk", {"h": h, "pos_embed": new(cells, width), "plan": plan}, [x]),
+        ("adaln_modulate", {"x": x, "shift": shift, "scale": scale, "plan": plan, "eps": 1e-6}, [x]),
+        ("adaln_modulate", {"x": h, "shift": shift, "scale": scale, "plan": None, "eps": 1e-6}, [h]),
+        ("gate_residual", {"x": x, "y": y, "gate": gate, "plan": plan}, [x]),
+        (
+            "gate_residual_modulate",
+            {"x": x, "y": y, "gate": gate, "shift": shift, "scale": scale, "plan": plan, "eps": 1e-6},
+            [x, x],
+        ),
+        ("ema_smooth", {"x": x, "boundary_prob": prob, "plan": plan}, [x]),
+        ("boundary_cosine", {"q": q, "k": q, "kernel": kernel, "grid": grid, "cu_seqlens": None}, [prob]),
+        (
+            "boundary_cosine",
+            {"q": packed_q, "k": packed_q, "kernel": None, "grid": None, "cu_seqlens": cu},
+            [prob.view(-1)],
+        ),
+        (
+            "boundary_predictability",
+            {"features": features, "norm_weight": vector, "norm_bias": vector, "score_weight": vector,
+             "score_bias": new(1, dtype=torch.float32), "groups": 8, "eps": 1e-5},
+            [prob],
+        ),
+    ]  # fmt: skip
+    for smoothing in ("gaussian", "ema", None):
+        inputs = {"x": x, "boundary_prob": prob, "residual": residual, "plan": plan}
+        cases.append(("dechunk", {**inputs, "sigma": 1.0, "smoothing": smoothing}, [h]))
+    for op, inputs, grads in cases:
+        kernels = _dispatch.load(op, "triton")
+        floats = [v for v in inputs.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+        kernels.forward(**inputs)
+        kernels.backward(*grads, [True] * len(floats), **inputs)
+
+
+def compiled(function, signature, constants, attributes, options, target):
+    """What the compiler made: registers, spills, widths of loads, 64-bit products."""
+    if target.backend == "hip":
+        constants = {k: "ieee" if v == "tf32" else v for k, v in constants.items()}  # as the launcher chooses there
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+    kernel = triton.compile(source, target=target, options=options)
+    wide = len(re.findall(r"arith\.muli[^\n]*i64", kernel.asm["ttir"]))
+    if target.backend == "hip":
+        spills = [int(n) for n in re.findall(r"[sv]gpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"])]
+        return {"spills": sum(spills), "i64_products": wide}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    ptx = kernel.asm["ptx"]
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spills": int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1]),
+        "loads_16B": len(re.findall(r"ld\.global[^\n]*v4\.b32|ld\.global[^\n]*v2\.b64|cp\.async\.cg[^\n]*0x10", ptx)),
+        "i64_products": wide,
+        "shared": kernel.metadata.shared,
+    }
+
+
+if __name__ == "__main__":
+    JITFunction.run = record
+    for current in sys.argv[1:]:
+        dtype, height, columns, width, share = current.split(",")
+        launch_everything(getattr(torch, dtype), (int(height), int(columns)), int(width), float(share))
+    for function, *launch, case in recorded.values():
+        for name, target in TARGETS.items():
+            row = {"kernel": function.__name__, "case": case, "target": name}
+            print(json.dumps(row | compiled(function, *launch, target)), flush=True)

@@ -1,0 +1,256 @@
+"""Triton's kernels against the reference in float64: in the interpreter here, on the device where there is a GPU."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dcdit_kernels as K
+from dcdit_kernels import _dispatch, _ops
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Aligned, ragged rows, ragged rows and width; then the shares that need a case of their own.
+CASES = [((4, 8), 64, 0.25), ((5, 7), 64, 0.25), ((5, 7), 72, 0.25)]
+CASES += [((5, 7), 40, share) for share in (0.0, 1.0, "one")] + [((1, 9), 40, 0.5)]
+
+
+def make_plan(grid, share, batch=3, nearest=None, spare=5):
+    """(prob, plan) with an empty sample in the middle where share is a number, and rows past the live ones."""
+    cells = math.prod(grid)
+    gen = torch.Generator().manual_seed(cells)
+    prob = torch.rand(batch, cells, generator=gen)
+    keep = prob < (0.25 if share == "one" else share)
+    prob = torch.where(keep, 0.55 + 0.4 * prob, 0.05 + 0.4 * prob)
+    if share == "one":
+        prob = torch.where(torch.arange(cells) == cells // 2, 0.9, prob.clamp(max=0.45))
+    else:
+        prob[batch // 2] = 0.2
+    prob = prob.to(DEVICE)
+    live = int((prob > 0.5).sum())
+    nearest = nearest or f"{len(grid)}d"
+    return prob, K.plan_chunks(prob, grid, nearest=nearest, capacity=live + spare, backend="reference")
+
+
+def packed(plan, width, dtype=torch.float32):
+    """Random rows with NaN past the live ones, as a strided view."""
+    rows = torch.randn(plan.capacity, 2 * width, device=DEVICE, dtype=dtype)[:, :width]
+    rows[int(plan.cu_seqlens[-1]) :] = math.nan
+    return rows
+
+
+def operators(plan, prob, width, grid):
+    """name → (function of (backend, *tensors), tensors)."""
+    batch, cells = prob.shape
+    random = lambda *shape: torch.randn(*shape, device=DEVICE)  # noqa: E731
+    x, y = packed(plan, width), packed(plan, width)
+    gate, shift, scale = random(batch, 3 * width).split(width, 1)
+    dense = random(cells, batch, width).transpose(0, 1)
+    pos = random(cells, width)
+    cases = {
+        "chunk": (lambda b, h, pos: K.chunk(h, plan, pos, backend=b), (dense, pos)),
+        "adaln_modulate": (lambda b, *t: K.adaln_modulate(*t, plan, backend=b), (x, shift, scale)),
+        "adaln_modulate dense": (lambda b, *t: K.adaln_modulate(*t, backend=b), (dense, shift, scale)),
+        "gate_residual": (lambda b, *t: K.gate_residual(*t, plan, backend=b), (x, y, gate)),
+        "gate_residual_modulate": (
+            lambda b, *t: K.gate_residual_modulate(*t, plan, backend=b),
+            (x, y, gate, shift, scale),
+        ),
+        "ema_smooth": (lambda b, *t: K.ema_smooth(*t, plan, backend=b), (x, prob)),
+    }
+    for smoothing in ("gaussian", "ema", None):
+        cases[f"dechunk {smoothing}"] = (
+            lambda b, x, prob, residual, smoothing=smoothing: K.dechunk(
+                x, prob, plan, residual, 1.3, smoothing, backend=b
+            ),
+            (x, prob, dense),
+        )
+    return cases
+
+
+def outputs_and_gradients(function, backend, tensors, dtype):
+    leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+    outs = function(backend, *leaves)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    # Weights drawn from float32 grow along the tensor, so that no error cancels.
+    total = sum((o * torch.linspace(-1, 2, o.numel(), device=DEVICE).to(dtype).view(o.shape)).sum() for o in outs)
+    return [o.detach() for o in outs] + list(torch.autograd.grad(total, leaves))
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Every buffer the launchers allocate holds NaN, so that an element nobody writes is seen."""
+    empty, empty_like = torch.empty, torch.empty_like
+    fill = lambda t: t.fill_(math.nan) if t.is_floating_point() else t  # noqa: E731
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
+
+
+@pytest.mark.parametrize(("grid", "width", "share"), CASES, ids=str)
+def test_against_float64(grid, width, share, poisoned):
+    """Within twice the error of the float32 reference plus rounding of the longest sum."""
+    torch.manual_seed(0)
+    prob, plan = make_plan(grid, share)
+    for name, (function, tensors) in operators(plan, prob, width, grid).items():
+        want, eager, got = (
+            outputs_and_gradients(function, backend, tensors, dtype)
+            for backend, dtype in (
+                ("reference", torch.float64),
+                ("reference", torch.float32),
+                ("triton", torch.float32),
+            )
+        )
+        for index, (w, e, g) in enumerate(zip(want, eager, got, strict=True)):
+            scale = w.abs().max().clamp(min=1.0) if w.numel() else 1.0
+            budget = 2 * (e - w).abs().max() + scale * math.sqrt(math.prod(grid)) * 2**-23 if w.numel() else 0.0
+            error = (g - w).abs().max() if w.numel() else 0.0
+            assert error <= budget, f"{name}, output or gradient {index}: {error:.2e} > {budget:.2e}"
+            assert g.dtype == torch.float32 and g.shape == w.shape
+
+
+@pytest.mark.parametrize(
+    ("grid", "nearest"), [((20, 24), "2d"), ((1, 150), "2d"), ((150,), "previous"), ((3, 9, 10), "3d")], ids=str
+)
+def test_windows_of_every_grid(grid, nearest):
+    """Grids wider than the window of the smoothing, few tokens and many."""
+    for share in (0.05, 0.5):
+        prob, plan = make_plan(grid, share, batch=2, nearest=nearest)
+        x = packed(plan, 16)
+        function = lambda b, *t: K.dechunk(*t, plan, None, 0.7, backend=b)  # noqa: E731
+        want = outputs_and_gradients(function, "reference", (x, prob), torch.float64)
+        got = outputs_and_gradients(function, "triton", (x, prob), torch.float32)
+        for w, g in zip(want, got, strict=True):
+            torch.testing.assert_close(g.double(), w, rtol=3e-6, atol=3e-5)
+
+
+def test_half_precision_and_strides():
+    """float16 in and out, statistics in float32; the same values from any strides."""
+    prob, plan = make_plan((5, 7), 0.25)
+    for name, (function, tensors) in operators(plan, prob, 72, (5, 7)).items():
+        half = [t if t is prob else t.half() for t in tensors]
+        with torch.no_grad():
+            out, again, want = (
+                function("triton", *half),
+                function("triton", *(t.contiguous() for t in half)),
+                function("reference", *(t.double() for t in half)),
+            )
+        for o, a, w in zip(*(v if isinstance(v, tuple) else (v,) for v in (out, again, want)), strict=True):
+            assert torch.equal(o, a), name
+            assert o.dtype == torch.float16
+            torch.testing.assert_close(o.double(), w, rtol=2**-10, atol=2**-10)
+
+
+def test_runs_agree_bit_for_bit():
+    prob, plan = make_plan((5, 7), 0.5)
+    for name, (function, tensors) in operators(plan, prob, 24, (5, 7)).items():
+        first, second = (outputs_and_gradients(function, "triton", tensors, torch.float32) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), name
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_opcheck(backend):
+    """Schemas and fakes say what the operators do."""
+    prob, plan = make_plan((5, 6), 0.5)
+    seen = set()
+    apply = _ops._Call.apply
+
+    def check(op, constants, *tensors):
+        count = len(_ops._operators[op].tensors)
+        args = (*tensors[:count], list(tensors[count:]), *constants)
+        detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
+        tests = ("test_schema", "test_faketensor")
+        torch.library.opcheck(getattr(torch.ops.dcdit, op).default, detached, test_utils=tests)
+        outs = getattr(torch.ops.dcdit, op)(*detached)
+        grads = [torch.ones_like(o) for o in (outs if isinstance(outs, tuple) else (outs,))]
+        needs = [isinstance(t, torch.Tensor) and t.is_floating_point() for t in tensors[:count]]
+        backward = getattr(torch.ops.dcdit, f"{op}_backward").default
+        torch.library.opcheck(backward, (*grads, needs, *detached), test_utils=tests)
+        seen.add(op)
+        return apply(op, constants, *tensors)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_ops._Call, "apply", check)
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        for function, tensors in operators(plan, prob, 8, (5, 6)).values():
+            function(backend, *(torch.nan_to_num(t) for t in tensors))
+    assert seen == {"chunk", "adaln_modulate", "gate_residual", "gate_residual_modulate", "ema_smooth", "dechunk"}
+
+
+def test_compiles_without_a_break():
+    """One graph forward and backward; one recompilation at most over varying T, an empty batch included."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def block(h, prob, residual, modulators, plan):
+        gate, shift, scale = modulators.chunk(3, 1)
+        x = K.chunk(h, plan)
+        x, normed = K.gate_residual_modulate(x, K.adaln_modulate(x, shift, scale, plan), gate, shift, scale, plan)
+        x = K.gate_residual(x, K.ema_smooth(normed, prob, plan), gate, plan)
+        return K.dechunk(x, prob, plan, residual)
+
+    graph = torch.compile(block, fullgraph=True, dynamic=True, backend=counter)
+    frames = []
+    for share in (0.5, 0.3, 0.0, 0.8, 0.2):
+        prob = torch.rand(2, 35)
+        prob = torch.where(prob < share, 0.9 - 0.1 * prob, 0.1 + 0.1 * prob).to(DEVICE)
+        plan = K.plan_chunks(prob, (5, 7), backend="reference")
+        tensors = [torch.randn(*s, device=DEVICE) for s in ((2, 35, 8), (2, 35, 8), (2, 24))]
+        leaves = [t.requires_grad_() for t in (tensors[0], prob, tensors[1], tensors[2])]
+        results = []
+        for function in (graph, block):
+            out = function(*leaves, plan)
+            results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        frames.append(counter.frame_count)
+    assert frames[-1] - frames[0] <= 1, f"graphs after each call: {frames}"
+
+
+def test_backward_skips_what_nobody_asked_for():
+    prob, plan = make_plan((5, 6), 0.5)
+    h, pos = torch.randn(3, 30, 8, device=DEVICE, requires_grad=True), torch.randn(30, 8, device=DEVICE)
+    K.chunk(h, plan, pos, backend="triton").sum().backward()
+    assert torch.equal(h.grad, plan.boundary_mask[..., None].expand_as(h).float())
+    assert pos.grad is None
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="says why a CPU tensor cannot run; here it can")
+def test_reasons(monkeypatch):
+    prob, plan = make_plan((5, 6), 0.5)
+    with pytest.raises(K.BackendError, match="bfloat16"):
+        K.ema_smooth(torch.randn(plan.capacity, 8).bfloat16(), prob, plan, backend="triton")
+    with pytest.raises(K.BackendError, match="float64"):
+        K.ema_smooth(torch.randn(plan.capacity, 8).double(), prob, plan, backend="triton")
+    monkeypatch.setattr("dcdit_kernels._triton_support._interpreted", lambda: False)
+    with pytest.raises(K.BackendError, match="need a GPU, got cpu"):
+        K.ema_smooth(torch.randn(plan.capacity, 8), prob, plan, backend="triton")
+    assert _dispatch.choose("ema_smooth", None, x=torch.randn(1)) == "native"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler runs on Linux only")
+def test_every_launch_compiles_ahead_of_time():
+    """sm_80, sm_90, sm_100 and gfx942: no spills, 64-bit row offsets, 16-byte loads where rows allow them."""
+    script = Path(__file__).parent / "compile_kernels.py"
+    cases = ["bfloat16,32,32,1152,.25", "float32,7,9,72,.25"]
+    done = subprocess.run(
+        [sys.executable, script, *cases],
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(script.parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    narrow = {"prob_backward"}  # moves one number a cell
+    for row in rows:
+        assert row["spills"] == 0, row
+        assert row["i64_products"] > 0 or row["kernel"] in narrow, row
+        if row["case"] == cases[0] and row["target"] != "gfx942":
+            assert row["loads_16B"] > 0, row
