@@ -145,14 +145,14 @@ def _differentiate(op: str, backend: str, grads: Any, needs: list[bool], inputs:
         outs = out if isinstance(out, tuple) else (out,)
         # Without a token an output may depend on nothing.
         pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if o.requires_grad]
-        got = [torch.zeros_like(leaf) for leaf in leaves.values()]
+        got = tuple(torch.zeros_like(leaf) for leaf in leaves.values())
         if pairs:
             used, weights = zip(*pairs, strict=True)
             got = torch.autograd.grad(used, list(leaves.values()), weights, allow_unused=True, materialize_grads=True)
     # An operator must not return one of its inputs.
     memory = {grad.untyped_storage().data_ptr() for grad in grads}
-    got = iter([g.clone() if g.untyped_storage().data_ptr() in memory else g.contiguous() for g in got])
-    return [next(got) if need else None for need in needs]
+    own = iter(g.clone() if g.untyped_storage().data_ptr() in memory else g.contiguous() for g in got)
+    return [next(own) if need else None for need in needs]
 
 
 def _like(needs: list[bool], tensors: tuple[Any, ...]) -> list[torch.Tensor]:

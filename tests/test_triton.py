@@ -120,7 +120,7 @@ def test_windows_of_every_grid(grid, nearest):
     for share in (0.05, 0.5):
         prob, plan = make_plan(grid, share, batch=2, nearest=nearest)
         x = packed(plan, 16)
-        function = lambda b, *t: K.dechunk(*t, plan, None, 0.7, backend=b)  # noqa: E731
+        function = lambda b, *t, plan=plan: K.dechunk(*t, plan, None, 0.7, backend=b)  # noqa: E731
         want = outputs_and_gradients(function, "reference", (x, prob), torch.float64)
         got = outputs_and_gradients(function, "triton", (x, prob), torch.float32)
         for w, g in zip(want, got, strict=True):
@@ -213,7 +213,7 @@ def test_compiles_without_a_break():
 
 
 def test_backward_skips_what_nobody_asked_for():
-    prob, plan = make_plan((5, 6), 0.5)
+    _, plan = make_plan((5, 6), 0.5)
     h, pos = torch.randn(3, 30, 8, device=DEVICE, requires_grad=True), torch.randn(30, 8, device=DEVICE)
     K.chunk(h, plan, pos, backend="triton").sum().backward()
     assert torch.equal(h.grad, plan.boundary_mask[..., None].expand_as(h).float())

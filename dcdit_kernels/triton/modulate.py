@@ -118,7 +118,7 @@ def _forward(x, y, gate, shift, scale, plan, eps):
     """(mixed, out), either of them None where gate or scale is None; contiguous, in x's dtype."""
     width = x.shape[-1]
     x, y, gate, shift, scale = (pointer_rows(t) for t in (x, y, gate, shift, scale))
-    shape = (plan.capacity, width) if plan is not None else (scale if gate is None else gate).shape[:1] + (-1, width)
+    shape = (plan.capacity, width) if plan is not None else (len(scale if gate is None else gate), -1, width)
     mixed = torch.empty_like(x, memory_format=torch.contiguous_format) if gate is not None else None
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if scale is not None else None
     if x.numel():
