@@ -32,21 +32,25 @@ _library = torch.library.Library("dcdit", "DEF")
 
 @dataclass(frozen=True)
 class _Operator:
-    tensors: tuple[str, ...]  # floating-point inputs, in the order of the schema
+    tensors: tuple[str, ...]  # in the order of the schema; those that are not floating point get no gradient
     constants: tuple[str, ...]
     outputs: int
+    plan: bool
 
 
 _operators: dict[str, _Operator] = {}
 
 
-def define(op: str, tensors: str, constants: str, fake: Callable[..., Any], outputs: int = 1) -> None:
+def define(
+    op: str, tensors: str, constants: str, fake: Callable[..., Any], outputs: int = 1, plan: bool = True
+) -> None:
     """Make `dcdit::op` and its backward from schema fragments such as "Tensor x, Tensor? residual", "float sigma".
 
     `fake(**inputs)` gets the operator's arguments by name and returns its outputs (a tuple where there are several).
+    `plan` says whether the operator takes one.
     """
     names, constant_names = (tuple(part.split()[-1] for part in s.split(",") if part) for s in (tensors, constants))
-    _operators[op] = _Operator(names, constant_names, outputs)
+    _operators[op] = _Operator(names, constant_names, outputs, plan)
     tail = ", ".join(filter(None, (tensors, "Tensor[] plan, SymInt[] sizes", constants, "str backend")))
     returns = "Tensor" if outputs == 1 else "(" + ", ".join(["Tensor"] * outputs) + ")"
     gradients = ", ".join(f"Tensor grad{i}" for i in range(outputs))
@@ -109,7 +113,7 @@ def _named(op: str, args: tuple[Any, ...]) -> dict[str, Any]:
         batch, capacity = tensors["cu_seqlens"].shape[0] - 1, tensors["token_index"].shape[0]
         plan = ChunkPlan(tuple(sizes[1:]), batch, capacity, sizes[0], **tensors)
     named = dict(zip((*spec.tensors, *spec.constants), (*args[:count], *args[count + 2 : -1]), strict=True))
-    return {**named, "plan": plan}
+    return {**named, "plan": plan} if spec.plan else named
 
 
 def _forward(op: str, args: tuple[Any, ...]) -> Any:

@@ -2,13 +2,45 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from . import _dispatch
+from . import _dispatch, _ops, _triton_support
 from ._check import floating, require, shaped
+from .cpu._rows import why_not as cpu_why_not
 
-_dispatch.register_reference("boundary_cosine")
-_dispatch.register_reference("boundary_predictability")
+
+def _score_of(x: torch.Tensor, *shape: int) -> torch.Tensor:
+    return x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _fake_predictability(features: torch.Tensor, **_: Any) -> torch.Tensor:
+    batch, _channels, height, width = features.shape
+    return _score_of(features, batch, height * width)
+
+
+_ops.define(
+    "boundary_cosine",
+    "Tensor q, Tensor k, Tensor? kernel, Tensor? cu_seqlens",
+    "SymInt[]? grid",
+    lambda q, k, **_: _score_of(q if q.dtype == torch.float64 else k, *q.shape[:-1]),
+    plan=False,
+)
+_ops.define(
+    "boundary_predictability",
+    "Tensor features, Tensor norm_weight, Tensor norm_bias, Tensor score_weight, Tensor score_bias",
+    "int groups, float eps",
+    _fake_predictability,
+    plan=False,
+)
+for _op, _kernels in (
+    ("boundary_cosine", "boundary_cosine:BoundaryCosine"),
+    ("boundary_predictability", "boundary_predictability:BoundaryPredictability"),
+):
+    _dispatch.register_reference(_op)
+    _dispatch.register(_op, "native", f"dcdit_kernels.reference:{_op}", cpu_why_not)
+    _dispatch.register(_op, "triton", f"dcdit_kernels.triton.{_kernels}", _triton_support.why_not)
 
 
 def boundary_cosine(
@@ -48,7 +80,7 @@ def boundary_cosine(
             grid[0] * grid[1] == q.shape[1],
             f"boundary_cosine: grid {grid} does not hold L = {q.shape[1]} cells",
         )
-    return _dispatch.run("boundary_cosine", backend, q, k, kernel, grid, cu_seqlens)
+    return _ops.run("boundary_cosine", backend, q=q, k=k, kernel=kernel, cu_seqlens=cu_seqlens, grid=grid)
 
 
 def boundary_predictability(
@@ -87,14 +119,14 @@ def boundary_predictability(
         f"boundary_predictability: score_bias must hold one number, got {score_bias.shape}",
     )
     require(channels % groups == 0, f"boundary_predictability: {channels} channels do not fit {groups} groups")
-    return _dispatch.run(
+    return _ops.run(
         "boundary_predictability",
         backend,
-        features,
-        norm_weight,
-        norm_bias,
-        score_weight,
-        score_bias,
-        groups,
-        eps,
+        features=features,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        score_weight=score_weight,
+        score_bias=score_bias,
+        groups=groups,
+        eps=eps,
     )

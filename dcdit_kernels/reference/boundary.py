@@ -29,6 +29,9 @@ def boundary_cosine(
 ) -> torch.Tensor:
     """See `dcdit_kernels.boundary_cosine`."""
     dtype = accumulate_dtype(q, k)
+    if cu_seqlens is not None:
+        live = torch.arange(q.shape[0], device=q.device) < cu_seqlens[-1]
+        q, k = (torch.where(live[:, None], x, 0.0) for x in (q, k))
     q = F.normalize(q.to(dtype), dim=-1)
     k = F.normalize(k.to(dtype), dim=-1)
     if kernel is not None:
@@ -40,7 +43,6 @@ def boundary_cosine(
     prob = ((1 - (q * k).sum(-1)) / 2).clamp(0, 1)
     if cu_seqlens is None:
         return force_ends(prob)
-    live = torch.arange(prob.shape[0], device=prob.device) < cu_seqlens[-1]
     return torch.where(live, force_ends(prob, cu_seqlens), 0.0)
 
 
