@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from dcdit import DCDiTConfig, preset
 
 OPERATORS = ("plan", "chunk", "dechunk", "boundary", "cosine", "modulate", "attention")
 MODELS = ("forward", "train", "sample")
-GROUPS = (*MODELS, *OPERATORS)  # the headline first, for runs that are cut short
+GROUPS = (*MODELS, *OPERATORS)
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,13 @@ class Case:
 
 
 def select(device: str, groups: tuple[str, ...] = GROUPS, quick: bool = False) -> list[Case]:
-    """The cases of a machine: around one centre, each axis in turn. `quick` leaves the centres."""
+    """The cases of a machine: around one centre per group, each axis in turn; `quick` leaves the centres.
+
+    All centres come first, then the second of every group and so on: a run that is cut short has some of everything.
+    """
     cases_of = _on_gpu if device == "cuda" else _on_cpu
-    return [case for group in groups for case in cases_of(group)[: 1 if quick else None]]
+    rows = itertools.zip_longest(*(cases_of(group)[: 1 if quick else None] for group in groups))
+    return [case for row in rows for case in row if case is not None]
 
 
 def compiled_too(case: Case, device: str) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +23,8 @@ from .cases import GROUPS, Case, select
 from .gate import check
 from .machine import ROOT
 from .measure import build, count
-from .timing import clocks_of, make_call, ratios
+from .run import quiet
+from .timing import clock_of, make_call, ratios
 
 SLOWER = 1.05  # a lower quartile above this is a regression
 ORDER = ("dcdit", "native", "triton", "reference")  # the first that runs is what a user gets
@@ -87,7 +87,7 @@ class Side:
     def __init__(self, tree: Path, device: str) -> None:
         command = [sys.executable, "-c", "from bench.compare import serve; serve()", device]
         self.process = subprocess.Popen(
-            command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, text=True,
+            command, cwd=tree, env={**quiet(), "PYTHONPATH": str(tree)}, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
@@ -129,8 +129,8 @@ def prepare(case: Case, device: str) -> tuple[str, Callable[[], float]]:
     wrong = check(problem)[name]
     if wrong:
         raise ValueError(wrong)
-    syncs = count(make_call(problem.variants[name], problem.inputs, problem.backward), device)["syncs"]
-    return name, clocks_of(problem, [name], device, {name: syncs})[name][0]
+    syncs = count(make_call(problem.variants[name], problem.inputs, problem.backward), device, False)["syncs"]
+    return name, clock_of(problem, name, device, syncs)[0]
 
 
 if __name__ == "__main__":

@@ -72,12 +72,17 @@ def plan(device: str, quick: bool, output: Path) -> list[Stage]:
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     stages = []
     if device == "cuda":
-        stages.append(Stage("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 40 if quick else 90))
-    stages.append(Stage("tests", [*python, "pytest", "-q", "-rs", "tests/test_gpu.py"], 30 if quick else 120))
+        stages.append(Stage("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 35 if quick else 90))
+    chosen = [
+        "tests/test_gpu.py",
+        *(["-k", "not test_operator or 0.25-bfloat16"] if quick else ["tests/test_triton.py"]),
+    ]
+    stages.append(Stage("tests", [*python, "pytest", "-q", "-rs", "tests/test_gpu.py", *chosen], 30 if quick else 130))
     for tool in ("memcheck", "racecheck"):
         prefix = [sanitizer, "--tool", tool, "--error-exitcode", "9"] if device == "cuda" else []
-        stages.append(Stage(tool, [*prefix, *script], 15 if quick else 50))
-    bench = [*python, "bench.run", "--device", device, "--output", str(output), *(["--quick", "--no-compile"] * quick)]
+        stages.append(Stage(tool, [*prefix, *script], 15 if quick else 45))
+    bench = [*python, "bench.run", "--device", device, "--output", str(output), "--seconds", "1.5"]
+    bench += ["--quick", "--no-compile"] * quick
     stages.append(Stage("bench", bench, 0))
     stages.append(Stage("profile", [*python, "bench.profile_step", "--device", device], 10 if quick else 30))
     return stages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import warnings
 from collections.abc import Callable
@@ -26,26 +27,35 @@ def build(case: Case, device: str, compiled: bool = False) -> Problem:
     return (model_problem if case.group in MODELS else operator_problem)(case, device, compiled)
 
 
+@functools.lru_cache(maxsize=8)
+def gate(case: Case, device: str, compiled: bool) -> tuple[Case, dict[str, str | None]]:
+    """The verdicts of `check`, and the case they were reached on: that of a model at GATE_BATCH at most."""
+    if case.group in MODELS and case.batch > GATE_BATCH and not compiled:  # compiled code is of one batch size
+        return gate(dataclasses.replace(case, batch=GATE_BATCH), device, compiled)
+    return case, check(build(case, device, compiled))
+
+
 def measure(case: Case, device: str, compiled: bool, rounds: int, seconds: float) -> dict:
     """Samples in seconds of each variant that passed the gate, and what it moved and computed.
 
-    Each entry of "variants" has a "status": ok, failed (with "reason"; no time) or absent (with "reason").
+    `compiled` adds the compiled baselines and, on a GPU, counts launches. Each entry of "variants" has a "status": ok,
+    failed (with "reason"; no time) or absent (with "reason").
     """
+    gated, verdicts = gate(case, device, compiled)
     problem = build(case, device, compiled)
-    whole = case.group not in MODELS or compiled  # another batch size would be compiled again
-    gated = case if whole else dataclasses.replace(case, batch=min(case.batch, GATE_BATCH))
-    verdicts = check(problem if gated == case else build(gated, device, compiled))
     variants: dict[str, dict] = {name: {"status": "absent", "reason": why} for name, why in problem.absent.items()}
     passed = {}
     for name, wrong in verdicts.items():
         try:
             if wrong is None:
-                passed[name] = count(timing.make_call(problem.variants[name], problem.inputs, problem.backward), device)
+                passed[name] = count(
+                    timing.make_call(problem.variants[name], problem.inputs, problem.backward), device, compiled
+                )
         except Exception as error:  # too large for this machine, say: the others go on
             wrong = f"{type(error).__name__}: {error}".splitlines()[0]
         if wrong is not None:
             variants[name] = {"status": "failed", "reason": wrong}
-    clocks = timing.clocks_of(problem, list(passed), device, {n: c["syncs"] for n, c in passed.items()})
+    clocks = {name: timing.clock_of(problem, name, device, counts["syncs"]) for name, counts in passed.items()}
     samples = timing.interleave({name: clock for name, (clock, _) in clocks.items()}, rounds, seconds)
     for name, counts in passed.items():
         variants[name] = {
@@ -65,8 +75,8 @@ def measure(case: Case, device: str, compiled: bool, rounds: int, seconds: float
     }
 
 
-def count(call: Callable[[], object], device: str) -> dict[str, int | None]:
-    """Of one warm call: peak bytes on top of its inputs; on a GPU also kernel launches and waits of the host."""
+def count(call: Callable[[], object], device: str, launches: bool) -> dict[str, int | None]:
+    """Of one warm call: peak bytes on top of its inputs; on a GPU also waits of the host and launches (profiled)."""
     call()
     if device == "cpu":
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
@@ -90,8 +100,10 @@ def count(call: Callable[[], object], device: str) -> dict[str, int | None]:
     syncs = sum("synchroniz" in str(w.message) for w in caught)
     peak = torch.cuda.max_memory_allocated() - before
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
+    if not launches:
+        return {"peak_bytes": peak, "launches": None, "syncs": syncs}
+    with profile(activities=[ProfilerActivity.CUDA]) as prof:
         call()
         torch.cuda.synchronize()
-    launches = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in prof.events())
-    return {"peak_bytes": peak, "launches": launches, "syncs": syncs}
+    kernels = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in prof.events())
+    return {"peak_bytes": peak, "launches": kernels, "syncs": syncs}

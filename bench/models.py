@@ -152,7 +152,7 @@ def model_problem(case: Case, device: str, compiled: bool) -> Problem:
         case.batch * kept_tokens(case, case.drop_fraction),
     )
     gflop = {name: dit if "DiT" in name else ours for name in variants}
-    return Problem(task.inputs, variants, families, work, case.side**2, wall=True, gflop=gflop)
+    return Problem(task.inputs, variants, families, work, case.side**2, clock="wall", gflop=gflop)
 
 
 class Forward:

@@ -74,7 +74,8 @@ def _problem(
     if compiled:
         variants["plain compiled"] = Variant(torch.compile(plain.run), plain.prepare, plain.result)
     family = Family(lambda *a: ours("reference", *a), **extra)
-    return Problem(inputs, variants, {"": family}, work, reduction, case.backward, absent)
+    clock = "events" if case.group == "plan" else "graph"  # an exact plan brings two numbers to the host
+    return Problem(inputs, variants, {"": family}, work, reduction, case.backward, absent, clock)
 
 
 def plan_problem(case: Case, device: str, compiled: bool) -> Problem:

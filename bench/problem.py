@@ -60,8 +60,9 @@ class Problem:
     """`inputs` are drawn in the dtype of the case; `reduction` is the length K of the longest sum; `backward` adds the
     gradients of the inputs.
 
-    `absent` says why a variant cannot run here. `wall`: the host's clock is the one that counts, as for a whole model,
-    whose launches are part of its time. `gflop` is per image, of the variants of a model.
+    `absent` says why a variant cannot run here. `clock` on a GPU: "graph" for device time, replayed where the variant
+    never waits for the host; "events" for device time of what has to wait; "wall" for the host's clock, which is the
+    one that counts for a whole model, whose launches are part of its time. `gflop` is per image, of a model's variants.
     """
 
     inputs: Tensors
@@ -71,5 +72,5 @@ class Problem:
     reduction: int
     backward: bool = False
     absent: dict[str, str] = field(default_factory=dict)
-    wall: bool = False
+    clock: str = "graph"
     gflop: dict[str, float] = field(default_factory=dict)

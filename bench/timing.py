@@ -111,16 +111,16 @@ def gpu_event_clock(calls: list[Callable[[], object]], graph: bool) -> Callable[
 
 def captured(calls: list[Callable[[], object]]) -> Callable[[], None]:
     """The calls as one CUDA graph, warmed up on a side stream as capture demands."""
-    side = torch.cuda.Stream()
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    with torch.cuda.stream(side):  # around the capture too: one that fails does not restore the stream
         for call in calls[:2]:
             call()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=side):
+            for call in calls:
+                call()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
     return graph.replay
 
 
@@ -138,20 +138,18 @@ def ratios(samples: list[float], base: list[float]) -> tuple[float, float, float
     return middle, low, high
 
 
-def clocks_of(problem: Problem, names: list[str], device: str, syncs: dict[str, int]) -> dict:
-    """(clock, how it measures) of each variant; `syncs` counts the host synchronisations of one call."""
-    out = {}
-    for name in names:
-        variant = problem.variants[name]
-        if device == "cpu":
-            out[name] = cpu_clock(make_call(variant, problem.inputs, problem.backward)), "wall"
-        elif problem.wall:
-            out[name] = gpu_wall_clock(make_call(variant, problem.inputs, problem.backward)), "wall"
-        else:
-            cache = torch.cuda.get_device_properties(0).L2_cache_size
-            calls = [make_call(variant, part, problem.backward) for part in copies(problem.inputs, cache)]
-            try:
-                out[name] = gpu_event_clock(calls, graph=not syncs[name]), "events" if syncs[name] else "graph"
-            except RuntimeError as error:
-                out[name] = gpu_event_clock(calls, graph=False), f"events, for want of a graph: {error}".splitlines()[0]
-    return out
+def clock_of(problem: Problem, name: str, device: str, syncs: int | None) -> tuple[Callable[[], float], str]:
+    """A variant's clock and how it measures; `syncs` counts the host synchronisations of one call on a GPU."""
+    variant = problem.variants[name]
+    if device == "cpu":
+        return cpu_clock(make_call(variant, problem.inputs, problem.backward)), "wall"
+    if problem.clock == "wall":
+        return gpu_wall_clock(make_call(variant, problem.inputs, problem.backward)), "wall"
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    calls = [make_call(variant, part, problem.backward) for part in copies(problem.inputs, cache)]
+    if problem.clock == "graph" and not syncs:
+        try:
+            return gpu_event_clock(calls, graph=True), "graph"
+        except RuntimeError as error:
+            print(f"{name}: no CUDA graph, timed by events: {error}".splitlines()[0], flush=True)
+    return gpu_event_clock(calls, graph=False), "events"

@@ -1,0 +1,303 @@
+"""The measuring: it refuses what is wrong, counts what it should, survives crashes, and reports what it measured."""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dcdit_kernels as K
+from bench import compare, gpu, report, run, timing
+from bench.cases import GROUPS, MODELS, OPERATORS, Case, compiled_too, select
+from bench.gate import check
+from bench.headline import COMPONENTS, component_flops, component_times, saving
+from bench.measure import build, measure
+from bench.models import kept_tokens
+from bench.operators import routed_prob
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch):
+    """Triton's interpreter is tested elsewhere; here it would only take time."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("OUT", raising=False)
+
+
+def small(group: str, **changes) -> Case:
+    return dataclasses.replace(Case(group, "digits", 14, 2), **changes)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("group", OPERATORS)
+def test_variants_agree(group, dtype):
+    """Every formulation computes the same, gradients included."""
+    for share in (0.25, 1.0):
+        problem = build(small(group, share=share, backward=group != "plan", dtype=dtype), "cpu")
+        verdicts = check(problem)
+        assert {"plain", "reference"} <= verdicts.keys()
+        assert not any(verdicts.values()), verdicts
+
+
+@pytest.mark.parametrize("group", MODELS)
+def test_models_agree(group):
+    problem = build(small(group, drop_fraction=0.3, backward=group == "train"), "cpu")
+    verdicts = check(problem)
+    assert set(verdicts) == {"dcdit", "dcdit reference", "plain", "DiT/2"}
+    assert not any(verdicts.values()), verdicts
+
+
+def broken(problem, name, change):
+    """The problem with one variant's outputs changed."""
+    variant = problem.variants[name]
+    wrong = dataclasses.replace(variant, run=lambda *a: change(variant.run(*a)))
+    return dataclasses.replace(problem, variants={**problem.variants, name: wrong})
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * (1 + 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda out: out + 1e-4 * (out == out.max()), "result 0 is off"),
+        (lambda out: out * torch.nan, "result 0 is off by nan"),
+        (lambda out: out[:, 1:], "has shape"),
+        (WrongGradient.apply, "result 1 is off"),
+    ],
+    ids=["one value", "nan", "shape", "gradient"],
+)
+def test_gate_catches(change, complaint):
+    problem = build(small("dechunk", backward=True), "cpu")
+    verdicts = check(broken(problem, "native", change))
+    assert complaint in verdicts["native"]
+    assert verdicts["plain"] is None
+
+
+def test_gate_catches_a_wrong_plan_and_a_wrong_yardstick():
+    problem = build(small("plan"), "cpu")
+    moved = broken(problem, "plain", lambda padded: padded._replace(nearest=padded.nearest.roll(1, 1)))
+    assert all("yardstick" in reason and "differs at" in reason for reason in check(moved).values())
+    problem = build(small("modulate"), "cpu")
+    verdicts = check(broken(problem, "plain", lambda outs: (outs[0], outs[1] * 1.01)))
+    assert all("yardstick" in reason for reason in verdicts.values())
+
+
+def test_a_failed_variant_has_no_time(monkeypatch):
+    monkeypatch.setattr("dcdit_kernels.cpu.dechunk.gaussian_smooth", lambda rows, *_: rows)
+    entry = measure(small("dechunk"), "cpu", False, rounds=3, seconds=0.1)
+    assert entry["variants"]["native"]["status"] == "failed"
+    assert "seconds" not in entry["variants"]["native"]
+    good = entry["variants"]["plain"]
+    assert good["status"] == "ok" and len(good["samples"]) == 3 and good["peak_bytes"] > 0
+    assert entry["variants"]["triton"]["status"] == "absent" and "GPU" in entry["variants"]["triton"]["reason"]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 1.0])
+def test_routing_is_what_the_case_says(share):
+    prob = routed_prob(Case("plan", "S", 32, 3, share), "cpu")
+    kept = prob > 0.5
+    assert (kept.sum(1) == round(share * 1024)).all() and kept[:, 0].all() and kept[:, -1].all()
+    assert all(len(row.unique()) == 1024 for row in prob)
+    plan = K.plan_chunks(prob, (32, 32), 0.3)
+    assert plan.lengths.tolist() == [kept_tokens(Case("forward", "S", 32, 3, share), 0.3)] * 3
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_selection(device):
+    """Every group and axis of the issue is there; the name tells the cases apart; one per group is also compiled."""
+    cases = select(device)
+    assert len({case.name for case in cases}) == len(cases)
+    assert {case.group for case in cases} == set(GROUPS)
+    assert sum(compiled_too(case, device) for case in cases) == len(GROUPS)
+    assert {0.1, 0.25, 0.5, 1.0} <= {case.share for case in cases}
+    if device == "cuda":
+        for group in (*OPERATORS, "forward"):
+            mine = [case for case in cases if case.group == group]
+            assert {1, 4, 16, 64} <= {case.batch for case in mine}
+            assert {"S", "B", "XL"} <= {case.size for case in mine}
+            assert {32, 64} <= {case.side for case in mine}
+
+
+def test_interleaving():
+    order = []
+    clocks = {name: lambda name=name: order.append(name) or float(len(order)) for name in "abc"}
+    samples = timing.interleave(clocks, rounds=4, seconds=0.0)
+    assert "".join(order) == "abcbcacab"  # three rounds at least, each begun by another
+    assert samples == {"a": [1, 6, 8], "b": [2, 4, 9], "c": [3, 5, 7]}
+    assert timing.ratios([2.0, 6.0, 3.0], [1.0, 2.0, 1.0]) == (3.0, 2.5, 3.0)
+
+
+def timed(samples, gflop=None):
+    return {"status": "ok", "samples": samples, "seconds": sorted(samples)[len(samples) // 2], "gflop_per_image": gflop}
+
+
+def test_realised_saving():
+    """Half the FLOPs in three quarters of the time: half of the saving was realised."""
+    entry = {"variants": {"dcdit": timed([0.75, 1.5], 5.0), "DiT/2": timed([1.0, 2.0], 10.0)}}
+    assert saving(entry) == {"time": 0.75, "low": 0.75, "high": 0.75, "flops": 0.5, "realised": 0.5}
+    entry["variants"]["dcdit"]["gflop_per_image"] = 11.0
+    assert saving(entry)["realised"] is None
+    entry["variants"]["dcdit"] = {"status": "failed", "reason": "off"}
+    assert saving(entry) is None
+
+
+def test_components_add_up():
+    case = small("forward", batch=8)
+    times = component_times(case, "cpu", rounds=3)
+    assert set(times) == {*COMPONENTS, "rest"} and all(seconds > 0 for seconds in times.values())
+    assert times["main"] > times["chunk"]
+    assert sum(component_flops(case).values()) == pytest.approx(1)
+
+
+CRASH = """
+import bench.measure
+real = bench.measure.measure
+def measure(case, *args):
+    if case.group == "chunk":
+        import os; os._exit(77)
+    return real(case, *args)
+bench.measure.measure = measure
+"""
+
+
+def test_a_crash_costs_one_case(tmp_path, monkeypatch):
+    """The process dies within one case: that one is recorded, what came before is kept, what follows is measured."""
+    (tmp_path / "sitecustomize.py").write_text(CRASH)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    options = ["--device", "cpu", "--quick", "--no-compile", "--seconds", "0.2", "--output", str(tmp_path / "r.json")]
+    assert run.main([*options, "--groups", "plan,chunk,modulate"]) == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert [("crashed" in entry, entry["name"].split("-")[0]) for entry in result["cases"]] == [
+        (False, "plan"),
+        (True, "chunk"),
+        (False, "modulate"),
+    ]
+    assert "77" in result["cases"][1]["crashed"]
+    assert result["rates"]["copy_bytes_per_s"] > 1e8 and result["torch"] == torch.__version__
+    assert json.loads((tmp_path / "out" / "r.json").read_text()) == result
+
+
+def test_unknown_group(capsys):
+    with pytest.raises(SystemExit):
+        run.parse(["--groups", "plan,plam"])
+    assert "unknown group plam" in capsys.readouterr().err
+
+
+def synthetic(date, scale=1.0, machine="some-cpu", **changes):
+    entry = {
+        "name": "dechunk-S",
+        "case": dataclasses.asdict(Case("dechunk", "S", 32, 4)),
+        "bytes": 1e6, "flops": 1e9, "tokens": 1024,
+        "variants": {
+            "plain": {**timed([2.0, 2.0, 2.0]), "peak_bytes": 2**21},
+            "native": {**timed([scale, scale, scale]), "peak_bytes": 2**20},
+            "triton": {"status": "failed", "reason": "result 0 is off by 1, allowed 0.1"},
+        },
+    }  # fmt: skip
+    rates = {"copy_bytes_per_s": 1e7, "matmul_flops_per_s": {"float32": 1e10}}
+    header = {"machine": machine, "device": "cpu", "date": date, "commit": "abc", "command": "python -m bench.run"}
+    return {**header, "torch": "2", "threads": 2, "cores": 2, "rates": rates, "cases": [entry], **changes}
+
+
+def write_report(folder, *runs):
+    for i, result in enumerate(runs):
+        (folder / f"{i}.json").write_text(json.dumps(result))
+    report.main(["--results", str(folder), "--output", str(folder / "docs" / "benchmarks.md")])
+    return (folder / "docs" / "benchmarks.md").read_text()
+
+
+def test_report_takes_the_newest(tmp_path):
+    text = write_report(tmp_path, synthetic("2026-01-02", 1.0), synthetic("2026-01-01", 3.0))
+    assert "| S, 256 px, B 4 | 0.25 | fwd | 2e+03 ms | 0.50 (0.50–0.50) | **failed** | – | – | 10% | 10.0% |" in text
+    assert "dechunk-S, triton (result 0 is off by 1, allowed 0.1)" in text
+    assert "[0.json]" in text and "[1.json]" not in text
+    assert "No GPU has been measured" in text
+    assert (tmp_path / "docs" / "images" / "bench-some-cpu-roofline.png").exists()
+
+
+@pytest.mark.parametrize(("scale", "says"), [(1.05, "agree on all 1 ratios"), (1.2, "too noisy")])
+def test_report_says_when_runs_disagree(tmp_path, scale, says):
+    assert says in write_report(tmp_path, synthetic("2026-01-01", scale), synthetic("2026-01-02", 1.0))
+
+
+def test_report_compares_no_two_commits(tmp_path):
+    text = write_report(tmp_path, synthetic("2026-01-01", 9.0, commit="def"), synthetic("2026-01-02"))
+    assert "no second to compare with" in text
+
+
+def test_published_figures_come_from_the_results(tmp_path):
+    report.main(["--output", str(tmp_path / "benchmarks.md")])
+    assert (tmp_path / "benchmarks.md").read_text() == (ROOT / "docs" / "benchmarks.md").read_text()
+
+
+def test_gpu_stages_in_order_of_importance():
+    stages = gpu.plan("cuda", False, Path("r.json"))
+    assert [stage.name for stage in stages] == ["build", "tests", "memcheck", "racecheck", "bench", "profile"]
+    assert sum(stage.limit for stage in stages) < 8 * 60
+    assert not any("pip" in part for stage in stages for part in stage.command)
+
+
+def test_gpu_rehearsal(tmp_path, monkeypatch):
+    """A stage that fails, one that hangs and one that is missing are recorded, and the rest goes on."""
+    sleep = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
+    bench = [sys.executable, "-m", "bench.run", "--device", "cpu", "--quick", "--no-compile", "--groups", "chunk"]
+    output = tmp_path / "r.json"
+    stages = [
+        gpu.Stage("tests", sleep, 1.0),
+        gpu.Stage("memcheck", ["/nowhere/compute-sanitizer"], 5),
+        gpu.Stage("racecheck", [sys.executable, "-m", "bench.exercise", "--device", "cpu"], 30),
+        gpu.Stage("bench", [*bench, "--output", str(output)], 0),
+        gpu.Stage("profile", [sys.executable, "-c", "raise SystemExit(5)"], 5),
+    ]
+    monkeypatch.setattr(gpu, "plan", lambda *_: stages)
+    assert gpu.main(["--device", "cpu", "--quick", "--output", str(output)]) == 1
+    result = json.loads(output.read_text())
+    status = {stage["name"]: stage["status"] for stage in result["stages"]}
+    assert status.pop("racecheck") in (0, 3)  # 3: the extension is not built
+    assert status.pop("memcheck").startswith("[Errno 2]")
+    assert status == {"tests": "timeout", "bench": 0, "profile": 5}
+    assert result["stages"][0]["tail"].startswith("begun")
+    assert [entry["case"]["group"] for entry in result["cases"]] == ["chunk"]
+
+
+def test_gpu_says_that_there_is_none(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    assert capsys.readouterr().err == "make gpu: this Python's torch sees no GPU\n"
+
+
+SLOW = """
+import time
+import dcdit_kernels
+real = dcdit_kernels.dechunk
+def dechunk(*args, **kwargs):
+    time.sleep(0.02)
+    return real(*args, **kwargs)
+dcdit_kernels.dechunk = dechunk
+"""
+
+
+def test_compare_finds_a_slower_operator(tmp_path):
+    """A tree whose dechunk sleeps is slower than the same tree without."""
+    for package in ("bench", "dcdit", "dcdit_kernels"):
+        (tmp_path / package).symlink_to(ROOT / package)
+    (tmp_path / "sitecustomize.py").write_text(SLOW)
+    case = small("dechunk")
+    with compare.Side(ROOT, "cpu") as base, compare.Side(tmp_path, "cpu") as here:
+        assert compare.compare(case, base, here, rounds=3)[0] == "SLOWER"
+        assert compare.compare(case, here, base, rounds=3)[0] == "faster"
+        nonsense = dataclasses.replace(case, group="nonsense")
+        assert compare.compare(nonsense, base, here, rounds=3) == ("SLOWER", "here KeyError: 'nonsense'")
