@@ -1,0 +1,159 @@
+"""DCDiTPipeline: class-conditional images from a DC-DiT, with the arguments that users of diffusers know."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.schedulers import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..errors import ConfigError
+from ..sampling import DropFraction, drop_table
+from .transformer import DCDiTTransformer2DModel
+
+
+class DCDiTPipeline(DiffusionPipeline):
+    """Images of given classes.
+
+    Args:
+        transformer: the model.
+        scheduler: one of diffusers', for what the model was trained by: noise prediction, or flow matching.
+        vae: decodes latents; None for models of pixels, whose output_type is "latent".
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]  # noqa: RUF012, diffusers reads a list
+    _callback_tensor_inputs = ["latents", "noise_pred", "drop_fraction"]  # noqa: RUF012
+
+    def __init__(
+        self, transformer: DCDiTTransformer2DModel, scheduler: SchedulerMixin, vae: AutoencoderKL | None = None
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self.image_processor = VaeImageProcessor()
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: list[int] | torch.Tensor,
+        guidance_scale: float = 4.0,
+        drop_fraction: DropFraction = 0.0,
+        uncond_drop_fraction: DropFraction | None = None,
+        num_inference_steps: int = 50,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        """Generate one image for each of `class_labels`.
+
+        Args:
+            guidance_scale: uncond + guidance_scale·(cond − uncond); 1 or less runs no unconditional half.
+            drop_fraction: ρ in [0, 1): a number; a tensor (N,), one for each image; a list over the steps; or a
+                function of the timestep; see `dcdit.sampling.drop_table`.
+            uncond_drop_fraction: the same for the unconditional half (Lite-CFG, arXiv 2603.06351); None: the same.
+            generator: one, or one for each image. latents: (N, C, H, W), the noise to start from.
+            output_type: "pil", "np", "pt", or "latent" for (N, C, H, W) before the vae.
+            callback_on_step_end: called as f(pipeline, step, timestep, tensors); returns a dict whose "latents"
+                replaces them. `tensors` holds what callback_on_step_end_tensor_inputs names.
+
+        Returns ImagePipelineOutput, or a tuple of its images without `return_dict`. Raises ConfigError.
+        """
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self._check(callback_on_step_end_tensor_inputs, output_type)
+        model, device = self.transformer.model, self._execution_device
+        channels, count = model.config.in_channels, len(class_labels)
+        self._guidance_scale = guidance_scale
+
+        y = self._labels(class_labels, device)
+        timesteps = self._timesteps(num_inference_steps, device)
+        self._num_timesteps = len(timesteps)
+        table = drop_table(drop_fraction, timesteps.float(), count)
+        if self.do_classifier_free_guidance:
+            y = torch.cat([y, torch.full_like(y, model.config.num_classes)])
+            uncond = drop_fraction if uncond_drop_fraction is None else uncond_drop_fraction
+            table = torch.cat([table, drop_table(uncond, timesteps.float(), count)], dim=1)
+        table = table.to(device)
+        latents = self._noise(count, generator, latents, device)
+        options = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
+        whole = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
+
+        with self.progress_bar(total=len(timesteps)) as bar:
+            for i, t in enumerate(timesteps):
+                x = torch.cat([latents, latents]) if self.do_classifier_free_guidance else latents
+                x = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
+                noise_pred = self.transformer(x, t.expand(len(x)), y, table[i], return_dict=False)[0]
+                if self.do_classifier_free_guidance:
+                    cond, uncond = noise_pred.chunk(2)
+                    mean = uncond[:, :channels] + guidance_scale * (cond[:, :channels] - uncond[:, :channels])
+                    noise_pred = torch.cat([mean, cond[:, channels:]], dim=1)
+                if not whole:
+                    noise_pred = noise_pred[:, :channels]
+                latents = self.scheduler.step(noise_pred, t, latents, **options, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents, "noise_pred": noise_pred, "drop_fraction": table[i]}
+                    tensors = {key: tensors[key] for key in callback_on_step_end_tensor_inputs}
+                    latents = callback_on_step_end(self, i, t, tensors).pop("latents", latents)
+                bar.update()
+
+        images = latents
+        if output_type != "latent":
+            images = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+            images = self.image_processor.postprocess(images, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check(self, tensor_inputs: list[str], output_type: str) -> None:
+        for name in tensor_inputs:
+            if name not in self._callback_tensor_inputs:
+                raise ConfigError(f"callbacks can see {', '.join(self._callback_tensor_inputs)}, got {name!r}")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ConfigError(f"output_type must be pil, np, pt or latent, got {output_type!r}")
+        if output_type != "latent" and self.vae is None:
+            raise ConfigError(f"without a vae the output_type must be latent, got {output_type!r}")
+
+    def _labels(self, class_labels: list[int] | torch.Tensor, device: torch.device) -> torch.Tensor:
+        y, classes = torch.as_tensor(class_labels, device=device), self.transformer.model.config.num_classes
+        if y.dim() != 1 or y.is_floating_point() or not len(y) or not 0 <= int(y.min()) <= int(y.max()) < classes:
+            raise ConfigError(f"class_labels must be a list of ids in [0, {classes - 1}], got {class_labels}")
+        return y.long()
+
+    def _timesteps(self, steps: int, device: torch.device) -> torch.Tensor:
+        if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+            # Its own grid ends at σ = 0.001 and spends a whole step on the rest; this one has equal steps.
+            self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist(), device=device)
+        else:
+            self.scheduler.set_timesteps(steps, device=device)
+        return self.scheduler.timesteps
+
+    def _noise(self, count: int, generator, latents: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        config, dtype = self.transformer.model.config, self.transformer.dtype
+        shape = (count, config.in_channels, *config.input_size)
+        if isinstance(generator, list) and len(generator) != count:
+            raise ConfigError(f"{count} images need one generator or {count}, got {len(generator)}")
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        elif tuple(latents.shape) != shape:
+            raise ConfigError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
+        return latents.to(device, dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
