@@ -38,3 +38,11 @@ def shaped(op: str, name: str, tensor: torch.Tensor, *shape: int | None) -> None
 def packed(op: str, name: str, tensor: torch.Tensor, plan: ChunkPlan) -> None:
     """`tensor` must be packed features of this plan, (capacity, D)."""
     shaped(op, name, tensor, plan.capacity, None)
+
+
+def reject_nan(op: str, prob: torch.Tensor) -> None:
+    """Raise where a probability (B, L) is NaN, with how many there are and the first of them."""
+    bad = prob.isnan()
+    if bad.any():
+        sample, cell = divmod(int(bad.flatten().int().argmax()), prob.shape[1])
+        raise ValueError(f"{op}: boundary_prob has {int(bad.sum())} NaN, the first in sample {sample} at cell {cell}")

@@ -6,13 +6,14 @@ import math
 
 import torch
 
-from . import _dispatch
+from . import _dispatch, native
 from ._check import floating, require, shaped
 from .chunk_plan import ChunkPlan
 
 NEAREST = ("2d", "3d", "1d", "previous")
 
 _dispatch.register_reference("plan_chunks")
+_dispatch.register("plan_chunks", "native", "dcdit_kernels.native:plan_chunks", native.plan_why_not)
 
 
 def plan_chunks(
@@ -55,9 +56,14 @@ def plan_chunks(
         )
     floating("plan_chunks", boundary_prob=boundary_prob)
     shaped("plan_chunks", "boundary_prob", boundary_prob, None, math.prod(grid))
-    if isinstance(drop_fraction, torch.Tensor) and drop_fraction.dim() > 0:
-        shaped("plan_chunks", "drop_fraction", drop_fraction, boundary_prob.shape[0])
-    elif not isinstance(drop_fraction, torch.Tensor):
-        require(0 <= drop_fraction < 1, f"plan_chunks: drop_fraction must be in [0, 1), got {drop_fraction}")
+    if isinstance(drop_fraction, torch.Tensor):
+        if drop_fraction.dim() > 0:
+            shaped("plan_chunks", "drop_fraction", drop_fraction, boundary_prob.shape[0])
+        # On a GPU the check would be a synchronisation.
+        fraction = drop_fraction.tolist() if drop_fraction.device.type == "cpu" else []
+    else:
+        fraction = drop_fraction
+    for rho in fraction if isinstance(fraction, list) else [fraction]:
+        require(0 <= rho < 1, f"plan_chunks: drop_fraction must be in [0, 1), got {rho}")
     require(capacity is None or capacity >= 0, f"plan_chunks: capacity must not be negative, got {capacity}")
     return _dispatch.run("plan_chunks", backend, boundary_prob, grid, drop_fraction, threshold, nearest, capacity)

@@ -1,0 +1,87 @@
+// dcdit_kernels._C: addresses of tensors come in as integers, so that no torch header is needed.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+
+#include "fill.h"
+#include "launch.h"
+
+namespace py = pybind11;
+using namespace dcdit;
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+#ifdef DCDIT_CUDA
+void check(const char* op, const char* error) {
+    if (error) throw std::runtime_error(std::string(op) + ": CUDA: " + error);
+}
+#endif
+
+// Where a call runs: a stream's handle, or CPU threads and the size of their blocks.
+struct Place {
+    bool cuda;
+    uintptr_t stream;
+    int threads, block;
+};
+
+void plan_count(uintptr_t prob, bool is_double, uintptr_t fractions, float fraction, double threshold, int batch,
+                int64_t cells, int64_t capacity, int mode, uintptr_t prefix, uintptr_t info, uintptr_t member_base,
+                uintptr_t cu_seqlens, uintptr_t overflow, uintptr_t status, const Place& place) {
+    CountArgs a{at<void>(prob),    at<float>(fractions), fraction,           threshold,
+                batch,             cells,                capacity,           mode,
+                at<int>(prefix),   at<int>(info),        at<int>(member_base), at<int>(cu_seqlens),
+                at<int>(overflow), at<int>(status)};
+    py::gil_scoped_release release;
+    if (!place.cuda) return plan_count_cpu(a, is_double, place.threads, place.block);
+#ifdef DCDIT_CUDA
+    check("plan_chunks", plan_count_cuda(a, is_double, at<void>(place.stream)));
+#endif
+}
+
+void plan_fill(std::array<int, 3> dim, int axes, int batch, int64_t cells, int64_t capacity, int mode, uintptr_t prefix,
+               uintptr_t member_base, uintptr_t cu_seqlens, uintptr_t token_index, uintptr_t sample_index,
+               uintptr_t nearest, uintptr_t member_offsets, uintptr_t member_index, uintptr_t scratch,
+               const Place& place) {
+    FillArgs a{{dim[0], dim[1], dim[2]}, axes,
+               batch,                    cells,
+               capacity,                 mode,
+               at<int>(prefix),          at<int>(member_base),
+               at<int>(cu_seqlens),      at<int>(token_index),
+               at<int>(sample_index),    at<int>(nearest),
+               at<int>(member_offsets),  at<int>(member_index),
+               at<int>(scratch)};
+    py::gil_scoped_release release;
+    if (!place.cuda) return plan_fill_cpu(a, place.threads, place.block);
+#ifdef DCDIT_CUDA
+    check("plan_chunks", plan_fill_cuda(a, at<void>(place.stream)));
+#endif
+}
+
+void move_rows([[maybe_unused]] const char* op, uintptr_t x, int64_t x_pitch, uintptr_t index, uintptr_t out, int64_t out_pitch,
+               int64_t rows, int64_t bytes, bool scatter, const Place& place) {
+    RowArgs a{at<char>(x), x_pitch, at<int64_t>(index), at<char>(out), out_pitch, rows, bytes, scatter};
+    py::gil_scoped_release release;
+    if (!place.cuda) return move_rows_cpu(a, place.threads);
+#ifdef DCDIT_CUDA
+    check(op, move_rows_cuda(a, at<void>(place.stream)));
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    py::class_<Place>(m, "Place").def(py::init<bool, uintptr_t, int, int>()).def_readonly("threads", &Place::threads);
+    m.def("plan_count", plan_count);
+    m.def("plan_fill", plan_fill);
+    m.def("move_rows", move_rows);
+    m.def("scratch_ints", scratch_ints);
+    m.attr("cuda_archs") = DCDIT_CUDA_ARCHS;
+}

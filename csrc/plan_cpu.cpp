@@ -1,0 +1,90 @@
+// The CPU executor: a sample is one block, and samples are shared out among threads.
+#include <algorithm>
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#include "fill.h"
+#include "launch.h"
+
+namespace dcdit {
+namespace {
+
+template <int Size>
+struct HostBlock {
+    static constexpr int size = Size;
+
+    // Threads of a phase run from the last to the first: what depends on their order shows.
+    template <class F>
+    void each(F f) {
+        for (int t = Size - 1; t >= 0; --t) f(t);
+    }
+    void barrier() {}
+    void inclusive_scan(int64_t* values) {
+        for (int t = 1; t < Size; ++t) values[t] += values[t - 1];
+    }
+    void add(int* p, int x) { *p += x; }
+    void max(int* p, int x) { *p = std::max(*p, x); }
+};
+
+// f(item, worker) for every item below n; a worker takes the next one that is left.
+template <class F>
+void share_out(int64_t n, int threads, F f) {
+    std::atomic<int64_t> next{0};
+    auto work = [&](int worker) {
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i, worker);
+    };
+    std::vector<std::thread> others;
+    for (int worker = 1; worker < std::min<int64_t>(threads, n); ++worker) others.emplace_back(work, worker);
+    work(0);
+    for (auto& thread : others) thread.join();
+}
+
+template <class Real, int Block>
+void count(const CountArgs& a, int threads) {
+    share_out(a.batch, threads, [&](int64_t b, int) {
+        HostBlock<Block> exec;
+        Shared<Block> shared;
+        count_sample<Real>(exec, shared, a, int(b));
+    });
+    HostBlock<Block> exec;
+    Shared<Block> shared;
+    place_samples(exec, shared, a);
+}
+
+template <int Block>
+void fill(const FillArgs& a, int threads) {
+    const int64_t ints = scratch_ints(a.cells, a.axes, Block);
+    share_out(a.batch, threads, [&](int64_t b, int worker) {
+        HostBlock<Block> exec;
+        Shared<Block> shared;
+        fill_sample(exec, shared, a, int(b), a.scratch + worker * ints);
+    });
+    HostBlock<Block> exec;
+    fill_tail(exec, a, 0, 1);
+}
+
+}  // namespace
+
+void plan_count_cpu(const CountArgs& a, bool is_double, int threads, int block) {
+    auto run = block == 1 ? (is_double ? count<double, 1> : count<float, 1>)
+                          : (is_double ? count<double, 64> : count<float, 64>);
+    run(a, threads);
+}
+
+void plan_fill_cpu(const FillArgs& a, int threads, int block) { (block == 1 ? fill<1> : fill<64>)(a, threads); }
+
+void move_rows_cpu(const RowArgs& a, int threads) {
+    // Items of many rows: a row alone is too little for a thread to fetch.
+    constexpr int64_t kRows = 256;
+    share_out((a.rows + kRows - 1) / kRows, threads, [&](int64_t item, int) {
+        for (int64_t i = item * kRows; i < std::min(a.rows, (item + 1) * kRows); ++i) {
+            const int64_t row = a.index[i];
+            char* out = a.out + (a.scatter ? row : i) * a.out_pitch;
+            if (row >= 0) std::memcpy(out, a.x + (a.scatter ? i : row) * a.x_pitch, a.bytes);
+            else if (!a.scatter) std::memset(out, 0, a.bytes);
+        }
+    });
+}
+
+}  // namespace dcdit

@@ -1,0 +1,93 @@
+// The CUDA executor: a block of threads per sample. Three launches for a plan: count, place, fill.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "fill.h"
+#include "launch.h"
+
+namespace dcdit {
+namespace {
+
+constexpr int kThreads = 1024;
+constexpr int64_t kSharedBytes = 32 * 1024;  // with Shared below the 48 KiB that need no opt-in
+
+struct CudaBlock {
+    static constexpr int size = kThreads;
+
+    template <class F>
+    __device__ __forceinline__ void each(F f) {
+        f(int(threadIdx.x));
+        __syncthreads();
+    }
+    __device__ __forceinline__ void barrier() { __syncthreads(); }
+    __device__ __forceinline__ void add(int* p, int x) { atomicAdd(p, x); }
+    __device__ __forceinline__ void max(int* p, int x) { atomicMax(p, x); }
+
+    // Sums within each warp, then of the warps.
+    __device__ __forceinline__ void inclusive_scan(int64_t* values) {
+        __shared__ int64_t warps[32];
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        const int64_t sum = within_warp(values[threadIdx.x], lane);
+        if (lane == 31) warps[warp] = sum;
+        __syncthreads();
+        if (warp == 0) warps[lane] = within_warp(warps[lane], lane);
+        __syncthreads();
+        values[threadIdx.x] = sum + (warp ? warps[warp - 1] : 0);
+        __syncthreads();
+    }
+
+    __device__ __forceinline__ static int64_t within_warp(int64_t value, int lane) {
+        for (int away = 1; away < 32; away *= 2) {
+            const int64_t other = __shfl_up_sync(0xffffffffu, value, away);
+            if (lane >= away) value += other;
+        }
+        return value;
+    }
+};
+
+template <class Real>
+__global__ void __launch_bounds__(kThreads) plan_count_kernel(CountArgs a) {
+    __shared__ Shared<kThreads> shared;
+    CudaBlock exec;
+    count_sample<Real>(exec, shared, a, blockIdx.x);
+}
+
+__global__ void __launch_bounds__(kThreads) plan_place_kernel(CountArgs a) {
+    __shared__ Shared<kThreads> shared;
+    CudaBlock exec;
+    place_samples(exec, shared, a);
+}
+
+__global__ void __launch_bounds__(kThreads) plan_fill_kernel(FillArgs a, int64_t scratch, bool in_shared) {
+    extern __shared__ int fast[];
+    __shared__ Shared<kThreads> shared;
+    CudaBlock exec;
+    if (blockIdx.x < a.batch) fill_sample(exec, shared, a, blockIdx.x, in_shared ? fast : a.scratch + blockIdx.x * scratch);
+    fill_tail(exec, a, blockIdx.x, gridDim.x);
+}
+
+const char* last_error() {
+    const cudaError_t error = cudaGetLastError();
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+
+const char* plan_count_cuda(const CountArgs& a, bool is_double, void* stream) {
+    const auto s = static_cast<cudaStream_t>(stream);
+    if (a.batch && is_double) plan_count_kernel<double><<<a.batch, kThreads, 0, s>>>(a);
+    if (a.batch && !is_double) plan_count_kernel<float><<<a.batch, kThreads, 0, s>>>(a);
+    plan_place_kernel<<<1, kThreads, 0, s>>>(a);
+    return last_error();
+}
+
+const char* plan_fill_cuda(const FillArgs& a, void* stream) {
+    const int64_t ints = scratch_ints(a.cells, a.axes, kThreads);
+    const bool in_shared = ints * int64_t(sizeof(int)) <= kSharedBytes;
+    const size_t bytes = in_shared ? ints * sizeof(int) : 0;
+    plan_fill_kernel<<<std::max(a.batch, 1), kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(a, ints, in_shared);
+    return last_error();
+}
+
+}  // namespace dcdit
