@@ -124,7 +124,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=540, help="seconds; cases that would begin later are cut")
     parser.add_argument("--grace", type=float, default=60, help="seconds past the budget for a case that has begun")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of the rounds of one case")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of the rounds of one case")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)

@@ -116,11 +116,12 @@ def test_routing_is_what_the_case_says(share):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_selection(device):
-    """Every group and axis of the issue is there; the name tells the cases apart; one per group is also compiled."""
+    """Every group and axis of the issue is there; the name tells the cases apart; one of a group is also compiled."""
     cases = select(device)
     assert len({case.name for case in cases}) == len(cases)
     assert {case.group for case in cases} == set(GROUPS)
-    assert sum(compiled_too(case, device) for case in cases) == len(GROUPS)
+    compiled = [case.group for case in cases if compiled_too(case, device)]
+    assert sorted(compiled) == sorted(GROUPS if device == "cuda" else ("forward", *OPERATORS))
     assert {0.1, 0.25, 0.5, 1.0} <= {case.share for case in cases}
     if device == "cuda":
         for group in (*OPERATORS, "forward"):
