@@ -47,19 +47,19 @@ struct CudaBlock {
 };
 
 template <class Real>
-__global__ void __launch_bounds__(kThreads) plan_count_kernel(CountArgs a) {
+__global__ void __launch_bounds__(kThreads, 1) plan_count_kernel(const __grid_constant__ CountArgs a) {
     __shared__ Shared<kThreads> shared;
     CudaBlock exec;
     count_sample<Real>(exec, shared, a, blockIdx.x);
 }
 
-__global__ void __launch_bounds__(kThreads) plan_place_kernel(CountArgs a) {
+__global__ void __launch_bounds__(kThreads, 1) plan_place_kernel(const __grid_constant__ CountArgs a) {
     __shared__ Shared<kThreads> shared;
     CudaBlock exec;
     place_samples(exec, shared, a);
 }
 
-__global__ void __launch_bounds__(kThreads) plan_fill_kernel(FillArgs a, int64_t scratch, bool in_shared) {
+__global__ void __launch_bounds__(kThreads, 1) plan_fill_kernel(const __grid_constant__ FillArgs a, int64_t scratch, bool in_shared) {
     extern __shared__ int fast[];
     __shared__ Shared<kThreads> shared;
     CudaBlock exec;

@@ -12,7 +12,7 @@ constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 1 << 16;
 
 template <class Word>
-__global__ void __launch_bounds__(kThreads) move_rows_kernel(RowArgs a) {
+__global__ void __launch_bounds__(kThreads) move_rows_kernel(const __grid_constant__ RowArgs a) {
     const int lane = threadIdx.x % 32;
     const int64_t warps = int64_t(gridDim.x) * (kThreads / 32), words = a.bytes / int64_t(sizeof(Word));
     for (int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 32; i < a.rows; i += warps) {
