@@ -59,10 +59,8 @@ def select(device: str, groups: tuple[str, ...] = GROUPS, quick: bool = False) -
 
 def compiled_too(case: Case, device: str) -> bool:
     """Whether the baselines are also measured compiled: compiling costs more than the rest of a case, so only the first
-    case of each group is, and on a CPU no training step and no sampling loop."""
-    if device == "cpu" and case.group in ("train", "sample"):
-        return False
-    return case == select(device, (case.group,), quick=True)[0]
+    case of each group is, and no training step and no sampling loop."""
+    return case.group not in ("train", "sample") and case == select(device, (case.group,), quick=True)[0]
 
 
 def _on_gpu(group: str) -> list[Case]:
