@@ -73,10 +73,7 @@ def plan(device: str, quick: bool, output: Path) -> list[Stage]:
     stages = []
     if device == "cuda":
         stages.append(Stage("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 30 if quick else 90))
-    chosen = [
-        "tests/test_gpu.py",
-        *(["-k", "not test_operator or 0.25-bfloat16"] if quick else ["tests/test_triton.py"]),
-    ]
+    chosen = ["-k", "not test_operator or 0.25-bfloat16"] if quick else ["tests/test_triton.py"]
     stages.append(Stage("tests", [*python, "pytest", "-q", "-rs", "tests/test_gpu.py", *chosen], 30 if quick else 130))
     for tool in ("memcheck",) if quick else ("memcheck", "racecheck"):
         prefix = [sanitizer, "--tool", tool, "--error-exitcode", "9"] if device == "cuda" else []

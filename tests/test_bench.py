@@ -121,7 +121,7 @@ def test_selection(device):
     assert len({case.name for case in cases}) == len(cases)
     assert {case.group for case in cases} == set(GROUPS)
     compiled = [case.group for case in cases if compiled_too(case, device)]
-    assert sorted(compiled) == sorted("forward", *OPERATORS)
+    assert sorted(compiled) == sorted(("forward", *OPERATORS))
     assert {0.1, 0.25, 0.5, 1.0} <= {case.share for case in cases}
     if device == "cuda":
         for group in (*OPERATORS, "forward"):
@@ -249,6 +249,7 @@ def test_gpu_stages_in_order_of_importance():
     assert [stage.name for stage in stages] == ["build", "tests", "memcheck", "racecheck", "bench", "profile"]
     assert sum(stage.limit for stage in stages) < 8 * 60
     assert not any("pip" in part for stage in stages for part in stage.command)
+    assert sum(stage.limit for stage in gpu.plan("cuda", True, Path("r.json"))) < 100  # and the benches the rest
 
 
 def test_gpu_rehearsal(tmp_path, monkeypatch):
