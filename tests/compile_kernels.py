@@ -10,6 +10,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -134,12 +137,18 @@ def compiled(function, signature, constants, attributes, options, target):
     }
 
 
+def line(key, name):
+    """The result of one launch for one target."""
+    function, *launch, case = recorded[key]
+    return {"kernel": function.__name__, "case": case, "target": name} | compiled(function, *launch, TARGETS[name])
+
+
 if __name__ == "__main__":
     JITFunction.run = record
     for current in sys.argv[1:]:
         dtype, height, columns, width, share = current.split(",")
         launch_everything(getattr(torch, dtype), (int(height), int(columns)), int(width), float(share))
-    for function, *launch, case in recorded.values():
-        for name, target in TARGETS.items():
-            row = {"kernel": function.__name__, "case": case, "target": name}
-            print(json.dumps(row | compiled(function, *launch, target)), flush=True)
+    # Workers are forked: they have what was recorded.
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
+        for row in pool.map(line, *zip(*product(recorded, TARGETS), strict=True)):
+            print(json.dumps(row), flush=True)

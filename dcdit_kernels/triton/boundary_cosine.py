@@ -134,7 +134,7 @@ def cosine_backward(
     cells = height * columns
     tap = tl.arange(0, TAPS)[:, None]
     count: tl.constexpr = min(TAPS, 9)
-    kernel_sum = tl.zeros([TAPS, TILE_H * TILE_W, BLOCK_D], tl.float32)
+    kernel_sum = tl.zeros([TAPS, BLOCK_D], tl.float32)
     first = tl.program_id(0) * share
     for tile in range(first, tl.minimum(first + share, total)):
         y, x = tile_cells(tile % tiles, height, columns, TILE_H, TILE_W)
@@ -157,7 +157,7 @@ def cosine_backward(
         ).to(tl.float32)
         if kernel_ptr is not None:
             weight = kernel_columns(kernel_ptr, column, width, TAPS)[:, None, :]
-            kernel_sum += k * q[None, :, :]
+            kernel_sum += tl.sum(k * q[None, :, :], 1)
             k *= weight
         grad_q = tl.sum(k, 0) - own_q[:, None] * q
         place = (base + cell)[:, None] * width + column[None, :]
@@ -180,18 +180,21 @@ def cosine_backward(
         tl.store(grad_k_ptr + place, grad_k.to(grad_k_ptr.dtype.element_ty), mask=inside[:, None] & within[None, :])
     if kernel_ptr is not None:
         part = partial_ptr + tl.program_id(0).to(tl.int64) * width * 9 + column[None, :] * 9 + tap
-        tl.store(part, tl.sum(kernel_sum, 1), mask=(tap < 9) & within[None, :])
+        tl.store(part, kernel_sum, mask=(tap < 9) & within[None, :])
 
 
-def _tiles(q, kernel, grid):
-    """(images, height, columns, tiles, launch) of q (B, L, D)."""
+def _tiles(q, kernel, grid, backward):
+    """(height, columns, tiles, launch) of q (B, L, D)."""
     height, columns = grid if kernel is not None else (1, q.shape[1])
     # Few cells a program where there are few of them, to fill the GPU; the block's size stays.
     size = 16 if q.shape[0] * q.shape[1] >= FILL * 4 else 4
     tile_h = min(triton.next_power_of_2(height), 4 if size == 16 else 2)
-    taps = 16 if kernel is not None else 1
-    launch = {"TAPS": taps, "TILE_H": tile_h, "TILE_W": size // tile_h, "num_warps": 8 if taps == 16 else 4}
-    launch["BLOCK_D"] = min((512 if taps == 16 else 2048) // size, max(triton.next_power_of_2(q.shape[2]), 16))
+    elements, taps, warps = (512, 16, 8 if backward else 16) if kernel is not None else (2048, 1, 4)
+    # Rows that do not start at 16 bytes need an address for every element.
+    if q.shape[2] % 16:
+        elements, warps = elements // 4, warps // 2
+    launch = {"TAPS": taps, "TILE_H": tile_h, "TILE_W": size // tile_h, "num_warps": warps}
+    launch["BLOCK_D"] = min(elements // size, triton.next_power_of_2(q.shape[2]))
     total = q.shape[0] * triton.cdiv(height, tile_h) * triton.cdiv(columns, size // tile_h)
     return height, columns, total, launch
 
@@ -204,7 +207,7 @@ def _inputs(q, k, kernel, cu_seqlens):
 
 
 def _score(q, k, kernel, grid, cu_seqlens, prob, grad=None, factors=(None, None, None)):
-    height, columns, total, launch = _tiles(q, kernel, grid)
+    height, columns, total, launch = _tiles(q, kernel, grid, grad is not None)
     cosine_score[(total,)](
         q, k, kernel, cu_seqlens, prob, grad, *factors, q.stride(0), q.stride(1), k.stride(0), k.stride(1),
         height, columns, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, q.shape[2],
@@ -230,11 +233,13 @@ class BoundaryCosine:
             return grad_q, grad_k, None if kernel is None else torch.zeros_like(kernel), None
         dtype = None if kernel is None else kernel.dtype
         q, k, kernel = _inputs(q, k, kernel, cu_seqlens)
-        height, columns, total, launch = _tiles(q, kernel, grid)
+        height, columns, total, launch = _tiles(q, kernel, grid, True)
         taps = 1 if kernel is None else 9
         new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=q.device)  # noqa: E731
         factors = (new(*q.shape[:2], taps), new(*q.shape[:2], taps), new(*q.shape[:2]))
         _score(q, k, kernel, grid, cu_seqlens, None, grad.contiguous(), factors)
+        if kernel is not None:
+            launch["BLOCK_D"] //= 2  # twice as much is held; more would spill on sm_80
         blocks = triton.cdiv(q.shape[2], launch["BLOCK_D"])
         share = min(max(total * blocks // FILL, 1), 32)
         slabs = triton.cdiv(total, share)

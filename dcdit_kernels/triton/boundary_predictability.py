@@ -14,10 +14,11 @@ import triton.language as tl
 
 @triton.jit
 def group_statistics(
-    x_ptr, mean_ptr, rstd_ptr, x_batch, x_channel, x_cell, groups, size, cells, eps,
+    x_ptr, mean_ptr, rstd_ptr, x_batch, x_channel, x_cell, channels, size, cells, eps,
     BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """Mean and 1/deviation of one group of one sample, block after block (Chan's update), in one reading."""
+    groups = channels // size
     group = tl.program_id(0) % groups
     x_ptr += (tl.program_id(0) // groups).to(tl.int64) * x_batch
     mean = 0.0
@@ -43,11 +44,12 @@ def group_statistics(
 
 
 @triton.jit
-def load_features(x_ptr, mean_ptr, rstd_ptr, image, channel, cell, x_batch, x_channel, x_cell, groups, size, cells):
+def load_features(x_ptr, mean_ptr, rstd_ptr, image, channel, cell, x_batch, x_channel, x_cell, channels, size, cells):
     """(x̂, rstd by channel): normalised features of a block (channels, cells), zero outside."""
-    known = channel < groups * size
-    mean = tl.load(mean_ptr + image * groups + channel // size, mask=known, other=0.0)
-    rstd = tl.load(rstd_ptr + image * groups + channel // size, mask=known, other=0.0)
+    known = channel < channels
+    group = image * (channels // size) + channel // size
+    mean = tl.load(mean_ptr + group, mask=known, other=0.0)
+    rstd = tl.load(rstd_ptr + group, mask=known, other=0.0)
     inside = known[:, None] & (cell[None, :] < cells)
     place = image * x_batch + channel.to(tl.int64)[:, None] * x_channel + cell.to(tl.int64)[None, :] * x_cell
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
@@ -63,19 +65,18 @@ def channel_values(ptr, channel, channels):
 @triton.jit
 def predictability_score(
     x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, score_ptr, score_bias_ptr, grad_ptr, out_ptr,
-    x_batch, x_channel, x_cell, groups, size, cells,
+    x_batch, x_channel, x_cell, channels, size, cells,
     BACKWARD: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """p of some cells of one sample; with BACKWARD the gradient of the logit instead."""
     blocks = tl.cdiv(cells, BLOCK_L)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     cell = tl.program_id(0) % blocks * BLOCK_L + tl.arange(0, BLOCK_L)
-    channels = groups * size
     parts = tl.zeros([BLOCK_C, BLOCK_L], tl.float32)
     for first in range(0, channels, BLOCK_C):
         channel = first + tl.arange(0, BLOCK_C)
         x, _ = load_features(
-            x_ptr, mean_ptr, rstd_ptr, image, channel, cell, x_batch, x_channel, x_cell, groups, size, cells
+            x_ptr, mean_ptr, rstd_ptr, image, channel, cell, x_batch, x_channel, x_cell, channels, size, cells
         )
         weight = channel_values(weight_ptr, channel, channels)[:, None]
         normed = x * weight + channel_values(bias_ptr, channel, channels)[:, None]
@@ -93,11 +94,10 @@ def predictability_score(
 @triton.jit
 def channel_sums(
     x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, score_ptr, logit_ptr, sums_ptr,
-    x_batch, x_channel, x_cell, groups, size, cells,
+    x_batch, x_channel, x_cell, channels, size, cells,
     BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """Sums over one sample's cells for some channels: gradients of norm_weight, norm_bias and score_weight."""
-    channels = groups * size
     blocks = tl.cdiv(channels, BLOCK_C)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     channel = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -110,7 +110,7 @@ def channel_sums(
     for start in range(0, cells, BLOCK_L):
         cell = start + tl.arange(0, BLOCK_L)
         x, _ = load_features(
-            x_ptr, mean_ptr, rstd_ptr, image, channel, cell, x_batch, x_channel, x_cell, groups, size, cells
+            x_ptr, mean_ptr, rstd_ptr, image, channel, cell, x_batch, x_channel, x_cell, channels, size, cells
         )
         logit = tl.load(logit_ptr + image * cells + cell, mask=cell < cells, other=0.0)[None, :]
         normed = x * weight + bias
@@ -129,17 +129,16 @@ def channel_sums(
 @triton.jit
 def predictability_backward(
     x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, score_ptr, logit_ptr, along_ptr, level_ptr, out_ptr,
-    x_batch, x_channel, x_cell, groups, size, cells,
+    x_batch, x_channel, x_cell, channels, size, cells,
     BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """dx = rstd·(dx̂ - mean(dx̂) - x̂·mean(dx̂·x̂)), the means of each group given."""
-    channels = groups * size
     blocks = tl.cdiv(channels, BLOCK_C)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     channel = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     cell = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
     x, rstd = load_features(
-        x_ptr, mean_ptr, rstd_ptr, image, channel, cell, x_batch, x_channel, x_cell, groups, size, cells
+        x_ptr, mean_ptr, rstd_ptr, image, channel, cell, x_batch, x_channel, x_cell, channels, size, cells
     )
     weight = channel_values(weight_ptr, channel, channels)[:, None]
     normed = x * weight + channel_values(bias_ptr, channel, channels)[:, None]
@@ -147,8 +146,9 @@ def predictability_backward(
     gate = tl.sigmoid(normed)
     grad = logit * channel_values(score_ptr, channel, channels)[:, None] * (gate * (1 + normed * (1 - gate))) * weight
     known = channel < channels
-    along = tl.load(along_ptr + image * groups + channel // size, mask=known, other=0.0)[:, None]
-    level = tl.load(level_ptr + image * groups + channel // size, mask=known, other=0.0)[:, None]
+    group = image * (channels // size) + channel // size
+    along = tl.load(along_ptr + group, mask=known, other=0.0)[:, None]
+    level = tl.load(level_ptr + group, mask=known, other=0.0)[:, None]
     out = rstd[:, None] * (grad - level - x * along)
     place = (image * channels + channel.to(tl.int64))[:, None] * cells + cell[None, :]
     tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=known[:, None] & (cell[None, :] < cells))
@@ -167,7 +167,7 @@ def _statistics(x, groups, eps):
     mean, rstd = (torch.empty(batch, groups, dtype=torch.float32, device=x.device) for _ in range(2))
     block = min(triton.next_power_of_2(size), 64)
     group_statistics[(batch * groups,)](
-        x, mean, rstd, *x.stride(), groups, size, cells, eps, BLOCK_C=block, BLOCK_L=4096 // block, num_warps=8
+        x, mean, rstd, *x.stride(), channels, size, cells, eps, BLOCK_C=block, BLOCK_L=4096 // block, num_warps=8
     )
     return mean, rstd
 
@@ -177,7 +177,7 @@ def _scores(x, statistics, parameters, grad, groups):
     batch, channels, cells = x.shape
     out = torch.empty(batch, cells, dtype=torch.float32, device=x.device)
     predictability_score[(batch * triton.cdiv(cells, 32),)](
-        x, *statistics, *parameters, grad, out, *x.stride(), groups, channels // groups, cells,
+        x, *statistics, *parameters, grad, out, *x.stride(), channels, channels // groups, cells,
         BACKWARD=grad is not None, BLOCK_C=32, BLOCK_L=32, num_warps=4,
     )  # fmt: skip
     return out
@@ -200,7 +200,7 @@ class BoundaryPredictability:
             return tuple(torch.zeros_like(t) for t in inputs)
         x, strides, parameters = _flat(*inputs)
         batch, channels, cells = x.shape
-        shape = (*strides, groups, channels // groups, cells)
+        shape = (*strides, channels, channels // groups, cells)
         statistics = _statistics(x, groups, eps)
         logit = _scores(x, statistics, parameters, grad.contiguous(), groups)
         sums = torch.empty(3, batch, channels, dtype=torch.float32, device=x.device)

@@ -148,7 +148,7 @@ class Dechunk:
             plug_backward[(plan.capacity,)](
                 grad, rows, s, prob, plan.token_index, plan.member_offsets, plan.member_index,
                 grad_rows, through, dot, direct, grad.stride(0), rows.stride(0), width,
-                SMOOTH=smooth, MEMBERS=4, BLOCK=triton.next_power_of_2(width), num_warps=2 * warps_for_row(width),
+                SMOOTH=smooth, MEMBERS=4, BLOCK=triton.next_power_of_2(width), num_warps=warps_for_row(width),
             )  # fmt: skip
         partial = None
         if smooth:

@@ -178,7 +178,7 @@ def _launch(x, plan, sigma):
     radius = math.ceil((6 if exact else 4.5) * sigma)
     _, height, columns = (1, 1, *plan.grid)[-3:]
     reach = min(radius * (sum({columns * height, columns, 1}) if len(plan.grid) == 3 else columns + 1), plan.cells)
-    block_d = min(max(triton.next_power_of_2(x.shape[1]), 16), 64 if exact else 128)
+    block_d = min(max(triton.next_power_of_2(x.shape[1]), 16), 32 if exact else 128)
     launch = {
         # Weights are rounded to 10 bits and float32 rows are not.
         "PRECISION": "ieee" if exact or torch.version.hip else "tf32",
