@@ -192,7 +192,7 @@ def _tiles(q, kernel, grid, backward):
     elements, taps, warps = (512, 16, 8 if backward else 16) if kernel is not None else (2048, 1, 4)
     # Rows that do not start at 16 bytes need an address for every element.
     if q.shape[2] % 16:
-        elements, warps = elements // 4, warps // 2
+        elements, warps = elements // 4, 4
     launch = {"TAPS": taps, "TILE_H": tile_h, "TILE_W": size // tile_h, "num_warps": warps}
     launch["BLOCK_D"] = min(elements // size, triton.next_power_of_2(q.shape[2]))
     total = q.shape[0] * triton.cdiv(height, tile_h) * triton.cdiv(columns, size // tile_h)

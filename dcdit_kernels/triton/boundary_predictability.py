@@ -213,5 +213,5 @@ class BoundaryPredictability:
         predictability_backward[(batch * triton.cdiv(channels, 16), triton.cdiv(cells, 128))](
             *common, *means, grad_x, *shape, BLOCK_C=16, BLOCK_L=128, num_warps=4
         )  # fmt: skip
-        shared = (*sums.sum(1), logit.sum().view(score_bias.shape))
+        shared = (*(part.sum(0) for part in sums), logit.sum().view(score_bias.shape))
         return grad_x, *(g.to(t.dtype) for g, t in zip(shared, inputs[1:], strict=True))
