@@ -83,7 +83,7 @@ HD void fill_sample(Exec& exec, Block& shared, const FillArgs& a, int b, int* sc
     const int64_t offset = b * a.cells;
     const int* prefix = a.prefix + offset;
     const int start = a.cu_seqlens[b], length = a.cu_seqlens[b + 1] - start;
-    auto kept = [&](int64_t i) { return prefix[i] > (i ? prefix[i - 1] : 0) && prefix[i] <= length; };
+    auto kept = [&](int64_t i) { return (prefix[i] > (i ? prefix[i - 1] : 0)) & (prefix[i] <= length); };
     if (length == 0) {
         exec.each([&](int t) {
             for (int64_t i = t; i < a.cells; i += Exec::size) a.nearest[offset + i] = -1;

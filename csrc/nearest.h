@@ -31,14 +31,15 @@ HD void sweep(Exec& exec, const FillArgs& a, Kept kept, int* site) {
         for (int64_t c = t; c < columns; c += Exec::size) {
             int last = -1;
             for (int y = 0; y < a.dim[0]; ++y) {
-                if (kept(y * columns + c)) last = y;
+                last = kept(y * columns + c) ? y : last;
                 site[y * columns + c] = last;
             }
             last = -1;
             for (int y = a.dim[0] - 1; y >= 0; --y) {
                 const int above = site[y * columns + c];
-                if (above == y) last = y;
-                else if (last >= 0 && (above < 0 || last - y < y - above)) site[y * columns + c] = last;
+                last = above == y ? y : last;
+                const bool below = (last >= 0) & ((above < 0) | (last - y < y - above));
+                site[y * columns + c] = below ? last : above;
             }
         }
     });

@@ -4,6 +4,7 @@
 //   exec.barrier()           between a value read by every thread and the phase that overwrites it
 //   exec.inclusive_scan(v)   running sums of v[0 .. size), in place, then a barrier
 //   exec.add(p, x), exec.max(p, x)   atomic where threads run at once
+//   exec.add_if(hit, p, x)   without a jump where that is faster: a processor cannot guess which cells are kept
 //
 // CUDA runs a block of 1024 threads per sample, the CPU a block of one. Tests run many threads on the CPU as well, so
 // that what CUDA compiles is tried and sanitised where there is no GPU.
@@ -120,7 +121,8 @@ HD Key select(Exec& exec, Block& shared, int64_t n, int keep, Valid valid, Load 
         exec.each([&](int t) {
             for (int64_t i = t; i < n; i += Exec::size) {
                 const Key key = load(i);
-                if (valid(i) && (key ^ chosen) >> shift < 256) exec.add(&shared.histogram[255 - (key >> shift & 255)], 1);
+                const bool hit = valid(i) & ((key ^ chosen) >> shift < 256);
+                exec.add_if(hit, &shared.histogram[255 - (key >> shift & 255)], 1);
             }
         });
         scan(
@@ -175,7 +177,7 @@ HD void count_sample(Exec& exec, Block& shared, const CountArgs& a, int b) {
     auto load = [&](int64_t i) {
         const Key key = ordered(prob[i]);
         const bool natural = prob[i] > threshold;
-        return pair(natural && key > cut, natural && key == cut);
+        return pair(natural & (key > cut), natural & (key == cut));
     };
     scan(exec, shared, a.cells, load, [&](int64_t i, int64_t sums) {
         prefix[i] = kept(sums);

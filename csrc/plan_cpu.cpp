@@ -24,6 +24,7 @@ struct HostBlock {
         for (int t = 1; t < Size; ++t) values[t] += values[t - 1];
     }
     void add(int* p, int x) { *p += x; }
+    void add_if(bool hit, int* p, int x) { *p += hit ? x : 0; }
     void max(int* p, int x) { *p = std::max(*p, x); }
 };
 

@@ -22,6 +22,9 @@ struct CudaBlock {
     }
     __device__ __forceinline__ void barrier() { __syncthreads(); }
     __device__ __forceinline__ void add(int* p, int x) { atomicAdd(p, x); }
+    __device__ __forceinline__ void add_if(bool hit, int* p, int x) {
+        if (hit) atomicAdd(p, x);
+    }
     __device__ __forceinline__ void max(int* p, int x) { atomicMax(p, x); }
 
     // Sums within each warp, then of the warps.
