@@ -12,9 +12,13 @@ from torch import nn
 from dcdit_kernels import ChunkPlan, adaln_modulate, gate_residual, gate_residual_modulate, varlen_attention
 
 
-def sincos_2d(width: int, grid: tuple[int, int]) -> torch.Tensor:
-    """2D sin-cos position table (H·W, width): the column's code in the first half, the row's in the second."""
-    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+def sincos_2d(width: int, grid: tuple[int, int], patch: int = 1) -> torch.Tensor:
+    """2D sin-cos position table (H·W, width): the column's code in the first half, the row's in the second.
+
+    With `patch` a cell's place is given in units of patch×patch cells, 0 at the middle of the first patch.
+    """
+    places = [(torch.arange(n, dtype=torch.float64) - (patch - 1) / 2) / patch for n in grid]
+    rows, columns = torch.meshgrid(*places, indexing="ij")
     frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = [axis.reshape(-1, 1) * frequency for axis in (columns, rows)]
     return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float()
@@ -91,7 +95,12 @@ class DiTBlock(nn.Module):
 
 
 class MainNetwork(nn.Module):
-    """DiT blocks, then RMSNorm, on packed tokens (T, D). Each gated residual is fused with the next modulation."""
+    """DiT blocks, then RMSNorm, on packed tokens (T, D). Each gated residual is fused with the next modulation.
+
+    Where `record` is a list, a forward appends the output of each block to it.
+    """
+
+    record: list[torch.Tensor] | None = None
 
     def __init__(self, width: int, depth: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -111,6 +120,8 @@ class MainNetwork(nn.Module):
                 x, normed = gate_residual_modulate(x, y, gate2, shift1, scale1, plan)
             else:
                 x = gate_residual(x, y, gate2, plan)
+            if self.record is not None:
+                self.record.append(x)
         return self.norm(x)
 
 

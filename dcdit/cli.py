@@ -11,6 +11,7 @@ from .errors import DCDiTError
 COMMANDS = {
     "info": "parameters and FLOPs of a preset or checkpoint",
     "train": "train from a YAML config",
+    "upcycle": "train from a pretrained DiT's weights",
     "convert": "turn a checkpoint of the public release into a directory, or back",
     "sample": "sample images from a checkpoint",
     "visualize": "draw chunk maps and the compute spent along a trajectory",

@@ -16,7 +16,8 @@ ROUTERS = ("predictability", "cosine")
 class DCDiTConfig:
     """Sizes of a DC-DiT. The defaults are DC-DiT-S/N4 at 256 px.
 
-    `input_size` is the latent grid (H, W), `target_ratio` is N: about 1/N of the cells are kept.
+    `input_size` is the latent grid (H, W), `target_ratio` is N: about 1/N of the cells are kept. `cond_norm` puts a
+    LayerNorm on the conditioning of encoder and decoder, for upcycled models.
     Raises ConfigError when the sizes do not fit together.
     """
 
@@ -32,6 +33,7 @@ class DCDiTConfig:
     router: str = "predictability"
     sigma: float = 1.0
     learn_sigma: bool = True
+    cond_norm: bool = False
 
     def __post_init__(self) -> None:
         size = self.input_size

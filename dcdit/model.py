@@ -39,6 +39,8 @@ class DCDiT(nn.Module):
         self.stem = nn.Conv2d(config.in_channels, narrow, 3, padding=1)
         self.time_embed = TimestepEmbedding(width)
         self.class_embed = nn.Embedding(config.num_classes + 1, width)  # the last class is 'no label'
+        # Pretrained embedders have a scale of their own; the fresh layers around the backbone see it normalised.
+        self.cond_norm = nn.LayerNorm(width, eps=1e-6) if config.cond_norm else nn.Identity()
         self.encoder = ConvStack((narrow, narrow, width), width)
         self.residual_proj = nn.Linear(width, width)
         self.router = make_router(config)
@@ -96,15 +98,16 @@ class DCDiT(nn.Module):
         """
         self._check(x, t, y)
         c = self.time_embed(t) + self.class_embed(y)
-        h = self.encoder(self.stem(x), c)
+        outer = self.cond_norm(c)
+        h = self.encoder(self.stem(x), outer)
         with torch.autocast(x.device.type, enabled=False):
             residual = self.residual_proj(h.to(self.residual_proj.weight.dtype))
             boundary_prob = self.router(h.to(self.residual_proj.weight.dtype))
         plan = plan_chunks(boundary_prob, self.config.input_size, drop_fraction)
         tokens = self.main(chunk(h, plan, self.pos_embed), c, plan)
         y_grid = dechunk(tokens, boundary_prob, plan, residual, self.config.sigma)
-        out = self.decoder(y_grid.transpose(1, 2).unflatten(2, self.config.input_size), c)
-        out = self.final(out, c).transpose(1, 2).unflatten(2, self.config.input_size)
+        out = self.decoder(y_grid.transpose(1, 2).unflatten(2, self.config.input_size), outer)
+        out = self.final(out, outer).transpose(1, 2).unflatten(2, self.config.input_size)
         if not return_routing:
             return out
         return out, Routing(boundary_prob, plan.boundary_mask, boundary_prob > 0.5, plan)

@@ -53,6 +53,15 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class UpcycleConfig:
+    """`source`: the DiT to start from (empty: from scratch), distilled from in the first `distill_steps` steps."""
+
+    source: str = ""
+    distill_steps: int = 5000
+    distill_weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything that `dcdit train` reads. `batch_size` is the global one; `drop_fractions` are the ρ to draw from."""
 
@@ -65,6 +74,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
     label_drop: float = 0.1
     ratio_weight: float = 0.03
     drop_fractions: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)

@@ -15,7 +15,7 @@ from .codecs import make_codec
 from .data import make_source
 from .diffusion import make_objective, ratio_loss
 from .errors import ConfigError, DataError, DCDiTError
-from .model import DCDiT
+from .model import DCDiT, Routing
 from .stream import TrainingStream, batches, draw_drop_fraction
 from .train_config import OptimConfig, TrainConfig
 from .train_state import EMA, Metrics, load_state, save_state
@@ -29,7 +29,12 @@ def train(config: TrainConfig) -> Path:
     Writes OUTPUT/last.safetensors (to resume from), OUTPUT/model (the EMA, for `dcdit sample`) and
     OUTPUT/metrics.jsonl. Raises DCDiTError for input that cannot be used.
     """
-    trainer = Trainer(config)
+    kind = Trainer
+    if config.upcycle.source:
+        from .upcycle import Upcycler
+
+        kind = Upcycler
+    trainer = kind(config)
     try:
         return trainer.run()
     finally:
@@ -64,7 +69,7 @@ class Trainer:
         self._check_latents()
 
         torch.manual_seed(config.seed)
-        self.net = DCDiT(config.model).to(self.device)
+        self.net = self.make_net().to(self.device)
         if config.channels_last:
             self.net = self.net.to(memory_format=torch.channels_last)
         self.model = self.accelerator.prepare(torch.compile(self.net) if config.compile else self.net)
@@ -87,6 +92,16 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)
             self.metrics = Metrics(self.output, self.step, config.tensorboard)
+
+    def make_net(self) -> DCDiT:
+        """The model before its first step."""
+        return DCDiT(self.config.model)
+
+    def further_losses(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, routing: Routing
+    ) -> dict[str, torch.Tensor]:
+        """What is added to the loss of this step, by the names that it has in metrics.jsonl."""
+        return {}
 
     def run(self) -> Path:
         """Train to the last step, or to `max_minutes`; save, and return the directory of the EMA model."""
@@ -137,7 +152,8 @@ class Trainer:
         output, routing = self.model(x, t, y, drop_fraction=rho, return_routing=True)
         diffusion = self.objective.loss(output.float(), x0, noise, t).mean()
         ratio = ratio_loss(routing.boundary_prob, routing.natural_mask, config.model.target_ratio, SUB_BATCH)
-        loss = diffusion + config.ratio_weight * ratio
+        further = self.further_losses(x, t, y, routing)
+        loss = sum(further.values(), diffusion + config.ratio_weight * ratio)
 
         lr = learning_rate(config.optim, self.step, config.steps)
         for group in self.optimizer.param_groups:
@@ -152,6 +168,7 @@ class Trainer:
             "loss": loss.detach(),
             "diffusion_loss": diffusion.detach(),
             "ratio_loss": ratio.detach(),
+            **{key: value.detach() for key, value in further.items()},
             "kept": kept,
             "drop_fraction": rho,
             "grad_norm": norm,

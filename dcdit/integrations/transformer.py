@@ -42,6 +42,7 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin):
         target_ratio: float = 4.0,
         router: str = "predictability",
         sigma: float = 1.0,
+        cond_norm: bool = False,
     ) -> None:
         super().__init__()
         if out_channels not in (in_channels, 2 * in_channels):

@@ -1,0 +1,28 @@
+"""`dcdit upcycle`: train from a pretrained DiT's weights; the same command again resumes."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of `dcdit upcycle`."""
+    parser.add_argument("config", help="a YAML file of the DC-DiT to train, such as configs/imagenet256-xl-n4.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as upcycle.distill_steps=5000")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        metavar="CHECKPOINT",
+        help="a .pt of the original DiT; or a directory or Hub repository of diffusers' DiT",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Upcycle, or resume."""
+    from ..train_config import load_config
+
+    config = load_config(args.config, [*args.overrides, f"upcycle.source={args.source}"])
+    from ..training import train
+
+    train(config)

@@ -1,0 +1,224 @@
+"""Upcycling: a DC-DiT that starts from a pretrained DiT and is distilled from it (arXiv 2603.06351 v1)."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import torch
+
+from .blocks import sincos_2d
+from .checkpoints import load_state
+from .config import DCDiTConfig
+from .errors import CheckpointError, ConfigError
+from .model import DCDiT, Routing
+from .plain_dit import PlainDiT
+from .release import read_state
+from .train_config import TrainConfig
+from .training import Trainer
+
+# Names of the original DiT and ours.
+_OUTER = (
+    ("x_embedder.proj.", "stem."),
+    ("t_embedder.", "time_embed."),
+    ("y_embedder.embedding_table.", "class_embed."),
+    ("final_layer.linear.", "head."),
+    ("final_layer.adaLN_modulation.", "adaln."),
+)
+_INNER = (
+    ("attn.qkv", "qkv"),
+    ("attn.proj", "proj"),
+    ("mlp.fc1", "fc1"),
+    ("mlp.fc2", "fc2"),
+    ("adaLN_modulation.1", "adaln.1"),
+)
+# Layers of a diffusers block and ours; its q, k and v are three.
+_DIFFUSERS = (
+    ("attn1.to_out.0", "proj"),
+    ("ff.net.0.proj", "fc1"),
+    ("ff.net.2", "fc2"),
+    ("norm1.linear", "adaln.1"),
+)
+
+
+def from_dit(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """PlainDiT's state dict from that of the original DiT, such as DiT-XL-2-256x256.pt. Raises CheckpointError."""
+    ours = {}
+    for key, tensor in state.items():
+        name = re.sub(r"(blocks\.\d+\.)(.+)(\.\w+)", lambda m: m[1] + dict(_INNER).get(m[2], m[2]) + m[3], key)
+        for theirs, mine in _OUTER:
+            if key.startswith(theirs):
+                name = mine + key[len(theirs) :]
+        ours[name] = tensor
+    if "pos_embed" in ours:
+        ours["pos_embed"] = ours["pos_embed"].reshape(ours["pos_embed"].shape[-2:])
+    return _reorder_head(ours, to_ours=True)
+
+
+def to_dit(model: PlainDiT) -> dict[str, torch.Tensor]:
+    """The inverse of `from_dit`: `model` in the names and shapes of the original DiT."""
+    inner, theirs = {mine: name for name, mine in _INNER}, {}
+    for key, tensor in _reorder_head(model.state_dict(), to_ours=False).items():
+        name = re.sub(r"(blocks\.\d+\.)(.+)(\.\w+)", lambda m: m[1] + inner[m[2]] + m[3], key)
+        for their_name, mine in _OUTER:
+            if key.startswith(mine):
+                name = their_name + key[len(mine) :]
+        theirs[name] = tensor[None] if key == "pos_embed" else tensor
+    return theirs
+
+
+def from_diffusers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """PlainDiT's state dict, without the position table, from that of diffusers' DiTTransformer2DModel.
+
+    There each block has an embedder of time and class of its own, all equal in DiT as published; ours is block 0's.
+    """
+    top = "transformer_blocks.0.norm1.emb."
+    layers = [
+        ("pos_embed.proj", "stem"),
+        (f"{top}timestep_embedder.linear_1", "time_embed.mlp.0"),
+        (f"{top}timestep_embedder.linear_2", "time_embed.mlp.2"),
+        ("proj_out_1", "adaln.1"),
+        ("proj_out_2", "head"),
+    ]
+    blocks = {key.split(".")[1] for key in state if key.startswith("transformer_blocks.")}
+    layers += [(f"transformer_blocks.{i}.{a}", f"blocks.{i}.{b}") for i in blocks for a, b in _DIFFUSERS]
+    ours = {"class_embed.weight": state[f"{top}class_embedder.embedding_table.weight"]}
+    for part in ("weight", "bias"):
+        ours |= {f"{mine}.{part}": state[f"{theirs}.{part}"] for theirs, mine in layers}
+        for i in blocks:
+            qkv = [state[f"transformer_blocks.{i}.attn1.to_{x}.{part}"] for x in "qkv"]
+            ours[f"blocks.{i}.qkv.{part}"] = torch.cat(qkv)
+    return _reorder_head(ours, to_ours=True)
+
+
+def _reorder_head(state: dict[str, torch.Tensor], to_ours: bool) -> dict[str, torch.Tensor]:
+    """DiT's output is (cell of the patch, channel), ours (channel, cell)."""
+    if "head.weight" not in state or "stem.weight" not in state:
+        raise CheckpointError("this is no DiT: expected final_layer.linear.weight and x_embedder.proj.weight")
+    cells = state["stem.weight"].shape[-1] ** 2
+    shape = (cells, -1) if to_ours else (-1, cells)
+    heads = {key: state[key] for key in ("head.weight", "head.bias")}
+    heads = {key: head.unflatten(0, shape).transpose(0, 1).reshape(head.shape) for key, head in heads.items()}
+    return {**state, **heads}
+
+
+def load_dit(source: str | Path, config: DCDiTConfig) -> PlainDiT:
+    """The pretrained DiT that a DC-DiT of `config` can start from, in eval mode.
+
+    `source` is a `.pt` in the original DiT's layout, or what diffusers' `from_pretrained` takes: a directory or
+    Hub repository of DiTTransformer2DModel or of a whole DiTPipeline. Raises CheckpointError naming the key and the
+    shapes that do not fit.
+    """
+    if Path(source).is_file():
+        state = from_dit(read_state(source)[0])
+    else:
+        state = from_diffusers(_read_diffusers(source, config))
+    patch, head = state["stem.weight"].shape[-1], state["head.weight"].shape[0]
+    if any(n % patch for n in config.input_size):
+        raise CheckpointError(f"{source} has patches of {patch}×{patch} cells, which do not fill {config.input_size}")
+    # Only the blocks are used: the teacher may have learned a variance that the student does not, or not.
+    model = PlainDiT(dataclasses.replace(config, learn_sigma=head == 2 * config.in_channels * patch**2), patch)
+    state.setdefault("pos_embed", model.pos_embed)
+    load_state(model, {key: tensor.to(torch.float32) for key, tensor in state.items()})
+    return model.eval()
+
+
+def _read_diffusers(source: str | Path, config: DCDiTConfig) -> dict[str, torch.Tensor]:
+    from diffusers import DiTTransformer2DModel
+
+    pipeline = (Path(source) / "model_index.json").is_file() or not Path(source).exists()
+    try:
+        model, loaded = DiTTransformer2DModel.from_pretrained(
+            source, subfolder="transformer" if pipeline else None, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{source} is neither a .pt nor a DiT that diffusers can read: {reason}") from error
+    if loaded["missing_keys"]:
+        raise CheckpointError(f"missing keys in checkpoint: {', '.join(sorted(loaded['missing_keys'])[:4])}")
+    if model.config.num_attention_heads != config.num_heads:
+        raise CheckpointError(
+            f"num_heads: expected {config.num_heads} as in the configuration, found {model.config.num_attention_heads}"
+        )
+    return model.state_dict()
+
+
+def upcycle(teacher: PlainDiT, config: DCDiTConfig) -> DCDiT:
+    """A DCDiT with the teacher's blocks and frozen embedders; everything else is fresh.
+
+    Needs `config.cond_norm`. The position table counts in the teacher's patches, the unit that the blocks know.
+    """
+    if not config.cond_norm:
+        raise ConfigError("an upcycled model needs cond_norm=True in its configuration")
+    model = DCDiT(config)
+    for ours, theirs in (
+        (model.main.blocks, teacher.blocks),
+        (model.time_embed, teacher.time_embed),
+        (model.class_embed, teacher.class_embed),
+    ):
+        ours.load_state_dict(theirs.state_dict())
+    model.pos_embed.copy_(sincos_2d(config.hidden_size, config.input_size, teacher.patch))
+    model.time_embed.requires_grad_(False)
+    model.class_embed.requires_grad_(False)
+    return model
+
+
+def distillation_loss(
+    outputs: list[torch.Tensor], targets: list[torch.Tensor], routing: Routing, patch: int
+) -> torch.Tensor:
+    """Distance of the student's block outputs from the teacher's, mean over the blocks; 1 for outputs of zero.
+
+    A teacher's token stands for patch×patch cells, of which the student kept some, or none. Its state is compared with
+    the mean of the student's rows inside its patch; patches without a row are left out. The rows of one patch
+    stay free to differ, which is what a token for each cell is for. Squares are relative to the teacher's own, so that
+    the growing residual stream of late blocks does not outweigh the others.
+
+    Args:
+        outputs: (T, D) for each block, packed by `routing.plan`.
+        targets: (B, M, D) for each block, M patches in raster order.
+    """
+    plan = routing.plan
+    height, width = plan.grid
+    cell = plan.token_index.long() % plan.cells
+    place = cell // width // patch * (width // patch) + cell % width // patch
+    patches = height // patch * (width // patch)
+    index = plan.sample_index.long() * patches + place
+    count = torch.bincount(index, minlength=plan.batch_size * patches)
+    seen = count.nonzero().flatten()
+    losses = []
+    for output, target in zip(outputs, targets, strict=True):
+        sums = output.new_zeros(len(count), output.shape[1], dtype=torch.float32).index_add(0, index, output.float())
+        mean, known = sums[seen] / count[seen, None], target.flatten(0, 1)[seen].float()
+        losses.append((mean - known).square().mean() / known.square().mean())
+    return torch.stack(losses).mean()
+
+
+class Upcycler(Trainer):
+    """Training that starts from `config.upcycle.source`, with `distillation_loss` added in the first steps."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(dataclasses.replace(config, model=dataclasses.replace(config.model, cond_norm=True)))
+
+    def make_net(self) -> DCDiT:
+        self.teacher = load_dit(self.config.upcycle.source, self.config.model).to(self.device)
+        self.targets: list[torch.Tensor] = []
+        for block in self.teacher.blocks:
+            block.register_forward_hook(lambda _, inputs, output: self.targets.append(output))
+        net = upcycle(self.teacher, self.config.model)
+        net.main.record = []
+        return net
+
+    def further_losses(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, routing: Routing
+    ) -> dict[str, torch.Tensor]:
+        if self.step >= self.config.upcycle.distill_steps:
+            self.net.main.record = None
+            return {}
+        with torch.no_grad(), self.accelerator.autocast():
+            self.teacher(x, t, y)
+        outputs, targets = self.net.main.record[:], self.targets[:]
+        self.net.main.record.clear()
+        self.targets.clear()
+        loss = distillation_loss(outputs, targets, routing, self.teacher.patch)
+        return {"distillation_loss": self.config.upcycle.distill_weight * loss}

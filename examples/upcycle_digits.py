@@ -1,0 +1,115 @@
+"""Upcycling on digits: train a plain DiT, upcycle it, and compare with a DC-DiT from scratch.
+
+python examples/upcycle_digits.py teacher RUNS      a DiT on 2×2 patches, saved in the original DiT's layout
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dcdit.codecs import make_codec
+from dcdit.config import preset
+from dcdit.data import Digits, load_digits
+from dcdit.diffusion import FlowMatching
+from dcdit.model import DCDiT
+from dcdit.plain_dit import PlainDiT
+from dcdit.stream import TrainingStream, batches
+from dcdit.train_config import OptimConfig, load_config
+from dcdit.train_state import EMA
+from dcdit.training import Trainer, learning_rate
+from dcdit.upcycle import Upcycler, to_dit
+
+CONFIG = preset("digits")
+CODEC = make_codec("pixel_unshuffle", factor=2)
+
+
+def train_teacher(folder: Path, steps: int) -> None:
+    """A plain DiT with the digits' backbone, 49 tokens; its EMA goes to FOLDER/teacher.pt."""
+    torch.manual_seed(0)
+    model, objective = PlainDiT(CONFIG), FlowMatching()
+    for module in [*(block.adaln[1] for block in model.blocks), model.adaln[1], model.head]:
+        nn.init.zeros_(module.weight), nn.init.zeros_(module.bias)
+    for table in (model.class_embed.weight, model.time_embed.mlp[0].weight, model.time_embed.mlp[2].weight):
+        nn.init.normal_(table, std=0.02)
+    optim, ema = OptimConfig(lr=1e-3, warmup_steps=200, ema_decay=0.999), EMA(model, 0.999)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=optim.lr, betas=(0.9, optim.beta2), weight_decay=0, fused=True)
+    stream = TrainingStream(Digits(), objective, (4, 14, 14), 10, seed=1, batch_size=64, label_drop=0.1)
+    total = 0.0
+    for step, batch in enumerate(batches(stream, 0, steps)):
+        x0, noise, t, y = CODEC.encode(batch["image"]), batch["noise"], batch["t"], batch["y"]
+        loss = objective.loss(model(objective.add_noise(x0, noise, t), t, y), x0, noise, t).mean()
+        optimizer.param_groups[0]["lr"] = learning_rate(optim, step, steps)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
+        optimizer.step()
+        ema.update(model, step)
+        total += loss.item()
+        if step % 100 == 99:
+            print(f"step {step + 1}: loss {total / 100:.4f}", file=sys.stderr, flush=True)
+            total = 0.0
+    model.load_state_dict(ema.state_dict(), strict=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(to_dit(model), folder / "teacher.pt")
+
+
+def held_out() -> dict[str, torch.Tensor]:
+    """The 500 digits that no training sees, each with a noise and a time of its own, always the same."""
+    images, labels, out = load_digits()
+    stream = TrainingStream(Digits(), FlowMatching(), (4, 14, 14), 10, seed=2, batch_size=500)
+    drawn = [stream[i] for i in range(500)]
+    pixels = torch.from_numpy(images[out]).float()[:, None] / 127.5 - 1
+    return {
+        "x0": CODEC.encode(pixels),
+        "y": torch.from_numpy(labels[out]),
+        "noise": torch.stack([item["noise"] for item in drawn]),
+        "t": torch.stack([item["t"] for item in drawn]),
+    }
+
+
+@torch.no_grad()
+def evaluate(trainer: Trainer, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Velocity loss of the EMA model on the held-out digits at ρ = 0, and the share of the cells kept."""
+    model, objective = DCDiT(trainer.config.model).eval(), trainer.objective
+    model.load_state_dict(trainer.ema.state_dict() | dict(trainer.net.named_buffers()))
+    noisy = objective.add_noise(batch["x0"], batch["noise"], batch["t"])
+    out, routing = model(noisy, batch["t"], batch["y"], return_routing=True)
+    loss = objective.loss(out, batch["x0"], batch["noise"], batch["t"]).mean()
+    return {"step": trainer.step, "loss": loss.item(), "kept": routing.boundary_mask.float().mean().item()}
+
+
+def train_dcdit(folder: Path, name: str, steps: int, overrides: list[str]) -> None:
+    """Train by configs/digits.yaml at ρ = 0; the held-out loss of every 25th step goes to FOLDER/NAME.json."""
+    overrides = [f"output={folder / name}", f"steps={steps}", "drop_fractions=[0]", "seed=0", *overrides]
+    config, batch, curve = load_config("configs/digits.yaml", overrides), held_out(), []
+    trainer = Upcycler(config) if config.upcycle.source else Trainer(config)
+    for item in batches(trainer.stream, 0, steps):
+        trainer.train_step(item)
+        trainer.step += 1
+        if trainer.step % 25 == 0:
+            curve.append(evaluate(trainer, batch))
+            print(curve[-1], file=sys.stderr, flush=True)
+    trainer.close()
+    (folder / f"{name}.json").write_text(json.dumps(curve))
+
+
+def main() -> None:
+    """Run one stage."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stage", help="teacher, or the name of a run of DC-DiT")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("steps", type=int)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of configs/digits.yaml")
+    args = parser.parse_args()
+    if args.stage == "teacher":
+        train_teacher(args.folder, args.steps)
+    else:
+        train_dcdit(args.folder, args.stage, args.steps, args.overrides)
+
+
+if __name__ == "__main__":
+    main()
