@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from .cases import GROUPS, Case, select
-from .gate import check
+from .gate import check, one_line
 from .machine import ROOT
 from .measure import build, count
 from .run import quiet
@@ -118,7 +118,7 @@ def serve() -> None:
                 name, clock = prepare(Case(**asked), sys.argv[1])
                 reply = {"variant": name}
             except Exception as error:  # the other side has to hear of it
-                reply = {"error": f"{type(error).__name__}: {error}"}
+                reply = {"error": one_line(error)}
         print("reply " + json.dumps(reply), flush=True)
 
 

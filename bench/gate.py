@@ -23,8 +23,11 @@ def check(problem: Problem) -> dict[str, str | None]:
     verdicts: dict[str, str | None] = {}
     for name, family in problem.families.items():
         members = {key: variant for key, variant in problem.variants.items() if variant.family == name}
-        with full_float32():
-            verdicts |= check_family(problem, family, members)
+        try:
+            with full_float32():
+                verdicts |= check_family(problem, family, members)
+        except Exception as error:  # too large for float64 here, say
+            verdicts |= dict.fromkeys(members, f"the gate could not run: {one_line(error)}")
     return verdicts
 
 
@@ -44,10 +47,15 @@ def check_family(problem: Problem, family: Family, variants: dict[str, Variant])
         try:
             got = evaluate(variant, problem.inputs, backward)
         except Exception as error:  # a variant that cannot run is a failed variant, and the others go on
-            verdicts[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            verdicts[name] = one_line(error)
         else:
             verdicts[name] = complaint(got, want, yardstick, problem.reduction)
     return verdicts
+
+
+def one_line(error: Exception) -> str:
+    """Kind and first line of an error."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from . import timing
 from .cases import MODELS, Case
-from .gate import check
+from .gate import check, one_line
 from .models import model_problem
 from .operators import operator_problem
 from .problem import Problem
@@ -44,27 +44,26 @@ def measure(case: Case, device: str, compiled: bool, rounds: int, seconds: float
     gated, verdicts = gate(case, device, compiled)
     problem = build(case, device, compiled)
     variants: dict[str, dict] = {name: {"status": "absent", "reason": why} for name, why in problem.absent.items()}
-    passed = {}
+    counts, clocks = {}, {}
     for name, wrong in verdicts.items():
         try:
             if wrong is None:
-                passed[name] = count(
-                    timing.make_call(problem.variants[name], problem.inputs, problem.backward), device, compiled
-                )
+                call = timing.make_call(problem.variants[name], problem.inputs, problem.backward)
+                counts[name] = count(call, device, launches=compiled)
+                clocks[name] = timing.clock_of(problem, name, device, counts[name]["syncs"])
         except Exception as error:  # too large for this machine, say: the others go on
-            wrong = f"{type(error).__name__}: {error}".splitlines()[0]
+            wrong = one_line(error)
         if wrong is not None:
             variants[name] = {"status": "failed", "reason": wrong}
-    clocks = {name: timing.clock_of(problem, name, device, counts["syncs"]) for name, counts in passed.items()}
     samples = timing.interleave({name: clock for name, (clock, _) in clocks.items()}, rounds, seconds)
-    for name, counts in passed.items():
+    for name, (_, kind) in clocks.items():
         variants[name] = {
             "status": "ok",
-            "clock": clocks[name][1],
+            "clock": kind,
             "seconds": statistics.median(samples[name]),
             "samples": [float(f"{s:.4g}") for s in samples[name]],
             "gflop_per_image": problem.gflop.get(name),
-            **counts,
+            **counts[name],
         }
     return {
         "name": case.name,

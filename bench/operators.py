@@ -68,8 +68,10 @@ def _problem(
             variant.run(*(t.detach() for t in inputs))
         except (K.BackendError, ImportError) as error:
             absent[backend] = str(error)
-        else:
-            variants[backend] = variant
+            continue
+        except Exception as error:  # the gate runs it again and records this
+            print(f"{case.name}, {backend}: {type(error).__name__}: {error}", flush=True)
+        variants[backend] = variant
     variants["plain"] = plain
     if compiled:
         variants["plain compiled"] = Variant(torch.compile(plain.run), plain.prepare, plain.result)

@@ -94,8 +94,20 @@ def test_gate_catches_a_wrong_plan_and_a_wrong_yardstick():
     assert all("yardstick" in reason for reason in verdicts.values())
 
 
+def test_gate_that_cannot_run_passes_nothing():
+    problem = build(small("chunk"), "cpu")
+
+    def too_large(out):
+        raise torch.OutOfMemoryError("tried to allocate 9 TiB")
+
+    assert check(broken(problem, "native", too_large))["native"] == "OutOfMemoryError: tried to allocate 9 TiB"
+    verdicts = check(broken(problem, "reference", too_large))
+    assert set(verdicts) == set(problem.variants) and all("could not run" in reason for reason in verdicts.values())
+
+
 def test_a_failed_variant_has_no_time(monkeypatch):
-    monkeypatch.setattr("dcdit_kernels.cpu.dechunk.gaussian_smooth", lambda rows, *_: rows)
+    real = K.dechunk
+    monkeypatch.setattr(K, "dechunk", lambda *a, backend: real(*a, backend=backend) + 0.01 * (backend == "native"))
     entry = measure(small("dechunk"), "cpu", False, rounds=3, seconds=0.1)
     assert entry["variants"]["native"]["status"] == "failed"
     assert "seconds" not in entry["variants"]["native"]
@@ -244,7 +256,8 @@ def test_published_figures_come_from_the_results(tmp_path):
     assert (tmp_path / "benchmarks.md").read_text() == (ROOT / "docs" / "benchmarks.md").read_text()
 
 
-def test_gpu_stages_in_order_of_importance():
+def test_gpu_stages_in_order_of_importance(monkeypatch):
+    monkeypatch.setattr(gpu, "architecture", lambda: "90")
     stages = gpu.plan("cuda", False, Path("r.json"))
     assert [stage.name for stage in stages] == ["build", "tests", "memcheck", "racecheck", "bench", "profile"]
     assert sum(stage.limit for stage in stages) < 8 * 60
