@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 
 from .cases import MODELS, OPERATORS, Case
@@ -82,7 +83,8 @@ def section(run: dict, file: str, earlier: dict | None) -> str:
         if v["status"] == "failed"
     ]
     lines += ["Failed: " + "; ".join(lost) + ".\n"] if lost else []
-    lines += [f"Cut for want of time: {', '.join(run['cut'])}.\n"] if run.get("cut") else []
+    cut = Counter(name.split("-")[0] for name in run.get("cut", []))
+    lines += [f"Cut for want of time: {', '.join(f'{n} of {group}' for group, n in cut.items())}.\n"] if cut else []
     lines += [f"Not here: {'; '.join(absent(run))}.\n"] if absent(run) else []
     entries = [entry for entry in run["cases"] if "variants" in entry]
     for group in (*MODELS, *OPERATORS):
@@ -96,15 +98,14 @@ def section(run: dict, file: str, earlier: dict | None) -> str:
 
 
 def absent(run: dict) -> list[str]:
-    """Back-ends that could not run, with the operators they lack and the first reason."""
-    groups: dict[str, set] = {}
-    reasons: dict[str, str] = {}
+    """Back-ends that could not run: which, of what operators, and why."""
+    found: dict[tuple[str, str], set[str]] = {}
     for entry in run["cases"]:
         for name, variant in entry.get("variants", {}).items():
             if variant["status"] == "absent":
-                groups.setdefault(name, set()).add(entry["case"]["group"])
-                reasons.setdefault(name, variant["reason"])
-    return [f"{name} of {', '.join(sorted(groups[name]))} ({reasons[name]})" for name in groups]
+                reason = variant["reason"].split(" cannot run: ")[-1]
+                found.setdefault((name, reason), set()).add(entry["case"]["group"])
+    return [f"{name} of {', '.join(sorted(groups))} ({reason})" for (name, reason), groups in found.items()]
 
 
 def noise(run: dict, earlier: dict | None) -> str:
@@ -166,7 +167,10 @@ def size(entry: dict) -> str:
 
 
 def milliseconds(variant: dict | None) -> str:
-    return f"{variant['seconds'] * 1e3:.3g} ms" if variant and variant["status"] == "ok" else "–"
+    if not variant or variant["status"] != "ok":
+        return "–"
+    value = 1e3 * variant["seconds"]
+    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f} ms"
 
 
 def operator_table(entries: list[dict], rates: dict) -> str:
