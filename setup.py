@@ -19,7 +19,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 ARCHS = ("80", "90", "100")
-SOURCES = ["bindings.cpp", "plan_cpu.cpp"]
+SOURCES = ["bindings.cpp", "plan_cpu.cpp", "dechunk_cpu.cpp"]
 CUDA_SOURCES = ["plan_cuda.cu", "rows_cuda.cu"]
 
 
@@ -87,7 +87,11 @@ class Build(build_ext):
         if nvcc is None and asked not in (None, "", "none"):
             raise SystemExit(f"dcdit: DCDIT_CUDA_ARCHS={asked} needs nvcc, which is neither on PATH nor in CUDA_HOME")
         why = f"{nvcc}" if archs else "no nvcc on PATH or in CUDA_HOME" if nvcc is None else f"DCDIT_CUDA_ARCHS={asked}"
-        say(f"building _C with {cxx} for the CPU and " + (f"CUDA {', '.join(archs)} + PTX" if archs else "not CUDA") + f" ({why})")
+        say(
+            f"building _C with {cxx} for the CPU and "
+            + (f"CUDA {', '.join(archs)} + PTX" if archs else "not CUDA")
+            + f" ({why})"
+        )
         try:
             self.make(ext, cxx, nvcc, archs)
         except subprocess.CalledProcessError:

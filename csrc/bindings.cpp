@@ -67,8 +67,8 @@ void plan_fill(std::array<int, 3> dim, int axes, int batch, int64_t cells, int64
 }
 
 void move_rows([[maybe_unused]] const char* op, uintptr_t x, int64_t x_pitch, uintptr_t index, uintptr_t out, int64_t out_pitch,
-               int64_t rows, int64_t bytes, bool scatter, const Place& place) {
-    RowArgs a{at<char>(x), x_pitch, at<int64_t>(index), at<char>(out), out_pitch, rows, bytes, scatter};
+               int64_t rows, int64_t bytes, int64_t limit, bool scatter, const Place& place) {
+    RowArgs a{at<char>(x), x_pitch, at<int64_t>(index), at<char>(out), out_pitch, rows, bytes, limit, scatter};
     py::gil_scoped_release release;
     if (!place.cuda) return move_rows_cpu(a, place.threads);
 #ifdef DCDIT_CUDA
@@ -113,5 +113,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("plan_fill", plan_fill);
     m.def("move_rows", move_rows);
     m.def("scratch_ints", scratch_ints);
-    m.attr("cuda_archs") = DCDIT_CUDA_ARCHS;
+    m.attr("cuda_archs") = DCDIT_CUDA_ARCHS;  // such as "80,90,100"; empty without CUDA
+#ifdef DCDIT_CUDA
+    m.def("cuda_versions", cuda_versions);
+#endif
 }

@@ -1,13 +1,15 @@
 // What the bindings call. Nothing here allocates: outputs and scratch come from the caller.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 #include "plan.h"
 
 namespace dcdit {
 
-// Rows of `bytes` bytes each: out[i] = x[index[i]], or the other way round out[index[i]] = x[i] for a zeroed out.
+// Rows of `bytes` bytes each: out[i] = x[index[i]], zero where index[i] is -1; to scatter, out[index[i]] = x[i] into a
+// zeroed out, and -1 goes nowhere.
 struct RowArgs {
     const char* x;
     int64_t x_pitch;  // bytes from one row to the next
@@ -16,6 +18,7 @@ struct RowArgs {
     int64_t out_pitch;
     int64_t rows;
     int64_t bytes;
+    int64_t limit;  // every index is below
     bool scatter;
 };
 
@@ -29,6 +32,8 @@ void move_rows_cpu(const RowArgs& args, int threads);
 const char* plan_count_cuda(const CountArgs& args, bool is_double, void* stream);
 const char* plan_fill_cuda(const FillArgs& args, void* stream);
 const char* move_rows_cuda(const RowArgs& args, void* stream);
+// CUDA of the build, and the newest the driver knows (0 without a driver), as 1000·major + 10·minor.
+std::array<int, 2> cuda_versions();
 #endif
 
 }  // namespace dcdit

@@ -77,6 +77,12 @@ const char* last_error() {
 
 }  // namespace
 
+std::array<int, 2> cuda_versions() {
+    int driver = 0;
+    if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;
+    return {CUDART_VERSION, driver};
+}
+
 const char* plan_count_cuda(const CountArgs& a, bool is_double, void* stream) {
     const auto s = static_cast<cudaStream_t>(stream);
     if (a.batch && is_double) plan_count_kernel<double><<<a.batch, kThreads, 0, s>>>(a);

@@ -17,6 +17,7 @@ __global__ void __launch_bounds__(kThreads) move_rows_kernel(const __grid_consta
     const int64_t warps = int64_t(gridDim.x) * (kThreads / 32), words = a.bytes / int64_t(sizeof(Word));
     for (int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 32; i < a.rows; i += warps) {
         const int64_t row = a.index[i];
+        if (row < -1 || row >= a.limit) __trap();  // as PyTorch does: reading elsewhere would be silent
         if (a.scatter && row < 0) continue;
         const auto* x = reinterpret_cast<const Word*>(a.x + (a.scatter ? i : row) * a.x_pitch);
         auto* out = reinterpret_cast<Word*>(a.out + (a.scatter ? row : i) * a.out_pitch);

@@ -11,7 +11,9 @@ from .chunk_plan import ChunkPlan
 from .dechunk import dechunk
 from .ema import ema_smooth
 from .modulate import adaln_modulate, gate_residual, gate_residual_modulate
+from .pack import pack_rows, unpack_rows
 from .plan import plan_chunks
+from .varlen import pad_input, unpad_input
 
 __version__ = "0.1.0"
 
@@ -27,7 +29,11 @@ __all__ = [
     "explain",
     "gate_residual",
     "gate_residual_modulate",
+    "pack_rows",
+    "pad_input",
     "plan_chunks",
+    "unpack_rows",
+    "unpad_input",
     "use_backend",
     "varlen_attention",
 ]

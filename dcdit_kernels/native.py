@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from typing import Any
 
@@ -20,19 +21,42 @@ except ImportError as error:
 
 # The place of a mode is its number in csrc/plan.h.
 MODES = ("grid", "1d", "previous")
-# Below this many cells a second thread costs more than it saves.
+# Below this much a second thread costs more than it saves.
 CELLS_PER_THREAD = 16384
+BYTES_PER_THREAD = 1 << 20
 
 
 def missing(device: torch.device) -> str | None:
     """Reason why the extension cannot run on this device, with what to do; None where it can."""
     if _C is None:
-        return f"the extension dcdit_kernels._C is not built ({load_error}); a C++ compiler and `pip install .` build it"
-    if device.type == "cuda" and not _C.cuda_archs:
+        return (
+            f"the extension dcdit_kernels._C is not built ({load_error}); `pip install .` with a C++ compiler makes it"
+        )
+    if device.type == "cuda":
+        return _cuda_missing(device.index)
+    return None if device.type == "cpu" else f"the extension runs on cpu and cuda, got {device}"
+
+
+@functools.cache
+def _cuda_missing(index: int | None) -> str | None:
+    if not _C.cuda_archs:
         return "the extension was built without CUDA; put nvcc on PATH and run `pip install .` again"
-    if device.type not in ("cpu", "cuda"):
-        return f"the extension runs on cpu and cuda, got {device}"
+    built, driver = _C.cuda_versions()
+    if driver // 1000 < built // 1000:
+        return (
+            f"the extension was built with CUDA {cuda_name(built)} and the driver knows CUDA {cuda_name(driver)}; "
+            "build it with an older nvcc, or renew the driver"
+        )
+    major, minor = torch.cuda.get_device_capability(index)
+    oldest = min(int(arch) for arch in _C.cuda_archs.split(","))
+    if 10 * major + minor < oldest:
+        return f"the extension was built for sm_{oldest} and newer, got sm_{major}{minor}; set DCDIT_CUDA_ARCHS"
     return None
+
+
+def cuda_name(version: int) -> str:
+    """13000 as "13.0"; 0, where there is none, as "none"."""
+    return f"{version // 1000}.{version % 1000 // 10}" if version else "none"
 
 
 def plan_why_not(boundary_prob: torch.Tensor, *args: Any, **kwargs: Any) -> str | None:
@@ -93,7 +117,8 @@ def _plan_chunks(boundary_prob, grid, drop_fraction, threshold, nearest, capacit
 
     where = place(device, min(batch, 1 + batch * cells // CELLS_PER_THREAD), block)
     # Both calls see these: prefix (B·L), info (3·B), member_base (B + 1), status (2).
-    prefix, info, member_base, status = ints(batch * cells + 4 * batch + 3).split([batch * cells, 3 * batch, batch + 1, 2])
+    shared = ints(batch * cells + 4 * batch + 3)
+    prefix, info, member_base, status = shared.split([batch * cells, 3 * batch, batch + 1, 2])
     cu_seqlens, overflow = ints(batch + 1), ints()
     _C.plan_count(
         prob.data_ptr(), prob.dtype == torch.float64,
@@ -133,3 +158,58 @@ def _plan_chunks(boundary_prob, grid, drop_fraction, threshold, nearest, capacit
         member_index=member_index,
         overflow=overflow,
     )
+
+
+def pack_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """See `dcdit_kernels.pack_rows`."""
+    return _Pack.apply(x, index)
+
+
+def unpack_rows(x: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tensor:
+    """See `dcdit_kernels.unpack_rows`."""
+    return _Unpack.apply(x, index, rows)
+
+
+def rows_why_not(x: torch.Tensor, *args: Any, **kwargs: Any) -> str | None:
+    """Reason why rows cannot be moved here, or None."""
+    return "torch.compile traces the reference" if torch.compiler.is_compiling() else missing(x.device)
+
+
+class _Pack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, index):
+        ctx.save_for_backward(index)
+        ctx.rows = x.shape[0]
+        out = torch.empty(index.shape[0], *x.shape[1:], dtype=x.dtype, device=x.device)
+        return _move_rows("pack_rows", x, index, out, x.shape[0], False)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Unpack.apply(grad, *ctx.saved_tensors, ctx.rows), None
+
+
+class _Unpack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, index, rows):
+        ctx.save_for_backward(index)
+        out = torch.zeros(rows, *x.shape[1:], dtype=x.dtype, device=x.device)
+        return _move_rows("unpack_rows", x, index, out, rows, True)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Pack.apply(grad, *ctx.saved_tensors), None, None
+
+
+def _move_rows(op: str, x: torch.Tensor, index: torch.Tensor, out: torch.Tensor, limit: int, scatter: bool) -> Any:
+    """Rows keep their stride; elements within one must lie side by side. Moves bytes, whatever the type."""
+    index = index.long().contiguous()
+    if x.shape[0] and not x[0].is_contiguous():
+        x = x.contiguous()
+    size = x.element_size() * math.prod(x.shape[1:])
+    where = place(x.device, 1 + index.numel() * size // BYTES_PER_THREAD)
+    with device_of(x):
+        _C.move_rows(
+            op, x.data_ptr(), x.stride(0) * x.element_size(), index.data_ptr(), out.data_ptr(), size,
+            index.numel(), size, limit, scatter, where,
+        )  # fmt: skip
+    return out

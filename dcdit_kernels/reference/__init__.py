@@ -6,6 +6,7 @@ from .chunk import chunk
 from .dechunk import dechunk
 from .ema import ema_smooth
 from .modulate import adaln_modulate, gate_residual, gate_residual_modulate
+from .pack import pack_rows, unpack_rows
 from .plan import plan_chunks
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "ema_smooth",
     "gate_residual",
     "gate_residual_modulate",
+    "pack_rows",
     "plan_chunks",
+    "unpack_rows",
     "varlen_attention",
 ]

@@ -1,0 +1,53 @@
+"""pack_rows and unpack_rows: row gather and scatter for any dtype, each the other's gradient."""
+
+from __future__ import annotations
+
+import torch
+
+from . import _dispatch, native
+from ._check import require, shaped
+
+for _op in ("pack_rows", "unpack_rows"):
+    _dispatch.register_reference(_op)
+    _dispatch.register(_op, "native", f"dcdit_kernels.native:{_op}", native.rows_why_not)
+
+
+def pack_rows(x: torch.Tensor, index: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+    """out[i] = x[index[i]], zero where index[i] is -1.
+
+    Args:
+        x: (N, ...), any dtype; rows may be apart, as in a view of a fused tensor.
+        index: (T,) int32 or int64 in [-1, N). Where x needs a gradient no row may be taken twice.
+
+    Returns (T, ...). Raises IndexError for an index out of range; on a GPU, which the host does not wait for, the
+    launch fails instead.
+    """
+    _check("pack_rows", x, index, x.shape[0])
+    return _dispatch.run("pack_rows", backend, x, index)
+
+
+def unpack_rows(x: torch.Tensor, index: torch.Tensor, rows: int, *, backend: str | None = None) -> torch.Tensor:
+    """out[index[i]] = x[i], zero in the other rows; x[i] is left out where index[i] is -1.
+
+    Args:
+        x: (T, ...), any dtype.
+        index: (T,) int32 or int64 in [-1, rows), each row once.
+        rows: rows of the result.
+
+    Returns (rows, ...). Raises IndexError as `pack_rows` does.
+    """
+    _check("unpack_rows", x, index, rows)
+    shaped("unpack_rows", "index", index, x.shape[0])
+    return _dispatch.run("unpack_rows", backend, x, index, rows)
+
+
+def _check(op: str, x: torch.Tensor, index: torch.Tensor, rows: int) -> None:
+    require(x.dim() >= 1, "{}: x must have rows, got a scalar", op)
+    shaped(op, "index", index, None)
+    if index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: index must be int32 or int64, got {index.dtype}")
+    require(index.device == x.device, "{}: x is on {} and index on {}", op, x.device, index.device)
+    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in index.aminmax())
+        if low < -1 or high >= rows:
+            raise IndexError(f"{op}: index must be in [-1, {rows}), got {low if low < -1 else high}")

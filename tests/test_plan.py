@@ -1,0 +1,143 @@
+"""plan_chunks in C++ against the reference, bit for bit: as the CPU runs it, and as a block of CUDA threads would."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dcdit_kernels as K
+from dcdit_kernels import native, reference
+
+pytestmark = pytest.mark.skipif(native.load_error is not None, reason=f"_C is not built: {native.load_error}")
+
+BLOCKS = [1, 64]  # threads of a sample's block: the CPU's, and many as on CUDA
+GRIDS = [(7, 9), (1, 13), (5, 1), (8, 8), (3, 70), (2, 3, 4), (5, 1, 6), (3, 4, 5), (17,), (1,), (1, 1)]
+KINDS = {1: ("1d", "previous"), 2: ("2d", "1d", "previous"), 3: ("3d", "1d", "previous")}
+
+
+def assert_same(got, want):
+    for field in dataclasses.fields(want):
+        a, b = getattr(got, field.name), getattr(want, field.name)
+        if isinstance(b, torch.Tensor):
+            assert a.dtype == b.dtype and torch.equal(a, b), (field.name, a, b)
+        else:
+            assert a == b and type(a) is type(b), (field.name, a, b)
+
+
+def masks(grid, batch, gen):
+    """Samples (batch, L) of probabilities: each mask as empty, full, ... once, and random ones of any share."""
+    cells = math.prod(grid)
+    place = torch.stack(torch.unravel_index(torch.arange(cells), grid))
+    share = torch.rand(batch, 1, generator=gen)
+    kept = torch.rand(batch, cells, generator=gen) < share
+    shapes = [
+        torch.zeros(cells, dtype=torch.bool),
+        torch.ones(cells, dtype=torch.bool),
+        torch.arange(cells) == cells // 2,
+        torch.arange(cells) % max(cells - 1, 1) == 0,  # both ends
+        place.sum(0) % 2 == 0,  # a checkerboard: every refilled cell ties
+        place[-1] % 3 == 0,  # stripes
+        place[0] % 3 == 1,
+    ]
+    return torch.cat([torch.stack(shapes), kept])
+
+
+@settings(max_examples=120, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 2**32))
+def test_bit_identical_to_the_reference(data, seed):
+    gen = torch.Generator().manual_seed(seed)
+    grid = data.draw(st.one_of(st.sampled_from(GRIDS), st.tuples(st.integers(1, 20), st.integers(1, 20))))
+    cells, batch = math.prod(grid), data.draw(st.integers(0, 5))
+    kept = masks(grid, batch, gen)
+    batch = kept.shape[0]
+    levels = data.draw(st.sampled_from([1, 3, 1000]))  # few levels: the drop ends among equals
+    value = torch.randint(0, levels, kept.shape, generator=gen) / levels
+    dtype = data.draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
+    threshold = data.draw(st.sampled_from([0.5, 0.7, 0.0]))
+    high = threshold + (1 - threshold) * (0.1 + 0.9 * value)
+    prob = torch.where(kept, high, threshold * value).to(dtype)
+    drop = data.draw(st.sampled_from([0.0, 0.3, 0.999]))
+    if data.draw(st.booleans()):
+        drop = torch.rand(batch, generator=gen, dtype=torch.float64) * 0.9999
+    capacity = data.draw(st.one_of(st.none(), st.integers(0, batch * cells + 5)))
+    kind = data.draw(st.sampled_from(KINDS[len(grid)]))
+    want = reference.plan_chunks(prob, grid, drop, threshold, kind, capacity)
+    for block in BLOCKS:
+        assert_same(native.plan_chunks(prob, grid, drop, threshold, kind, capacity, block=block), want)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_values_of_any_sign_and_size(block):
+    """Selection orders floats by their bits: both signs, both zeros, infinity, and the smallest numbers."""
+    edge = [-0.9, -1e-40, -0.0, 0.0, 1e-45, 1e-40, 0.3, 1.0, 1 + 2**-23, 3e38, math.inf]
+    for dtype in (torch.float32, torch.float64):
+        gen = torch.Generator().manual_seed(1)
+        prob = torch.tensor(edge, dtype=dtype)[torch.randint(0, len(edge), (40, 60), generator=gen)]
+        drop = torch.linspace(0, 0.95, 40)
+        got = native.plan_chunks(prob, (60,), drop, -0.95, "1d", block=block)
+        assert_same(got, reference.plan_chunks(prob, (60,), drop, -0.95, "1d"))
+
+
+def test_large_grids():
+    """65 536 cells in a grid and in a line, where squared distances pass 32 bits; many samples."""
+    gen = torch.Generator().manual_seed(0)
+    for grid, batch, share in [
+        ((256, 256), 1, 0.005),
+        ((1, 65536), 1, 0.002),
+        ((32768, 2), 1, 0.001),
+        ((4, 4), 3000, 0.2),
+    ]:
+        value = torch.rand(batch, math.prod(grid), generator=gen)
+        prob = torch.where(value < share, 0.5 + value / share / 3, 0.4)
+        want = reference.plan_chunks(prob, grid, 0.25)
+        assert_same(native.plan_chunks(prob, grid, 0.25), want)
+        if batch == 1 and grid[0] < 1000:
+            assert_same(native.plan_chunks(prob, grid, 0.25, block=64), want)
+
+
+def test_threads_do_not_change_a_bit():
+    prob = torch.rand(32, 48 * 48, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    try:
+        plans = []
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            plans.append(K.plan_chunks(prob, (48, 48), 0.4, backend="native"))
+    finally:
+        torch.set_num_threads(before)
+    for plan in plans[1:]:
+        assert_same(plan, plans[0])
+
+
+def test_strided_input_and_no_samples():
+    wide = torch.rand(24, 3, generator=torch.Generator().manual_seed(0))
+    prob = wide.T  # (3, 24), cells apart
+    assert_same(native.plan_chunks(prob, (4, 6), 0.1), reference.plan_chunks(prob.contiguous(), (4, 6), 0.1))
+    for capacity in (None, 4):
+        want = reference.plan_chunks(torch.empty(0, 6), (2, 3), capacity=capacity)
+        for block in BLOCKS:
+            assert_same(native.plan_chunks(torch.empty(0, 6), (2, 3), capacity=capacity, block=block), want)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("capacity", [None, 9])
+def test_bad_input_is_named(backend, capacity):
+    prob = torch.full((3, 6), 0.7)
+    prob[1, 4] = prob[2, 0] = math.nan
+    with pytest.raises(ValueError, match="boundary_prob has 2 NaN, the first in sample 1 at cell 4"):
+        K.plan_chunks(prob, (2, 3), capacity=capacity, backend=backend)
+    for drop in (1.0, -0.1, math.nan, torch.tensor([0.0, 0.5, 1.0])):
+        with pytest.raises(ValueError, match=r"drop_fraction must be in \[0, 1\), got (1.0|-0.1|nan)"):
+            K.plan_chunks(torch.rand(3, 6), (2, 3), drop, backend=backend)
+
+
+def test_a_missing_extension_says_what_to_do(monkeypatch):
+    """The reference runs, and asking for the extension gives the load error and the remedy."""
+    monkeypatch.setattr(native, "_C", None)
+    monkeypatch.setattr(native, "load_error", "no such file")
+    assert K.plan_chunks(torch.rand(1, 6), (2, 3)).batch_size == 1
+    with pytest.raises(K.BackendError, match=r"plan_chunks: backend 'native' cannot run.*no such file.*pip install"):
+        K.plan_chunks(torch.rand(1, 6), (2, 3), backend="native")
