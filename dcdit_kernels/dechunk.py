@@ -7,7 +7,7 @@ import torch
 from . import _dispatch, _ops, _triton_support
 from ._check import floating, packed, require, shaped
 from .chunk_plan import ChunkPlan
-from .cpu._rows import why_not as cpu_why_not
+from .cpu.dechunk import why_not as cpu_why_not
 
 SMOOTHING = ("gaussian", "ema", None)
 

@@ -293,13 +293,15 @@ def test_autocast_does_not_reach_the_accumulation(backend):
 def test_backend_choice_is_explicit():
     prob, plan = make((7, 9), "quarter")
     x = torch.randn(plan.capacity, 8)
-    with pytest.raises(K.BackendError, match="chunk has no native implementation"):
-        K.chunk(torch.randn(3, 63, 8), plan, backend="native")
+    with pytest.raises(K.BackendError, match="plan_chunks has no triton implementation"):
+        K.plan_chunks(prob, (7, 9), backend="triton")
     with pytest.raises(K.BackendError, match="unknown backend 'cuda'"), K.use_backend("cuda"):
         pass
     assert K.explain("dechunk", x, prob, plan).startswith("dechunk: native (asked for: auto)")
     with K.use_backend("reference"):
         assert K.explain("dechunk", x, prob, plan).startswith("dechunk: reference (asked for: reference)")
+    with K.use_backend("triton"):  # speaks to the operators that have Triton kernels
+        assert K.plan_chunks(prob, (7, 9)).capacity == plan.capacity
 
 
 def test_operators_name_what_came():

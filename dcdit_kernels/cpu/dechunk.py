@@ -1,17 +1,27 @@
-"""dechunk on the CPU: smoothing as two small matrix products per axis, plug-back and its gradient as gathers.
+"""dechunk on the CPU: sums over the retained cells near each one, plug-back and its gradient, in csrc/dechunk_cpu.cpp.
 
-Gaussian weights factor over the axes of the grid, so Σ_j w_ij x_j is the blur of p̃·x on the grid and Σ_j w_ij the blur
-of p̃ (METHOD section 2): L·(H + W)·D multiply-adds in matrix products instead of M²·D and an M×M matrix of weights.
+With K retained cells inside 6σ of a cell on average: T·K·D multiply-adds forward and twice that backward, and each
+tensor is read and written once. No (M, M) or (L, M) buffer.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 
+from .. import native
 from ..chunk_plan import ChunkPlan
 from ..reference._packed import accumulate_dtype
 from ..reference.ema import ema_smooth
-from ._rows import live_count, segment_sum, with_tail
+from . import _rows
+from ._rows import live_count, with_tail
+
+
+def why_not(*args: Any, **kwargs: Any) -> str | None:
+    """Reason why this formulation cannot take these arguments, or None."""
+    return _rows.why_not(*args, **kwargs) or native.missing(torch.device("cpu"))
 
 
 def dechunk(
@@ -28,7 +38,7 @@ def dechunk(
     live = live_count(plan)
     rows = x[:live].to(dtype)
     if smoothing == "gaussian":
-        rows = gaussian_smooth(rows, prob, plan, sigma)
+        rows = Smooth.apply(rows.contiguous(), prob, plan, sigma)
     elif smoothing == "ema":
         rows = ema_smooth(with_tail(rows, plan.capacity), prob, plan)[:live]
     if residual is not None:
@@ -36,28 +46,31 @@ def dechunk(
     return PlugBack.apply(rows, prob, residual, plan).to(x.dtype)
 
 
-def gaussian_smooth(rows: torch.Tensor, prob: torch.Tensor, plan: ChunkPlan, sigma: float) -> torch.Tensor:
-    """p̃ x + (1 - p̃) blur(p̃ x) / (blur(p̃) + 1e-8) at the retained cells; (live, D) → (live, D)."""
-    cell = plan.token_index[: rows.shape[0]].long()
-    confidence = prob.flatten().index_select(0, cell).clamp(1e-4, 1 - 1e-4)[:, None]
-    total = _blur(_to_grid(confidence, cell, plan), plan, sigma).index_select(0, cell)
-    mixed = _blur(_to_grid(confidence * rows, cell, plan), plan, sigma).index_select(0, cell)
-    return torch.lerp(mixed / (total + 1e-8), rows, confidence)
+class Smooth(torch.autograd.Function):
+    """p̃ x + (1 - p̃) s, s = Σ w x / (Σ w + 1e-8), on live rows (T, D). Gradients as derived in `triton/smooth.py`."""
 
+    @staticmethod
+    def forward(ctx, rows, prob, plan, sigma):
+        cell = plan.token_index[: rows.shape[0]].long()
+        own = prob.flatten().index_select(0, cell)
+        confidence = own.clamp(1e-4, 1 - 1e-4)
+        smoothed, total = window_sum(rows, confidence, plan, sigma)
+        smoothed /= (total + 1e-8)[:, None]
+        ctx.save_for_backward(rows, own, confidence, smoothed, total)
+        ctx.plan, ctx.sigma, ctx.cell, ctx.prob_shape = plan, sigma, cell, prob.shape
+        return torch.lerp(smoothed, rows, confidence[:, None])
 
-def _to_grid(rows: torch.Tensor, cell: torch.Tensor, plan: ChunkPlan) -> torch.Tensor:
-    return rows.new_zeros(plan.batch_size * plan.cells, rows.shape[1]).index_copy(0, cell, rows)
-
-
-def _blur(field: torch.Tensor, plan: ChunkPlan, sigma: float) -> torch.Tensor:
-    """Gaussian sums along every axis of the grid, without a border: (B·L, D) → (B·L, D)."""
-    width, inner = field.shape[1], 1
-    for size in reversed(plan.grid):
-        place = torch.arange(size, dtype=field.dtype)
-        weight = torch.exp(-(place[:, None] - place).square() / (2 * sigma**2))
-        field = torch.matmul(weight, field.view(-1, size, inner * width))
-        inner *= size
-    return field.view(-1, width)
+    @staticmethod
+    def backward(ctx, grad):
+        rows, own, confidence, smoothed, total = ctx.saved_tensors
+        share = (1 - confidence) / (total + 1e-8)
+        spread, _ = window_sum(grad.contiguous(), share, ctx.plan, ctx.sigma)
+        along = torch.linalg.vecdot(grad, smoothed)
+        _, lost = window_sum(grad[:, :0], share * along, ctx.plan, ctx.sigma)
+        moved = torch.linalg.vecdot(grad, rows) - along + torch.linalg.vecdot(spread, rows) - lost
+        moved = torch.where((own >= 1e-4) & (own <= 1 - 1e-4), moved, 0.0)
+        grad_prob = rows.new_zeros(math.prod(ctx.prob_shape)).index_copy(0, ctx.cell, moved).view(ctx.prob_shape)
+        return spread.add_(grad).mul_(confidence[:, None]), grad_prob, None, None
 
 
 class PlugBack(torch.autograd.Function):
@@ -65,32 +78,40 @@ class PlugBack(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows, prob, residual, plan):
+        rows = rows.contiguous()
         ctx.save_for_backward(rows, prob)
         ctx.plan, ctx.has_residual = plan, residual is not None
-        out = _plug(rows, plan)
-        if residual is not None:
-            out += residual
+        residual = None if residual is None else residual.contiguous()
+        out = rows.new_empty(plan.batch_size, plan.cells, rows.shape[1])
+        native._C.plug(
+            rows.dtype == torch.float64, plan.nearest.data_ptr(), plan.nearest.numel(), rows.shape[1],
+            rows.data_ptr(), 0 if residual is None else residual.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
         return out
 
     @staticmethod
     def backward(ctx, grad):
         rows, prob = ctx.saved_tensors
         plan = ctx.plan
-        grad_rows = grad_prob = None
-        if ctx.needs_input_grad[0]:
-            offsets = plan.member_offsets[: rows.shape[0] + 1]
-            grad_rows = segment_sum(grad.reshape(-1, rows.shape[1]), offsets, plan.member_index)
-        if ctx.needs_input_grad[1]:
-            # STE: 1 forward; s = max(p, 1 - p) gets Σ_D (∂y · plugged), half of it each way where p = 1/2.
-            grad_prob = torch.linalg.vecdot(grad, _plug(rows, plan)) * torch.sign(2 * prob - 1)
-        return grad_rows, grad_prob, grad if ctx.has_residual else None, None
+        dense = grad.contiguous()
+        grad_rows, through = torch.empty_like(rows), torch.zeros_like(prob)
+        native._C.plug_backward(
+            rows.dtype == torch.float64, plan.member_offsets.data_ptr(), plan.member_index.data_ptr(), *rows.shape,
+            dense.data_ptr(), rows.data_ptr(), grad_rows.data_ptr(), through.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        # STE: 1 forward; s = max(p, 1 - p) gets Σ_D (∂y · plugged), nothing where p = 1/2.
+        return grad_rows, through * torch.sign(2 * prob - 1), grad if ctx.has_residual else None, None
 
 
-def _plug(rows: torch.Tensor, plan: ChunkPlan) -> torch.Tensor:
-    """(B, L, D): the row that refills each cell, zero where none does."""
-    if rows.shape[0] == 0:
-        return rows.new_zeros(plan.batch_size, plan.cells, rows.shape[1])
-    out = rows.index_select(0, plan.nearest.clamp(min=0))
-    if int(plan.nearest.min()) < 0:
-        out[plan.nearest < 0] = 0
-    return out.view(plan.batch_size, plan.cells, -1)
+def window_sum(
+    x: torch.Tensor, weight: torch.Tensor, plan: ChunkPlan, sigma: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(Σ_j k_ij weight_j x_j, Σ_j k_ij weight_j), k_ij = exp(-|u_i - u_j|² / 2σ²), over cells within 6σ (9σ in float64) on each axis."""
+    out, total = torch.empty_like(x), torch.empty_like(weight)
+    radius = min(math.ceil((9 if x.dtype == torch.float64 else 6) * sigma), plan.cells)
+    native._C.window_sum(
+        weight.dtype == torch.float64, plan.token_index.data_ptr(), plan.sample_index.data_ptr(),
+        plan.cu_seqlens.data_ptr(), *x.shape, (1, 1, *plan.grid)[-3:], radius, sigma,
+        x.data_ptr(), weight.contiguous().data_ptr(), out.data_ptr(), total.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out, total
