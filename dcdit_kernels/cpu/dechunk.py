@@ -106,7 +106,7 @@ class PlugBack(torch.autograd.Function):
 def window_sum(
     x: torch.Tensor, weight: torch.Tensor, plan: ChunkPlan, sigma: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(Σ_j k_ij weight_j x_j, Σ_j k_ij weight_j), k_ij = exp(-|u_i - u_j|² / 2σ²), over cells within 6σ (9σ in float64) on each axis."""
+    """(Σ_j k_ij weight_j x_j, Σ_j k_ij weight_j) over the sample's cells j within 6σ (9σ in float64) on each axis."""
     out, total = torch.empty_like(x), torch.empty_like(weight)
     radius = min(math.ceil((9 if x.dtype == torch.float64 else 6) * sigma), plan.cells)
     native._C.window_sum(
