@@ -86,12 +86,9 @@ class Build(build_ext):
         archs = cuda_archs(nvcc) if nvcc else []
         if nvcc is None and asked not in (None, "", "none"):
             raise SystemExit(f"dcdit: DCDIT_CUDA_ARCHS={asked} needs nvcc, which is neither on PATH nor in CUDA_HOME")
-        why = f"{nvcc}" if archs else "no nvcc on PATH or in CUDA_HOME" if nvcc is None else f"DCDIT_CUDA_ARCHS={asked}"
-        say(
-            f"building _C with {cxx} for the CPU and "
-            + (f"CUDA {', '.join(archs)} + PTX" if archs else "not CUDA")
-            + f" ({why})"
-        )
+        cuda = f"CUDA {', '.join(archs)} + PTX with {nvcc}" if archs else "without CUDA"
+        why = "" if archs else " (no nvcc on PATH or in CUDA_HOME)" if nvcc is None else f" (DCDIT_CUDA_ARCHS={asked})"
+        say(f"building dcdit_kernels._C with {cxx} for the CPU, {cuda}{why}")
         try:
             self.make(ext, cxx, nvcc, archs)
         except subprocess.CalledProcessError:
