@@ -10,7 +10,7 @@ import torch
 
 from dcdit import DCDiTConfig, preset
 
-OPERATORS = ("plan", "chunk", "dechunk", "boundary", "cosine", "modulate", "attention")
+OPERATORS = ("plan", "chunk", "dechunk", "boundary", "cosine", "modulate", "attention", "pad")
 MODELS = ("forward", "train", "sample")
 GROUPS = (*MODELS, *OPERATORS)
 

@@ -30,6 +30,12 @@ def main() -> int:
                     return 3
                 ran += 1
                 print(grid, batch, capacity, drop, plan.cu_seqlens.tolist())
+    for shape, step in (((37, 5), 1), ((64, 128), 2), ((1, 3), 1)):
+        rows = torch.randn(*shape, generator=generator)[:, ::step].to(device)
+        index = torch.arange(shape[0] - 1, -1, -1, device=device)
+        index[::3] = -1
+        packed = K.pack_rows(rows, index, backend="native")
+        print(shape, tuple(K.unpack_rows(packed, index, shape[0], backend="native").shape))
     print(f"{ran} plans")
     return 0
 

@@ -59,7 +59,8 @@ def _problem(
     compiled: bool,
     result: Callable[[object], Tensors] | None = None,
 ) -> Problem:
-    """`ours(backend, *inputs)` on each back-end that runs here, beside `plain`."""
+    """`ours(backend, *inputs)` on each back-end that runs here, beside `plain`; `result` brings its outputs into the
+    common form."""
     extra = {} if result is None else {"result": result}
     variants, absent = {}, {}
     for backend in OURS:
@@ -76,7 +77,7 @@ def _problem(
     if compiled:
         variants["plain compiled"] = Variant(torch.compile(plain.run), plain.prepare, plain.result)
     family = Family(lambda *a: ours("reference", *a), **extra)
-    clock = "events" if case.group == "plan" else "graph"  # an exact plan brings two numbers to the host
+    clock = "events" if case.group in ("plan", "pad") else "graph"  # an exact plan brings two numbers to the host
     return Problem(inputs, variants, {"": family}, work, reduction, case.backward, absent, clock)
 
 
@@ -200,6 +201,37 @@ def attention_problem(case: Case, device: str, compiled: bool) -> Problem:
     return _problem(case, (qkv,), ours, plain, work, plan.max_seqlen, compiled)
 
 
+def pad_problem(case: Case, device: str, compiled: bool) -> Problem:
+    """unpad_input and pad_input one after the other on (B, L, D), beside flash-attn's own where it is installed."""
+    mask = routed_prob(case, device) > 0.5
+    tokens, cells = int(mask.sum()), case.side**2
+    x = _draw(case, device, case.batch, cells, case.config.hidden_size)
+
+    def ours(backend: str, x: torch.Tensor) -> torch.Tensor:
+        if backend == "triton":
+            raise K.BackendError("unpad_input and pad_input have no triton implementation")
+        with K.use_backend(backend):
+            rows, indices, *_ = K.unpad_input(x, mask)
+            return K.pad_input(rows, indices, case.batch, cells)
+
+    moved = x.nbytes / (case.batch * cells) * 3 * tokens + x.nbytes
+    plain = Variant(lambda x: baselines.unpad_and_pad(x, mask))
+    work = Work(moved * (1 + case.backward), 0, tokens)
+    problem = _problem(case, (x,), ours, plain, work, 1, compiled)
+    try:
+        from flash_attn import bert_padding
+    except ImportError as error:
+        problem.absent["flash-attn"] = str(error)
+        return problem
+
+    def flash(x: torch.Tensor) -> torch.Tensor:
+        rows, indices, *_ = bert_padding.unpad_input(x, mask)
+        return bert_padding.pad_input(rows, indices, case.batch, cells)
+
+    problem.variants["flash-attn"] = Variant(flash)
+    return problem
+
+
 BUILDERS = {
     "plan": plan_problem,
     "chunk": chunk_problem,
@@ -208,4 +240,5 @@ BUILDERS = {
     "cosine": cosine_problem,
     "modulate": modulate_problem,
     "attention": attention_problem,
+    "pad": pad_problem,
 }

@@ -22,6 +22,7 @@ GROUP_TITLES = {
     "cosine": "Boundary scores, cosine",
     "modulate": "adaLN and gate",
     "attention": "Varlen attention",
+    "pad": "unpad_input, then pad_input",
     "forward": "Forward pass",
     "train": "Training step (forward, backward, AdamW)",
     "sample": "Sampling loop with Lite-CFG (conditional half at ρ = 0, unconditional at ρ = 0.9)",
@@ -160,6 +161,12 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in ruled) + "\n"
 
 
+def present(entries: list[dict], names: tuple[str, ...]) -> list[str]:
+    """Those of the variants that were there in any of the cases."""
+    seen = {name for entry in entries for name, v in entry["variants"].items() if v["status"] != "absent"}
+    return [name for name in names if name in seen]
+
+
 def size(entry: dict) -> str:
     case = entry["case"]
     name = case["size"] if case["size"] == "digits" else f"{case['size']}, {8 * case['side']} px"
@@ -175,7 +182,8 @@ def milliseconds(variant: dict | None) -> str:
 
 def operator_table(entries: list[dict], rates: dict) -> str:
     """Ratios over the straightforward formulation, then what the fastest of ours does with the machine."""
-    head = ["size", "kept", "pass", "plain", "native", "triton", "reference", "plain compiled"]
+    others = present(entries, ("native", "triton", "reference", "flash-attn", "plain compiled"))
+    head = ["size", "kept", "pass", "plain", *others]
     head += ["of copy rate", "of matmul rate", "peak memory, plain → ours"]
     rows = []
     for entry in entries:
@@ -183,7 +191,7 @@ def operator_table(entries: list[dict], rates: dict) -> str:
         ours = [variants[n] for n in ("native", "triton", "reference") if variants.get(n, {}).get("status") == "ok"]
         row = [size(entry), f"{case['share']:g}", "fwd+bwd" if case["backward"] else "fwd"]
         row += [milliseconds(variants.get("plain"))]
-        row += [ratio_cell(entry, name) for name in ("native", "triton", "reference", "plain compiled")]
+        row += [ratio_cell(entry, name) for name in others]
         if ours:
             best, plain = min(ours, key=lambda v: v["seconds"]), variants["plain"]
             compute = entry["flops"] / best["seconds"] / rates["matmul_flops_per_s"].get(case["dtype"], float("nan"))
@@ -199,8 +207,9 @@ def operator_table(entries: list[dict], rates: dict) -> str:
 
 def model_table(entries: list[dict], rates: dict) -> str:
     """Time and FLOPs over the plain DiT's, and the part of the FLOPs saved that became time saved."""
-    head = ["size", "kept", "ρ", "DiT/2", "FLOPs", "dcdit", "realised saving", "plain operators", "dcdit reference"]
-    head += ["plain operators compiled", "dcdit compiled", "DiT/2 compiled"]
+    others = present(entries, ("plain", "dcdit reference", "plain compiled", "dcdit compiled", "DiT/2 compiled"))
+    head = ["size", "kept", "ρ", "DiT/2", "FLOPs", "dcdit", "realised saving"]
+    head += [name.replace("plain", "plain operators") for name in others]
     rows = []
     for entry in entries:
         case, won = entry["case"], saving(entry)

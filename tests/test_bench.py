@@ -234,7 +234,7 @@ def write_report(folder, *runs):
 
 def test_report_takes_the_newest(tmp_path):
     text = write_report(tmp_path, synthetic("2026-01-02", 1.0), synthetic("2026-01-01", 3.0))
-    assert "| S, 256 px, B 4 | 0.25 | fwd | 2,000 ms | 0.50 (0.50–0.50) | **failed** | – | – | 10% | 10.0% |" in text
+    assert "| S, 256 px, B 4 | 0.25 | fwd | 2,000 ms | 0.50 (0.50–0.50) | **failed** | 10% | 10.0% |" in text
     assert "dechunk-S, triton (result 0 is off by 1, allowed 0.1)" in text
     assert "[0.json]" in text and "[1.json]" not in text
     assert "No GPU has been measured" in text

@@ -23,7 +23,7 @@ pytestmark = [
 ]
 DEVICE = "cuda"
 # Every operator with the back-ends that must run on a GPU where the extension is built.
-EXPECTED = {group: {"triton"} for group in OPERATORS} | {"plan": {"native"}}
+EXPECTED = {group: {"triton"} for group in OPERATORS} | {"plan": {"native"}, "pad": {"native"}}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -5,6 +5,7 @@ from .boundary import cosine, predictability
 from .chunk import chunk
 from .dechunk import dechunk
 from .modulate import gate_modulate
+from .pad import unpad_and_pad
 from .plan import PaddedPlan, pad_rows, plan
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "pad_rows",
     "plan",
     "predictability",
+    "unpad_and_pad",
 ]
