@@ -52,6 +52,7 @@ def write_ninja(folder: Path, target: Path, cxx: str, nvcc: str | None, archs: l
     undefined = " -undefined dynamic_lookup" if sys.platform == "darwin" else ""
     link = f"{nvcc} -shared -cudart static" if archs else f"{cxx} -shared{undefined} -pthread"
     lines = [
+        f"builddir = {escaped(folder)}",
         "rule cxx",
         f"  command = {cxx} {flags} {defines} {includes} -pthread -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from typing import Any
 
@@ -37,7 +36,7 @@ def missing(device: torch.device) -> str | None:
     return None if device.type == "cpu" else f"the extension runs on cpu and cuda, got {device}"
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _cuda_missing(index: int | None) -> str | None:
     if not _C.cuda_archs:
         return "the extension was built without CUDA; put nvcc on PATH and run `pip install .` again"
@@ -76,7 +75,6 @@ def device_of(tensor: torch.Tensor) -> Any:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-@torch.compiler.disable
 def plan_chunks(
     boundary_prob: torch.Tensor,
     grid: tuple[int, ...],

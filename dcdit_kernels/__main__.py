@@ -1,0 +1,70 @@
+"""`python -m dcdit_kernels`: what is here, what is missing, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+
+import torch
+
+from . import __version__, _dispatch, native
+
+# Distributions, each with what it is for.
+PACKAGES = {
+    "triton": "kernels that move features",
+    "flash-attn": "attention, flash-attn 2",
+    "flash-attn-3": "attention, flash-attn 3",
+    "flash-attn-4": "attention, flash-attn 4",
+}
+
+
+def versions() -> list[str]:
+    """What runs here, a line each."""
+    lines = [f"dcdit_kernels {__version__}, Python {platform.python_version()} on {platform.platform()}"]
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+    lines.append(f"torch {torch.__version__} ({cuda if torch.version.cuda or torch.version.hip else 'CPU build'})")
+    for name, purpose in PACKAGES.items():
+        try:
+            lines.append(f"{name} {importlib.metadata.version(name)} ({purpose})")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"{name}: not installed ({purpose})")
+    return lines
+
+
+def extension() -> list[str]:
+    """The compiled part, and the CUDA it was made for."""
+    if native._C is None:
+        return [f"extension: {native.missing(torch.device('cpu'))}"]
+    if not native._C.cuda_archs:
+        return [f"extension: {native._C.__file__}, CPU only"]
+    built, driver = (native.cuda_name(version) for version in native._C.cuda_versions())
+    archs = " ".join(f"sm_{arch}" for arch in native._C.cuda_archs.split(","))
+    return [f"extension: {native._C.__file__}, CPU and {archs} + PTX, CUDA {built} (driver: {driver})"]
+
+
+def gpus() -> list[str]:
+    """The GPUs that torch sees."""
+    if not torch.cuda.is_available():
+        return ["GPU: none that torch can use"]
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [
+        f"GPU {i}: {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory >> 20} MiB" for i, gpu in enumerate(found)
+    ]
+
+
+def operators(device: str) -> list[str]:
+    """Each operator's back-ends for small tensors on this device: which one is taken, and why not the others."""
+    x = torch.zeros(1, 1, 8, dtype=torch.bfloat16 if device == "cuda" else torch.float32, device=device)
+    return [_dispatch.explain(op, x, x, x) for op in sorted(_dispatch._registry)]
+
+
+def main() -> None:
+    """Print all of it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lines = [*versions(), *extension(), *gpus(), "", f"Operators on {device}:", *operators(device)]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
