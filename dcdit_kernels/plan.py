@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from . import _dispatch, native
+from . import _dispatch, _ops, native
 from ._check import floating, require, shaped
 from .chunk_plan import ChunkPlan
 
@@ -44,26 +44,61 @@ def plan_chunks(
     Raises ValueError for a wrong shape, grid, ρ or probability, BackendError where `backend` cannot run.
     """
     grid = tuple(grid)
-    require(nearest in NEAREST, f"plan_chunks: nearest must be one of {NEAREST}, got {nearest!r}")
-    require(
-        len(grid) in (1, 2, 3) and min(grid) >= 1,
-        f"plan_chunks: grid must be (L,), (H, W) or (F, H, W), got {grid}",
-    )
+    require(nearest in NEAREST, "plan_chunks: nearest must be one of {}, got {!r}", NEAREST, nearest)
+    fits = len(grid) in (1, 2, 3) and min(grid) >= 1
+    require(fits, "plan_chunks: grid must be (L,), (H, W) or (F, H, W), got {}", grid)
     if nearest in ("2d", "3d"):
-        require(
-            len(grid) == int(nearest[0]),
-            f"plan_chunks: nearest={nearest!r} needs a {nearest} grid, got {grid}",
-        )
+        fits = len(grid) == int(nearest[0])
+        require(fits, "plan_chunks: nearest={!r} needs a {} grid, got {}", nearest, nearest, grid)
     floating("plan_chunks", boundary_prob=boundary_prob)
     shaped("plan_chunks", "boundary_prob", boundary_prob, None, math.prod(grid))
+    require(capacity is None or capacity >= 0, "plan_chunks: capacity must not be negative, got {}", capacity)
+    compiling = torch.compiler.is_compiling()
     if isinstance(drop_fraction, torch.Tensor):
         if drop_fraction.dim() > 0:
             shaped("plan_chunks", "drop_fraction", drop_fraction, boundary_prob.shape[0])
-        # On a GPU the check would be a synchronisation.
-        fraction = drop_fraction.tolist() if drop_fraction.device.type == "cpu" else []
+        if drop_fraction.device.type == "cpu" and not compiling:  # on a GPU this look would be a synchronisation
+            bad = drop_fraction[~((drop_fraction >= 0) & (drop_fraction < 1))].tolist()
+            require(not bad, "plan_chunks: drop_fraction must be in [0, 1), got {}", *bad[:1])
     else:
-        fraction = drop_fraction
-    for rho in fraction if isinstance(fraction, list) else [fraction]:
-        require(0 <= rho < 1, f"plan_chunks: drop_fraction must be in [0, 1), got {rho}")
-    require(capacity is None or capacity >= 0, f"plan_chunks: capacity must not be negative, got {capacity}")
-    return _dispatch.run("plan_chunks", backend, boundary_prob, grid, drop_fraction, threshold, nearest, capacity)
+        require(0 <= drop_fraction < 1, "plan_chunks: drop_fraction must be in [0, 1), got {}", drop_fraction)
+    if not compiling:
+        return _dispatch.run("plan_chunks", backend, boundary_prob, grid, drop_fraction, threshold, nearest, capacity)
+    given = drop_fraction if isinstance(drop_fraction, torch.Tensor) else None
+    rho = 0.0 if given is not None else drop_fraction
+    tensors = torch.ops.dcdit.plan_chunks(boundary_prob, given, rho, grid, threshold, nearest, capacity, backend)
+    parts = dict(zip(_ops.PLAN_TENSORS, tensors, strict=True))
+    # A graph does not know the longest sample before it runs; max_seqlen may be an upper bound.
+    rows = parts["token_index"].shape[0]
+    return ChunkPlan(grid, boundary_prob.shape[0], rows, math.prod(grid), **parts)
+
+
+def _plan_tensors(prob, fractions, fraction, grid, threshold, nearest, capacity, backend):
+    drop_fraction = fraction if fractions is None else fractions
+    plan = _dispatch.run(
+        "plan_chunks", backend, prob.detach(), tuple(grid), drop_fraction, threshold, nearest, capacity
+    )
+    return [getattr(plan, part) for part in _ops.PLAN_TENSORS]
+
+
+def _plan_fake(prob, fractions, fraction, grid, threshold, nearest, capacity, backend):
+    batch, cells = prob.shape
+    rows = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
+    shapes = {
+        "cu_seqlens": (batch + 1,),
+        "token_index": (rows,),
+        "sample_index": (rows,),
+        "nearest": (batch * cells,),
+        "member_offsets": (rows + 1,),
+        "member_index": (batch * cells,),
+        "overflow": (),
+    }
+    return [prob.new_empty(shapes[part], dtype=torch.int32) for part in _ops.PLAN_TENSORS]
+
+
+_ops.implement(
+    "plan_chunks(Tensor boundary_prob, Tensor? drop_fractions, float drop_fraction, int[] grid, float threshold, "
+    "str nearest, SymInt? capacity, str? backend) -> Tensor[]",
+    _plan_tensors,
+    _plan_fake,
+)
