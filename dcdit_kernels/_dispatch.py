@@ -21,6 +21,8 @@ CHOICES = ("auto", *BACKENDS)
 
 # op -> backend -> ("module:function", why_not). why_not gets the operator's arguments and returns a reason or None.
 _registry: dict[str, dict[str, tuple[str, Callable[..., str | None]]]] = {}
+# op -> what `explain` adds about a choice that a back-end makes inside.
+_details: dict[str, Callable[..., list[str]]] = {}
 
 
 class _Choice(threading.local):
@@ -44,6 +46,11 @@ def register(op: str, backend: str, target: str, why_not: Callable[..., str | No
 def register_reference(op: str) -> None:
     """Register the operator of the same name in `dcdit_kernels.reference`, which runs everywhere."""
     register(op, "reference", f"dcdit_kernels.reference:{op}", lambda *args, **kwargs: None)
+
+
+def register_details(op: str, lines: Callable[..., list[str]]) -> None:
+    """Let `explain` add these lines, made from the operator's arguments."""
+    _details[op] = lines
 
 
 @contextlib.contextmanager
@@ -110,6 +117,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     for name in BACKENDS:
         if name != chosen:
             lines.append(f"  {name}: {why_not(op, name, *args, **kwargs) or 'can run'}")
+    if op in _details:
+        lines += _details[op](*args, **kwargs)
     return "\n".join(lines)
 
 

@@ -78,7 +78,15 @@ def run(op: str, backend: str | None, **inputs: Any) -> Any:
     parts = [] if plan is None else [getattr(plan, part) for part in PLAN_TENSORS]
     sizes = [] if plan is None else [plan.max_seqlen, *plan.grid]
     constants = (parts and sizes, *(inputs[c] for c in spec.constants), name)
-    return _Call.apply(op, constants, *(inputs[t] for t in spec.tensors), *parts)
+    tensors = [inputs[t] for t in spec.tensors]
+    if torch.compiler.is_compiling():
+        tensors = [_distinct(tensor, tensors[:i]) for i, tensor in enumerate(tensors)]
+    return _Call.apply(op, constants, *tensors, *parts)
+
+
+def _distinct(tensor: torch.Tensor | None, before: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """A view where the tensor came before: torch.compile wants no input of an autograd.Function twice."""
+    return tensor.view_as(tensor) if tensor is not None and any(tensor is other for other in before) else tensor
 
 
 class _Call(torch.autograd.Function):

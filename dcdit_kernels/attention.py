@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from . import _dispatch
+from . import _dispatch, _ops, flash
 from ._check import floating, require, shaped
-from .cpu._rows import why_not as cpu_why_not
 
+
+def _native_why_not(q: torch.Tensor, *_: Any, **__: Any) -> str | None:
+    return None if q.device.type in ("cpu", "cuda") else f"needs CPU or CUDA tensors, got {q.device}"
+
+
+_ops.define(
+    "varlen_attention",
+    "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k",
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, float? softmax_scale",
+    lambda q, **_: torch.empty_like(q, memory_format=torch.contiguous_format),
+    plan=False,
+)
 _dispatch.register_reference("varlen_attention")
-_dispatch.register("varlen_attention", "native", "dcdit_kernels.cpu.attention:varlen_attention", cpu_why_not)
+_dispatch.register("varlen_attention", "native", "dcdit_kernels.cpu.attention:varlen_attention", _native_why_not)
+_dispatch.register_details("varlen_attention", flash.describe)
 
 
 def varlen_attention(
@@ -25,6 +39,9 @@ def varlen_attention(
     backend: str | None = None,
 ) -> torch.Tensor:
     """softmax(q kᵀ · scale) v of each sample's own rows (FlashAttention, arXiv 2307.08691).
+
+    The native back-end is flash-attn 4, 3 or 2 or torch's varlen_attn on a GPU, in float16 or bfloat16; elsewhere
+    PyTorch's fused attention sample by sample. `explain("varlen_attention", q, k, v, …)` says which and why.
 
     Args:
         q: (Tq, heads, head_dim); k, v: (Tk, heads, head_dim); views of a fused qkv are fine.
@@ -42,15 +59,16 @@ def varlen_attention(
         f"varlen_attention: cu_seqlens_q {tuple(cu_seqlens_q.shape)} and cu_seqlens_k "
         f"{tuple(cu_seqlens_k.shape)} must describe one batch",
     )
-    return _dispatch.run(
-        "varlen_attention",
-        backend,
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        softmax_scale,
-    )
+    inputs = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "softmax_scale": softmax_scale,
+    }
+    name = _dispatch.choose("varlen_attention", backend, **inputs)
+    library = flash.choose(q, k, v) if name == "native" else None
+    return flash.attend(library, **inputs) if library else _ops.run("varlen_attention", name, **inputs)

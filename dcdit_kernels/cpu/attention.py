@@ -1,4 +1,7 @@
-"""varlen_attention on the CPU: PyTorch's fused attention, sample after sample (faster than padding at any size)."""
+"""varlen_attention by PyTorch's fused attention, sample after sample: on a CPU faster than padding at any size.
+
+On a GPU too, for what no FlashAttention takes; the lengths are read there, one synchronisation.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,14 @@ def varlen_attention(
     softmax_scale: float | None = None,
 ) -> torch.Tensor:
     """See `dcdit_kernels.varlen_attention`."""
-    # split, not slices: its backward is one concatenation, that of a slice fills a tensor as large as q.
-    parts = zip(_samples(q, cu_seqlens_q), _samples(k, cu_seqlens_k), _samples(v, cu_seqlens_k), strict=True)
+    lengths_q, lengths_k = torch.stack([cu_seqlens_q, cu_seqlens_k]).diff().tolist()
+    parts = zip(_samples(q, lengths_q), _samples(k, lengths_k), _samples(v, lengths_k), strict=True)
     outs = [F.scaled_dot_product_attention(*part, scale=softmax_scale)[0].transpose(0, 1) for part in parts]
     return with_tail(torch.cat([q[:0], *outs]), q.shape[0])
 
 
-def _samples(x: torch.Tensor, cu_seqlens: torch.Tensor) -> list[torch.Tensor]:
+def _samples(x: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
     """(T, heads, d) → one (1, heads, M_b, d) for each sample."""
-    lengths = cu_seqlens.diff().tolist()
+    # split, not slices: its backward is one concatenation, that of a slice fills a tensor as large as x.
     parts = x.split([*lengths, x.shape[0] - sum(lengths)])[:-1]
     return [part.transpose(0, 1)[None] for part in parts]
