@@ -54,15 +54,16 @@ def define(
     tail = ", ".join(filter(None, (tensors, "Tensor[] plan, SymInt[] sizes", constants, "str backend")))
     returns = "Tensor" if outputs == 1 else "(" + ", ".join(["Tensor"] * outputs) + ")"
     gradients = ", ".join(f"Tensor grad{i}" for i in range(outputs))
-    _implement(f"{op}({tail}) -> {returns}", lambda *args: _forward(op, args), lambda *args: fake(**_named(op, args)))
-    _implement(
+    implement(f"{op}({tail}) -> {returns}", lambda *args: _forward(op, args), lambda *args: fake(**_named(op, args)))
+    implement(
         f"{op}_backward({gradients}, bool[] needs, {tail}) -> Tensor[]",
         lambda *args: _backward(op, args),
         lambda *args: _like(args[outputs], args[outputs + 1 : outputs + 1 + len(names)]),
     )
 
 
-def _implement(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def implement(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define `dcdit::schema` with its implementation on every device and what it returns for fake tensors."""
     name = schema.split("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, function, "CompositeExplicitAutograd")
