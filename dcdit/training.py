@@ -114,7 +114,7 @@ class Trainer:
         bar = tqdm(initial=self.step, total=config.steps, unit="step", disable=not main, dynamic_ncols=True)
         with contextlib.closing(bar):
             for batch in batches(self.stream, self.step, config.steps, rank, self.ranks, workers):
-                values = self.train_step(batch)
+                values = self._guarded_step(batch)
                 self.step += 1
                 bar.update()
                 if self.step % config.log_every == 0 or self.step == config.steps:
@@ -180,11 +180,20 @@ class Trainer:
         stacked = torch.stack([torch.as_tensor(v, dtype=torch.float64).to(self.device) for v in values.values()])
         numbers = dict(zip(values, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
         if not math.isfinite(numbers["loss"] + numbers["grad_norm"]):
-            raise DCDiTError(
-                f"training diverged: loss {numbers['loss']}, gradient norm {numbers['grad_norm']} at step {self.step}"
-                "; try a smaller optim.lr"
-            )
+            raise self._diverged(f"loss {numbers['loss']}, gradient norm {numbers['grad_norm']}")
         return numbers
+
+    def _guarded_step(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | float]:
+        """`train_step`, where the operators' complaint about NaN is the news that training has diverged."""
+        try:
+            return self.train_step(batch)
+        except ValueError as error:
+            if "NaN" not in str(error):
+                raise
+            raise self._diverged(str(error)) from error
+
+    def _diverged(self, how: str) -> DCDiTError:
+        return DCDiTError(f"training diverged: {how} at step {self.step}; try a smaller optim.lr")
 
     def _report(self, bar, values: dict[str, float]) -> None:
         if self.metrics:

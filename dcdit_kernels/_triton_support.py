@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,18 +24,24 @@ def why_not(*args: Any, **kwargs: Any) -> str | None:
     return _no_triton()
 
 
-@torch.compiler.assume_constant_result
+def assume_constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compiler.assume_constant_result, which would import torch._dynamo: more than a second of every start."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@assume_constant
 def _no_triton() -> str | None:
     found = importlib.util.find_spec("triton") is not None
     return None if found else "triton is not installed (pip install triton; Linux only)"
 
 
-@torch.compiler.assume_constant_result
+@assume_constant
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.compiler.assume_constant_result
+@assume_constant
 def _old_gpu(index: int) -> str | None:
     major, minor = torch.cuda.get_device_capability(index)
     return None if torch.version.hip or major >= 8 else f"needs compute capability 8.0, got {major}.{minor}"
