@@ -1,0 +1,92 @@
+"""The C++ and CUDA sources: every kernel compiles without spills, and the CPU build runs clean under sanitizers."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pybind11
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+CXX = shutil.which("g++")
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is neither on PATH nor in /usr/local/cuda")
+@pytest.mark.parametrize("source", sorted(path.name for path in CSRC.glob("*.cu")))
+def test_kernels_compile_without_spills(source, tmp_path):
+    """For sm_80, sm_90, sm_100 and as PTX: nothing in local memory, and registers for a full block of 1024 threads."""
+    code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90, 100)]
+    code.append("-gencode=arch=compute_100,code=compute_100")
+    command = [NVCC, "-O3", "-std=c++17", "-DDCDIT_CUDA", "--threads=2", "-Xptxas=-v", *code, "-c", source]
+    run = subprocess.run([*command, "-o", tmp_path / "out.o"], cwd=CSRC, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    report = run.stdout + run.stderr
+    kernels = re.findall(r"Compiling entry function '(\w+)' for '(sm_\d+)'", report)
+    memory = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", report)]
+    in_source = len(re.findall(r"__global__", (CSRC / source).read_text()))
+    assert {arch for _, arch in kernels} == {"sm_80", "sm_90", "sm_100"} and len(kernels) >= 3 * in_source > 0
+    assert len(memory) >= len(kernels) and len(registers) == len(kernels)
+    assert set(memory) == {("0", "0", "0")} and max(registers) <= 64, report
+    assert "warning" not in report, report
+
+
+EXERCISE = """
+import math
+import torch
+import dcdit_kernels as K
+from dcdit_kernels import native
+assert native.load_error is None and native._C.__file__.startswith({folder!r}), (native.load_error, native._C)
+torch.manual_seed(0)
+torch.set_num_threads(2)
+native.CELLS_PER_THREAD = native.BYTES_PER_THREAD = 1  # threads from the first cell on
+for grid in [(7, 9), (1, 13), (5, 1), (2, 3, 4), (3, 4, 5), (17,), (1, 1)]:
+    for share in (0.0, 0.1, 1.0):
+        prob = torch.rand(5, math.prod(grid)) * 0.5 + 0.5 * (torch.rand(5, math.prod(grid)) < share)
+        for kind in (f"{{len(grid)}}d", "previous"):
+            for capacity in (None, 0, 7, 500):
+                for dtype in (torch.float32, torch.float64):
+                    for block in (1, 64):
+                        plan = native.plan_chunks(prob.to(dtype), grid, 0.3, 0.5, kind, capacity, block=block)
+                want = K.reference.plan_chunks(prob.double(), grid, 0.3, 0.5, kind, capacity)
+                assert torch.equal(plan.nearest, want.nearest) and torch.equal(plan.member_index, want.member_index)
+                for x in (torch.randn(5 * plan.cells, 3), torch.randn(5 * plan.cells, 2, 5)[:, 1]):
+                    packed = native.pack_rows(x, plan.token_index)
+                    assert torch.equal(packed, K.reference.pack_rows(x, plan.token_index))
+                    native.unpack_rows(packed, plan.token_index, 5 * plan.cells)
+                x = torch.randn(plan.capacity, 5, requires_grad=True)
+                K.dechunk(x, prob, plan, backend="native").sum().backward()
+print("clean")
+"""
+
+
+@pytest.mark.skipif(CXX is None or sys.platform != "linux", reason="needs g++ on Linux")
+def test_sanitizers(tmp_path):
+    """Every address and every integer of the CPU build, in both block sizes; torch's own buffers have red zones too."""
+    package = tmp_path / "dcdit_kernels"
+    shutil.copytree(ROOT / "dcdit_kernels", package, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    flags = "-O1 -g1 -std=c++17 -shared -fPIC -pthread -Wall -Wextra -Werror".split()
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    target = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    sources = sorted(CSRC.glob("*.cpp"))
+    run = subprocess.run(
+        [CXX, *flags, *sanitize, '-DDCDIT_CUDA_ARCHS=""', *includes, *sources, "-o", target],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    library = subprocess.run([CXX, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not Path(library).is_absolute():
+        pytest.skip("this g++ has no libasan")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "LD_PRELOAD": library, "PYTHONMALLOC": "malloc"}
+    env |= {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1", "OMP_NUM_THREADS": "1"}
+    script = EXERCISE.format(folder=str(tmp_path))
+    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.endswith("clean\n"), run.stdout[-2000:] + run.stderr[-6000:]
