@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         limit = min(stage.limit, end - time.time())
         if stage.name == "bench":  # it takes what is left, less what the profile needs
             limit = end - time.time() - (8 if args.quick else 30)
-            stage.command.extend(["--budget", f"{max(1, limit - 12):.0f}", "--grace", "10"])
+            stage.command.extend(["--deadline", f"{time.time() + limit - 15:.0f}", "--grace", "12"])
         stages.append(run(stage, limit))
         print(
             f"{stage.name}: {stages[-1]['status']}, {stages[-1]['seconds']} s\n{stages[-1]['tail'][-1500:]}", flush=True

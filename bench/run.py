@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     output = args.output or unused(RESULTS / f"{header['machine']}-{header['date'][:10]}.json")
     stages = json.loads(output.read_text()).get("stages") if output.exists() else None  # what `bench.gpu` noted so far
     write(output, {**header, "stages": stages, "rates": None, "current": None, "cases": []})
-    deadline = time.time() + args.budget
+    deadline = args.deadline or time.time() + args.budget
     command = [sys.executable, "-m", "bench.run", *(argv if argv is not None else sys.argv[1:])]
     command += ["--worker", "--output", str(output), "--deadline", str(deadline)]
     while True:
@@ -127,7 +127,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=2.0, help="of the rounds of one case")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--deadline", type=float, help="the end of the budget as seconds since 1970")
     args = parser.parse_args(argv)
     unknown = set(args.groups) - set(GROUPS)
     if unknown:
