@@ -5,7 +5,6 @@
 
 import dataclasses
 import math
-import warnings
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ import torch
 import dcdit_kernels as K
 from bench.cases import OPERATORS, Case
 from bench.gate import check
-from bench.measure import build
+from bench.measure import build, host_waits
 from bench.operators import routed_prob
 from dcdit import DCDiT, preset
 
@@ -58,27 +57,16 @@ def pipeline_inputs(seed=0):
     return prob, h, torch.randn(2, 288, device=DEVICE, dtype=torch.bfloat16), residual
 
 
-def waits(function):
-    """Host synchronisations of a warm call."""
-    function()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            function()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(w.message) for w in caught)
-
-
 def test_fixed_mode_never_waits():
     tensors = pipeline_inputs()
-    assert waits(lambda: pipeline(*tensors, (16, 16), 300)) == 0
+    pipeline(*tensors, (16, 16), 300)  # compiles what there is to compile
+    assert host_waits(lambda: pipeline(*tensors, (16, 16), 300)) == 0
 
 
 def test_exact_mode_waits_once():
     prob = pipeline_inputs()[0]
-    assert waits(lambda: K.plan_chunks(prob, (16, 16), 0.3)) <= 1
+    K.plan_chunks(prob, (16, 16), 0.3)
+    assert host_waits(lambda: K.plan_chunks(prob, (16, 16), 0.3)) == 1
 
 
 def test_graph_replays_on_new_inputs():
