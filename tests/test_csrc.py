@@ -47,7 +47,7 @@ torch.manual_seed(0)
 torch.set_num_threads(2)
 native.CELLS_PER_THREAD = native.BYTES_PER_THREAD = 1  # threads from the first cell on
 for grid in [(7, 9), (1, 13), (5, 1), (2, 3, 4), (3, 4, 5), (17,), (1, 1)]:
-    for share in (0.0, 0.1, 1.0):
+    for share in (0.0, 0.3):
         prob = torch.rand(5, math.prod(grid)) * 0.5 + 0.5 * (torch.rand(5, math.prod(grid)) < share)
         for kind in (f"{{len(grid)}}d", "previous"):
             for capacity in (None, 0, 7, 500):
@@ -66,26 +66,30 @@ print("clean")
 """
 
 
+def run_compiler(*arguments):
+    run = subprocess.run([CXX, *arguments], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.skipif(CXX is None or sys.platform != "linux", reason="needs g++ on Linux")
 def test_sanitizers(tmp_path):
     """Every address and every integer of the CPU build, in both block sizes; torch's own buffers have red zones too."""
     package = tmp_path / "dcdit_kernels"
     shutil.copytree(ROOT / "dcdit_kernels", package, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    flags = "-O1 -g1 -std=c++17 -shared -fPIC -pthread -Wall -Wextra -Werror".split()
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    objects = []
+    for source in sorted(CSRC.glob("*.cpp")):
+        # The bindings are pybind11's code, slow to compile: they only have to load.
+        how = ["-O0"] if source.name == "bindings.cpp" else ["-O1", "-g1", "-Wall", "-Wextra", "-Werror", *sanitize]
+        objects.append(tmp_path / f"{source.stem}.o")
+        run_compiler("-std=c++17", "-fPIC", '-DDCDIT_CUDA_ARCHS=""', *how, *includes, "-c", source, "-o", objects[-1])
     target = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    sources = sorted(CSRC.glob("*.cpp"))
-    run = subprocess.run(
-        [CXX, *flags, *sanitize, '-DDCDIT_CUDA_ARCHS=""', *includes, *sources, "-o", target],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
+    run_compiler("-shared", "-pthread", *sanitize, *objects, "-o", target)
     library = subprocess.run([CXX, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not Path(library).is_absolute():
         pytest.skip("this g++ has no libasan")
-    env = {**os.environ, "PYTHONPATH": str(tmp_path), "LD_PRELOAD": library, "PYTHONMALLOC": "malloc"}
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "LD_PRELOAD": library}
     env |= {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1", "OMP_NUM_THREADS": "1"}
     script = EXERCISE.format(folder=str(tmp_path))
     run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
