@@ -26,6 +26,7 @@ def describe(device: str) -> dict:
         "commit": commit(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),  # of others, when this is asked before the measuring begins
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version("triton"),

@@ -72,8 +72,9 @@ def section(run: dict, file: str, earlier: dict | None) -> str:
     lines = [
         f"## {run['machine']}\n",
         f"[{file}](../bench/results/{file}): commit {run['commit']}, {run['date']}, `{run['command']}`, "
-        f"torch {run['torch']}, {run['threads']} threads on {run['cores']} cores. "
+        f"torch {run['torch']}, {run['threads']} threads on {run['cores']} cores, load {run['load']} before. "
         f"Measured rates: copies {rates['copy_bytes_per_s'] / 1e9:,.0f} GB/s, matrix products {peak}.\n",
+        *busy(run),
         noise(run, earlier) + "\n",
     ]
     lost = [f"{e['name']} ({e['crashed']})" for e in run["cases"] if "crashed" in e]
@@ -107,6 +108,15 @@ def absent(run: dict) -> list[str]:
                 reason = variant["reason"].split(" cannot run: ")[-1]
                 found.setdefault((name, reason), set()).add(entry["case"]["group"])
     return [f"{name} of {', '.join(sorted(groups))} ({reason})" for (name, reason), groups in found.items()]
+
+
+def busy(run: dict) -> list[str]:
+    """A warning where other work held the cores."""
+    if run["load"] < 0.25 * run["cores"]:
+        return []
+    return [
+        f"**Other work kept this machine busy** (load {run['load']} on {run['cores']} cores): no time is its own.\n"
+    ]
 
 
 def noise(run: dict, earlier: dict | None) -> str:

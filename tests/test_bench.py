@@ -222,7 +222,7 @@ def synthetic(date, scale=1.0, machine="some-cpu", **changes):
     }  # fmt: skip
     rates = {"copy_bytes_per_s": 1e7, "matmul_flops_per_s": {"float32": 1e10}}
     header = {"machine": machine, "device": "cpu", "date": date, "commit": "abc", "command": "python -m bench.run"}
-    return {**header, "torch": "2", "threads": 2, "cores": 2, "rates": rates, "cases": [entry], **changes}
+    return {**header, "torch": "2", "threads": 2, "cores": 2, "load": 0.1, "rates": rates, "cases": [entry], **changes}
 
 
 def write_report(folder, *runs):
@@ -244,6 +244,11 @@ def test_report_takes_the_newest(tmp_path):
 @pytest.mark.parametrize(("scale", "says"), [(1.05, "agree on all 1 ratios"), (1.2, "too noisy")])
 def test_report_says_when_runs_disagree(tmp_path, scale, says):
     assert says in write_report(tmp_path, synthetic("2026-01-01", scale), synthetic("2026-01-02", 1.0))
+
+
+def test_report_says_when_the_machine_was_busy(tmp_path):
+    assert "kept this machine busy" not in write_report(tmp_path, synthetic("2026-01-01"))
+    assert "kept this machine busy** (load 5.3 on 2" in write_report(tmp_path, synthetic("2026-01-02", load=5.3))
 
 
 def test_report_compares_no_two_commits(tmp_path):
