@@ -50,6 +50,7 @@ def adaln_modulate(
     Returns x's shape and dtype; statistics in float32.
     """
     _check("adaln_modulate", plan, x, shift=shift, scale=scale)
+    require(eps >= 0, "adaln_modulate: eps must not be negative, got {}", eps)
     return _ops.run("adaln_modulate", backend, x=x, shift=shift, scale=scale, plan=plan, eps=eps)
 
 
@@ -80,6 +81,7 @@ def gate_residual_modulate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x', adaln_modulate(x', shift, scale)) with x' = gate_residual(x, y, gate), reading x and y once."""
     _check("gate_residual_modulate", plan, x, gate=gate, shift=shift, scale=scale)
+    require(eps >= 0, "gate_residual_modulate: eps must not be negative, got {}", eps)
     shapes = tuple(x.shape), tuple(y.shape)
     require(y.shape == x.shape, "gate_residual_modulate: y must have x's shape {}, got {}", *shapes)
     return _ops.run(
