@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from ._triton_support import assume_constant
+
 KEYWORDS = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 TORCH_KEYWORDS = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")
 
@@ -49,7 +51,7 @@ _found: dict[str, tuple[Callable[..., Any], frozenset[str]] | str] = {}
 
 
 # Both see names, not objects: torch.compile evaluates them once, as constants.
-@torch.compiler.assume_constant_result
+@assume_constant
 def _missing(module: str, function: str, keywords: tuple[str, ...]) -> str | None:
     """Why the function cannot be imported or called, or None."""
     if module not in _found:
@@ -68,7 +70,7 @@ def _find(module: str, function: str, keywords: tuple[str, ...]) -> tuple[Callab
     return f"this release does not take {', '.join(lacking)}" if lacking else (found, parameters)
 
 
-@torch.compiler.assume_constant_result
+@assume_constant
 def _refuses_device(majors: tuple[int, ...], rocm: bool, kind: str, index: int | None) -> str | None:
     if kind != "cuda":
         return f"needs a GPU, got {kind}"
