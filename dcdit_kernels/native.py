@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ._check import reject_nan
+from ._triton_support import assume_constant
 from .chunk_plan import ChunkPlan
 
 try:
@@ -36,7 +37,7 @@ def missing(device: torch.device) -> str | None:
     return None if device.type == "cpu" else f"the extension runs on cpu and cuda, got {device}"
 
 
-@torch.compiler.assume_constant_result
+@assume_constant
 def _cuda_missing(index: int | None) -> str | None:
     if not _C.cuda_archs:
         return "the extension was built without CUDA; put nvcc on PATH and run `pip install .` again"
