@@ -149,7 +149,9 @@ class Trainer:
         x = self.objective.add_noise(x0, noise, t)
         if config.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        output, routing = self.model(x, t, y, drop_fraction=rho, return_routing=True)
+        # A tensor, because a compiled graph would be made anew for each number.
+        drop = torch.full((), rho, device=x.device)
+        output, routing = self.model(x, t, y, drop_fraction=drop, return_routing=True)
         diffusion = self.objective.loss(output.float(), x0, noise, t).mean()
         ratio = ratio_loss(routing.boundary_prob, routing.natural_mask, config.model.target_ratio, SUB_BATCH)
         further = self.further_losses(x, t, y, routing)

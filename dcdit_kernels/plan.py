@@ -34,7 +34,8 @@ def plan_chunks(
     Args:
         boundary_prob: (B, L) floating point, without NaN.
         grid: (H, W), (F, H, W) or (L,), with L cells in raster order.
-        drop_fraction: ρ in [0, 1), one number or a tensor (B,).
+        drop_fraction: ρ in [0, 1), one number or a tensor () or (B,). Under torch.compile a number is compiled in;
+            pass a tensor to vary it.
         nearest: who refills a cell: "2d" / "3d" the retained cell at the least Euclidean distance on the grid,
             ties to the lowest raster index; "1d" the least |i - j|, ties to the left; "previous" the last
             retained cell at or before it.
@@ -64,24 +65,23 @@ def plan_chunks(
         require(0 <= drop_fraction < 1, "plan_chunks: drop_fraction must be in [0, 1), got {}", drop_fraction)
     if not compiling:
         return _dispatch.run("plan_chunks", backend, boundary_prob, grid, drop_fraction, threshold, nearest, capacity)
-    given = drop_fraction if isinstance(drop_fraction, torch.Tensor) else None
-    rho = 0.0 if given is not None else drop_fraction
-    tensors = torch.ops.dcdit.plan_chunks(boundary_prob, given, rho, grid, threshold, nearest, capacity, backend)
+    if not isinstance(drop_fraction, torch.Tensor):  # a number would be compiled in, each of them anew
+        drop_fraction = torch.full((), drop_fraction, dtype=torch.float32, device=boundary_prob.device)
+    tensors = torch.ops.dcdit.plan_chunks(boundary_prob, drop_fraction, grid, threshold, nearest, capacity, backend)
     parts = dict(zip(_ops.PLAN_TENSORS, tensors, strict=True))
     # A graph does not know the longest sample before it runs; max_seqlen may be an upper bound.
     rows = parts["token_index"].shape[0]
     return ChunkPlan(grid, boundary_prob.shape[0], rows, math.prod(grid), **parts)
 
 
-def _plan_tensors(prob, fractions, fraction, grid, threshold, nearest, capacity, backend):
-    drop_fraction = fraction if fractions is None else fractions
+def _plan_tensors(prob, drop_fraction, grid, threshold, nearest, capacity, backend):
     plan = _dispatch.run(
         "plan_chunks", backend, prob.detach(), tuple(grid), drop_fraction, threshold, nearest, capacity
     )
     return [getattr(plan, part) for part in _ops.PLAN_TENSORS]
 
 
-def _plan_fake(prob, fractions, fraction, grid, threshold, nearest, capacity, backend):
+def _plan_fake(prob, drop_fraction, grid, threshold, nearest, capacity, backend):
     batch, cells = prob.shape
     rows = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
     shapes = {
@@ -97,8 +97,8 @@ def _plan_fake(prob, fractions, fraction, grid, threshold, nearest, capacity, ba
 
 
 _ops.implement(
-    "plan_chunks(Tensor boundary_prob, Tensor? drop_fractions, float drop_fraction, int[] grid, float threshold, "
-    "str nearest, SymInt? capacity, str? backend) -> Tensor[]",
+    "plan_chunks(Tensor boundary_prob, Tensor drop_fraction, int[] grid, float threshold, str nearest, "
+    "SymInt? capacity, str? backend) -> Tensor[]",
     _plan_tensors,
     _plan_fake,
 )

@@ -34,6 +34,21 @@ def model():
     return model
 
 
+def test_compiles_into_one_graph(model):
+    """Forward and backward of the whole model, whatever the router keeps."""
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rho in (0.0, 0.6):
+        grads = []
+        for run in (compiled, model):
+            model.zero_grad()
+            out = run(*batch(), drop_fraction=torch.tensor(rho))
+            out.square().mean().backward()
+            grads.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
+        for got, want in zip(*grads, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def batch(n=3):
     torch.manual_seed(1)
     return torch.randn(n, 3, 7, 9), torch.rand(n) * 1000, torch.arange(n) % 6
