@@ -1,9 +1,13 @@
 """Upcycling on digits: train a plain DiT, upcycle it, and compare with a DC-DiT from scratch.
 
-python examples/upcycle_digits.py teacher RUNS      a DiT on 2×2 patches, saved in the original DiT's layout
+for stage in teacher scratch upcycled undistilled draw; do python examples/upcycle_digits.py $stage runs/upcycle; done
+
+teacher trains a DiT on 2×2 patches and saves it in the original DiT's layout; scratch, upcycled and undistilled
+(without distillation) train DC-DiTs; draw makes docs/images/upcycling.png.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -23,7 +27,17 @@ from dcdit.train_state import EMA
 from dcdit.training import Trainer, learning_rate
 from dcdit.upcycle import Upcycler, to_dit
 
-CONFIG = preset("digits")
+# Smaller than configs/digits.yaml, so that all runs together take half an hour on one core.
+SIZES = {"hidden_size": 64, "depth": 4, "num_heads": 2}
+BATCH = 32
+CONFIG = dataclasses.replace(preset("digits"), **SIZES)
+# Steps and further keys of configs/digits.yaml.
+UPCYCLED = ["upcycle.source={folder}/teacher.pt", "optim.warmup_steps=50"]
+RUNS = {
+    "scratch": (2000, []),
+    "upcycled": (500, [*UPCYCLED, "upcycle.distill_steps=250"]),
+    "undistilled": (500, [*UPCYCLED, "upcycle.distill_steps=0"]),
+}
 CODEC = make_codec("pixel_unshuffle", factor=2)
 
 
@@ -37,7 +51,7 @@ def train_teacher(folder: Path, steps: int) -> None:
         nn.init.normal_(table, std=0.02)
     optim, ema = OptimConfig(lr=1e-3, warmup_steps=200, ema_decay=0.999), EMA(model, 0.999)
     optimizer = torch.optim.AdamW(model.parameters(), lr=optim.lr, betas=(0.9, optim.beta2), weight_decay=0, fused=True)
-    stream = TrainingStream(Digits(), objective, (4, 14, 14), 10, seed=1, batch_size=64, label_drop=0.1)
+    stream = TrainingStream(Digits(), objective, (4, 14, 14), 10, seed=1, batch_size=BATCH, label_drop=0.1)
     total = 0.0
     for step, batch in enumerate(batches(stream, 0, steps)):
         x0, noise, t, y = CODEC.encode(batch["image"]), batch["noise"], batch["t"], batch["y"]
@@ -49,8 +63,8 @@ def train_teacher(folder: Path, steps: int) -> None:
         optimizer.step()
         ema.update(model, step)
         total += loss.item()
-        if step % 100 == 99:
-            print(f"step {step + 1}: loss {total / 100:.4f}", file=sys.stderr, flush=True)
+        if step % 500 == 499:
+            print(f"step {step + 1}: loss {total / 500:.4f}", file=sys.stderr, flush=True)
             total = 0.0
     model.load_state_dict(ema.state_dict(), strict=False)
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,8 +97,16 @@ def evaluate(trainer: Trainer, batch: dict[str, torch.Tensor]) -> dict[str, floa
 
 
 def train_dcdit(folder: Path, name: str, steps: int, overrides: list[str]) -> None:
-    """Train by configs/digits.yaml at ρ = 0; the held-out loss of every 25th step goes to FOLDER/NAME.json."""
-    overrides = [f"output={folder / name}", f"steps={steps}", "drop_fractions=[0]", "seed=0", *overrides]
+    """Train by configs/digits.yaml, smaller and at ρ = 0; the held-out loss every 25 steps goes to FOLDER/NAME.json."""
+    sizes = [f"model.{key}={value}" for key, value in SIZES.items()]
+    overrides = [
+        f"output={folder / name}",
+        f"steps={steps}",
+        "drop_fractions=[0]",
+        f"batch_size={BATCH}",
+        *sizes,
+        *overrides,
+    ]
     config, batch, curve = load_config("configs/digits.yaml", overrides), held_out(), []
     trainer = Upcycler(config) if config.upcycle.source else Trainer(config)
     for item in batches(trainer.stream, 0, steps):
@@ -97,18 +119,44 @@ def train_dcdit(folder: Path, name: str, steps: int, overrides: list[str]) -> No
     (folder / f"{name}.json").write_text(json.dumps(curve))
 
 
+def draw(folder: Path, file: Path) -> None:
+    """The curves of FOLDER's runs, and when each first reaches the last loss of the run from scratch."""
+    from matplotlib.figure import Figure
+
+    runs = {name: json.loads((folder / f"{name}.json").read_text()) for name in RUNS}
+    goal = runs["scratch"][-1]["loss"]
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axis = figure.subplots()
+    for name, curve in runs.items():
+        axis.plot([point["step"] for point in curve], [point["loss"] for point in curve], label=name)
+        reached = next((point["step"] for point in curve if point["loss"] <= goal), None)
+        last = curve[-1]
+        print(
+            f"{name}: {last['loss']:.4f} after {last['step']} steps, {last['kept']:.1%} kept; {goal:.4f} at {reached}"
+        )
+    axis.axhline(goal, color="grey", linewidth=0.8, linestyle=":")
+    axis.axvline(runs["scratch"][-1]["step"] / 4, color="grey", linewidth=0.8, linestyle=":")
+    axis.set(xlabel="steps", ylabel="held-out velocity loss of the EMA model", ylim=(0.9 * goal, 2.5 * goal))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    figure.savefig(file, dpi=110)
+
+
 def main() -> None:
     """Run one stage."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", help="teacher, or the name of a run of DC-DiT")
+    parser.add_argument("stage", choices=["teacher", *RUNS, "draw"])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("steps", type=int)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of configs/digits.yaml")
+    parser.add_argument("--steps", type=int, help="of a run other than the documented one")
     args = parser.parse_args()
     if args.stage == "teacher":
-        train_teacher(args.folder, args.steps)
+        train_teacher(args.folder, args.steps or 3000)
+    elif args.stage == "draw":
+        draw(args.folder, Path("docs/images/upcycling.png"))
     else:
-        train_dcdit(args.folder, args.stage, args.steps, args.overrides)
+        steps, overrides = RUNS[args.stage]
+        overrides = [override.format(folder=args.folder) for override in overrides]
+        train_dcdit(args.folder, args.stage, args.steps or steps, overrides)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,15 @@ def test_ops_snippets_run_alone(name, code, capsys):
     exec(compile(code, f"docs/ops.md: {name}", "exec"), {"__name__": "snippet"})
 
 
+@pytest.mark.parametrize("page", ["integration", "upcycling"])
+def test_the_snippets_of_a_page_run_in_turn(page, tmp_path, monkeypatch):
+    (tmp_path / "tests").symlink_to(pathlib.Path("tests").resolve())
+    text, names = pathlib.Path(f"docs/{page}.md").read_text(), {"__name__": "snippet"}
+    monkeypatch.chdir(tmp_path)
+    for heading, code in snippets(text):
+        exec(compile(code, f"docs/{page}.md: {heading}", "exec"), names)
+
+
 def test_importing_the_operators_imports_no_library_but_torch():
     code = "import sys, dcdit.ops, dcdit; dcdit.ops.plan_chunks; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
