@@ -59,7 +59,7 @@ def varlen_attention(
         f"varlen_attention: cu_seqlens_q {tuple(cu_seqlens_q.shape)} and cu_seqlens_k "
         f"{tuple(cu_seqlens_k.shape)} must describe one batch",
     )
-    inputs = {
+    inputs: dict[str, Any] = {
         "q": q,
         "k": k,
         "v": v,
