@@ -201,7 +201,7 @@ class Upcycler(Trainer):
         super().__init__(dataclasses.replace(config, model=dataclasses.replace(config.model, cond_norm=True)))
 
     def make_net(self) -> DCDiT:
-        self.teacher = load_dit(self.config.upcycle.source, self.config.model).to(self.device)
+        self.teacher: PlainDiT | None = load_dit(self.config.upcycle.source, self.config.model).to(self.device)
         self.targets: list[torch.Tensor] = []
         for block in self.teacher.blocks:
             block.register_forward_hook(lambda _, inputs, output: self.targets.append(output))
@@ -213,7 +213,7 @@ class Upcycler(Trainer):
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, routing: Routing
     ) -> dict[str, torch.Tensor]:
         if self.step >= self.config.upcycle.distill_steps:
-            self.net.main.record = None
+            self.net.main.record = self.teacher = None
             return {}
         with torch.no_grad(), self.accelerator.autocast():
             self.teacher(x, t, y)
