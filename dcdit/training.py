@@ -72,7 +72,8 @@ class Trainer:
         self.net = self.make_net().to(self.device)
         if config.channels_last:
             self.net = self.net.to(memory_format=torch.channels_last)
-        self.model = self.accelerator.prepare(torch.compile(self.net) if config.compile else self.net)
+        net = torch.compile(self.net, fullgraph=True, dynamic=True) if config.compile else self.net
+        self.model = self.accelerator.prepare(net)
         self.ema = EMA(self.net, config.optim.ema_decay)
         optim = config.optim
         self.optimizer = torch.optim.AdamW(

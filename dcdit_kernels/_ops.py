@@ -66,7 +66,8 @@ def implement(schema: str, function: Callable[..., Any], fake: Callable[..., Any
     """Define `dcdit::schema` with its implementation on every device and what it returns for fake tensors."""
     name = schema.split("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, function, "CompositeExplicitAutograd")
+    # Where a graph breaks at an operator, torch.compile would go on inside it.
+    _library.impl(name, torch._disable_dynamo(function), "CompositeExplicitAutograd")
     torch.library.register_fake(f"dcdit::{name}", fake, lib=_library)
 
 

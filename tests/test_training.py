@@ -179,7 +179,7 @@ def test_bf16_channels_last_and_tracing_change_rounding_only(tiny, tmp_path, mon
     """The compiler's back-end takes minutes on a CPU, so torch.compile only traces here."""
     plain = run(tiny, tmp_path / "plain", "steps=3")
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model: compiler(model, backend="eager"))
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compiler(model, backend="eager", **options))
     for options, tolerance in ((["precision=bf16", "channels_last=true"], 0.02), (["compile=true"], 1e-6)):
         AcceleratorState._reset_state(reset_partial_state=True)
         output = tmp_path / options[0]
