@@ -156,25 +156,25 @@ def test_opcheck(backend):
     """Schemas and fakes say what the operators do."""
     prob, plan = make_plan((5, 6), 0.5)
     seen = set()
-    apply = _ops._Call.apply
 
-    def check(op, constants, *tensors):
-        count = len(_ops._operators[op].tensors)
-        args = (*tensors[:count], list(tensors[count:]), *constants)
-        detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
+    def check(op, backend, **inputs):
+        spec, plan = _ops._operators[op], inputs.get("plan")
+        parts = [] if plan is None else [getattr(plan, part) for part in _ops.PLAN_TENSORS]
+        sizes = [] if plan is None else [plan.max_seqlen, *plan.grid]
+        tensors = [inputs[t] for t in spec.tensors]
+        args = (*tensors, parts, sizes, *(inputs[c] for c in spec.constants), backend)
         tests = ("test_schema", "test_faketensor")
-        torch.library.opcheck(getattr(torch.ops.dcdit, op).default, detached, test_utils=tests)
-        outs = getattr(torch.ops.dcdit, op)(*detached)
+        torch.library.opcheck(getattr(torch.ops.dcdit, op).default, args, test_utils=tests)
+        outs = getattr(torch.ops.dcdit, op)(*args)
         grads = [torch.ones_like(o) for o in (outs if isinstance(outs, tuple) else (outs,))]
-        needs = [isinstance(t, torch.Tensor) and t.is_floating_point() for t in tensors[:count]]
+        needs = [t is not None and t.is_floating_point() for t in tensors]
         backward = getattr(torch.ops.dcdit, f"{op}_backward").default
-        torch.library.opcheck(backward, (*grads, needs, *detached), test_utils=tests)
+        torch.library.opcheck(backward, (*grads, needs, *args), test_utils=tests)
         seen.add(op)
-        return apply(op, constants, *tensors)
+        return outs
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_ops._Call, "apply", check)
-        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        patch.setattr(_ops, "run", check)
         for function, tensors in operators(plan, prob, 8, (5, 6)).values():
             function(backend, *(torch.nan_to_num(t) for t in tensors))
     assert seen == {"chunk", "adaln_modulate", "gate_residual", "gate_residual_modulate", "ema_smooth", "dechunk"}
