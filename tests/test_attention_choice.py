@@ -236,20 +236,25 @@ def test_sample_by_sample_compiles_without_a_break():
     assert frames[-1] - frames[0] <= 1, f"graphs after each call: {frames}"
 
 
+def simple(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None):
+    """Something that can be traced and differentiated; no attention."""
+    return q * k + v * cu_seqlens_q[1]
+
+
 def test_a_library_compiles_without_a_break(install, monkeypatch):
-    """Through autograd, not recomputed in the backward; flash-attn 4 cannot be traced and stands back."""
-    plain = lambda q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale: (  # noqa: E731
-        q * k + v * cu_seqlens_q[1]
-    )
-    install("flash-attn 4")
-    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=plain))
-    monkeypatch.setitem(flash._found, "flash_attn.cute", "not in this test")
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=simple))
     frames = compiled_against_eager(torch.float16, 1e-2)
     assert frames[-1] - frames[0] <= 1, f"graphs after each call: {frames}"
-    monkeypatch.delitem(flash._found, "flash_attn.cute")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        assert "flash-attn 4: torch.compile cannot trace it" in flash.describe(*rows())[1].strip()
+
+
+def test_what_cannot_be_traced_stands_back(install, monkeypatch):
+    """flash-attn 4 runs eagerly; a compiled graph takes the next."""
+    install("flash-attn 4")
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=simple))
+    q, k, v = (torch.randn(9, 2, 8).half() for _ in range(3))
+    graph = torch.compile(K.varlen_attention, fullgraph=True, dynamic=True, backend="eager")
+    torch.testing.assert_close(graph(q, k, v, CU_Q, CU_Q, 5, 5), simple(q, k, v, CU_Q, CU_Q, 5, 5))
+    assert "native is flash-attn 4" in K.explain("varlen_attention", q, k, v, CU_Q, CU_Q, 5, 5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the libraries that are installed run on a GPU")
