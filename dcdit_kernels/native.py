@@ -61,6 +61,8 @@ def cuda_name(version: int) -> str:
 
 def plan_why_not(boundary_prob: torch.Tensor, *args: Any, **kwargs: Any) -> str | None:
     """Reason why `plan_chunks` cannot run here, or None."""
+    if boundary_prob.numel() >= 2**31:
+        return f"cells are counted in int32, got {boundary_prob.numel()} of them"
     return missing(boundary_prob.device)
 
 
@@ -88,9 +90,10 @@ def plan_chunks(
 ) -> ChunkPlan:
     """See `dcdit_kernels.plan_chunks`.
 
-    On CUDA three launches, a block per sample; on a CPU threads over samples. Workspace: B·L integers, and at most
-    3·B·L more on a GPU (none up to 4096 cells of a 2D grid), 9·L per thread on a CPU. `block` is for tests: threads
-    of a sample's block on the CPU, 1 or 64.
+    On CUDA three launches, a block per sample; on a CPU threads over samples. Workspace in integers: B·L, and 2·B·L
+    (3 for 3D) more on a GPU, 8·L (9) per thread on a CPU. A NaN is not a boundary, and only seen where the host looks:
+    on a CPU, and on a GPU unless `capacity` is given. `block` is for tests: threads of a sample's block on the CPU,
+    1 or 64.
     """
     with device_of(boundary_prob):
         return _plan_chunks(boundary_prob.detach(), grid, drop_fraction, threshold, nearest, capacity, block)
