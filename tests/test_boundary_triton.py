@@ -30,7 +30,7 @@ def features_of(layout, batch, channels, height, width):
 
 def cosine_cases():
     """name → (function of (backend, q, k, kernel), tensors)."""
-    for grid, batch, width in (((7, 9), 1, 72), ((1, 11), 1, 24), ((5, 1), 3, 32)):
+    for grid, batch, width in (((7, 9), 1, 72), ((1, 11), 1, 24), ((5, 1), 3, 32), ((2, 3), 1, 1)):
         q, k = (rows(batch, math.prod(grid), width, seed) for seed in (1, 2))
         kernel = (normal(width, 3, 3, seed=3) / 3).transpose(1, 2)
         yield f"2D {grid}", lambda b, *t, grid=grid: K.boundary_cosine(*t, grid, backend=b), (q, k, kernel)

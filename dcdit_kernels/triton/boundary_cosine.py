@@ -189,7 +189,9 @@ def _tiles(q, kernel, grid, backward):
     # Few cells a program where there are few of them, to fill the GPU; the block's size stays.
     size = 16 if q.shape[0] * q.shape[1] >= FILL * 4 else 4
     tile_h = min(triton.next_power_of_2(height), 4 if size == 16 else 2)
-    elements, taps, warps = (512, 16, 8 if backward else 16) if kernel is not None else (2048, 1, 4)
+    elements, taps, warps = (512, 16, 16) if kernel is not None else (2048, 1, 4)
+    if backward and kernel is not None:  # twice as much is held, and may not spill
+        elements, warps = 256, 8
     # Rows that do not start at 16 bytes need an address for every element.
     if q.shape[2] % 16:
         elements, warps = elements // 4, 4
@@ -238,8 +240,6 @@ class BoundaryCosine:
         new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=q.device)  # noqa: E731
         factors = (new(*q.shape[:2], taps), new(*q.shape[:2], taps), new(*q.shape[:2]))
         _score(q, k, kernel, grid, cu_seqlens, None, grad.contiguous(), factors)
-        if kernel is not None:
-            launch["BLOCK_D"] //= 2  # twice as much is held; more would spill on sm_80
         blocks = triton.cdiv(q.shape[2], launch["BLOCK_D"])
         share = min(max(total * blocks // FILL, 1), 32)
         slabs = triton.cdiv(total, share)

@@ -120,7 +120,7 @@ def channel_sums(
         bias_sum += grad
         weight_sum += grad * x
     place = sums_ptr + image * channels + channel
-    step = tl.num_programs(0) // blocks * channels.to(tl.int64)
+    step = tl.num_programs(0).to(tl.int64) // blocks * channels
     tl.store(place, tl.sum(weight_sum, 1), mask=channel < channels)
     tl.store(place + step, tl.sum(bias_sum, 1), mask=channel < channels)
     tl.store(place + 2 * step, tl.sum(score_sum, 1), mask=channel < channels)
@@ -210,8 +210,8 @@ class BoundaryPredictability:
         )  # fmt: skip
         means = (sums[:2] * parameters[0].float()).view(2, batch, groups, -1).sum(-1) / (channels // groups * cells)
         grad_x = torch.empty(features.shape, dtype=x.dtype, device=x.device)
-        predictability_backward[(batch * triton.cdiv(channels, 16), triton.cdiv(cells, 128))](
-            *common, *means, grad_x, *shape, BLOCK_C=16, BLOCK_L=128, num_warps=4
+        predictability_backward[(batch * triton.cdiv(channels, 16), triton.cdiv(cells, 64))](
+            *common, *means, grad_x, *shape, BLOCK_C=16, BLOCK_L=64, num_warps=4
         )  # fmt: skip
         shared = (*(part.sum(0) for part in sums), logit.sum().view(score_bias.shape))
         return grad_x, *(g.to(t.dtype) for g, t in zip(shared, inputs[1:], strict=True))
