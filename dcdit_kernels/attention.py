@@ -48,7 +48,8 @@ def varlen_attention(
         cu_seqlens_q, cu_seqlens_k: int32 (B + 1,). max_seqlen_q, max_seqlen_k: upper bounds of the lengths.
         softmax_scale: head_dim ** -0.5 where None.
 
-    Returns (Tq, heads, head_dim) in q's dtype, zero past the last live row.
+    Returns (Tq, heads, head_dim) in q's dtype, zero past the last live row. FlashAttention's gradients agree bit for
+    bit between runs under torch.use_deterministic_algorithms(True), at some cost.
     """
     floating("varlen_attention", q=q, k=k, v=v)
     shaped("varlen_attention", "q", q, None, None, None)

@@ -118,10 +118,8 @@ def attend(
 
     Gradients agree bit for bit between runs under torch.use_deterministic_algorithms(True); faster without.
     """
-    live_q, live_k = (
-        (torch.arange(x.shape[0], device=x.device) < cu[-1])[:, None, None]
-        for x, cu in ((q, cu_seqlens_q), (k, cu_seqlens_k))
-    )
+    live_q = _live(q, cu_seqlens_q)
+    live_k = live_q if cu_seqlens_k is cu_seqlens_q and k.shape[0] == q.shape[0] else _live(k, cu_seqlens_k)
     if library.reads_past:
         q, k, v = (torch.where(live, x, 0.0) for live, x in ((live_q, q), (live_k, k), (live_k, v)))
     else:
@@ -129,6 +127,11 @@ def attend(
     places = (cu_seqlens_q.int(), cu_seqlens_k.int(), max_seqlen_q, max_seqlen_k)
     out = (_torch if library.keywords == TORCH_KEYWORDS else _flash)(library, q, k, v, places, softmax_scale)
     return torch.where(live_q, out, 0.0)
+
+
+def _live(x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """bool (T, 1, 1): rows before the last live one's end, without waiting for the device."""
+    return (torch.arange(x.shape[0], device=x.device) < cu_seqlens[-1])[:, None, None]
 
 
 class _LiveGradient(torch.autograd.Function):
