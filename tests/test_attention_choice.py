@@ -257,6 +257,7 @@ def test_what_cannot_be_traced_stands_back(install, monkeypatch):
     assert "native is flash-attn 4" in K.explain("varlen_attention", q, k, v, CU_Q, CU_Q, 5, 5)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the libraries that are installed run on a GPU")
 def test_installed_libraries_on_the_gpu():
     """Every library that can run here, against float64, with NaN past the live rows."""
