@@ -51,14 +51,15 @@ def record(function, *args, grid, warmup, **kwargs):
     signature, constants, divisible = {}, {}, []
     for index, parameter in enumerate(function.params):
         value = values[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        special = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and value == 1):
             signature[parameter.name], constants[(index,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = TYPES[value.dtype]
             divisible += [index] * (value.data_ptr() % 16 == 0)
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-            divisible += [index] * (isinstance(value, int) and value % 16 == 0)
+            divisible += [index] * (special and value % 16 == 0)
     attributes = {(index,): [["tt.divisibility", 16]] for index in divisible}
     recorded[f"{function.__name__} {signature} {constants} {divisible}"] = (
         function, signature, constants, attributes, options, current,

@@ -1,4 +1,7 @@
-"""Launch rules that the row kernels share. They depend on shapes alone: nothing is tuned on the first call."""
+"""Launch rules that the row kernels share. They depend on shapes alone: nothing is tuned on the first call.
+
+Counts that change from step to step (rows, batch) are not specialised on, so that no step meets a compiler.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from ._rows import pointer_rows, row_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def chunk_forward(
     h_ptr, pos_ptr, token_ptr, out_ptr, h_stride, pos_stride, cells, capacity, width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -31,7 +31,7 @@ def chunk_forward(
     tl.store(out_ptr + row[:, None] * width + column[None, :], out, mask=(row[:, None] < capacity) & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def chunk_backward(
     grad_ptr, token_ptr, nearest_ptr, out_ptr, grad_stride, total, width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,

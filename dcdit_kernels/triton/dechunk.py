@@ -16,7 +16,7 @@ from .ema import scan, scan_backward
 from .smooth import clamp_confidence, smoothed, smoothed_backward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def plug_forward(
     rows_ptr, residual_ptr, nearest_ptr, out_ptr, rows_stride, residual_stride, total, width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -72,7 +72,7 @@ def plug_backward(
         tl.store(direct_ptr + row, tl.sum(total * (x - s)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "capacity", "parts"])
 def prob_backward(
     through_ptr, direct_ptr, partial_ptr, prob_ptr, nearest_ptr, token_ptr, out_ptr, total, capacity, parts,
     BLOCK: tl.constexpr,

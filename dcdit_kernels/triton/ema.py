@@ -34,7 +34,7 @@ def confidences(prob_ptr, token_ptr, row, start, end):
     return tl.where(row == start, 1.0, p)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "capacity"])
 def scan_forward_kernel(
     x_ptr, prob_ptr, token_ptr, cu_ptr, out_ptr, x_stride, batch, capacity, width,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -62,7 +62,7 @@ def scan_forward_kernel(
         tl.store(place, value.to(out_ptr.dtype.element_ty), mask=(row[:, None] < limit) & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "capacity"])
 def scan_backward_kernel(
     grad_ptr, x_ptr, rows_ptr, prob_ptr, token_ptr, cu_ptr, grad_x_ptr, partial_ptr,
     grad_stride, x_stride, batch, capacity, width, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,

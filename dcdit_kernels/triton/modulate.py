@@ -14,7 +14,7 @@ import triton.language as tl
 from ._rows import pointer_rows, segments, warps_for_row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["cells"])
 def modulate_forward(
     x_ptr, y_ptr, gate_ptr, shift_ptr, scale_ptr, mixed_ptr, out_ptr, sample_ptr,
     x_stride, y_stride, gate_stride, shift_stride, scale_stride, cells, width, eps,
@@ -43,7 +43,7 @@ def modulate_forward(
         tl.store(out_ptr + row * width + column, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "cells", "capacity", "rows"])
 def modulate_backward(
     grad_mixed_ptr, grad_out_ptr, x_ptr, y_ptr, gate_ptr, scale_ptr, cu_ptr,
     grad_x_ptr, grad_y_ptr, partial_ptr,

@@ -59,7 +59,7 @@ def kernel_weight(row_token, key_token, cells, height, columns, falloff):
     return tl.where(same, tl.exp2(-distance * falloff), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "capacity"])
 def smooth_forward(
     x_ptr, prob_ptr, token_ptr, cu_ptr, out_ptr, share_ptr,
     x_stride, batch, cells, height, columns, reach, falloff, capacity, width,
@@ -102,7 +102,7 @@ def smooth_forward(
         tl.store(out_ptr + place, tl.where(own, out, 0.0), mask=(row[:, None] < capacity) & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "capacity"])
 def smooth_backward(
     grad_ptr, share_ptr, dot_ptr, x_ptr, prob_ptr, token_ptr, cu_ptr, grad_x_ptr, partial_ptr,
     x_stride, batch, cells, height, columns, reach, falloff, capacity, width,
