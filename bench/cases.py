@@ -12,6 +12,7 @@ from dcdit import DCDiTConfig, preset
 
 OPERATORS = ("plan", "chunk", "dechunk", "boundary", "cosine", "modulate", "attention", "pad")
 MODELS = ("forward", "train", "sample")
+ALL_CELLS = ("boundary", "cosine")  # they score every cell, whatever share is kept afterwards
 GROUPS = (*MODELS, *OPERATORS)
 
 
@@ -81,8 +82,8 @@ def _on_gpu(group: str) -> list[Case]:
         ]
     if group == "sample":
         return [dataclasses.replace(centre, size=s, batch=b, drop_fraction=0.0) for s in ("B", "XL") for b in (4, 16)]
-    axes = [{}, *({"batch": b} for b in (1, 4, 64)), *({"share": s} for s in (0.1, 0.5, 1.0))]
-    axes += [{"size": "S"}, {"size": "XL"}, {"side": 64}]
+    axes = [{}, *({"batch": b} for b in (1, 4, 64)), {"size": "S"}, {"size": "XL"}, {"side": 64}]
+    axes += [{"share": s} for s in (0.1, 0.5, 1.0) if group not in ALL_CELLS]
     directions = (False,) if group == "plan" else (False, True)
     return [dataclasses.replace(centre, backward=b, **axis) for axis in axes for b in directions]
 
@@ -107,7 +108,10 @@ def _on_cpu(group: str) -> list[Case]:
     if group == "plan":
         axes = [{"batch": 1}, {"batch": 16}, {"batch": 64}, {"share": 0.1}, {"share": 0.5}, {"share": 1.0}]
         return [centre, *(dataclasses.replace(centre, **axis) for axis in axes)]
-    both = [dataclasses.replace(centre, **axis) for axis in ({}, {"share": 1.0}, {"size": "XL"})]
-    axes = [{"batch": 1}, {"batch": 16}, {"share": 0.1}, {"share": 0.5}]
+    both = [centre, dataclasses.replace(centre, size="XL")]
+    axes = [{"batch": 1}, {"batch": 16}]
+    if group not in ALL_CELLS:
+        both.append(dataclasses.replace(centre, share=1.0))
+        axes += [{"share": 0.1}, {"share": 0.5}]
     backward = [dataclasses.replace(case, backward=True) for case in both]
     return [*both, *backward, *(dataclasses.replace(centre, **axis) for axis in axes)]

@@ -94,7 +94,7 @@ def section(run: dict, file: str, earlier: dict | None) -> str:
         if chosen:
             lines.append(f"### {GROUP_TITLES[group]}\n")
             lines.append((model_table if group in MODELS else operator_table)(chosen, rates))
-        if group == "forward" and chosen:
+        if group == "forward" and any("components_s" in entry for entry in chosen):
             lines.append(component_table(chosen))
     return "\n".join(lines)
 
@@ -227,11 +227,7 @@ def model_table(entries: list[dict], rates: dict) -> str:
         row += [milliseconds(entry["variants"].get("DiT/2")), f"{won['flops']:.2f}" if won else "–"]
         realised = won and won["realised"]
         row += [ratio_cell(entry, "dcdit"), "–" if realised is None else f"{realised:.2f}"]
-        row += [
-            ratio_cell(entry, n)
-            for n in ("plain", "dcdit reference", "plain compiled", "dcdit compiled", "DiT/2 compiled")
-        ]
-        rows.append(row)
+        rows.append(row + [ratio_cell(entry, name) for name in others])
     return table(head, rows)
 
 

@@ -1,6 +1,6 @@
 """Interleaved rounds: every variant once per round, in an order that turns, so that drift hits all alike.
 
-On a CPU a sample is the wall clock of a few milliseconds of calls. On a GPU it is the time between two events around
+On a CPU a sample is the wall clock of some 10 ms of calls. On a GPU it is the time between two events around
 one pass over copies of the inputs that together exceed the L2 cache twice, replayed as a CUDA graph where the variant
 never waits for the host.
 """
@@ -15,7 +15,7 @@ import torch
 
 from .problem import Problem, Tensors, Variant
 
-SAMPLE_SECONDS = 2e-3  # of a CPU sample, far above the clock's and the interpreter's grain
+SAMPLE_SECONDS = 10e-3  # of a CPU sample, above the turns in which a busy machine deals out its cores
 
 
 def interleave(clocks: dict[str, Callable[[], float]], rounds: int, seconds: float) -> dict[str, list[float]]:

@@ -203,6 +203,13 @@ def test_a_crash_costs_one_case(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out" / "r.json").read_text()) == result
 
 
+def test_rates_are_the_best_seen():
+    old = {"copy_bytes_per_s": 5.0, "matmul_flops_per_s": {"float32": 1.0, "bfloat16": 4.0}}
+    new = {"copy_bytes_per_s": 3.0, "matmul_flops_per_s": {"float32": 2.0, "bfloat16": 3.0}}
+    assert run.faster(None, old) == old
+    assert run.faster(old, new) == {"copy_bytes_per_s": 5.0, "matmul_flops_per_s": {"float32": 2.0, "bfloat16": 4.0}}
+
+
 def test_unknown_group(capsys):
     with pytest.raises(SystemExit):
         run.parse(["--groups", "plan,plam"])
@@ -249,6 +256,16 @@ def test_report_says_when_runs_disagree(tmp_path, scale, says):
 def test_report_says_when_the_machine_was_busy(tmp_path):
     assert "kept this machine busy" not in write_report(tmp_path, synthetic("2026-01-01"))
     assert "kept this machine busy** (load 5.3 on 2" in write_report(tmp_path, synthetic("2026-01-02", load=5.3))
+
+
+def test_model_table(tmp_path):
+    """Half the FLOPs in three quarters of the time, and as many cells as columns."""
+    entry = synthetic("2026-01-01")["cases"][0] | {"case": dataclasses.asdict(small("forward", drop_fraction=0.5))}
+    variants = {"dcdit": timed([0.75, 1.5], 5.0), "DiT/2": timed([1.0, 2.0], 10.0), "plain": timed([2.0, 4.0], 5.0)}
+    text = write_report(tmp_path, synthetic("2026-01-01", cases=[entry | {"variants": variants}]))
+    head, rule, row = (line for line in text.splitlines() if line.startswith("|"))
+    assert head.count("|") == rule.count("|") == row.count("|")
+    assert row.startswith("| digits, B 2 | 0.25 | 0.5 | 2,000 ms | 0.50 | 0.75 (0.75–0.75) | 0.50 | 2.00 (2.00–2.00) |")
 
 
 def test_report_compares_no_two_commits(tmp_path):
