@@ -114,7 +114,9 @@ def summary(entry: dict) -> str:
 
 def write(path: Path, result: dict) -> None:
     """Replace the file as a whole, so that a kill leaves the last complete one; a copy goes to the folder $OUT."""
-    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    header = json.dumps({key: value for key, value in result.items() if key != "cases"}, indent=1, allow_nan=False)
+    cases = ",\n".join(json.dumps(entry, allow_nan=False) for entry in result["cases"])  # a line each
+    text = f'{header[:-2]},\n "cases": [\n{cases}\n ]\n}}\n'
     folders = [path.parent, *([Path(os.environ["OUT"])] if os.environ.get("OUT") else [])]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
