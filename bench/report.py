@@ -76,8 +76,10 @@ def section(run: dict, file: str, earlier: dict | None) -> str:
         f"Measured rates: copies {rates['copy_bytes_per_s'] / 1e9:,.0f} GB/s, matrix products {peak}.\n",
         *busy(run),
         noise(run, earlier) + "\n",
+        *([f"Stages of `make gpu`: {stages(run)}.\n"] if run.get("stages") else []),
     ]
-    lost = [f"{e['name']} ({e['crashed']})" for e in run["cases"] if "crashed" in e]
+    lost = [f"{run['current']} (the run ended within it)"] if run.get("current") else []
+    lost += [f"{e['name']} ({e['crashed']})" for e in run["cases"] if "crashed" in e]
     lost += [
         f"{e['name']}, {name} ({v['reason']})"
         for e in run["cases"]
@@ -108,6 +110,14 @@ def absent(run: dict) -> list[str]:
                 reason = variant["reason"].split(" cannot run: ")[-1]
                 found.setdefault((name, reason), set()).add(entry["case"]["group"])
     return [f"{name} of {', '.join(sorted(groups))} ({reason})" for (name, reason), groups in found.items()]
+
+
+def stages(run: dict) -> str:
+    """What came of each stage of `make gpu`."""
+    return ", ".join(
+        f"{stage['name']} {'passed' if stage['status'] == 0 else stage['status']} in {stage['seconds']:.0f} s"
+        for stage in run["stages"]
+    )
 
 
 def busy(run: dict) -> list[str]:

@@ -253,6 +253,20 @@ def test_report_says_when_runs_disagree(tmp_path, scale, says):
     assert says in write_report(tmp_path, synthetic("2026-01-01", scale), synthetic("2026-01-02", 1.0))
 
 
+def test_report_says_what_is_missing(tmp_path):
+    stages = [
+        {"name": "build", "status": 0, "seconds": 20.4},
+        {"name": "racecheck", "status": "timeout", "seconds": 45},
+    ]
+    crashed = {"name": "plan-S", "crashed": "the process ended with status -9"}
+    cases = [*synthetic("2026-01-01")["cases"], crashed]
+    changes = {"stages": stages, "current": "train-B", "cut": ["chunk-S", "chunk-B", "pad-S"], "cases": cases}
+    text = write_report(tmp_path, synthetic("2026-01-01", **changes))
+    assert "build passed in 20 s, racecheck timeout in 45 s" in text
+    assert "train-B (the run ended within it); plan-S (the process ended with status -9)" in text
+    assert "2 of chunk, 1 of pad" in text
+
+
 def test_report_says_when_the_machine_was_busy(tmp_path):
     assert "kept this machine busy" not in write_report(tmp_path, synthetic("2026-01-01"))
     assert "kept this machine busy** (load 5.3 on 2" in write_report(tmp_path, synthetic("2026-01-02", load=5.3))
