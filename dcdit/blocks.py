@@ -87,7 +87,8 @@ class DiTBlock(nn.Module):
 
     def attend(self, x: torch.Tensor, plan: ChunkPlan) -> torch.Tensor:
         q, k, v = self.qkv(x).view(x.shape[0], 3, self.heads, -1).unbind(1)
-        out = varlen_attention(q, k, v, plan.cu_seqlens, plan.cu_seqlens, plan.max_seqlen, plan.max_seqlen)
+        lengths = (plan.cu_seqlens, plan.cu_seqlens, plan.max_seqlen, plan.max_seqlen)
+        out = varlen_attention(q, k, v, *lengths, exact=plan.exact)
         return self.proj(out.reshape(x.shape))
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:

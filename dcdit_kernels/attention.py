@@ -36,6 +36,7 @@ def varlen_attention(
     max_seqlen_k: int,
     softmax_scale: float | None = None,
     *,
+    exact: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor:
     """softmax(q kᵀ · scale) v of each sample's own rows (FlashAttention, arXiv 2307.08691).
@@ -47,6 +48,8 @@ def varlen_attention(
         q: (Tq, heads, head_dim); k, v: (Tk, heads, head_dim); views of a fused qkv are fine.
         cu_seqlens_q, cu_seqlens_k: int32 (B + 1,). max_seqlen_q, max_seqlen_k: upper bounds of the lengths.
         softmax_scale: head_dim ** -0.5 where None.
+        exact: promises that every row of q, k and v is live (`ChunkPlan.exact`), so that FlashAttention's tails need
+            not be zeroed: a pass over the output and one over each gradient less.
 
     Returns (Tq, heads, head_dim) in q's dtype, zero past the last live row. FlashAttention's gradients agree bit for
     bit between runs under torch.use_deterministic_algorithms(True), at some cost.
@@ -72,4 +75,4 @@ def varlen_attention(
     }
     name = _dispatch.choose("varlen_attention", backend, **inputs)
     library = flash.choose(q, k, v) if name == "native" else None
-    return flash.attend(library, **inputs) if library else _ops.run("varlen_attention", name, **inputs)
+    return flash.attend(library, exact, **inputs) if library else _ops.run("varlen_attention", name, **inputs)

@@ -25,6 +25,7 @@ class ChunkPlan:
       entries past `member_offsets[-1]` are -1.
     - `overflow` int32 (): boundary cells that did not fit into a fixed `capacity` (0 in exact mode); rows are
       cut from the end of the batch.
+    - `exact`: every row of the capacity is live, which a plan without a given `capacity` promises.
     - `max_seqlen`: an upper bound of the rows of any sample, exact unless `capacity` was given.
 
     Rows past the last live one are zero in every operator's outputs and gradients, and are never read.
@@ -41,6 +42,7 @@ class ChunkPlan:
     member_offsets: torch.Tensor
     member_index: torch.Tensor
     overflow: torch.Tensor
+    exact: bool = False
 
     @property
     def cells(self) -> int:

@@ -105,6 +105,7 @@ def choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Library | None:
 
 def attend(
     library: Library,
+    exact: bool,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -114,19 +115,21 @@ def attend(
     max_seqlen_k: int,
     softmax_scale: float | None,
 ) -> torch.Tensor:
-    """Attention by this library, zero in the output and in every gradient past the last live row.
+    """Attention by this library, zero in the output and in every gradient past the last live row; none with `exact`.
 
     Gradients agree bit for bit between runs under torch.use_deterministic_algorithms(True); faster without.
     """
+    call = _torch if library.keywords == TORCH_KEYWORDS else _flash
+    places = (cu_seqlens_q.int(), cu_seqlens_k.int(), max_seqlen_q, max_seqlen_k)
+    if exact:
+        return call(library, q, k, v, places, softmax_scale)
     live_q = _live(q, cu_seqlens_q)
     live_k = live_q if cu_seqlens_k is cu_seqlens_q and k.shape[0] == q.shape[0] else _live(k, cu_seqlens_k)
     if library.reads_past:
         q, k, v = (torch.where(live, x, 0.0) for live, x in ((live_q, q), (live_k, k), (live_k, v)))
     else:
         q, k, v = (_LiveGradient.apply(x, live) for live, x in ((live_q, q), (live_k, k), (live_k, v)))
-    places = (cu_seqlens_q.int(), cu_seqlens_k.int(), max_seqlen_q, max_seqlen_k)
-    out = (_torch if library.keywords == TORCH_KEYWORDS else _flash)(library, q, k, v, places, softmax_scale)
-    return torch.where(live_q, out, 0.0)
+    return torch.where(live_q, call(library, q, k, v, places, softmax_scale), 0.0)
 
 
 def _live(x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:

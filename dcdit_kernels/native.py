@@ -129,7 +129,7 @@ def _plan_chunks(boundary_prob, grid, drop_fraction, threshold, nearest, capacit
         prefix.data_ptr(), info.data_ptr(), member_base.data_ptr(), cu_seqlens.data_ptr(), overflow.data_ptr(),
         status.data_ptr(), where,
     )  # fmt: skip
-    max_seqlen = min(cells, capacity or 0)
+    exact, max_seqlen = capacity is None, min(cells, capacity or 0)
     if capacity is None or device.type == "cpu":
         total, longest = status.tolist()  # the one copy from the device
         if total < 0:
@@ -159,6 +159,7 @@ def _plan_chunks(boundary_prob, grid, drop_fraction, threshold, nearest, capacit
         member_offsets=member_offsets,
         member_index=member_index,
         overflow=overflow,
+        exact=exact,
     )
 
 

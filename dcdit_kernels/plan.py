@@ -71,7 +71,7 @@ def plan_chunks(
     parts = dict(zip(_ops.PLAN_TENSORS, tensors, strict=True))
     # A graph does not know the longest sample before it runs; max_seqlen may be an upper bound.
     rows = parts["token_index"].shape[0]
-    return ChunkPlan(grid, boundary_prob.shape[0], rows, math.prod(grid), **parts)
+    return ChunkPlan(grid, boundary_prob.shape[0], rows, math.prod(grid), **parts, exact=capacity is None)
 
 
 def _plan_tensors(prob, drop_fraction, grid, threshold, nearest, capacity, backend):

@@ -134,6 +134,20 @@ def test_each_library_is_called_as_it_wants(name, scale, install):
     assert got[0][9:].abs().max() == got[1][9:].abs().max() == got[2][11:].abs().max() == got[3][11:].abs().max() == 0
 
 
+@pytest.mark.parametrize("name", STAND_INS)
+def test_an_exact_plan_has_no_tail_to_zero(name, install, monkeypatch):
+    """With every row live nothing is masked, and the numbers are those of the reference."""
+    install(name)
+    monkeypatch.setattr(flash, "_live", lambda *_: pytest.fail("a mask was made"))
+    q, k, v = rows()
+    tensors = q[:9], k[:11], v[:11]
+    got = value_and_gradients(lambda *t: K.varlen_attention(*t, CU_Q, CU_K, 5, 6, exact=True), tensors)
+    double = [t.double() for t in tensors]
+    want = value_and_gradients(lambda *t: K.varlen_attention(*t, CU_Q, CU_K, 5, 6, backend="reference"), double)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g.double(), w, rtol=2**-9, atol=2**-9)
+
+
 def test_order_and_reasons(install):
     """The first that can run is taken, and explain says why the others cannot."""
     q, k, v = rows()
@@ -269,7 +283,7 @@ def test_installed_libraries_on_the_gpu():
     for library in flash.LIBRARIES:
         if flash.why_not(library, *tensors) is None:
             leaves = [t.detach().requires_grad_() for t in tensors]
-            out = flash.attend(library, *leaves, cu_q, cu_k, 5, 6, None)
+            out = flash.attend(library, False, *leaves, cu_q, cu_k, 5, 6, None)
             weight = torch.linspace(-1, 2, out.numel(), device="cuda").view(out.shape).to(out.dtype)
             got = [out, *torch.autograd.grad(out, leaves, weight)]
             for g, w in zip(got, want, strict=True):

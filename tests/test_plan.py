@@ -138,3 +138,10 @@ def test_a_missing_extension_says_what_to_do(monkeypatch):
     assert K.plan_chunks(torch.rand(1, 6), (2, 3)).batch_size == 1
     with pytest.raises(K.BackendError, match=r"plan_chunks: backend 'native' cannot run.*no such file.*pip install"):
         K.plan_chunks(torch.rand(1, 6), (2, 3), backend="native")
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_exact_says_that_no_row_is_spare(backend):
+    prob = torch.rand(2, 12)
+    assert K.plan_chunks(prob, (3, 4), backend=backend).exact
+    assert not K.plan_chunks(prob, (3, 4), capacity=24, backend=backend).exact

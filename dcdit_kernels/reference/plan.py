@@ -30,11 +30,12 @@ def plan_chunks(
         overflow = torch.clamp(mask.sum() - capacity, min=0).to(torch.int32)
         kept = kept[:capacity]
     live = kept.numel()
+    exact = capacity is None
     lengths = torch.bincount(kept // cells, minlength=batch)
     cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=device)
     cu_seqlens[1:] = lengths.cumsum(0)
 
-    if capacity is None:
+    if exact:
         capacity, max_seqlen = live, int(lengths.max()) if batch else 0
     else:
         max_seqlen = min(cells, capacity)
@@ -62,6 +63,7 @@ def plan_chunks(
         member_offsets=member_offsets,
         member_index=member_index.to(torch.int32),
         overflow=overflow,
+        exact=exact,
     )
 
 
