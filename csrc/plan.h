@@ -135,8 +135,7 @@ HD Key select(Exec& exec, Block& shared, int64_t n, int keep, Valid valid, Load 
                 }
             });
         chosen |= Key(shared.digit) << shift;
-        keep -= shared.before;
-        exec.barrier();
+        keep -= shared.before;  // two barriers before either is written again
     }
     *equals = keep;
     return chosen;

@@ -94,3 +94,14 @@ def test_sanitizers(tmp_path):
     script = EXERCISE.format(folder=str(tmp_path))
     run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.endswith("clean\n"), run.stdout[-2000:] + run.stderr[-6000:]
+
+
+@pytest.mark.skipif(CXX is None or sys.platform != "linux", reason="needs g++ on Linux")
+def test_no_races_in_a_block(tmp_path):
+    """The block algorithms on real threads that meet only at the executor's barriers, as CUDA's do."""
+    program, sources = tmp_path / "race_check", [ROOT / "tests/race_check.cpp", CSRC / "plan_cpu.cpp"]
+    run_compiler("-std=c++17", "-O1", "-g1", "-pthread", "-fsanitize=thread", f"-I{CSRC}", *sources, "-o", program)
+    run = subprocess.run(
+        [program], capture_output=True, text=True, env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    )
+    assert run.returncode == 0 and run.stdout == "clean\n", run.stdout + run.stderr[-6000:]
