@@ -101,7 +101,8 @@ def test_no_races_in_a_block(tmp_path):
     """The block algorithms on real threads that meet only at the executor's barriers, as CUDA's do."""
     program, sources = tmp_path / "race_check", [ROOT / "tests/race_check.cpp", CSRC / "plan_cpu.cpp"]
     run_compiler("-std=c++17", "-O1", "-g1", "-pthread", "-fsanitize=thread", f"-I{CSRC}", *sources, "-o", program)
-    run = subprocess.run(
-        [program], capture_output=True, text=True, env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
-    )
+    env = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    run = subprocess.run([program], capture_output=True, text=True, env=env)
+    if "unexpected memory mapping" in run.stderr:
+        pytest.skip("this g++'s ThreadSanitizer cannot place its shadow under this kernel")
     assert run.returncode == 0 and run.stdout == "clean\n", run.stdout + run.stderr[-6000:]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import re
+import types
 
 import pytest
 import torch
@@ -145,3 +147,20 @@ def test_exact_says_that_no_row_is_spare(backend):
     prob = torch.rand(2, 12)
     assert K.plan_chunks(prob, (3, 4), backend=backend).exact
     assert not K.plan_chunks(prob, (3, 4), capacity=24, backend=backend).exact
+
+
+@pytest.mark.parametrize(
+    ("archs", "versions", "gpu", "reason"),
+    [
+        ("", (), (9, 0), r"built without CUDA; put nvcc on PATH and run `pip install .` again"),
+        ("80,90", (13000, 12080), (9, 0), r"built with CUDA 13.0 and the driver knows CUDA 12.8; .* older nvcc"),
+        ("80,90", (13000, 0), (9, 0), r"the driver knows CUDA none"),
+        ("80,90", (12080, 13000), (7, 5), r"for sm_80 and newer, got sm_75; set DCDIT_CUDA_ARCHS"),
+        ("80,90", (12080, 12040), (12, 0), None),
+    ],
+)
+def test_a_gpu_that_the_extension_cannot_use_is_explained(monkeypatch, archs, versions, gpu, reason):
+    monkeypatch.setattr(native, "_C", types.SimpleNamespace(cuda_archs=archs, cuda_versions=lambda: versions))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: gpu)
+    said = native.missing(torch.device("cuda", 0))
+    assert (said is None) if reason is None else re.search(reason, said)
