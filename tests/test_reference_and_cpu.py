@@ -203,17 +203,6 @@ def test_boundary_cosine_2d():
         assert prob[0, cell].item() == pytest.approx(want)
 
 
-def test_gradcheck_of_the_scores():
-    torch.manual_seed(0)
-    q, k = (torch.randn(1, 6, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    kernel = torch.rand(4, 3, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *a: K.boundary_cosine(*a, (2, 3)), (q, k, kernel / 20))
-    features = torch.randn(2, 16, 2, 3, dtype=torch.float64, requires_grad=True)
-    weights = [torch.randn(16, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    bias = torch.zeros(1, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(K.boundary_predictability, (features, *weights, bias))
-
-
 def naive_mask(prob, rho):
     """Drop floor(n·ρ) boundaries one at a time: always the lowest p, of equals the last."""
     mask = prob > 0.5
@@ -312,3 +301,37 @@ def test_operators_name_what_came():
         K.dechunk(torch.zeros(plan.capacity, 8).long(), prob, plan)
     with pytest.raises(ValueError, match="nearest='3d' needs a 3d grid"):
         K.plan_chunks(prob, (7, 9), nearest="3d")
+
+
+def test_reference_gradients_are_derivatives():
+    """gradcheck, by finite differences. The straight-through confidence of dechunk is no derivative, so p is fixed."""
+    prob, plan = make((3, 4), "quarter", batch=2)
+    cells, width = plan.cells, 3
+    draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, requires_grad=True)  # noqa: E731
+    x, y, h = draw(plan.capacity, width), draw(plan.capacity, width), draw(2, cells, width)
+    modulators = draw(2, width), draw(2, width)
+    inner = prob.clone().clamp(0.1, 0.9).requires_grad_()
+    weights = draw(8), draw(8), draw(8), draw(1)
+    cu_seqlens = torch.tensor([0, 5, 5, 9], dtype=torch.int32)
+    cases = {
+        "chunk": (lambda h, pos: reference.chunk(h, plan, pos), (h, draw(cells, width))),
+        "dechunk": (lambda x, r: reference.dechunk(x, prob, plan, r, 1.3), (x, h)),
+        "ema_smooth": (lambda x, p: reference.ema_smooth(x, p, plan), (x, inner)),
+        "adaln_modulate": (lambda x, *m: reference.adaln_modulate(x, *m, plan), (x, *modulators)),
+        "gate_residual": (lambda x, y, g: reference.gate_residual(x, y, g, plan), (x, y, modulators[0])),
+        "boundary_cosine 1D": (
+            lambda q, k: reference.boundary_cosine(q, k, None, None, cu_seqlens),
+            (draw(9, 4), draw(9, 4)),
+        ),
+        "boundary_cosine 2D": (
+            lambda q, k, w: reference.boundary_cosine(q, k, w / 9, (3, 4)),
+            (h, draw(2, cells, 3), draw(3, 3, 3)),
+        ),
+        "boundary_predictability": (reference.boundary_predictability, (draw(2, 8, 3, 4), *weights)),
+        "varlen_attention": (
+            lambda q, k, v: reference.varlen_attention(q, k, v, cu_seqlens, cu_seqlens, 5, 5),
+            (draw(9, 2, 4), draw(9, 2, 4), draw(9, 2, 4)),
+        ),
+    }
+    for name, (function, inputs) in cases.items():
+        assert torch.autograd.gradcheck(function, inputs), name
