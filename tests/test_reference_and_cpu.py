@@ -267,7 +267,8 @@ def test_low_precision_keeps_its_dtype(backend, dtype):
     )
     got = K.dechunk(x.to(dtype), prob.float(), plan, residual.to(dtype), backend=backend)
     assert got.dtype == dtype
-    torch.testing.assert_close(got.double(), want, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+    budget = 2 * torch.finfo(dtype).eps + 4 * 2**-23  # √K of the sixteen or so tokens of a sum, in float32
+    torch.testing.assert_close(got.double(), want, rtol=budget, atol=budget)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
