@@ -262,7 +262,7 @@ def test_report_says_what_is_missing(tmp_path):
     cases = [*synthetic("2026-01-01")["cases"], crashed]
     changes = {"stages": stages, "current": "train-B", "cut": ["chunk-S", "chunk-B", "pad-S"], "cases": cases}
     text = write_report(tmp_path, synthetic("2026-01-01", **changes))
-    assert "build passed in 20 s, tests timeout in 45 s" in text
+    assert "build passed in 20 s, racecheck timeout in 45 s" in text
     assert "train-B (the run ended within it); plan-S (the process ended with status -9)" in text
     assert "2 of chunk, 1 of pad" in text
 
