@@ -4,14 +4,15 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
+TORCH = str(Path(torch.__file__).parents[1])  # the folder of packages that has it
 BUILD = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-deps", "-v"]
 
 
@@ -73,7 +74,7 @@ def test_sdist_without_torch(sdist, venv, tmp_path):
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", path)
     missed = run(python, "-c", "import dcdit_kernels", check=False, cwd=tmp_path, env=environment())
     assert missed.returncode == 1 and "No module named 'torch'" in missed.stderr
-    env = environment(PYTHONPATH=sysconfig.get_path("purelib"))
+    env = environment(PYTHONPATH=TORCH)
     told = run(python, "-m", "dcdit_kernels", cwd=tmp_path, env=env).stdout
     assert f"extension: {python.parent.parent}" in told and "CPU only" in told
     assert "plan_chunks: native" in told and "flash-attn 2" in told
@@ -119,5 +120,5 @@ def test_isolated_and_editable(sdist, venv):
         pytest.skip("pip reaches no package index here")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     code = "import dcdit_kernels; print(dcdit_kernels.native._C.__file__)"
-    env = environment(PYTHONPATH=sysconfig.get_path("purelib"))
+    env = environment(PYTHONPATH=TORCH)
     assert run(python, "-c", code, cwd=python.parent, env=env).stdout.startswith(str(sdist))
