@@ -1,4 +1,4 @@
-"""Builds dcdit_kernels._C from csrc/ with ninja: always for the CPU, for CUDA as well where nvcc is found.
+"""Builds dcdit_kernels._C from csrc/ (by ninja, if there): always for the CPU, for CUDA as well where nvcc is found.
 
 DCDIT_CUDA_ARCHS   compute capabilities such as "80;90;100"; "none" builds for the CPU alone. Code for newer GPUs comes
                    from the PTX of the last one. Where it is not set, a CUDA part that does not compile is left out.
@@ -6,6 +6,7 @@ CXX, CUDA_HOME     the C++ compiler, and the CUDA toolkit where nvcc is not on P
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ ROOT = Path(__file__).parent
 ARCHS = ("80", "90", "100")
 SOURCES = ["bindings.cpp", "plan_cpu.cpp", "dechunk_cpu.cpp"]
 CUDA_SOURCES = ["plan_cuda.cu", "rows_cuda.cu"]
+Step = tuple[str, list[Path], Path]  # command with $in and $out, inputs, output
 
 
 def say(text: str) -> None:
@@ -42,33 +44,34 @@ def cuda_archs(nvcc: str) -> list[str]:
     return [arch for arch in ARCHS if f"compute_{arch}" in known]
 
 
-def write_ninja(folder: Path, target: Path, cxx: str, nvcc: str | None, archs: list[str]) -> Path:
-    """One rule per compiler, one edge per source."""
+def steps(
+    folder: Path, target: Path, cxx: str, nvcc: str | None, archs: list[str]
+) -> list[tuple[str, list[Path], Path]]:
+    """Every step of the build, in order."""
     flags = "-O3 -std=c++17 -fPIC -fvisibility=hidden"
     defines = f'-DDCDIT_CUDA_ARCHS=\\"{",".join(archs)}\\"' + " -DDCDIT_CUDA" * bool(archs)
     includes = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
     code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     code += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in archs[-1:]]
     undefined = " -undefined dynamic_lookup" if sys.platform == "darwin" else ""
-    link = f"{nvcc} -shared -cudart static" if archs else f"{cxx} -shared{undefined} -pthread"
-    lines = [
-        f"builddir = {escaped(folder)}",
-        "rule cxx",
-        f"  command = {cxx} {flags} {defines} {includes} -pthread -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "rule nvcc",
-        f"  command = {nvcc} -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden -DDCDIT_CUDA {' '.join(code)} "
+    compilers = {
+        ".cpp": f"{cxx} {flags} {defines} {includes} -pthread -MMD -MF $out.d -c $in -o $out",
+        ".cu": f"{nvcc} -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden -DDCDIT_CUDA {' '.join(code)} "
         "-MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "rule link",
-        f"  command = {link} $in -o $out",
-    ]
-    objects = []
-    for name in SOURCES + CUDA_SOURCES * bool(archs):
-        rule, source, made = "nvcc" if name.endswith(".cu") else "cxx", ROOT / "csrc" / name, folder / f"{name}.o"
-        lines.append(f"build {escaped(made)}: {rule} {escaped(source)}")
-        objects.append(escaped(made))
-    lines.append(f"build {escaped(target)}: link {' '.join(objects)}")
+    }
+    link = f"{nvcc} -shared -cudart static" if archs else f"{cxx} -shared{undefined} -pthread"
+    sources = [ROOT / "csrc" / name for name in SOURCES + CUDA_SOURCES * bool(archs)]
+    compile_steps = [(compilers[path.suffix], [path], folder / f"{path.name}.o") for path in sources]
+    return [*compile_steps, (f"{link} $in -o $out", [out for _, _, out in compile_steps], target)]
+
+
+def write_ninja(folder: Path, todo: list[Step]) -> Path:
+    """The steps as a build file."""
+    lines = [f"builddir = {escaped(folder)}"]
+    for number, (command, inputs, out) in enumerate(todo):
+        lines += [f"rule step{number}", f"  command = {command}"]
+        lines += ["  depfile = $out.d"] * ("-MMD" in command)
+        lines.append(f"build {escaped(out)}: step{number} {' '.join(map(escaped, inputs))}")
     file = folder / "build.ninja"
     file.write_text("\n".join(lines) + "\n")
     return file
@@ -103,8 +106,16 @@ class Build(build_ext):
         folder, target = Path(self.build_temp), Path(self.get_ext_fullpath(ext.name))
         for path in (folder, target.parent):
             path.mkdir(parents=True, exist_ok=True)
-        file = write_ninja(folder, target, cxx, nvcc, archs)
-        subprocess.run(["ninja", "-f", str(file)], check=True)
+        todo = steps(folder, target, cxx, nvcc, archs)
+        if shutil.which("ninja"):
+            subprocess.run(["ninja", "-f", str(write_ninja(folder, todo))], check=True)
+            return
+        say("no ninja: one step after another")  # pip brings it; a machine that builds in place may have none
+        for command, inputs, out in todo:
+            paths = {"$in": " ".join(shlex.quote(str(path)) for path in inputs), "$out": shlex.quote(str(out))}
+            for name, value in paths.items():
+                command = command.replace(name, value)
+            subprocess.run(command, shell=True, check=True)
 
 
 # Optional: without a compiler the rest is installed, and says at the first call what is missing.

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -38,8 +37,7 @@ def sdist(tmp_path_factory):
     )
     shutil.copytree(ROOT, tree, ignore=ignore)
     run(sys.executable, "-c", "from setuptools import build_meta; build_meta.build_sdist('..')", cwd=tree)
-    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
-        archive.extractall(folder / "out", filter="data")
+    shutil.unpack_archive(next(folder.glob("*.tar.gz")), folder / "out")
     return next((folder / "out").iterdir())
 
 
@@ -106,6 +104,9 @@ def test_no_compiler_and_cuda_that_does_not_compile(sdist, tmp_path):
     path, said = wheel(sdist, tmp_path / "b", **broken)
     assert "unsupported GNU version" in said and "the CUDA part does not compile here" in said
     assert len(extensions(path)) == 1
+    (tools / "ninja").unlink()
+    path, said = wheel(sdist, tmp_path / "c", **broken, DCDIT_CUDA_ARCHS="none")
+    assert "no ninja: one step after another" in said and len(extensions(path)) == 1
     asked = environment(**broken, DCDIT_CUDA_ARCHS="90")
     failed = run(*BUILD, "--no-build-isolation", "-w", tmp_path, sdist, env=asked, check=False)
     assert failed.returncode != 0 and "the extension does not compile" in failed.stdout + failed.stderr
