@@ -11,7 +11,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-TORCH = str(Path(torch.__file__).parents[1])  # the folder of packages that has it
 BUILD = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-deps", "-v"]
 
 
@@ -53,6 +52,12 @@ def venv(tmp_path_factory):
     return make
 
 
+def show_torch(python):
+    """The folder of packages that has torch, after the environment's own: ours may be installed there as well."""
+    own = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
+    Path(own, "torch.pth").write_text(str(Path(torch.__file__).parents[1]) + "\n")
+
+
 def wheel(sdist, out, **env):
     """(the wheel, what the build said), with this environment's setuptools, pybind11 and ninja."""
     shutil.copytree(sdist, out / "sources")  # what an earlier build left must not be taken
@@ -72,8 +77,8 @@ def test_sdist_without_torch(sdist, venv, tmp_path):
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", path)
     missed = run(python, "-c", "import dcdit_kernels", check=False, cwd=tmp_path, env=environment())
     assert missed.returncode == 1 and "No module named 'torch'" in missed.stderr
-    env = environment(PYTHONPATH=TORCH)
-    told = run(python, "-m", "dcdit_kernels", cwd=tmp_path, env=env).stdout
+    show_torch(python)
+    told = run(python, "-m", "dcdit_kernels", cwd=tmp_path, env=environment()).stdout
     assert f"extension: {python.parent.parent}" in told and "CPU only" in told
     assert "plan_chunks: native" in told and "flash-attn 2" in told
 
@@ -121,5 +126,5 @@ def test_isolated_and_editable(sdist, venv):
         pytest.skip("pip reaches no package index here")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     code = "import dcdit_kernels; print(dcdit_kernels.native._C.__file__)"
-    env = environment(PYTHONPATH=TORCH)
-    assert run(python, "-c", code, cwd=python.parent, env=env).stdout.startswith(str(sdist))
+    show_torch(python)
+    assert run(python, "-c", code, cwd=python.parent, env=environment()).stdout.startswith(str(sdist))
