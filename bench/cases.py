@@ -95,6 +95,7 @@ def _on_cpu(group: str) -> list[Case]:
             *(Case(group, "S", batch=1, drop_fraction=drop) for drop in (0.5, 0.2, 0.0, 0.8)),
             Case(group, "S", batch=4, drop_fraction=0.5),
             Case(group, "B", batch=1, drop_fraction=0.5),
+            Case(group, "S", 64, batch=2),
             *small,
         ]
     if group == "train":
@@ -107,11 +108,12 @@ def _on_cpu(group: str) -> list[Case]:
     centre = Case(group, "S", 32, 4)
     if group == "plan":
         axes = [{"batch": 1}, {"batch": 16}, {"batch": 64}, {"share": 0.1}, {"share": 0.5}, {"share": 1.0}]
-        return [centre, *(dataclasses.replace(centre, **axis) for axis in axes)]
+        return [centre, *(dataclasses.replace(centre, **axis) for axis in axes), Case(group, "S", 64, 64)]
     both = [centre, dataclasses.replace(centre, size="XL")]
     axes = [{"batch": 1}, {"batch": 16}]
     if group not in ALL_CELLS:
         both.append(dataclasses.replace(centre, share=1.0))
         axes += [{"share": 0.1}, {"share": 0.5}]
+    both += [Case(group, "S", 64, 2)] * (group == "dechunk")
     backward = [dataclasses.replace(case, backward=True) for case in both]
     return [*both, *backward, *(dataclasses.replace(centre, **axis) for axis in axes)]

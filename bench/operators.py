@@ -124,9 +124,13 @@ def chunk_problem(case: Case, device: str, compiled: bool) -> Problem:
 
 
 def dechunk_problem(case: Case, device: str, compiled: bool) -> Problem:
-    """(T, D) → (B, L, D): smoothing, plug-back, straight-through confidence, float32 residual."""
+    """(T, D) → (B, L, D): smoothing, plug-back, straight-through confidence, float32 residual.
+
+    The plain formulation finds who refills whom here, by L×M distances; ours has it in the plan.
+    """
     width, cells, grid = case.config.hidden_size, case.side**2, (case.side, case.side)
     prob, plan, padded = _planned(case, device)
+    refilled = lambda: padded._replace(nearest=baselines.nearest(padded.index, padded.valid, grid))  # noqa: E731
     x = _draw(case, device, plan.capacity, width)
     residual = _draw(case, device, case.batch, cells, width, dtype=torch.float32)
     moved = x.nbytes + prob.nbytes + residual.nbytes + residual.numel() * x.element_size()
@@ -136,7 +140,7 @@ def dechunk_problem(case: Case, device: str, compiled: bool) -> Problem:
     return _problem(
         case, (x, prob, residual), lambda backend, x, p, r: K.dechunk(x, p, plan, r, backend=backend),
         Variant(
-            lambda x, p, r: baselines.dechunk(x, p, padded, r, grid),
+            lambda x, p, r: baselines.dechunk(x, p, refilled(), r, grid),
             lambda x, p, r: (baselines.pad_rows(x, padded), p, r),
         ),
         work, max(width, padded.valid.shape[1]), compiled,

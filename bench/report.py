@@ -17,7 +17,7 @@ NOISE = 0.10  # two runs of one machine that differ by more on a ratio were dist
 GROUP_TITLES = {
     "plan": "Plan: which cells stay, packed, and who refills whom (half of the boundaries dropped)",
     "chunk": "Chunk: gather the retained cells",
-    "dechunk": "Dechunk: smooth and refill the grid",
+    "dechunk": "Dechunk: smooth and refill the grid (plain: M×M weights and L×M distances)",
     "boundary": "Boundary scores, predictability",
     "cosine": "Boundary scores, cosine",
     "modulate": "adaLN and gate",

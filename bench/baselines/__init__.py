@@ -6,7 +6,7 @@ from .chunk import chunk
 from .dechunk import dechunk
 from .modulate import gate_modulate
 from .pad import unpad_and_pad
-from .plan import PaddedPlan, pad_rows, plan
+from .plan import PaddedPlan, nearest, pad_rows, plan
 
 __all__ = [
     "PaddedPlan",
@@ -15,6 +15,7 @@ __all__ = [
     "cosine",
     "dechunk",
     "gate_modulate",
+    "nearest",
     "pad_rows",
     "plan",
     "predictability",

@@ -27,11 +27,15 @@ def plan(prob: torch.Tensor, grid: tuple[int, int], drop_fraction: float | torch
     index = (~keep).byte().argsort(dim=1, stable=True)[:, :longest]
     valid = torch.arange(longest, device=prob.device) < lengths[:, None]
 
-    cell = torch.arange(prob.shape[1], device=prob.device)
+    return PaddedPlan(index, valid, nearest(index, valid, grid))
+
+
+def nearest(index: torch.Tensor, valid: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Who refills each cell, int64 (B, L) into M, by all distances (B, L, M)."""
+    cell = torch.arange(grid[0] * grid[1], device=index.device)
     row, column = (cell // grid[1]).float(), (cell % grid[1]).float()
     distance = (row[:, None] - row[index][:, None]).square() + (column[:, None] - column[index][:, None]).square()
-    nearest = distance.masked_fill(~valid[:, None], torch.inf).argmin(2)
-    return PaddedPlan(index, valid, nearest)
+    return distance.masked_fill(~valid[:, None], torch.inf).argmin(2)
 
 
 def pad_rows(rows: torch.Tensor, padded: PaddedPlan) -> torch.Tensor:
