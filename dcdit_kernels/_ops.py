@@ -7,7 +7,6 @@ inside one they recompute the forward to differentiate it, which is the price of
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 
 from . import _dispatch
 from .chunk_plan import ChunkPlan
+from .native import device_of
 
 PLAN_TENSORS = (
     "cu_seqlens",
@@ -129,7 +129,7 @@ def _named(op: str, args: tuple[Any, ...]) -> dict[str, Any]:
 def _forward(op: str, args: tuple[Any, ...]) -> Any:
     inputs, backend = _named(op, args), args[-1]
     if backend == "triton":
-        with _device_of(args[0]):
+        with device_of(args[0]):
             return _dispatch.load(op, backend).forward(**inputs)
     # An operator must not return one of its inputs.
     out = _dispatch.call(op, backend, **inputs)
@@ -141,7 +141,7 @@ def _backward(op: str, args: tuple[Any, ...]) -> list[torch.Tensor]:
     grads, needs, args = args[: spec.outputs], args[spec.outputs], args[spec.outputs + 1 :]
     inputs, backend = _named(op, args), args[-1]
     if backend == "triton":
-        with _device_of(args[0]):
+        with device_of(args[0]):
             got = _dispatch.load(op, backend).backward(*grads, needs, **inputs)
     else:
         got = _differentiate(op, backend, grads, needs, inputs)
@@ -176,7 +176,3 @@ def _like(needs: list[bool], tensors: tuple[Any, ...]) -> list[torch.Tensor]:
         torch.empty_like(t, memory_format=torch.contiguous_format) if need else first.new_empty(0)
         for t, need in zip(tensors, needs, strict=True)
     ]
-
-
-def _device_of(tensor: torch.Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

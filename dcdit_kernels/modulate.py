@@ -25,10 +25,13 @@ _ops.define(
     lambda **inputs: (_like_x(**inputs), _like_x(**inputs)),
     outputs=2,
 )
-for _op in ("adaln_modulate", "gate_residual", "gate_residual_modulate"):
+for _op, _kernels in (
+    ("adaln_modulate", "AdalnModulate"),
+    ("gate_residual", "GateResidual"),
+    ("gate_residual_modulate", "GateResidualModulate"),
+):
     _dispatch.register_reference(_op)
     _dispatch.register(_op, "native", f"dcdit_kernels.cpu.modulate:{_op}", cpu_why_not)
-    _kernels = "".join(part.title() for part in _op.split("_"))
     _dispatch.register(_op, "triton", f"dcdit_kernels.triton.modulate:{_kernels}", _triton_support.why_not)
 
 

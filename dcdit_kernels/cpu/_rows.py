@@ -21,14 +21,9 @@ def live_count(plan: ChunkPlan) -> int:
     return int(plan.cu_seqlens[-1])
 
 
-def segment_sum(rows: torch.Tensor, offsets: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
-    """out[i] = Σ rows[index[j]] for offsets[i] ≤ j < offsets[i + 1]; (N, D) → (len(offsets) - 1, D), in a fixed order.
-
-    `index` defaults to 0, 1, 2, …; entries past the last offset are not read.
-    """
-    if index is None:
-        index = torch.arange(rows.shape[0], dtype=offsets.dtype)
-    used = index[: int(offsets[-1])]
+def segment_sum(rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """out[i] = Σ rows[j] for offsets[i] ≤ j < offsets[i + 1]; (N, D) → (len(offsets) - 1, D), in a fixed order."""
+    used = torch.arange(int(offsets[-1]), dtype=offsets.dtype)
     if used.numel() == 0:
         return rows.new_zeros(len(offsets) - 1, rows.shape[1])
     return F.embedding_bag(used, rows.contiguous(), offsets, mode="sum", include_last_offset=True)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ._rows import pointer_rows
+from .smooth import clamp_confidence
 
 BLOCK_T = 32
 BLOCK_D = 32
@@ -30,7 +31,7 @@ def confidences(prob_ptr, token_ptr, row, start, end):
     """p̃ of rows of a sample [start, end): 1 at its first row, 0 outside."""
     token = tl.load(token_ptr + row, mask=(row >= start) & (row < end), other=-1)
     p = tl.load(prob_ptr + token, mask=token >= 0, other=0.0)
-    p = tl.where(token >= 0, tl.minimum(tl.maximum(p, 1e-4), 1 - 1e-4), 0.0)
+    p = tl.where(token >= 0, clamp_confidence(p), 0.0)
     return tl.where(row == start, 1.0, p)
 
 
