@@ -9,6 +9,7 @@
 #include "dechunk.h"
 #include "fill.h"
 #include "launch.h"
+#include "modulate.h"
 
 namespace py = pybind11;
 using namespace dcdit;
@@ -102,12 +103,42 @@ void plug_backward_cpu(bool is_double, uintptr_t offsets, uintptr_t member, int6
     plug_backward(a, at<float>(grad), at<float>(values), at<float>(grad_rows), at<float>(through), threads);
 }
 
+// (gate, shift, scale) and their gradients: an address and the elements from one sample's row to the next's.
+using Modulators = std::array<std::pair<uintptr_t, int64_t>, 3>;
+
+ModulateArgs modulate_args(uintptr_t cu, int batch, int64_t features, const Modulators& m, double eps) {
+    return {at<int>(cu), batch, features, m[0].second, m[1].second, m[2].second, eps};
+}
+
+template <class Real>
+void modulate_typed(uintptr_t cu, int batch, int64_t features, double eps, uintptr_t x, uintptr_t y, const Modulators& m,
+                    uintptr_t sum, uintptr_t out, int threads) {
+    py::gil_scoped_release release;
+    modulate(modulate_args(cu, batch, features, m, eps), at<const Real>(x), at<const Real>(y), at<const Real>(m[0].first),
+             at<const Real>(m[1].first), at<const Real>(m[2].first), at<Real>(sum), at<Real>(out), threads);
+}
+
+template <class Real>
+void modulate_backward_typed(uintptr_t cu, int batch, int64_t features, double eps, uintptr_t sum, uintptr_t y,
+                             const Modulators& m, uintptr_t grad_sum, uintptr_t grad_out, uintptr_t grad_x,
+                             uintptr_t grad_y, std::array<uintptr_t, 3> grads, int threads) {
+    py::gil_scoped_release release;
+    modulate_backward(modulate_args(cu, batch, features, m, eps), at<const Real>(sum), at<const Real>(y),
+                      at<const Real>(m[0].first), at<const Real>(m[2].first), at<const Real>(grad_sum),
+                      at<const Real>(grad_out), at<Real>(grad_x), at<Real>(grad_y), at<Real>(grads[0]),
+                      at<Real>(grads[1]), at<Real>(grads[2]), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
     m.def("window_sum", window_sum_cpu);
     m.def("plug", plug_cpu);
     m.def("plug_backward", plug_backward_cpu);
+    m.def("modulate_float", modulate_typed<float>);
+    m.def("modulate_double", modulate_typed<double>);
+    m.def("modulate_backward_float", modulate_backward_typed<float>);
+    m.def("modulate_backward_double", modulate_backward_typed<double>);
     py::class_<Place>(m, "Place").def(py::init<bool, uintptr_t, int, int>()).def_readonly("threads", &Place::threads);
     m.def("plan_count", plan_count);
     m.def("plan_fill", plan_fill);

@@ -1,20 +1,9 @@
 // The dechunk on the CPU: Gaussian sums over the retained cells near each one, plug-back, and plug-back's gradient.
-#include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <thread>
-#include <type_traits>
-#include <vector>
-
 #include "dechunk.h"
 
-// The loops over features are compiled for AVX2 with FMA as well, and the loader picks.
-#if defined(__x86_64__) && defined(__GLIBC__) && __GNUC__ >= 12 && !defined(__clang__)
-#define DCDIT_CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
-#else
-#define DCDIT_CLONES
-#endif
-#define DCDIT_INLINE inline __attribute__((always_inline))
+#include <cmath>
+
+#include "host.h"
 
 namespace dcdit {
 namespace {
@@ -48,42 +37,19 @@ DCDIT_CLONES void mix_rows(const double* const* row, const double* weight, int c
     mix(row, weight, count, width, out);
 }
 
-// sum += x; returns Σ x[d]·y[d], in eight partial sums so that it vectorises without reordering anything.
+// sum += x; returns Σ x[d]·y[d].
 template <class Real>
 DCDIT_INLINE Real add_and_dot(const Real* x, const Real* y, int64_t width, Real* sum) {
-    Real part[16] = {};
-    int64_t d = 0;
-    for (; d + 16 <= width; d += 16)
-        for (int i = 0; i < 16; ++i) {
-            sum[d + i] += x[d + i];
-            part[i] += x[d + i] * y[d + i];
-        }
-    for (; d < width; ++d) {
+    return lane_sum<Real>(width, [&](int64_t d) {
         sum[d] += x[d];
-        part[0] += x[d] * y[d];
-    }
-    Real total = 0;
-    for (Real p : part) total += p;
-    return total;
+        return x[d] * y[d];
+    });
 }
 DCDIT_CLONES float take(const float* x, const float* y, int64_t width, float* sum) {
     return add_and_dot(x, y, width, sum);
 }
 DCDIT_CLONES double take(const double* x, const double* y, int64_t width, double* sum) {
     return add_and_dot(x, y, width, sum);
-}
-
-// f(first, last) over runs of `grain` items.
-template <class F>
-void share_runs(int64_t count, int64_t grain, int threads, F f) {
-    std::atomic<int64_t> next{0};
-    auto work = [&] {
-        for (int64_t i; (i = next.fetch_add(grain, std::memory_order_relaxed)) < count;) f(i, std::min(i + grain, count));
-    };
-    std::vector<std::thread> others;
-    for (int worker = 1; worker < threads && worker * grain < count; ++worker) others.emplace_back(work);
-    work();
-    for (auto& thread : others) thread.join();
 }
 
 constexpr int64_t kRun = 128;

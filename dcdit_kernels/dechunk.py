@@ -7,7 +7,7 @@ import torch
 from . import _dispatch, _ops, _triton_support
 from ._check import floating, packed, require, shaped
 from .chunk_plan import ChunkPlan
-from .cpu.dechunk import why_not as cpu_why_not
+from .cpu._rows import why_no_extension
 
 SMOOTHING = ("gaussian", "ema", None)
 
@@ -18,7 +18,7 @@ _ops.define(
     lambda x, plan, **_: x.new_empty(plan.batch_size, plan.cells, x.shape[1]),
 )
 _dispatch.register_reference("dechunk")
-_dispatch.register("dechunk", "native", "dcdit_kernels.cpu.dechunk:dechunk", cpu_why_not)
+_dispatch.register("dechunk", "native", "dcdit_kernels.cpu.dechunk:dechunk", why_no_extension)
 _dispatch.register("dechunk", "triton", "dcdit_kernels.triton.dechunk:Dechunk", _triton_support.why_not)
 
 

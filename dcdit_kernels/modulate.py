@@ -9,7 +9,7 @@ import torch
 from . import _dispatch, _ops, _triton_support
 from ._check import floating, require, shaped
 from .chunk_plan import ChunkPlan
-from .cpu._rows import why_not as cpu_why_not
+from .cpu._rows import why_no_extension
 
 
 def _like_x(x: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -31,7 +31,7 @@ for _op, _kernels in (
     ("gate_residual_modulate", "GateResidualModulate"),
 ):
     _dispatch.register_reference(_op)
-    _dispatch.register(_op, "native", f"dcdit_kernels.cpu.modulate:{_op}", cpu_why_not)
+    _dispatch.register(_op, "native", f"dcdit_kernels.cpu.modulate:{_op}", why_no_extension)
     _dispatch.register(_op, "triton", f"dcdit_kernels.triton.modulate:{_kernels}", _triton_support.why_not)
 
 

@@ -41,7 +41,7 @@ EXERCISE = """
 import math
 import torch
 import dcdit_kernels as K
-from dcdit_kernels import native
+from dcdit_kernels import native, reference
 assert native.load_error is None and native._C.__file__.startswith({folder!r}), (native.load_error, native._C)
 torch.manual_seed(0)
 torch.set_num_threads(2)
@@ -54,14 +54,18 @@ for grid in [(7, 9), (1, 13), (5, 1), (2, 3, 4), (3, 4, 5), (17,), (1, 1)]:
                 for dtype in (torch.float32, torch.float64):
                     for block in (1, 64):
                         plan = native.plan_chunks(prob.to(dtype), grid, 0.3, 0.5, kind, capacity, block=block)
-                want = K.reference.plan_chunks(prob.double(), grid, 0.3, 0.5, kind, capacity)
+                want = reference.plan_chunks(prob.double(), grid, 0.3, 0.5, kind, capacity)
                 assert torch.equal(plan.nearest, want.nearest) and torch.equal(plan.member_index, want.member_index)
                 for x in (torch.randn(5 * plan.cells, 3), torch.randn(5 * plan.cells, 2, 5)[:, 1]):
                     packed = native.pack_rows(x, plan.token_index)
-                    assert torch.equal(packed, K.reference.pack_rows(x, plan.token_index))
+                    assert torch.equal(packed, reference.pack_rows(x, plan.token_index))
                     native.unpack_rows(packed, plan.token_index, 5 * plan.cells)
                 x = torch.randn(plan.capacity, 5, requires_grad=True)
                 K.dechunk(x, prob, plan, backend="native").sum().backward()
+                modulators = torch.randn(5, 15, requires_grad=True).chunk(3, dim=1)
+                for out in K.gate_residual_modulate(x, x, *modulators, plan, backend="native"):
+                    out.sum().backward(retain_graph=True)
+                K.adaln_modulate(x, *modulators[1:], plan, backend="native").sum().backward()
 print("clean")
 """
 

@@ -1,5 +1,6 @@
 """The operators against formulas written out here in float64, on every CPU back-end, with poisoned tails."""
 
+import functools
 import math
 
 import pytest
@@ -128,6 +129,34 @@ def test_modulate_and_gate(backend, packed, share):
     args = (poisoned(x, plan), poisoned(y, plan)) if packed else (x, y)
     for a, b in zip(gradients(ours, *args, modulators), want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("width", [72, 1160])
+def test_modulate_over_runs_and_threads(width, used):
+    """Samples of several runs and of none, sums that need a tail, an output without gradient; threads change no bit."""
+    lengths = torch.tensor([0, 4000 * 72 // width, 65, 0, 1])
+    plan = K.plan_chunks((torch.arange(4200) < lengths[:, None]).double(), (42, 100))
+    x, y = torch.randn(2, plan.capacity, width)
+    gate, shift, scale = torch.randn(3, 5, width)
+
+    def run(*args, backend="native"):
+        outs = K.gate_residual_modulate(*args, plan, backend=backend)
+        return tuple(outs[i] for i in used)
+
+    args = x, y, gate, shift, scale
+    want = gradients(functools.partial(run, backend="reference"), *(arg.double() for arg in args))
+    runs, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            runs.append(gradients(run, *args))
+    finally:
+        torch.set_num_threads(before)
+    for one, three, exact in zip(*runs, want, strict=True):
+        assert torch.equal(one, three)
+        error = (one - exact).norm() / exact.norm().clamp(min=1e-30)
+        assert error < 1e-6, error
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

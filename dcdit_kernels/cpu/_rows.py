@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from .. import native
 from ..chunk_plan import ChunkPlan
 
 
@@ -16,17 +16,14 @@ def why_not(*args: Any, **kwargs: Any) -> str | None:
     return None if device.type == "cpu" else f"this formulation is for CPU tensors, got {device}"
 
 
+def why_no_extension(*args: Any, **kwargs: Any) -> str | None:
+    """The same for what is written in C++, which has to be built."""
+    return why_not(*args, **kwargs) or native.missing(torch.device("cpu"))
+
+
 def live_count(plan: ChunkPlan) -> int:
     """Rows that hold a token; the rest of the capacity is zero."""
     return int(plan.cu_seqlens[-1])
-
-
-def segment_sum(rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """out[i] = Σ rows[j] for offsets[i] ≤ j < offsets[i + 1]; (N, D) → (len(offsets) - 1, D), in a fixed order."""
-    used = torch.arange(int(offsets[-1]), dtype=offsets.dtype)
-    if used.numel() == 0:
-        return rows.new_zeros(len(offsets) - 1, rows.shape[1])
-    return F.embedding_bag(used, rows.contiguous(), offsets, mode="sum", include_last_offset=True)
 
 
 def with_tail(live_rows: torch.Tensor, capacity: int) -> torch.Tensor:

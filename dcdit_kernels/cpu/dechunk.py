@@ -7,21 +7,15 @@ tensor is read and written once. No (M, M) or (L, M) buffer.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from .. import native
 from ..chunk_plan import ChunkPlan
 from ..reference._packed import accumulate_dtype
 from ..reference.ema import ema_smooth
-from . import _rows
 from ._rows import live_count, with_tail
-
-
-def why_not(*args: Any, **kwargs: Any) -> str | None:
-    """Reason why this formulation cannot take these arguments, or None."""
-    return _rows.why_not(*args, **kwargs) or native.missing(torch.device("cpu"))
 
 
 def dechunk(
@@ -61,6 +55,7 @@ class Smooth(torch.autograd.Function):
         return torch.lerp(smoothed, rows, confidence[:, None])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         rows, own, confidence, smoothed, total = ctx.saved_tensors
         share = (1 - confidence) / (total + 1e-8)
@@ -90,6 +85,7 @@ class PlugBack(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         rows, prob = ctx.saved_tensors
         plan = ctx.plan

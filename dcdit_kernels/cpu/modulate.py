@@ -1,25 +1,29 @@
-"""Varlen adaLN on the CPU: each row's modulators are gathered once, and backward sums them by segment."""
+"""Varlen adaLN on the CPU, in csrc/modulate_cpu.cpp: rows are read once and written once, forward and backward.
+
+Modulators are looked up by cu_seqlens; their gradients are summed per sample, in an order that threads do not change.
+"""
 
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
+from .. import native
 from ..chunk_plan import ChunkPlan
 from ..reference._packed import accumulate_dtype
-from ._rows import live_count, segment_sum, with_tail
+from ._rows import live_count, with_tail
 
 
 def adaln_modulate(
     x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, plan: ChunkPlan | None = None, eps: float = 1e-6
 ) -> torch.Tensor:
     """See `dcdit_kernels.adaln_modulate`."""
-    return _packed(x, plan, lambda rows, segments: Modulate.apply(rows, shift, scale, segments, eps))
+    return _run(plan, x, None, None, shift, scale, eps)[1]
 
 
 def gate_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, plan: ChunkPlan | None = None) -> torch.Tensor:
     """See `dcdit_kernels.gate_residual`."""
-    rows_y = _rows(y, plan)
-    return _packed(x, plan, lambda rows, segments: Gate.apply(rows, rows_y, gate, segments))
+    return _run(plan, x, y, gate, None, None, 0.0)[0]
 
 
 def gate_residual_modulate(
@@ -32,66 +36,81 @@ def gate_residual_modulate(
     eps: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `dcdit_kernels.gate_residual_modulate`."""
-    x = gate_residual(x, y, gate, plan)
-    return x, adaln_modulate(x, shift, scale, plan, eps)
+    return _run(plan, x, y, gate, shift, scale, eps)
 
 
-class Modulate(torch.autograd.Function):
-    """LayerNorm(x) · (1 + scale_b) + shift_b on rows (N, D)."""
-
-    @staticmethod
-    def forward(ctx, x, shift, scale, segments, eps):
-        offsets, sample = segments
-        dtype = accumulate_dtype(x)
-        wide = x.to(dtype)
-        normed, mean, rstd = torch.native_layer_norm(wide, x.shape[-1:], None, None, eps)
-        factor = (1 + scale.to(dtype)).index_select(0, sample)
-        ctx.save_for_backward(wide, normed, mean, rstd, factor, offsets)
-        ctx.dtypes = x.dtype, shift.dtype, scale.dtype
-        return torch.addcmul(shift.to(dtype).index_select(0, sample), normed, factor).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        wide, normed, mean, rstd, factor, offsets = ctx.saved_tensors
-        grad = grad.to(wide.dtype)
-        grad_x = torch.ops.aten.native_layer_norm_backward(
-            grad * factor, wide, wide.shape[-1:], mean, rstd, None, None, [True, False, False]
-        )[0]
-        grad_shift, grad_scale = segment_sum(grad, offsets), segment_sum(grad * normed, offsets)
-        return grad_x.to(ctx.dtypes[0]), grad_shift.to(ctx.dtypes[1]), grad_scale.to(ctx.dtypes[2]), None, None
-
-
-class Gate(torch.autograd.Function):
-    """x + gate_b · y on rows (N, D)."""
-
-    @staticmethod
-    def forward(ctx, x, y, gate, segments):
-        offsets, sample = segments
-        dtype = accumulate_dtype(x, y)
-        factor = gate.to(dtype).index_select(0, sample)
-        ctx.save_for_backward(y, factor, offsets)
-        ctx.gate_dtype = gate.dtype
-        return torch.addcmul(x.to(dtype), factor, y.to(dtype)).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        y, factor, offsets = ctx.saved_tensors
-        wide = grad.to(factor.dtype)
-        grad_gate = segment_sum(wide * y, offsets).to(ctx.gate_dtype)
-        return grad, (wide * factor).to(y.dtype), grad_gate, None
-
-
-def _rows(x: torch.Tensor, plan: ChunkPlan | None) -> torch.Tensor:
-    """The live rows (N, D) of a packed or dense input."""
-    return x.reshape(-1, x.shape[-1]) if plan is None else x[: live_count(plan)]
-
-
-def _packed(x: torch.Tensor, plan: ChunkPlan | None, operator) -> torch.Tensor:
-    """Run `operator(rows, (offsets, sample))` on the live rows, and put its result into x's shape."""
+def _run(plan, x, y, gate, shift, scale, eps) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(x', modulated x') in the shape and dtype of x; without y no x', without scale nothing modulated."""
+    dtype = accumulate_dtype(x) if y is None else accumulate_dtype(x, y)
     if plan is None:
-        batch, cells, width = x.shape
-        offsets = torch.arange(batch + 1, dtype=torch.int32) * cells
-        sample = torch.arange(batch, dtype=torch.int32).repeat_interleave(cells)
-        return operator(x.reshape(-1, width), (offsets, sample)).view(x.shape)
-    rows = _rows(x, plan)
-    return with_tail(operator(rows, (plan.cu_seqlens, plan.sample_index[: rows.shape[0]])), plan.capacity)
+        cu_seqlens = torch.arange(x.shape[0] + 1, dtype=torch.int32) * x.shape[1]
+        live = slice(None)
+    else:
+        cu_seqlens, live = plan.cu_seqlens, slice(live_count(plan))
+    rows, rows_y = (
+        None if part is None else part[live].to(dtype).contiguous().view(-1, x.shape[-1]) for part in (x, y)
+    )
+    # Modulators keep the distance of their rows: they are views of one (B, 6·D) tensor.
+    modulators = (
+        part if part is None or part.stride(1) == 1 else part.contiguous()
+        for part in (None if part is None else part.to(dtype) for part in (gate, shift, scale))
+    )
+    outputs = AdaLN.apply(rows, rows_y, *modulators, cu_seqlens, eps)
+    if plan is None:
+        return tuple(part if part is None else part.view(x.shape).to(x.dtype) for part in outputs)
+    return tuple(part if part is None else with_tail(part.to(x.dtype), plan.capacity) for part in outputs)
+
+
+class AdaLN(torch.autograd.Function):
+    """x' = x + gate_b · y and LayerNorm(x') · (1 + scale_b) + shift_b on rows (T, D)."""
+
+    @staticmethod
+    def forward(ctx, x, y, gate, shift, scale, cu_seqlens, eps):
+        new_x = None if y is None else torch.empty_like(x)
+        out = None if scale is None else torch.empty_like(x)
+        _kernel("modulate", x.dtype)(
+            *_sizes(x, cu_seqlens, eps), x.data_ptr(), _address(y), _modulators(gate, shift, scale),
+            _address(new_x), _address(out), _threads(x),
+        )  # fmt: skip
+        ctx.save_for_backward(x if y is None else new_x, y, gate, scale, cu_seqlens)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        return new_x, out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_new_x, grad_out):
+        new_x, y, gate, scale, cu_seqlens = ctx.saved_tensors
+        grad_new_x, grad_out = (grad if grad is None else grad.contiguous() for grad in (grad_new_x, grad_out))
+        if grad_new_x is None and grad_out is None:
+            return (None,) * 7
+        grad_x, grad_y = torch.empty_like(new_x), None if y is None else torch.empty_like(y)
+        shape = len(cu_seqlens) - 1, new_x.shape[1]
+        grad_gate = None if y is None else new_x.new_empty(shape)
+        grad_shift, grad_scale = (None if scale is None else new_x.new_empty(shape) for _ in range(2))
+        _kernel("modulate_backward", new_x.dtype)(
+            *_sizes(new_x, cu_seqlens, ctx.eps), new_x.data_ptr(), _address(y), _modulators(gate, None, scale),
+            _address(grad_new_x), _address(grad_out), grad_x.data_ptr(), _address(grad_y),
+            [_address(grad) for grad in (grad_gate, grad_shift, grad_scale)], _threads(new_x),
+        )  # fmt: skip
+        return grad_x, grad_y, grad_gate, grad_shift, grad_scale, None, None
+
+
+def _kernel(name: str, dtype: torch.dtype):
+    return getattr(native._C, f"{name}_{'double' if dtype == torch.float64 else 'float'}")
+
+
+def _sizes(x: torch.Tensor, cu_seqlens: torch.Tensor, eps: float) -> tuple[int, int, int, float]:
+    return cu_seqlens.data_ptr(), len(cu_seqlens) - 1, x.shape[1], eps
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _modulators(*parts: torch.Tensor | None) -> list[tuple[int, int]]:
+    return [(_address(part), 0 if part is None else part.stride(0)) for part in parts]
+
+
+def _threads(x: torch.Tensor) -> int:
+    return min(torch.get_num_threads(), 1 + x.nbytes // native.BYTES_PER_THREAD)

@@ -1,0 +1,150 @@
+// Varlen adaLN on the CPU: a row is read once, and what is computed from it stays in the first-level cache.
+#include "modulate.h"
+
+#include <cmath>
+
+#include "host.h"
+
+namespace dcdit {
+namespace {
+
+template <class Real>
+struct Moments {
+    Real mean, rstd;
+};
+template <class Real>
+DCDIT_INLINE Moments<Real> moments(const Real* x, int64_t width, double eps) {
+    const Real mean = lane_sum<Real>(width, [&](int64_t d) { return x[d]; }) / Real(width);
+    const Real square = lane_sum<Real>(width, [&](int64_t d) { return (x[d] - mean) * (x[d] - mean); });
+    return {mean, Real(1) / std::sqrt(square / Real(width) + Real(eps))};
+}
+
+template <class Real>
+struct Row {
+    const Real *x, *y, *gate, *shift, *scale;
+    Real *sum, *out;
+    int64_t width;
+    double eps;
+};
+template <class Real>
+DCDIT_INLINE void forward(const Row<Real>& r) {
+    const Real* x = r.x;
+    if (r.y) {
+        Real* __restrict sum = r.sum;
+        for (int64_t d = 0; d < r.width; ++d) sum[d] = r.x[d] + r.gate[d] * r.y[d];
+        x = sum;
+    }
+    if (!r.out) return;
+    const auto [mean, rstd] = moments(x, r.width, r.eps);
+    Real* __restrict out = r.out;
+    for (int64_t d = 0; d < r.width; ++d) out[d] = (x[d] - mean) * rstd * (Real(1) + r.scale[d]) + r.shift[d];
+}
+DCDIT_CLONES void forward_row(const Row<float>& r) { forward(r); }
+DCDIT_CLONES void forward_row(const Row<double>& r) { forward(r); }
+
+template <class Real>
+struct GradRow {
+    const Real *sum, *y, *gate, *scale, *grad_sum, *grad_out;
+    Real *grad_x, *grad_y;
+    Real *gate_total, *shift_total, *scale_total;  // of the rows so far
+    int64_t width;
+    double eps;
+};
+template <class Real>
+DCDIT_INLINE void backward(const GradRow<Real>& r) {
+    Real* __restrict grad_x = r.grad_x;
+    if (r.grad_out) {
+        const auto [mean, rstd] = moments(r.sum, r.width, r.eps);
+        const Real* g = r.grad_out;
+        const auto normed = [&](int64_t d) { return (r.sum[d] - mean) * rstd; };
+        const auto scaled = [&](int64_t d) { return g[d] * (Real(1) + r.scale[d]); };
+        const Real level = lane_sum<Real>(r.width, scaled) / Real(r.width);
+        const Real along = lane_sum<Real>(r.width, [&](int64_t d) { return scaled(d) * normed(d); }) / Real(r.width);
+        Real *__restrict shift_total = r.shift_total, *__restrict scale_total = r.scale_total;
+        for (int64_t d = 0; d < r.width; ++d) {
+            const Real z = normed(d);
+            shift_total[d] += g[d];
+            scale_total[d] += g[d] * z;
+            grad_x[d] = rstd * (scaled(d) - level - z * along) + (r.grad_sum ? r.grad_sum[d] : Real(0));
+        }
+    } else {
+        std::copy(r.grad_sum, r.grad_sum + r.width, grad_x);
+    }
+    if (!r.y) return;
+    Real *__restrict grad_y = r.grad_y, *__restrict gate_total = r.gate_total;
+    for (int64_t d = 0; d < r.width; ++d) {
+        grad_y[d] = r.gate[d] * grad_x[d];
+        gate_total[d] += grad_x[d] * r.y[d];
+    }
+}
+DCDIT_CLONES void backward_row(const GradRow<float>& r) { backward(r); }
+DCDIT_CLONES void backward_row(const GradRow<double>& r) { backward(r); }
+
+// Rows of one sample that are summed together; fixed, so that sums do not depend on the number of threads.
+constexpr int kRun = 64;
+struct Run {
+    int sample, first, last;
+};
+std::vector<Run> runs_of(const ModulateArgs& a) {
+    std::vector<Run> runs;
+    for (int b = 0; b < a.batch; ++b)
+        for (int row = a.cu[b]; row < a.cu[b + 1]; row += kRun) runs.push_back({b, row, std::min(row + kRun, a.cu[b + 1])});
+    return runs;
+}
+
+template <class Real>
+Real* offset(Real* tensor, int64_t by) {
+    return tensor ? tensor + by : nullptr;
+}
+
+}  // namespace
+
+template <class Real>
+void modulate(const ModulateArgs& a, const Real* x, const Real* y, const Real* gate, const Real* shift, const Real* scale,
+              Real* sum, Real* out, int threads) {
+    const std::vector<Run> runs = runs_of(a);
+    share_runs(runs.size(), 1, threads, [&](int64_t i, int64_t) {
+        const Run run = runs[i];
+        for (int64_t at = run.first * a.features; at < run.last * a.features; at += a.features)
+            forward_row(Row<Real>{x + at, offset(y, at), offset(gate, run.sample * a.gate_pitch),
+                                  offset(shift, run.sample * a.shift_pitch), offset(scale, run.sample * a.scale_pitch),
+                                  offset(sum, at), offset(out, at), a.features, a.eps});
+    });
+}
+
+template <class Real>
+void modulate_backward(const ModulateArgs& a, const Real* sum, const Real* y, const Real* gate, const Real* scale,
+                       const Real* grad_sum, const Real* grad_out, Real* grad_x, Real* grad_y, Real* grad_gate,
+                       Real* grad_shift, Real* grad_scale, int threads) {
+    const std::vector<Run> runs = runs_of(a);
+    const int64_t width = a.features;
+    std::vector<Real> totals(3 * runs.size() * width);  // of each run: gate, shift, scale
+    share_runs(runs.size(), 1, threads, [&](int64_t i, int64_t) {
+        const Run run = runs[i];
+        Real* total = totals.data() + 3 * i * width;
+        for (int64_t at = run.first * width; at < run.last * width; at += width)
+            backward_row(GradRow<Real>{offset(sum, at), offset(y, at), offset(gate, run.sample * a.gate_pitch),
+                                       offset(scale, run.sample * a.scale_pitch), offset(grad_sum, at),
+                                       offset(grad_out, at), grad_x + at, offset(grad_y, at), total, total + width,
+                                       total + 2 * width, width, a.eps});
+    });
+    Real* const grads[3] = {grad_gate, grad_shift, grad_scale};
+    for (int part = 0; part < 3; ++part) {
+        if (!grads[part]) continue;
+        std::fill(grads[part], grads[part] + a.batch * width, Real(0));
+        for (size_t i = 0; i < runs.size(); ++i)
+            for (int64_t d = 0; d < width; ++d)
+                grads[part][runs[i].sample * width + d] += totals[(3 * i + part) * width + d];
+    }
+}
+
+template void modulate(const ModulateArgs&, const float*, const float*, const float*, const float*, const float*, float*,
+                       float*, int);
+template void modulate(const ModulateArgs&, const double*, const double*, const double*, const double*, const double*,
+                       double*, double*, int);
+template void modulate_backward(const ModulateArgs&, const float*, const float*, const float*, const float*, const float*,
+                                const float*, float*, float*, float*, float*, float*, int);
+template void modulate_backward(const ModulateArgs&, const double*, const double*, const double*, const double*,
+                                const double*, const double*, double*, double*, double*, double*, double*, int);
+
+}  // namespace dcdit
