@@ -101,14 +101,15 @@ def _on_cpu(group: str) -> list[Case]:
     if group == "train":
         return [
             Case(group, "S", batch=2, drop_fraction=0.5, backward=True),
-            Case(group, "digits", 14, 64, drop_fraction=0.5, backward=True),
+            *(Case(group, "digits", 14, 64, drop_fraction=drop, backward=True) for drop in (0.5, 0.0)),
         ]
     if group == "sample":
         return [Case(group, "digits", 14, 16), Case(group, "S", batch=1)]
     centre = Case(group, "S", 32, 4)
     if group == "plan":
         axes = [{"batch": 1}, {"batch": 16}, {"batch": 64}, {"share": 0.1}, {"share": 0.5}, {"share": 1.0}]
-        return [centre, *(dataclasses.replace(centre, **axis) for axis in axes), Case(group, "S", 64, 64)]
+        large = (Case(group, "S", 64, 64, share) for share in (0.25, 0.02, 0.002))
+        return [centre, *(dataclasses.replace(centre, **axis) for axis in axes), *large]
     both = [centre, dataclasses.replace(centre, size="XL")]
     axes = [{"batch": 1}, {"batch": 16}]
     if group not in ALL_CELLS:

@@ -24,7 +24,7 @@ def draw(run: dict, folder: Path) -> list[tuple[str, str]]:
         ("Realised saving over batch size", "saving", savings),
         ("Time of a forward pass by component", "components", components),
     ):
-        height = 2 + 0.25 * sum("components_s" in e for e in entries) if kind == "components" else 4.2
+        height = 2 + 0.25 * sum(e["case"]["group"] == "forward" for e in entries) if kind == "components" else 4.2
         figure, axes = pyplot.subplots(figsize=(7, height), layout="constrained")
         if paint(axes, entries, run):
             name = f"bench-{run['machine']}-{kind}.png"
@@ -90,7 +90,7 @@ def savings(axes, entries: list[dict], run: dict) -> bool:
 
 def components(axes, entries: list[dict], run: dict) -> bool:
     """Share of each part."""
-    rows = [entry for entry in entries if entry.get("components_s")]
+    rows = [entry for entry in entries if entry["case"]["group"] == "forward" and entry.get("components_s")]
     cases = [entry["case"] for entry in rows]
     labels = [f"{c['size']} {c['side']}², B {c['batch']}, ρ {c['drop_fraction']:g}" for c in cases]
     left = [0.0] * len(rows)

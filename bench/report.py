@@ -96,8 +96,8 @@ def section(run: dict, file: str, earlier: dict | None) -> str:
         if chosen:
             lines.append(f"### {GROUP_TITLES[group]}\n")
             lines.append((model_table if group in MODELS else operator_table)(chosen, rates))
-        if group == "forward" and any("components_s" in entry for entry in chosen):
-            lines.append(component_table(chosen))
+        if any("components_s" in entry for entry in chosen):
+            lines.append((component_table if group == "forward" else part_table)(chosen))
     return "\n".join(lines)
 
 
@@ -257,6 +257,20 @@ def component_table(entries: list[dict]) -> str:
         rows.append([*row, f"{rest / total:.1%} / {flops['rest']:.1%}"])
     head = ["size", "ρ", "time outside main", "FLOPs outside main", "encoder", "router", "plan", "chunk", "dechunk"]
     return "Share of time / share of FLOPs:\n\n" + table([*head, "decoder", "embedders and the rest"], rows)
+
+
+def part_table(entries: list[dict]) -> str:
+    """Share of each part in a training step, forward and backward."""
+    parts = ("encoder", "router", "plan", "chunk", "main", "dechunk", "decoder", "rest")
+    rows = []
+    for entry in entries:
+        times = entry.get("components_s")
+        if times:
+            total = sum(times.values())
+            row = [size(entry), f"{entry['case']['drop_fraction']:g}", milliseconds(entry["variants"]["dcdit"])]
+            rows.append([*row, *(f"{times[name] / total:.1%}" for name in parts)])
+    head = ["size", "ρ", "step", *parts[:-1], "embedders, losses, optimiser"]
+    return "Share of the step of `dcdit`, each part run alone forward and backward:\n\n" + table(head, rows)
 
 
 if __name__ == "__main__":

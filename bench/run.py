@@ -71,6 +71,7 @@ def work(args: argparse.Namespace) -> None:
     """Measure what the file does not have yet, until the deadline."""
     from .headline import component_times
     from .measure import measure
+    from .parts import training_parts
 
     result = json.loads(args.output.read_text())
     result["rates"] = faster(result["rates"], rates(args.device))
@@ -87,6 +88,8 @@ def work(args: argparse.Namespace) -> None:
         entry = measure(case, args.device, compiled, args.rounds, args.seconds)
         if case.group == "forward":
             entry["components_s"] = component_times(case, args.device)
+        if case.group == "train" and entry["variants"]["dcdit"]["status"] == "ok":
+            entry["components_s"] = training_parts(case, args.device, entry["variants"]["dcdit"]["seconds"])
         entry["wall_s"] = round(time.time() - begin, 2)
         result["cases"].append(entry)
         write(args.output, result)

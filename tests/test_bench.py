@@ -17,6 +17,7 @@ from bench.headline import COMPONENTS, component_flops, component_times, saving
 from bench.measure import build, measure
 from bench.models import kept_tokens
 from bench.operators import routed_prob
+from bench.parts import training_parts
 
 ROOT = Path(__file__).parents[1]
 
@@ -172,6 +173,13 @@ def test_components_add_up():
     assert set(times) == {*COMPONENTS, "rest"} and all(seconds > 0 for seconds in times.values())
     assert times["main"] > times["chunk"]
     assert sum(component_flops(case).values()) == pytest.approx(1)
+
+
+def test_parts_of_a_training_step():
+    case = dataclasses.replace(small("train", batch=8), backward=True)
+    times = training_parts(case, "cpu", step_s=100.0, rounds=2)
+    assert set(times) == {*COMPONENTS, "rest"} - {"embed"} and all(seconds > 0 for seconds in times.values())
+    assert times["main"] > times["chunk"] and sum(times.values()) == pytest.approx(100.0, rel=1e-3)
 
 
 CRASH = """

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ._rows import pointer_rows
-from .smooth import clamp_confidence
+from .confidence import clamp_confidence, prob_gradient
 
 BLOCK_T = 32
 BLOCK_D = 32
@@ -133,8 +133,6 @@ class EmaSmooth:
 
     @staticmethod
     def backward(grad, needs, x, boundary_prob, plan):
-        from .dechunk import token_gradient
-
         prob = boundary_prob.float().contiguous()
         grad_x, partial = scan_backward(grad, x, scan(x, prob, plan), prob, plan)
-        return grad_x, token_gradient(boundary_prob, prob, plan, partial)
+        return grad_x, prob_gradient(boundary_prob, prob, plan, partial)

@@ -20,12 +20,7 @@ import triton
 import triton.language as tl
 
 from ._rows import pointer_rows
-
-
-@triton.jit
-def clamp_confidence(p):
-    """p̃."""
-    return tl.minimum(tl.maximum(p, 1e-4), 1 - 1e-4)
+from .confidence import clamp_confidence
 
 
 @triton.jit

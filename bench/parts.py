@@ -1,0 +1,64 @@
+"""Where the time of a training step goes: each part of the model forward and backward, alone on inputs of its shape."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import torch
+
+from dcdit_kernels import chunk, dechunk, plan_chunks
+
+from .cases import Case
+from .headline import between, stamp
+from .measure import build
+from .operators import routed_prob
+
+
+def training_parts(case: Case, device: str, step_s: float, rounds: int = 5) -> dict[str, float]:
+    """Median seconds of each part of a training step of `dcdit` that takes `step_s`.
+
+    "encoder" has the stem, "router" the residual projection, "decoder" the output layer; "rest" is what is left of the
+    step: embedders, losses, optimiser.
+    """
+    net = build(case, device).variants["dcdit"].run.args[0][torch.float32]
+    config = net.config
+    grid, width, cells = config.input_size, config.hidden_size, case.side**2
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device, requires_grad=True)
+
+    c, x, h = draw(case.batch, width), draw(case.batch, config.in_channels, *grid), draw(case.batch, cells, width)
+    prob = routed_prob(case, device).clone().requires_grad_()
+    plan = plan_chunks(prob, grid, case.drop_fraction)
+    tokens, image = draw(plan.capacity, width), h.transpose(1, 2).unflatten(2, grid)
+    parts = {
+        "encoder": lambda: net.encoder(net.stem(x), c),
+        "router": lambda: (net.router.inner(h), net.residual_proj(h)),
+        "plan": lambda: plan_chunks(prob, grid, case.drop_fraction),
+        "chunk": lambda: chunk(h, plan, net.pos_embed),
+        "main": lambda: net.main(tokens, c, plan),
+        "dechunk": lambda: dechunk(tokens, prob, plan, h, config.sigma),
+        "decoder": lambda: net.final(net.decoder(image, c), c),
+    }
+    mixed = case.torch_dtype != torch.float32
+    with torch.autocast(device, torch.bfloat16, enabled=mixed):
+        times = {name: _seconds(part, device, rounds) for name, part in parts.items()}
+    times["rest"] = max(0.0, step_s - sum(times.values()))
+    return {name: float(f"{seconds:.4g}") for name, seconds in times.items()}
+
+
+def _seconds(part: Callable[[], object], device: str, rounds: int) -> float:
+    """Median seconds of `part` and its backward, after two calls to warm up."""
+    taken = []
+    for _ in range(rounds + 2):
+        before = stamp(device)
+        out = part()
+        outs = [o for o in (out if isinstance(out, tuple) else (out,)) if isinstance(o, torch.Tensor)]
+        if outs:
+            torch.autograd.backward(outs, [torch.ones_like(o) for o in outs])
+        after = stamp(device)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        taken.append(between(before, after))
+    return statistics.median(taken[2:])
