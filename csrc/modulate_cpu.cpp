@@ -35,9 +35,9 @@ DCDIT_INLINE void forward(const Row<Real>& r) {
         x = sum;
     }
     if (!r.out) return;
-    const auto [mean, rstd] = moments(x, r.width, r.eps);
+    const Moments<Real> m = moments(x, r.width, r.eps);
     Real* __restrict out = r.out;
-    for (int64_t d = 0; d < r.width; ++d) out[d] = (x[d] - mean) * rstd * (Real(1) + r.scale[d]) + r.shift[d];
+    for (int64_t d = 0; d < r.width; ++d) out[d] = (x[d] - m.mean) * m.rstd * (Real(1) + r.scale[d]) + r.shift[d];
 }
 DCDIT_CLONES void forward_row(const Row<float>& r) { forward(r); }
 DCDIT_CLONES void forward_row(const Row<double>& r) { forward(r); }
@@ -54,9 +54,9 @@ template <class Real>
 DCDIT_INLINE void backward(const GradRow<Real>& r) {
     Real* __restrict grad_x = r.grad_x;
     if (r.grad_out) {
-        const auto [mean, rstd] = moments(r.sum, r.width, r.eps);
+        const Moments<Real> m = moments(r.sum, r.width, r.eps);
         const Real* g = r.grad_out;
-        const auto normed = [&](int64_t d) { return (r.sum[d] - mean) * rstd; };
+        const auto normed = [&](int64_t d) { return (r.sum[d] - m.mean) * m.rstd; };
         const auto scaled = [&](int64_t d) { return g[d] * (Real(1) + r.scale[d]); };
         const Real level = lane_sum<Real>(r.width, scaled) / Real(r.width);
         const Real along = lane_sum<Real>(r.width, [&](int64_t d) { return scaled(d) * normed(d); }) / Real(r.width);
@@ -65,7 +65,7 @@ DCDIT_INLINE void backward(const GradRow<Real>& r) {
             const Real z = normed(d);
             shift_total[d] += g[d];
             scale_total[d] += g[d] * z;
-            grad_x[d] = rstd * (scaled(d) - level - z * along) + (r.grad_sum ? r.grad_sum[d] : Real(0));
+            grad_x[d] = m.rstd * (scaled(d) - level - z * along) + (r.grad_sum ? r.grad_sum[d] : Real(0));
         }
     } else {
         std::copy(r.grad_sum, r.grad_sum + r.width, grad_x);
