@@ -54,11 +54,15 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class UpcycleConfig:
-    """`source`: the DiT to start from (empty: from scratch), distilled from in the first `distill_steps` steps."""
+    """`source`: the DiT to start from (empty: from scratch); its blocks teach in the first `distill_steps` steps.
+
+    `output_weight` adds the squared distance of the predictions in every step, for a teacher of the same objective.
+    """
 
     source: str = ""
     distill_steps: int = 5000
     distill_weight: float = 1.0
+    output_weight: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class Trainer:
         return DCDiT(self.config.model)
 
     def further_losses(
-        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, routing: Routing
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, output: torch.Tensor, routing: Routing
     ) -> dict[str, torch.Tensor]:
         """What is added to the loss of this step, by the names that it has in metrics.jsonl."""
         return {}
@@ -155,7 +155,7 @@ class Trainer:
         output, routing = self.model(x, t, y, drop_fraction=drop, return_routing=True)
         diffusion = self.objective.loss(output.float(), x0, noise, t).mean()
         ratio = ratio_loss(routing.boundary_prob, routing.natural_mask, config.model.target_ratio, SUB_BATCH)
-        further = self.further_losses(x, t, y, routing)
+        further = self.further_losses(x, t, y, output.float(), routing)
         loss = sum(further.values(), diffusion + config.ratio_weight * ratio)
 
         lr = learning_rate(config.optim, self.step, config.steps)

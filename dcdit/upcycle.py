@@ -195,7 +195,11 @@ def distillation_loss(
 
 
 class Upcycler(Trainer):
-    """Training that starts from `config.upcycle.source`, with `distillation_loss` added in the first steps."""
+    """Training that starts from `config.upcycle.source`.
+
+    `distillation_loss` is added in the first `upcycle.distill_steps` steps, and the squared distance between the two
+    predictions in all of them with weight `upcycle.output_weight`.
+    """
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(dataclasses.replace(config, model=dataclasses.replace(config.model, cond_norm=True)))
@@ -210,15 +214,25 @@ class Upcycler(Trainer):
         return net
 
     def further_losses(
-        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, routing: Routing
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, output: torch.Tensor, routing: Routing
     ) -> dict[str, torch.Tensor]:
-        if self.step >= self.config.upcycle.distill_steps:
-            self.net.main.record = self.teacher = None
-            return {}
+        config, losses = self.config.upcycle, {}
+        by_block = self.step < config.distill_steps
+        if not by_block:
+            self.net.main.record = None
+        if not (by_block or config.output_weight):
+            self.teacher = None
+            return losses
         with torch.no_grad(), self.accelerator.autocast():
-            self.teacher(x, t, y)
-        outputs, targets = self.net.main.record[:], self.targets[:]
-        self.net.main.record.clear()
+            known = self.teacher(x, t, y).float()
+        if by_block:
+            loss = distillation_loss(self.net.main.record, self.targets, routing, self.teacher.patch)
+            losses["distillation_loss"] = config.distill_weight * loss
+            self.net.main.record.clear()
+        if config.output_weight:
+            # Where one of them learns a variance, its channels are the second half.
+            channels = self.config.model.in_channels
+            distance = (output[:, :channels] - known[:, :channels]).square().mean()
+            losses["output_loss"] = config.output_weight * distance
         self.targets.clear()
-        loss = distillation_loss(outputs, targets, routing, self.teacher.patch)
-        return {"distillation_loss": self.config.upcycle.distill_weight * loss}
+        return losses

@@ -197,6 +197,21 @@ def test_distillation_teaches_the_blocks(digits_teacher, tmp_path):
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_predictions_are_distilled_to_the_end(digits_teacher, tmp_path):
+    """With a weight that drowns the rest, the student's prediction becomes the teacher's, blocks or no blocks."""
+    options = ["upcycle.distill_steps=2", "upcycle.output_weight=1000", "optim.lr=1e-2", "optim.warmup_steps=0"]
+    overrides = words(digits_teacher, tmp_path / "run", *options, "steps=40", f"upcycle.source={digits_teacher}")[4:]
+    trainer = Upcycler(load_config("configs/digits.yaml", overrides))
+    batch = torch.utils.data.default_collate([trainer.stream[i] for i in range(16)])
+    values = []
+    for _ in range(40):
+        values.append(trainer.train_step(batch))
+        trainer.step += 1
+    trainer.close()
+    assert ["distillation_loss" in v for v in values[:3]] == [True, True, False]
+    assert values[-1]["output_loss"] < 0.3 * values[0]["output_loss"]
+
+
 def test_what_does_not_fit_is_named(theirs, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     theirs.save_pretrained(tmp_path / "dit")
