@@ -181,7 +181,7 @@ def _launch(x, plan, sigma):
         "BLOCK_M": 32,
         "BLOCK_N": 32,
         "BLOCK_D": block_d,
-        "num_warps": 4,
+        "num_warps": 8 if block_d == 128 else 4,  # with 4, 128 columns take every register there is
     }
     grid = (triton.cdiv(plan.capacity, 32), triton.cdiv(x.shape[1], block_d))
     falloff = math.log2(math.e) / (2 * sigma**2)
