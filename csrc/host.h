@@ -1,6 +1,8 @@
 // What the CPU loops share: code for AVX2 beside the plain one, sums that vectorise, and runs of rows over threads.
 #pragma once
 
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -30,17 +32,27 @@ DCDIT_INLINE Real lane_sum(int64_t width, F f) {
     return total;
 }
 
+// work() in each of `threads` threads: those of PyTorch's OpenMP, if it is loaded, since its idle workers spin for a
+// while and would hold the cores against threads of our own.
+template <class F>
+void in_parallel(int threads, F work) {
+    if (threads <= 1) return work();
+    using Pool = void (*)(void (*)(void*), void*, unsigned, unsigned);
+    static const Pool pool = reinterpret_cast<Pool>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    if (pool) return pool([](void* f) { (*static_cast<F*>(f))(); }, &work, threads, 0);
+    std::vector<std::thread> others;
+    for (int worker = 1; worker < threads; ++worker) others.emplace_back([&] { work(); });
+    work();
+    for (auto& thread : others) thread.join();
+}
+
 // f(first, last) over runs of `grain` items.
 template <class F>
 void share_runs(int64_t count, int64_t grain, int threads, F f) {
     std::atomic<int64_t> next{0};
-    auto work = [&] {
+    in_parallel(std::min<int64_t>(threads, (count + grain - 1) / grain), [&] {
         for (int64_t i; (i = next.fetch_add(grain, std::memory_order_relaxed)) < count;) f(i, std::min(i + grain, count));
-    };
-    std::vector<std::thread> others;
-    for (int worker = 1; worker < threads && worker * grain < count; ++worker) others.emplace_back(work);
-    work();
-    for (auto& thread : others) thread.join();
+    });
 }
 
 }  // namespace dcdit

@@ -1,10 +1,8 @@
 // The CPU executor: a sample is one block, and samples are shared out among threads.
-#include <algorithm>
-#include <atomic>
-#include <thread>
-#include <vector>
+#include <cstring>
 
 #include "fill.h"
+#include "host.h"
 #include "launch.h"
 
 namespace dcdit {
@@ -32,13 +30,11 @@ struct HostBlock {
 template <class F>
 void share_out(int64_t n, int threads, F f) {
     std::atomic<int64_t> next{0};
-    auto work = [&](int worker) {
+    std::atomic<int> workers{0};
+    in_parallel(std::min<int64_t>(threads, n), [&] {
+        const int worker = workers++;
         for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i, worker);
-    };
-    std::vector<std::thread> others;
-    for (int worker = 1; worker < std::min<int64_t>(threads, n); ++worker) others.emplace_back(work, worker);
-    work(0);
-    for (auto& thread : others) thread.join();
+    });
 }
 
 template <class Real, int Block>

@@ -89,7 +89,7 @@ def test_sanitizers(tmp_path):
         objects.append(tmp_path / f"{source.stem}.o")
         run_compiler("-std=c++17", "-fPIC", '-DDCDIT_CUDA_ARCHS=""', *how, *includes, "-c", source, "-o", objects[-1])
     target = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    run_compiler("-shared", "-pthread", *sanitize, *objects, "-o", target)
+    run_compiler("-shared", "-pthread", *sanitize, *objects, "-o", target, "-ldl")
     library = subprocess.run([CXX, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not Path(library).is_absolute():
         pytest.skip("this g++ has no libasan")
