@@ -62,7 +62,7 @@ def steps(
     link = f"{nvcc} -shared -cudart static" if archs else f"{cxx} -shared{undefined} -pthread"
     sources = [ROOT / "csrc" / name for name in SOURCES + CUDA_SOURCES * bool(archs)]
     compile_steps = [(compilers[path.suffix], [path], folder / f"{path.name}.o") for path in sources]
-    return [*compile_steps, (f"{link} $in -o $out -ldl", [out for _, _, out in compile_steps], target)]
+    return [*compile_steps, (f"{link} $in -ldl -o $out", [out for _, _, out in compile_steps], target)]
 
 
 def write_ninja(folder: Path, todo: list[Step]) -> Path:
