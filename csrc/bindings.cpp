@@ -77,30 +77,29 @@ void move_rows([[maybe_unused]] const char* op, uintptr_t x, int64_t x_pitch, ui
 #endif
 }
 
-void window_sum_cpu(bool is_double, uintptr_t token, uintptr_t sample, uintptr_t cu, int64_t rows, int64_t features,
-                    std::array<int, 3> dim, int radius, double sigma, uintptr_t x, uintptr_t weight, uintptr_t out,
-                    uintptr_t total, int threads) {
+template <class Real>
+void window_sum_typed(uintptr_t token, uintptr_t sample, uintptr_t cu, int64_t rows, int64_t features,
+                      std::array<int, 3> dim, int radius, double sigma, uintptr_t x, uintptr_t weight, uintptr_t out,
+                      uintptr_t total, int threads) {
     WindowArgs a{at<int>(token), at<int>(sample), at<int>(cu), rows, features, dim[0], dim[1], dim[2], radius, sigma};
     py::gil_scoped_release release;
-    if (is_double) return window_sum(a, at<double>(x), at<double>(weight), at<double>(out), at<double>(total), threads);
-    window_sum(a, at<float>(x), at<float>(weight), at<float>(out), at<float>(total), threads);
+    window_sum(a, at<const Real>(x), at<const Real>(weight), at<Real>(out), at<Real>(total), threads);
 }
 
-void plug_cpu(bool is_double, uintptr_t nearest, int64_t cells, int64_t features, uintptr_t rows, uintptr_t residual,
-              uintptr_t out, int threads) {
+template <class Real>
+void plug_typed(uintptr_t nearest, int64_t cells, int64_t features, uintptr_t rows, uintptr_t residual, uintptr_t out,
+                int threads) {
     PlugArgs a{at<int>(nearest), nullptr, nullptr, cells, 0, features};
     py::gil_scoped_release release;
-    if (is_double) return plug(a, at<double>(rows), at<double>(residual), at<double>(out), threads);
-    plug(a, at<float>(rows), at<float>(residual), at<float>(out), threads);
+    plug(a, at<const Real>(rows), at<const Real>(residual), at<Real>(out), threads);
 }
 
-void plug_backward_cpu(bool is_double, uintptr_t offsets, uintptr_t member, int64_t rows, int64_t features,
-                       uintptr_t grad, uintptr_t values, uintptr_t grad_rows, uintptr_t through, int threads) {
+template <class Real>
+void plug_backward_typed(uintptr_t offsets, uintptr_t member, int64_t rows, int64_t features, uintptr_t grad,
+                         uintptr_t values, uintptr_t grad_rows, uintptr_t through, int threads) {
     PlugArgs a{nullptr, at<int>(offsets), at<int>(member), 0, rows, features};
     py::gil_scoped_release release;
-    if (is_double)
-        return plug_backward(a, at<double>(grad), at<double>(values), at<double>(grad_rows), at<double>(through), threads);
-    plug_backward(a, at<float>(grad), at<float>(values), at<float>(grad_rows), at<float>(through), threads);
+    plug_backward(a, at<const Real>(grad), at<const Real>(values), at<Real>(grad_rows), at<Real>(through), threads);
 }
 
 // (gate, shift, scale) and their gradients: an address and the elements from one sample's row to the next's.
@@ -129,16 +128,21 @@ void modulate_backward_typed(uintptr_t cu, int batch, int64_t features, double e
                       at<Real>(grads[1]), at<Real>(grads[2]), threads);
 }
 
+// The CPU loops of one type, such as m.plug_float.
+template <class Real>
+void define_typed(py::module_& m, const std::string& type) {
+    m.def(("window_sum_" + type).c_str(), window_sum_typed<Real>);
+    m.def(("plug_" + type).c_str(), plug_typed<Real>);
+    m.def(("plug_backward_" + type).c_str(), plug_backward_typed<Real>);
+    m.def(("modulate_" + type).c_str(), modulate_typed<Real>);
+    m.def(("modulate_backward_" + type).c_str(), modulate_backward_typed<Real>);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-    m.def("window_sum", window_sum_cpu);
-    m.def("plug", plug_cpu);
-    m.def("plug_backward", plug_backward_cpu);
-    m.def("modulate_float", modulate_typed<float>);
-    m.def("modulate_double", modulate_typed<double>);
-    m.def("modulate_backward_float", modulate_backward_typed<float>);
-    m.def("modulate_backward_double", modulate_backward_typed<double>);
+    define_typed<float>(m, "float");
+    define_typed<double>(m, "double");
     py::class_<Place>(m, "Place").def(py::init<bool, uintptr_t, int, int>()).def_readonly("threads", &Place::threads);
     m.def("plan_count", plan_count);
     m.def("plan_fill", plan_fill);

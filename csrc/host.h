@@ -46,13 +46,22 @@ void in_parallel(int threads, F work) {
     for (auto& thread : others) thread.join();
 }
 
+// f(item, worker) for every item below `count`; a worker takes the next one that is left.
+template <class F>
+void share_items(int64_t count, int threads, F f) {
+    std::atomic<int64_t> next{0};
+    std::atomic<int> workers{0};
+    in_parallel(std::min<int64_t>(threads, count), [&] {
+        const int worker = workers++;
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i, worker);
+    });
+}
+
 // f(first, last) over runs of `grain` items.
 template <class F>
 void share_runs(int64_t count, int64_t grain, int threads, F f) {
-    std::atomic<int64_t> next{0};
-    in_parallel(std::min<int64_t>(threads, (count + grain - 1) / grain), [&] {
-        for (int64_t i; (i = next.fetch_add(grain, std::memory_order_relaxed)) < count;) f(i, std::min(i + grain, count));
-    });
+    share_items((count + grain - 1) / grain, threads,
+                [&](int64_t i, int) { f(i * grain, std::min((i + 1) * grain, count)); });
 }
 
 }  // namespace dcdit

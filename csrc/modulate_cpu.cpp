@@ -103,7 +103,7 @@ template <class Real>
 void modulate(const ModulateArgs& a, const Real* x, const Real* y, const Real* gate, const Real* shift, const Real* scale,
               Real* sum, Real* out, int threads) {
     const std::vector<Run> runs = runs_of(a);
-    share_runs(runs.size(), 1, threads, [&](int64_t i, int64_t) {
+    share_items(runs.size(), threads, [&](int64_t i, int) {
         const Run run = runs[i];
         for (int64_t at = run.first * a.features; at < run.last * a.features; at += a.features)
             forward_row(Row<Real>{x + at, offset(y, at), offset(gate, run.sample * a.gate_pitch),
@@ -119,7 +119,7 @@ void modulate_backward(const ModulateArgs& a, const Real* sum, const Real* y, co
     const std::vector<Run> runs = runs_of(a);
     const int64_t width = a.features;
     std::vector<Real> totals(3 * runs.size() * width);  // of each run: gate, shift, scale
-    share_runs(runs.size(), 1, threads, [&](int64_t i, int64_t) {
+    share_items(runs.size(), threads, [&](int64_t i, int) {
         const Run run = runs[i];
         Real* total = totals.data() + 3 * i * width;
         for (int64_t at = run.first * width; at < run.last * width; at += width)

@@ -26,20 +26,9 @@ struct HostBlock {
     void max(int* p, int x) { *p = std::max(*p, x); }
 };
 
-// f(item, worker) for every item below n; a worker takes the next one that is left.
-template <class F>
-void share_out(int64_t n, int threads, F f) {
-    std::atomic<int64_t> next{0};
-    std::atomic<int> workers{0};
-    in_parallel(std::min<int64_t>(threads, n), [&] {
-        const int worker = workers++;
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i, worker);
-    });
-}
-
 template <class Real, int Block>
 void count(const CountArgs& a, int threads) {
-    share_out(a.batch, threads, [&](int64_t b, int) {
+    share_items(a.batch, threads, [&](int64_t b, int) {
         HostBlock<Block> exec;
         Shared<Block> shared;
         count_sample<Real>(exec, shared, a, int(b));
@@ -52,7 +41,7 @@ void count(const CountArgs& a, int threads) {
 template <int Block>
 void fill(const FillArgs& a, int threads) {
     const int64_t ints = scratch_ints(a.cells, a.axes, Block);
-    share_out(a.batch, threads, [&](int64_t b, int worker) {
+    share_items(a.batch, threads, [&](int64_t b, int worker) {
         HostBlock<Block> exec;
         Shared<Block> shared;
         fill_sample(exec, shared, a, int(b), a.scratch + worker * ints);
@@ -72,10 +61,9 @@ void plan_count_cpu(const CountArgs& a, bool is_double, int threads, int block) 
 void plan_fill_cpu(const FillArgs& a, int threads, int block) { (block == 1 ? fill<1> : fill<64>)(a, threads); }
 
 void move_rows_cpu(const RowArgs& a, int threads) {
-    // Items of many rows: a row alone is too little for a thread to fetch.
-    constexpr int64_t kRows = 256;
-    share_out((a.rows + kRows - 1) / kRows, threads, [&](int64_t item, int) {
-        for (int64_t i = item * kRows; i < std::min(a.rows, (item + 1) * kRows); ++i) {
+    constexpr int64_t kRun = 256;  // a row alone is too little for a thread to fetch
+    share_runs(a.rows, kRun, threads, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) {
             const int64_t row = a.index[i];
             char* out = a.out + (a.scatter ? row : i) * a.out_pitch;
             if (row >= 0) std::memcpy(out, a.x + (a.scatter ? i : row) * a.x_pitch, a.bytes);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,3 +31,8 @@ def with_tail(live_rows: torch.Tensor, capacity: int) -> torch.Tensor:
     """`live_rows` (N, …), followed by zero rows up to `capacity`."""
     tail = capacity - live_rows.shape[0]
     return live_rows if tail == 0 else torch.cat([live_rows, live_rows.new_zeros(tail, *live_rows.shape[1:])])
+
+
+def kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
+    """The C++ loop of this name in float or double."""
+    return getattr(native._C, f"{name}_{'double' if dtype == torch.float64 else 'float'}")

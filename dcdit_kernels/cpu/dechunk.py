@@ -11,11 +11,10 @@ import math
 import torch
 from torch.autograd.function import once_differentiable
 
-from .. import native
 from ..chunk_plan import ChunkPlan
 from ..reference._packed import accumulate_dtype
 from ..reference.ema import ema_smooth
-from ._rows import live_count, with_tail
+from ._rows import kernel, live_count, with_tail
 
 
 def dechunk(
@@ -78,8 +77,8 @@ class PlugBack(torch.autograd.Function):
         ctx.plan, ctx.has_residual = plan, residual is not None
         residual = None if residual is None else residual.contiguous()
         out = rows.new_empty(plan.batch_size, plan.cells, rows.shape[1])
-        native._C.plug(
-            rows.dtype == torch.float64, plan.nearest.data_ptr(), plan.nearest.numel(), rows.shape[1],
+        kernel("plug", rows.dtype)(
+            plan.nearest.data_ptr(), plan.nearest.numel(), rows.shape[1],
             rows.data_ptr(), 0 if residual is None else residual.data_ptr(), out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return out
@@ -91,8 +90,8 @@ class PlugBack(torch.autograd.Function):
         plan = ctx.plan
         dense = grad.contiguous()
         grad_rows, through = torch.empty_like(rows), torch.zeros_like(prob)
-        native._C.plug_backward(
-            rows.dtype == torch.float64, plan.member_offsets.data_ptr(), plan.member_index.data_ptr(), *rows.shape,
+        kernel("plug_backward", rows.dtype)(
+            plan.member_offsets.data_ptr(), plan.member_index.data_ptr(), *rows.shape,
             dense.data_ptr(), rows.data_ptr(), grad_rows.data_ptr(), through.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         # STE: 1 forward; s = max(p, 1 - p) gets Σ_D (∂y · plugged), nothing where p = 1/2.
@@ -105,8 +104,8 @@ def window_sum(
     """(Σ_j k_ij weight_j x_j, Σ_j k_ij weight_j) over the sample's cells j within 6σ (9σ in float64) on each axis."""
     out, total = torch.empty_like(x), torch.empty_like(weight)
     radius = min(math.ceil((9 if x.dtype == torch.float64 else 6) * sigma), plan.cells)
-    native._C.window_sum(
-        weight.dtype == torch.float64, plan.token_index.data_ptr(), plan.sample_index.data_ptr(),
+    kernel("window_sum", weight.dtype)(
+        plan.token_index.data_ptr(), plan.sample_index.data_ptr(),
         plan.cu_seqlens.data_ptr(), *x.shape, (1, 1, *plan.grid)[-3:], radius, sigma,
         x.data_ptr(), weight.contiguous().data_ptr(), out.data_ptr(), total.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip

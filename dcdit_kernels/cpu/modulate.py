@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from .. import native
 from ..chunk_plan import ChunkPlan
 from ..reference._packed import accumulate_dtype
-from ._rows import live_count, with_tail
+from ._rows import kernel, live_count, with_tail
 
 
 def adaln_modulate(
@@ -68,7 +68,7 @@ class AdaLN(torch.autograd.Function):
     def forward(ctx, x, y, gate, shift, scale, cu_seqlens, eps):
         new_x = None if y is None else torch.empty_like(x)
         out = None if scale is None else torch.empty_like(x)
-        _kernel("modulate", x.dtype)(
+        kernel("modulate", x.dtype)(
             *_sizes(x, cu_seqlens, eps), x.data_ptr(), _address(y), _modulators(gate, shift, scale),
             _address(new_x), _address(out), _threads(x),
         )  # fmt: skip
@@ -88,16 +88,12 @@ class AdaLN(torch.autograd.Function):
         shape = len(cu_seqlens) - 1, new_x.shape[1]
         grad_gate = None if y is None else new_x.new_empty(shape)
         grad_shift, grad_scale = (None if scale is None else new_x.new_empty(shape) for _ in range(2))
-        _kernel("modulate_backward", new_x.dtype)(
+        kernel("modulate_backward", new_x.dtype)(
             *_sizes(new_x, cu_seqlens, ctx.eps), new_x.data_ptr(), _address(y), _modulators(gate, None, scale),
             _address(grad_new_x), _address(grad_out), grad_x.data_ptr(), _address(grad_y),
             [_address(grad) for grad in (grad_gate, grad_shift, grad_scale)], _threads(new_x),
         )  # fmt: skip
         return grad_x, grad_y, grad_gate, grad_shift, grad_scale, None, None
-
-
-def _kernel(name: str, dtype: torch.dtype):
-    return getattr(native._C, f"{name}_{'double' if dtype == torch.float64 else 'float'}")
 
 
 def _sizes(x: torch.Tensor, cu_seqlens: torch.Tensor, eps: float) -> tuple[int, int, int, float]:
