@@ -84,6 +84,7 @@ class DCDiT(nn.Module):
         y: torch.Tensor,
         drop_fraction: float | torch.Tensor = 0.0,
         return_routing: bool = False,
+        capacity: int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Routing]:
         """Predict noise (and variance) or velocity.
 
@@ -92,6 +93,9 @@ class DCDiT(nn.Module):
             t: (B,) timesteps from 0 (data) to 1000 (noise).
             y: (B,) int64 class ids; `config.num_classes` stands for no label.
             drop_fraction: ρ in [0, 1), the share of boundaries to drop; a tensor (B,) for one per sample.
+            capacity: rows for the retained tokens of the whole batch. None: as many as there are, for which the host
+                waits once; a number: nothing waits, as CUDA graphs need, and what has no room is dropped from the end
+                of the batch and counted in `routing.plan.overflow`.
 
         Returns (B, C, H, W), or (B, 2C, H, W) with config.learn_sigma; with `return_routing` also a Routing.
         Raises ValueError for a wrong shape, dtype, class id or ρ.
@@ -103,7 +107,7 @@ class DCDiT(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             residual = self.residual_proj(h.to(self.residual_proj.weight.dtype))
             boundary_prob = self.router(h.to(self.residual_proj.weight.dtype))
-        plan = plan_chunks(boundary_prob, self.config.input_size, drop_fraction)
+        plan = plan_chunks(boundary_prob, self.config.input_size, drop_fraction, capacity=capacity)
         tokens = self.main(chunk(h, plan, self.pos_embed), c, plan)
         y_grid = dechunk(tokens, boundary_prob, plan, residual, self.config.sigma)
         out = self.decoder(y_grid.transpose(1, 2).unflatten(2, self.config.input_size), outer)

@@ -147,6 +147,35 @@ def test_offsets_past_two_billion():
     assert torch.equal(*outs) and outs[0].any()
 
 
+@torch.no_grad()
+def test_model_in_a_graph():
+    """A captured forward of the whole model, replayed on other inputs that keep other counts."""
+    torch.manual_seed(0)
+    net = DCDiT(preset("digits")).to(DEVICE, torch.bfloat16).eval()
+    for parameter in net.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+
+    def inputs():
+        x = torch.randn(4, 4, 14, 14, device=DEVICE, dtype=torch.bfloat16)
+        return x, 1000 * torch.rand(4, device=DEVICE), torch.randint(10, (4,), device=DEVICE)
+
+    static, side = inputs(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        net(*static, 0.2, capacity=784)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = net(*static, 0.2, capacity=784)
+    for _ in range(2):
+        fresh = inputs()
+        for slot, value in zip(static, fresh, strict=True):
+            slot.copy_(value)
+        graph.replay()
+        torch.testing.assert_close(out, net(*fresh, 0.2, capacity=784), rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("drop_fraction", [0.0, 0.5])
 def test_model_equals_cpu(drop_fraction):
     """The digits model in float32 gives on the GPU what it gives on the CPU."""

@@ -96,6 +96,26 @@ def test_forward_shapes_and_routing(model):
     assert not (routing.boundary_mask & ~routing.natural_mask).any()
 
 
+def test_capacity_changes_nothing_while_there_is_room(model):
+    """The same output and gradients, whatever is spare; past it the last sample loses cells, and says so."""
+    want, exact = model(*batch(), return_routing=True)
+    live = exact.plan.capacity
+    for capacity in (live, live + 50):
+        got, routing = model(*batch(), return_routing=True, capacity=capacity)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert routing.plan.capacity == capacity and not routing.plan.overflow
+    grads = [
+        torch.autograd.grad(model(*batch(), capacity=capacity).square().mean(), list(model.parameters()))
+        for capacity in (None, live + 50)
+    ]
+    for got, want_grad in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want_grad, rtol=1e-4, atol=1e-5)
+    short, routing = model(*batch(), return_routing=True, capacity=live - 5)
+    assert int(routing.plan.overflow) == 5 and short.isfinite().all()
+    torch.testing.assert_close(short[:-1], want[:-1], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(short[-1], want[-1])
+
+
 def test_samples_do_not_see_each_other(model):
     """Each sample alone gives what it gives in the batch, with a ρ of its own."""
     x, t, y = batch()
