@@ -1,8 +1,9 @@
-"""torch.library operators `dcdit::NAME` and `dcdit::NAME_backward`: what torch.compile, opcheck and Triton see.
+"""torch.library operators `dcdit::NAME` and `dcdit::NAME_backward`: what torch.compile and opcheck see.
 
 Every operator is a function of its inputs, and its backward one of the gradients and the same inputs: nothing else is
-saved. A plan travels as its tensors and sizes. Reference and native back-ends run eagerly without these operators;
-inside one they recompute the forward to differentiate it, which is the price of torch.compile on a CPU.
+saved. A plan travels as its tensors and sizes. Eager calls do without these operators, which cost the host more than a
+small kernel takes. Inside one, the reference and native back-ends recompute the forward to differentiate it: the price
+of torch.compile on a CPU.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from . import _dispatch
 from .chunk_plan import ChunkPlan
@@ -72,17 +74,50 @@ def implement(schema: str, function: Callable[..., Any], fake: Callable[..., Any
 
 
 def run(op: str, backend: str | None, **inputs: Any) -> Any:
-    """Call `op` on the back-end asked for; Triton's kernels and compiled graphs go through torch.library."""
+    """Call `op` on the back-end asked for; compiled graphs go through torch.library."""
     name = _dispatch.choose(op, backend, **inputs)
-    if name != "triton" and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return _trace(op, name, inputs)
+    if name != "triton":
         return _dispatch.call(op, name, **inputs)
+    tensors = [inputs[t] for t in _operators[op].tensors]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _Launch.apply(op, inputs, *tensors)
+    return _launch(op, inputs)
+
+
+def _launch(op: str, inputs: dict[str, Any]) -> Any:
+    with device_of(inputs[_operators[op].tensors[0]]):
+        return _dispatch.load(op, "triton").forward(**inputs)
+
+
+class _Launch(torch.autograd.Function):
+    """An eager call of the Triton back-end, straight to its launchers."""
+
+    @staticmethod
+    def forward(ctx, op, inputs, *tensors):
+        ctx.op = op
+        ctx.rest = {name: value for name, value in inputs.items() if name not in _operators[op].tensors}
+        ctx.save_for_backward(*tensors)
+        return _launch(op, inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        inputs = dict(zip(_operators[ctx.op].tensors, ctx.saved_tensors, strict=True))
+        needs = ctx.needs_input_grad[2:]
+        with device_of(grads[0]):
+            got = _dispatch.load(ctx.op, "triton").backward(*grads, needs, **inputs, **ctx.rest)
+        return None, None, *(grad if need else None for grad, need in zip(got, needs, strict=True))
+
+
+def _trace(op: str, name: str, inputs: dict[str, Any]) -> Any:
     spec, plan = _operators[op], inputs.get("plan")
     parts = [] if plan is None else [getattr(plan, part) for part in PLAN_TENSORS]
     sizes = [] if plan is None else [plan.max_seqlen, *plan.grid]
     constants = (parts and sizes, *(inputs[c] for c in spec.constants), name)
     tensors = [inputs[t] for t in spec.tensors]
-    if torch.compiler.is_compiling():
-        tensors = [_distinct(tensor, tensors[:i]) for i, tensor in enumerate(tensors)]
+    tensors = [_distinct(tensor, tensors[:i]) for i, tensor in enumerate(tensors)]
     return _Call.apply(op, constants, *tensors, *parts)
 
 
@@ -129,8 +164,7 @@ def _named(op: str, args: tuple[Any, ...]) -> dict[str, Any]:
 def _forward(op: str, args: tuple[Any, ...]) -> Any:
     inputs, backend = _named(op, args), args[-1]
     if backend == "triton":
-        with device_of(args[0]):
-            return _dispatch.load(op, backend).forward(**inputs)
+        return _launch(op, inputs)
     # An operator must not return one of its inputs.
     out = _dispatch.call(op, backend, **inputs)
     return out.clone() if any(out is arg for arg in args) else out
@@ -146,7 +180,18 @@ def _backward(op: str, args: tuple[Any, ...]) -> list[torch.Tensor]:
     else:
         got = _differentiate(op, backend, grads, needs, inputs)
     like = _like(needs, args[: len(needs)])
-    return [have if need else none for have, need, none in zip(got, needs, like, strict=True)]
+    # Nor may its outputs share memory, with one another or with what came in.
+    memory = {grad.untyped_storage().data_ptr() for grad in grads}
+    return [_own(have, memory) if need else none for have, need, none in zip(got, needs, like, strict=True)]
+
+
+def _own(grad: torch.Tensor, memory: set[int]) -> torch.Tensor:
+    """`grad` contiguous, copied where its memory is among `memory`, which it then joins."""
+    grad = grad.contiguous()
+    if grad.untyped_storage().data_ptr() in memory:
+        grad = grad.clone()
+    memory.add(grad.untyped_storage().data_ptr())
+    return grad
 
 
 def _differentiate(op: str, backend: str, grads: Any, needs: list[bool], inputs: dict[str, Any]) -> list[Any]:
@@ -163,9 +208,7 @@ def _differentiate(op: str, backend: str, grads: Any, needs: list[bool], inputs:
         if pairs:
             used, weights = zip(*pairs, strict=True)
             got = torch.autograd.grad(used, list(leaves.values()), weights, allow_unused=True, materialize_grads=True)
-    # An operator must not return one of its inputs.
-    memory = {grad.untyped_storage().data_ptr() for grad in grads}
-    own = iter(g.clone() if g.untyped_storage().data_ptr() in memory else g.contiguous() for g in got)
+    own = iter(got)
     return [next(own) if need else None for need in needs]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -30,6 +31,12 @@ def assume_constant(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+@functools.cache
+def capability(index: int | None) -> tuple[int, int]:
+    """Compute capability of a GPU; asking PyTorch each time would take a tenth of a small operator's time."""
+    return torch.cuda.get_device_capability(index)
+
+
 @assume_constant
 def _no_triton() -> str | None:
     found = importlib.util.find_spec("triton") is not None
@@ -43,5 +50,5 @@ def _interpreted() -> bool:
 
 @assume_constant
 def _old_gpu(index: int) -> str | None:
-    major, minor = torch.cuda.get_device_capability(index)
+    major, minor = capability(index)
     return None if torch.version.hip or major >= 8 else f"needs compute capability 8.0, got {major}.{minor}"

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ._triton_support import assume_constant
+from ._triton_support import assume_constant, capability
 
 KEYWORDS = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 TORCH_KEYWORDS = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")
@@ -76,7 +76,7 @@ def _refuses_device(majors: tuple[int, ...], rocm: bool, kind: str, index: int |
         return f"needs a GPU, got {kind}"
     if torch.version.hip:
         return None if rocm else "not for ROCm"
-    major, minor = torch.cuda.get_device_capability(index)
+    major, minor = capability(index)
     wanted = ", ".join(f"{m}.x" for m in majors)
     return None if major in majors else f"needs compute capability {wanted}, got {major}.{minor}"
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ._check import reject_nan
-from ._triton_support import assume_constant
+from ._triton_support import assume_constant, capability
 from .chunk_plan import ChunkPlan
 
 try:
@@ -47,7 +47,7 @@ def _cuda_missing(index: int | None) -> str | None:
             f"the extension was built with CUDA {cuda_name(built)} and the driver knows CUDA {cuda_name(driver)}; "
             "build it with an older nvcc, or renew the driver"
         )
-    major, minor = torch.cuda.get_device_capability(index)
+    major, minor = capability(index)
     oldest = min(int(arch) for arch in _C.cuda_archs.split(","))
     if 10 * major + minor < oldest:
         return f"the extension was built for sm_{oldest} and newer, got sm_{major}{minor}; set DCDIT_CUDA_ARCHS"

@@ -202,10 +202,10 @@ def test_devices():
     refuses = flash._refuses_device
     assert refuses((8, 9), False, "cpu", None) == "needs a GPU, got cpu"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+        patch.setattr(flash, "capability", lambda index: (7, 5))
         patch.setattr(torch.version, "hip", None)
         assert refuses((8, 9), False, "cuda", 0) == "needs compute capability 8.x, 9.x, got 7.5"
-        patch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+        patch.setattr(flash, "capability", lambda index: (9, 0))
         assert refuses((8, 9), False, "cuda", 0) is None
         patch.setattr(torch.version, "hip", "6.3")
         assert refuses((8, 9), False, "cuda", 0) == "not for ROCm" and refuses((8,), True, "cuda", 0) is None

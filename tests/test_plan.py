@@ -161,6 +161,6 @@ def test_exact_says_that_no_row_is_spare(backend):
 )
 def test_a_gpu_that_the_extension_cannot_use_is_explained(monkeypatch, archs, versions, gpu, reason):
     monkeypatch.setattr(native, "_C", types.SimpleNamespace(cuda_archs=archs, cuda_versions=lambda: versions))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: gpu)
+    monkeypatch.setattr(native, "capability", lambda index: gpu)
     said = native.missing(torch.device("cuda", 0))
     assert (said is None) if reason is None else re.search(reason, said)

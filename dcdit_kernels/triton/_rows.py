@@ -8,23 +8,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 
 # Programs that fill the GPUs these kernels are for several times over (132 SMs on an H200).
 FILL = 1024
 
 
+def next_power_of_2(n: int) -> int:
+    """Triton's own is for kernels, and takes the host microseconds a call."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
 def pointer_rows(x: torch.Tensor | None) -> torch.Tensor | None:
     """(…, D) as rows (N, D) with unit stride inside a row; copied only where the strides do not allow it."""
-    if x is None:
-        return None
+    if x is None or (x.dim() == 2 and x.stride(1) == 1):
+        return x
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def warps_for_row(width: int) -> int:
     """Warps for a program that holds one row in registers: 8 elements or so a thread."""
-    return min(max(triton.next_power_of_2(width) // 256, 1), 16)
+    return min(max(next_power_of_2(width) // 256, 1), 16)
 
 
 def segments(batch: int, total: int, longest: int) -> tuple[int, int]:
@@ -33,7 +42,7 @@ def segments(batch: int, total: int, longest: int) -> tuple[int, int]:
     Few rows where there are few tokens, to fill the GPU; at most 32, beyond which partial sums cost nothing.
     """
     rows = min(max(total // FILL, 1), 32)
-    return rows, max(triton.cdiv(longest, rows), 1)
+    return rows, max(cdiv(longest, rows), 1)
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class RowTile:
 
     def grid(self, total: int) -> tuple[int, int]:
         """Programs that cover `total` rows."""
-        return triton.cdiv(total, self.rows), triton.cdiv(self.width, self.columns)
+        return cdiv(total, self.rows), cdiv(self.width, self.columns)
 
     @property
     def launch(self) -> dict[str, int]:
@@ -59,5 +68,5 @@ def row_tile(width: int) -> RowTile:
 
     A quarter of that where rows do not start at 16 bytes: loads are narrow then, and each needs its own address.
     """
-    columns = min(triton.next_power_of_2(width), 512)
+    columns = min(next_power_of_2(width), 512)
     return RowTile((4096 if width % 16 == 0 else 1024) // columns, columns, width)

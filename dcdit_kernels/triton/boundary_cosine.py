@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._rows import FILL
+from ._rows import FILL, cdiv, next_power_of_2
 
 
 @triton.jit
@@ -188,7 +188,7 @@ def _tiles(q, kernel, grid, backward):
     height, columns = grid if kernel is not None else (1, q.shape[1])
     # Few cells a program where there are few of them, to fill the GPU; the block's size stays.
     size = 16 if q.shape[0] * q.shape[1] >= FILL * 4 else 4
-    tile_h = min(triton.next_power_of_2(height), 4 if size == 16 else 2)
+    tile_h = min(next_power_of_2(height), 4 if size == 16 else 2)
     elements, taps, warps = (512, 16, 16) if kernel is not None else (2048, 1, 4)
     if backward and kernel is not None:  # twice as much is held, and may not spill
         elements, warps = 256, 8
@@ -196,8 +196,8 @@ def _tiles(q, kernel, grid, backward):
     if q.shape[2] % 16:
         elements, warps = elements // 4, 4
     launch = {"TAPS": taps, "TILE_H": tile_h, "TILE_W": size // tile_h, "num_warps": warps}
-    launch["BLOCK_D"] = min(elements // size, triton.next_power_of_2(q.shape[2]))
-    total = q.shape[0] * triton.cdiv(height, tile_h) * triton.cdiv(columns, size // tile_h)
+    launch["BLOCK_D"] = min(elements // size, next_power_of_2(q.shape[2]))
+    total = q.shape[0] * cdiv(height, tile_h) * cdiv(columns, size // tile_h)
     return height, columns, total, launch
 
 
@@ -240,9 +240,9 @@ class BoundaryCosine:
         new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=q.device)  # noqa: E731
         factors = (new(*q.shape[:2], taps), new(*q.shape[:2], taps), new(*q.shape[:2]))
         _score(q, k, kernel, grid, cu_seqlens, None, grad.contiguous(), factors)
-        blocks = triton.cdiv(q.shape[2], launch["BLOCK_D"])
+        blocks = cdiv(q.shape[2], launch["BLOCK_D"])
         share = min(max(total * blocks // FILL, 1), 32)
-        slabs = triton.cdiv(total, share)
+        slabs = cdiv(total, share)
         partial = None if kernel is None else new(slabs, *kernel.shape)
         cosine_backward[(slabs, blocks)](
             q, k, kernel, *factors, grad_q, grad_k, partial, q.stride(0), q.stride(1), k.stride(0), k.stride(1),

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ._rows import cdiv, next_power_of_2
+
 
 @triton.jit
 def group_statistics(
@@ -165,7 +167,7 @@ def _statistics(x, groups, eps):
     batch, channels, cells = x.shape
     size = channels // groups
     mean, rstd = (torch.empty(batch, groups, dtype=torch.float32, device=x.device) for _ in range(2))
-    block = min(triton.next_power_of_2(size), 64)
+    block = min(next_power_of_2(size), 64)
     group_statistics[(batch * groups,)](
         x, mean, rstd, *x.stride(), channels, size, cells, eps, BLOCK_C=block, BLOCK_L=4096 // block, num_warps=8
     )
@@ -176,7 +178,7 @@ def _scores(x, statistics, parameters, grad, groups):
     """p (B, L), or with the gradient of p that of the logit."""
     batch, channels, cells = x.shape
     out = torch.empty(batch, cells, dtype=torch.float32, device=x.device)
-    predictability_score[(batch * triton.cdiv(cells, 32),)](
+    predictability_score[(batch * cdiv(cells, 32),)](
         x, *statistics, *parameters, grad, out, *x.stride(), channels, channels // groups, cells,
         BACKWARD=grad is not None, BLOCK_C=32, BLOCK_L=32, num_warps=4,
     )  # fmt: skip
@@ -205,12 +207,12 @@ class BoundaryPredictability:
         logit = _scores(x, statistics, parameters, grad.contiguous(), groups)
         sums = torch.empty(3, batch, channels, dtype=torch.float32, device=x.device)
         common = (x, *statistics, *parameters[:3], logit)
-        channel_sums[(batch * triton.cdiv(channels, 16),)](
+        channel_sums[(batch * cdiv(channels, 16),)](
             *common, sums, *shape, BLOCK_C=16, BLOCK_L=64, num_warps=4
         )  # fmt: skip
         means = (sums[:2] * parameters[0].float()).view(2, batch, groups, -1).sum(-1) / (channels // groups * cells)
         grad_x = torch.empty(features.shape, dtype=x.dtype, device=x.device)
-        predictability_backward[(batch * triton.cdiv(channels, 16), triton.cdiv(cells, 64))](
+        predictability_backward[(batch * cdiv(channels, 16), cdiv(cells, 64))](
             *common, *means, grad_x, *shape, BLOCK_C=16, BLOCK_L=64, num_warps=4
         )  # fmt: skip
         shared = (*(part.sum(0) for part in sums), logit.sum().view(score_bias.shape))

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ._rows import cdiv
+
 
 @triton.jit
 def clamp_confidence(p):
@@ -45,7 +47,7 @@ def prob_gradient(boundary_prob, prob, plan, partial, through=None, direct=None)
     total = plan.batch_size * plan.cells
     out = torch.empty(total, dtype=torch.float32, device=prob.device)
     if total:
-        prob_backward[(triton.cdiv(total, 1024),)](
+        prob_backward[(cdiv(total, 1024),)](
             through, direct, partial, prob, plan.nearest, plan.token_index, out, total, plan.capacity,
             0 if partial is None else partial.shape[0], BLOCK=1024,
         )  # fmt: skip

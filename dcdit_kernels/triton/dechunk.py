@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._rows import pointer_rows, row_tile, warps_for_row
+from ._rows import next_power_of_2, pointer_rows, row_tile, warps_for_row
 from .confidence import clamp_confidence, prob_gradient
 from .ema import scan, scan_backward
 from .smooth import smoothed, smoothed_backward
@@ -96,9 +96,7 @@ class Dechunk:
 
     @staticmethod
     def backward(grad, needs, x, boundary_prob, residual, plan, sigma, smoothing):
-        grad_residual = grad.to(residual.dtype).contiguous() if needs[2] else None
-        if needs[2] and grad_residual.data_ptr() == grad.data_ptr():
-            grad_residual = grad_residual.clone()  # an operator must not return one of its inputs
+        grad_residual = grad.to(residual.dtype) if needs[2] else None
         total, width = plan.batch_size * plan.cells, x.shape[1]
         prob = boundary_prob.float().contiguous()
         grad = pointer_rows(grad)
@@ -113,7 +111,7 @@ class Dechunk:
             plug_backward[(plan.capacity,)](
                 grad, rows, s, prob, plan.token_index, plan.member_offsets, plan.member_index,
                 grad_rows, through, dot, direct, grad.stride(0), rows.stride(0), width,
-                SMOOTH=smooth, MEMBERS=4, BLOCK=triton.next_power_of_2(width), num_warps=warps_for_row(width),
+                SMOOTH=smooth, MEMBERS=4, BLOCK=next_power_of_2(width), num_warps=warps_for_row(width),
             )  # fmt: skip
         partial = None
         if smooth:

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._rows import pointer_rows
+from ._rows import cdiv, pointer_rows
 from .confidence import clamp_confidence, prob_gradient
 
 BLOCK_T = 32
@@ -103,7 +103,7 @@ def scan(x, prob, plan, dtype=torch.float32):
     x = pointer_rows(x)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if out.numel():
-        scan_forward_kernel[(plan.batch_size + 1, triton.cdiv(x.shape[1], BLOCK_D))](
+        scan_forward_kernel[(plan.batch_size + 1, cdiv(x.shape[1], BLOCK_D))](
             x, prob, plan.token_index, plan.cu_seqlens, out, x.stride(0), plan.batch_size, *x.shape,
             BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D,
         )  # fmt: skip
@@ -114,7 +114,7 @@ def scan_backward(grad, x, rows, prob, plan):
     """grad_x in x's dtype and the parts of dp̃ (parts, capacity); `rows` is x̄ in float32."""
     x, grad = pointer_rows(x), pointer_rows(grad)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    parts = triton.cdiv(x.shape[1], BLOCK_D)
+    parts = cdiv(x.shape[1], BLOCK_D)
     partial = torch.empty(parts, plan.capacity, dtype=torch.float32, device=x.device)
     if grad_x.numel():
         scan_backward_kernel[(plan.batch_size + 1, parts)](

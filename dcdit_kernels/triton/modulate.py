@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._rows import pointer_rows, segments, warps_for_row
+from ._rows import next_power_of_2, pointer_rows, segments, warps_for_row
 
 
 @triton.jit(do_not_specialize=["cells"])
@@ -127,7 +127,7 @@ def _forward(x, y, gate, shift, scale, plan, eps):
             x, y, gate, shift, scale, mixed, out, None if plan is None else plan.sample_index,
             *(0 if t is None else t.stride(0) for t in (x, y, gate, shift, scale)), x.shape[0] // batch, width, eps,
             GATE=gate is not None, NORM=scale is not None, PACKED=plan is not None,
-            BLOCK=triton.next_power_of_2(width), num_warps=warps_for_row(width),
+            BLOCK=next_power_of_2(width), num_warps=warps_for_row(width),
         )  # fmt: skip
     return tuple(None if t is None else t.view(shape) for t in (mixed, out))
 
@@ -151,11 +151,10 @@ def _backward(grad_mixed, grad_out, x, y, gate, scale, plan, eps):
             *(0 if t is None else t.stride(0) for t in (grad_mixed, grad_out, x, y, gate, scale)),
             batch, cells, x.shape[0], rows, width, eps,
             GATE=gate is not None, NORM=scale is not None, PACKED=plan is not None,
-            BLOCK=triton.next_power_of_2(width), num_warps=warps_for_row(width),
+            BLOCK=next_power_of_2(width), num_warps=warps_for_row(width),
         )  # fmt: skip
     sums = iter(partial.sum(1).unbind(1))
-    # Copies, because the outputs of an operator must not share memory.
-    modulators = [next(sums).to(dtype, copy=True) if kind else None for kind, dtype in zip(kinds, dtypes, strict=True)]
+    modulators = [next(sums).to(dtype) if kind else None for kind, dtype in zip(kinds, dtypes, strict=True)]
     return grad_x.view(shape), None if grad_y is None else grad_y.view(shape), *modulators
 
 

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._rows import pointer_rows
+from ._rows import cdiv, next_power_of_2, pointer_rows
 from .confidence import clamp_confidence
 
 
@@ -173,16 +173,16 @@ def _launch(x, plan, sigma):
     radius = math.ceil((6 if exact else 4.5) * sigma)
     _, height, columns = (1, 1, *plan.grid)[-3:]
     reach = min(radius * (sum({columns * height, columns, 1}) if len(plan.grid) == 3 else columns + 1), plan.cells)
-    block_d = min(max(triton.next_power_of_2(x.shape[1]), 16), 32 if exact else 128)
+    block_d = min(max(next_power_of_2(x.shape[1]), 16), 32 if exact else 128)
     launch = {
         # Weights are rounded to 10 bits and float32 rows are not.
         "PRECISION": "ieee" if exact or torch.version.hip else "tf32",
-        "STEP": min(triton.next_power_of_2(reach), 512),
+        "STEP": min(next_power_of_2(reach), 512),
         "BLOCK_M": 32,
         "BLOCK_N": 32,
         "BLOCK_D": block_d,
         "num_warps": 8 if block_d == 128 else 4,  # with 4, 128 columns take every register there is
     }
-    grid = (triton.cdiv(plan.capacity, 32), triton.cdiv(x.shape[1], block_d))
+    grid = (cdiv(plan.capacity, 32), cdiv(x.shape[1], block_d))
     falloff = math.log2(math.e) / (2 * sigma**2)
     return grid, (plan.batch_size, plan.cells, height, columns, reach, falloff), launch
