@@ -56,13 +56,14 @@ class OptimConfig:
 class UpcycleConfig:
     """`source`: the DiT to start from (empty: from scratch); its blocks teach in the first `distill_steps` steps.
 
-    `output_weight` adds the squared distance of the predictions in every step, for a teacher of the same objective.
+    `output_share` is the share that the distance from the teacher's prediction has in the first step's diffusion loss;
+    it falls linearly to 0. The teacher must have the same objective.
     """
 
     source: str = ""
     distill_steps: int = 5000
     distill_weight: float = 1.0
-    output_weight: float = 0.0
+    output_share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ class TrainConfig:
             raise ConfigError(f"seed must not be negative, got {self.seed}")
         if not self.drop_fractions:
             raise ConfigError("drop_fractions needs at least one value; [0] trains without dropping")
+        if not 0 <= self.upcycle.output_share <= 1:
+            raise ConfigError(f"upcycle.output_share must be in [0, 1], got {self.upcycle.output_share}")
         if not 0 <= self.label_drop < 1:
             raise ConfigError(f"label_drop must be in [0, 1), got {self.label_drop}")
         if self.data.kind != "digits" and not self.data.path:

@@ -98,11 +98,17 @@ class Trainer:
         """The model before its first step."""
         return DCDiT(self.config.model)
 
-    def further_losses(
-        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, output: torch.Tensor, routing: Routing
-    ) -> dict[str, torch.Tensor]:
-        """What is added to the loss of this step, by the names that it has in metrics.jsonl."""
-        return {}
+    def teach(
+        self,
+        diffusion: torch.Tensor,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor,
+        output: torch.Tensor,
+        routing: Routing,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """What this step minimises next to the ratio loss, and its further parts by their names in metrics.jsonl."""
+        return diffusion, {}
 
     def run(self) -> Path:
         """Train to the last step, or to `max_minutes`; save, and return the directory of the EMA model."""
@@ -155,8 +161,8 @@ class Trainer:
         output, routing = self.model(x, t, y, drop_fraction=drop, return_routing=True)
         diffusion = self.objective.loss(output.float(), x0, noise, t).mean()
         ratio = ratio_loss(routing.boundary_prob, routing.natural_mask, config.model.target_ratio, SUB_BATCH)
-        further = self.further_losses(x, t, y, output.float(), routing)
-        loss = sum(further.values(), diffusion + config.ratio_weight * ratio)
+        taught, parts = self.teach(diffusion, x, t, y, output.float(), routing)
+        loss = taught + config.ratio_weight * ratio
 
         lr = learning_rate(config.optim, self.step, config.steps)
         for group in self.optimizer.param_groups:
@@ -171,7 +177,7 @@ class Trainer:
             "loss": loss.detach(),
             "diffusion_loss": diffusion.detach(),
             "ratio_loss": ratio.detach(),
-            **{key: value.detach() for key, value in further.items()},
+            **{key: value.detach() for key, value in parts.items()},
             "kept": kept,
             "drop_fraction": rho,
             "grad_norm": norm,

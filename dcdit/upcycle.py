@@ -197,8 +197,8 @@ def distillation_loss(
 class Upcycler(Trainer):
     """Training that starts from `config.upcycle.source`.
 
-    `distillation_loss` is added in the first `upcycle.distill_steps` steps, and the squared distance between the two
-    predictions in all of them with weight `upcycle.output_weight`.
+    `distillation_loss` is added in the first `upcycle.distill_steps` steps. The squared distance between the two
+    predictions has a share of the diffusion loss, from `upcycle.output_share` in the first step to 0 in the last.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -213,26 +213,35 @@ class Upcycler(Trainer):
         net.main.record = []
         return net
 
-    def further_losses(
-        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, output: torch.Tensor, routing: Routing
-    ) -> dict[str, torch.Tensor]:
-        config, losses = self.config.upcycle, {}
+    def teach(
+        self,
+        diffusion: torch.Tensor,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor,
+        output: torch.Tensor,
+        routing: Routing,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        config, loss, parts = self.config.upcycle, diffusion, {}
         by_block = self.step < config.distill_steps
         if not by_block:
             self.net.main.record = None
-        if not (by_block or config.output_weight):
+        if not (by_block or config.output_share):
             self.teacher = None
-            return losses
+            return loss, parts
         with torch.no_grad(), self.accelerator.autocast():
             known = self.teacher(x, t, y).float()
-        if by_block:
-            loss = distillation_loss(self.net.main.record, self.targets, routing, self.teacher.patch)
-            losses["distillation_loss"] = config.distill_weight * loss
-            self.net.main.record.clear()
-        if config.output_weight:
+        if config.output_share:
             # Where one of them learns a variance, its channels are the second half.
             channels = self.config.model.in_channels
-            distance = (output[:, :channels] - known[:, :channels]).square().mean()
-            losses["output_loss"] = config.output_weight * distance
+            parts["output_loss"] = (output[:, :channels] - known[:, :channels]).square().mean()
+            share = config.output_share * (1 - self.step / self.config.steps)
+            loss = torch.lerp(loss, parts["output_loss"], share)
+        if by_block:
+            parts["distillation_loss"] = config.distill_weight * distillation_loss(
+                self.net.main.record, self.targets, routing, self.teacher.patch
+            )
+            loss = loss + parts["distillation_loss"]
+            self.net.main.record.clear()
         self.targets.clear()
-        return losses
+        return loss, parts

@@ -197,11 +197,11 @@ def test_distillation_teaches_the_blocks(digits_teacher, tmp_path):
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_predictions_are_distilled_to_the_end(digits_teacher, tmp_path):
-    """With a weight that drowns the rest, the student's prediction becomes the teacher's, blocks or no blocks."""
-    options = ["upcycle.distill_steps=2", "upcycle.output_weight=1000", "optim.lr=1e-2", "optim.warmup_steps=0"]
-    overrides = words(digits_teacher, tmp_path / "run", *options, "steps=40", f"upcycle.source={digits_teacher}")[4:]
-    trainer = Upcycler(load_config("configs/digits.yaml", overrides))
+def test_predictions_are_distilled(digits_teacher, tmp_path):
+    """Where nothing else counts, the student's prediction becomes the teacher's, blocks or no blocks."""
+    options = ["upcycle.distill_steps=2", "upcycle.output_share=1", "optim.lr=1e-2", "optim.warmup_steps=0"]
+    options += ["steps=1000", "ratio_weight=0", f"upcycle.source={digits_teacher}"]
+    trainer = Upcycler(load_config("configs/digits.yaml", words(digits_teacher, tmp_path / "run", *options)[4:]))
     batch = torch.utils.data.default_collate([trainer.stream[i] for i in range(16)])
     values = []
     for _ in range(40):
@@ -210,6 +210,20 @@ def test_predictions_are_distilled_to_the_end(digits_teacher, tmp_path):
     trainer.close()
     assert ["distillation_loss" in v for v in values[:3]] == [True, True, False]
     assert values[-1]["output_loss"] < 0.3 * values[0]["output_loss"]
+
+
+def test_the_share_of_the_teacher_falls_to_nothing(digits_teacher, tmp_path):
+    options = ["upcycle.distill_steps=0", "upcycle.output_share=0.8", "steps=8", f"upcycle.source={digits_teacher}"]
+    config = load_config("configs/digits.yaml", words(digits_teacher, tmp_path / "run", *options)[4:])
+    trainer = Upcycler(config)
+    batch = torch.utils.data.default_collate([trainer.stream[i] for i in range(4)])
+    for trainer.step, share in ((0, 0.8), (4, 0.4), (6, 0.2)):
+        v = trainer.train_step(batch)
+        want = (1 - share) * v["diffusion_loss"] + share * v["output_loss"] + config.ratio_weight * v["ratio_loss"]
+        torch.testing.assert_close(v["loss"], want)
+    trainer.close()
+    with pytest.raises(ConfigError, match=r"output_share must be in \[0, 1\], got 2"):
+        load_config("configs/digits.yaml", ["upcycle.output_share=2"])
 
 
 def test_what_does_not_fit_is_named(theirs, tmp_path, monkeypatch):
