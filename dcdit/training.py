@@ -159,9 +159,10 @@ class Trainer:
         # A tensor, because a compiled graph would be made anew for each number.
         drop = torch.full((), rho, device=x.device)
         output, routing = self.model(x, t, y, drop_fraction=drop, return_routing=True)
-        diffusion = self.objective.loss(output.float(), x0, noise, t).mean()
+        output = output.float()
+        diffusion = self.objective.loss(output, x0, noise, t).mean()
         ratio = ratio_loss(routing.boundary_prob, routing.natural_mask, config.model.target_ratio, SUB_BATCH)
-        taught, parts = self.teach(diffusion, x, t, y, output.float(), routing)
+        taught, parts = self.teach(diffusion, x, t, y, output, routing)
         loss = taught + config.ratio_weight * ratio
 
         lr = learning_rate(config.optim, self.step, config.steps)

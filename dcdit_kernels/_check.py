@@ -27,15 +27,12 @@ def floating(op: str, **tensors: torch.Tensor | None) -> None:
 
 def shaped(op: str, name: str, tensor: torch.Tensor, *shape: int | None) -> None:
     """`tensor` must have this shape; None matches any size."""
-    have = tensor.shape
-    if len(have) == len(shape):
-        for want, size in zip(shape, have, strict=True):
-            if want is not None and want != size:
-                break
-        else:
-            return
-    sizes = ", ".join("any" if n is None else str(n) for n in shape)
-    raise ValueError(f"{op}: {name} must have shape ({sizes}), got {tuple(have)}")
+    fits = tensor.dim() == len(shape) and all(
+        want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        want = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ")"
+        raise ValueError(f"{op}: {name} must have shape {want}, got {tuple(tensor.shape)}")
 
 
 def packed(op: str, name: str, tensor: torch.Tensor, plan: ChunkPlan) -> None:

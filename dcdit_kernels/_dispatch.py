@@ -79,10 +79,9 @@ def run(op: str, backend: str | None, *args: Any, **kwargs: Any) -> Any:
 def call(op: str, name: str, *args: Any, **kwargs: Any) -> Any:
     """Call the implementation of `op` on the back-end `name`."""
     device = next(a.device.type for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
-    if not torch.is_autocast_enabled(device):
-        return load(op, name)(*args, **kwargs)
     # Every operator states its own precision; autocast would turn float32 accumulation into bfloat16.
-    with torch.autocast(device, enabled=False):
+    off = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    with off:
         return load(op, name)(*args, **kwargs)
 
 

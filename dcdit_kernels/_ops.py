@@ -91,6 +91,11 @@ def _launch(op: str, inputs: dict[str, Any]) -> Any:
         return _dispatch.load(op, "triton").forward(**inputs)
 
 
+def _launch_backward(op: str, grads: Any, needs: Any, inputs: dict[str, Any]) -> Any:
+    with device_of(grads[0]):
+        return _dispatch.load(op, "triton").backward(*grads, needs, **inputs)
+
+
 class _Launch(torch.autograd.Function):
     """An eager call of the Triton back-end, straight to its launchers."""
 
@@ -106,8 +111,7 @@ class _Launch(torch.autograd.Function):
     def backward(ctx, *grads):
         inputs = dict(zip(_operators[ctx.op].tensors, ctx.saved_tensors, strict=True))
         needs = ctx.needs_input_grad[2:]
-        with device_of(grads[0]):
-            got = _dispatch.load(ctx.op, "triton").backward(*grads, needs, **inputs, **ctx.rest)
+        got = _launch_backward(ctx.op, grads, needs, inputs | ctx.rest)
         return None, None, *(grad if need else None for grad, need in zip(got, needs, strict=True))
 
 
@@ -175,8 +179,7 @@ def _backward(op: str, args: tuple[Any, ...]) -> list[torch.Tensor]:
     grads, needs, args = args[: spec.outputs], args[spec.outputs], args[spec.outputs + 1 :]
     inputs, backend = _named(op, args), args[-1]
     if backend == "triton":
-        with device_of(args[0]):
-            got = _dispatch.load(op, backend).backward(*grads, needs, **inputs)
+        got = _launch_backward(op, grads, needs, inputs)
     else:
         got = _differentiate(op, backend, grads, needs, inputs)
     like = _like(needs, args[: len(needs)])

@@ -14,6 +14,7 @@ from bench.cases import OPERATORS, Case
 from bench.gate import check
 from bench.measure import build, host_waits
 from bench.operators import routed_prob
+from bench.timing import captured
 from dcdit import DCDiT, preset
 
 pytestmark = [
@@ -69,23 +70,20 @@ def test_exact_mode_waits_once():
     assert host_waits(lambda: K.plan_chunks(prob, (16, 16), 0.3)) == 1
 
 
-def test_graph_replays_on_new_inputs():
-    """A captured forward gives what the eager one gives when other probabilities, with other counts, are copied in."""
-    static = pipeline_inputs()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        pipeline(*static, (16, 16), 300)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = pipeline(*static, (16, 16), 300)
+def assert_replays(function, make_inputs, **tolerance):
+    """A captured call gives what the eager one gives when other inputs, which keep other counts, are copied in."""
+    static, outs = make_inputs(0), []
+    replay = captured([lambda: outs.append(function(*static))])
     for seed in (1, 2):
-        fresh = pipeline_inputs(seed)
+        fresh = make_inputs(seed)
         for slot, value in zip(static, fresh, strict=True):
             slot.copy_(value)
-        graph.replay()
-        torch.testing.assert_close(out, pipeline(*fresh, (16, 16), 300), rtol=0, atol=0)
+        replay()
+        torch.testing.assert_close(outs[-1], function(*fresh), **tolerance)
+
+
+def test_graph_replays_on_new_inputs():
+    assert_replays(lambda *tensors: pipeline(*tensors, (16, 16), 300), pipeline_inputs, rtol=0, atol=0)
 
 
 def test_side_stream():
@@ -147,43 +145,32 @@ def test_offsets_past_two_billion():
     assert torch.equal(*outs) and outs[0].any()
 
 
-@torch.no_grad()
-def test_model_in_a_graph():
-    """A captured forward of the whole model, replayed on other inputs that keep other counts."""
-    torch.manual_seed(0)
-    net = DCDiT(preset("digits")).to(DEVICE, torch.bfloat16).eval()
-    for parameter in net.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
-
-    def inputs():
-        x = torch.randn(4, 4, 14, 14, device=DEVICE, dtype=torch.bfloat16)
-        return x, 1000 * torch.rand(4, device=DEVICE), torch.randint(10, (4,), device=DEVICE)
-
-    static, side = inputs(), torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        net(*static, 0.2, capacity=784)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = net(*static, 0.2, capacity=784)
-    for _ in range(2):
-        fresh = inputs()
-        for slot, value in zip(static, fresh, strict=True):
-            slot.copy_(value)
-        graph.replay()
-        torch.testing.assert_close(out, net(*fresh, 0.2, capacity=784), rtol=1e-2, atol=1e-2)
-
-
-@pytest.mark.parametrize("drop_fraction", [0.0, 0.5])
-def test_model_equals_cpu(drop_fraction):
-    """The digits model in float32 gives on the GPU what it gives on the CPU."""
+def digits_net():
+    """The digits model with random weights, none of them zero."""
     torch.manual_seed(0)
     net = DCDiT(preset("digits")).eval()
     for parameter in net.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
+    return net
+
+
+@torch.no_grad()
+def test_model_in_a_graph():
+    net = digits_net().to(DEVICE, torch.bfloat16)
+
+    def inputs(seed):
+        torch.manual_seed(seed)
+        x = torch.randn(4, 4, 14, 14, device=DEVICE, dtype=torch.bfloat16)
+        return x, 1000 * torch.rand(4, device=DEVICE), torch.randint(10, (4,), device=DEVICE)
+
+    assert_replays(lambda x, t, y: net(x, t, y, 0.2, capacity=784), inputs, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("drop_fraction", [0.0, 0.5])
+def test_model_equals_cpu(drop_fraction):
+    """The digits model in float32 gives on the GPU what it gives on the CPU."""
+    net = digits_net()
     x, t, y = torch.randn(4, 4, 14, 14), torch.tensor([10.0, 300.0, 600.0, 990.0]), torch.arange(4)
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
