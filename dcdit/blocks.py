@@ -24,6 +24,16 @@ def sincos_2d(width: int, grid: tuple[int, int], patch: int = 1) -> torch.Tensor
     return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float()
 
 
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU, tanh form (arXiv 1606.08415). Takes x over: where no gradient needs it, the result stands in its place."""
+    return F.gelu(x, approximate="tanh") if x.requires_grad else torch.ops.aten.gelu_(x, approximate="tanh")
+
+
+def silu(x: torch.Tensor) -> torch.Tensor:
+    """SiLU. Takes x over, as `gelu_tanh` does."""
+    return F.silu(x, inplace=not x.requires_grad)
+
+
 class TimestepEmbedding(nn.Module):
     """Sinusoid of t (scale 0 to 1000) → MLP → D (DiT, arXiv 2212.09748)."""
 
@@ -53,8 +63,8 @@ class ResidualConvBlock(nn.Module):
         self.skip = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        h = self.conv1(F.silu(self.norm1(x))) + self.cond(c)[:, :, None, None]
-        return self.conv2(F.silu(self.norm2(h))) + self.skip(x)
+        h = self.conv1(silu(self.norm1(x))) + self.cond(c)[:, :, None, None]
+        return self.conv2(silu(self.norm2(h))) + self.skip(x)
 
 
 class ConvStack(nn.Module):
@@ -92,7 +102,7 @@ class DiTBlock(nn.Module):
         return self.proj(out.reshape(x.shape))
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(gelu_tanh(self.fc1(x)))
 
 
 class MainNetwork(nn.Module):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .blocks import TimestepEmbedding, sincos_2d
+from .blocks import TimestepEmbedding, gelu_tanh, sincos_2d
 from .config import DCDiTConfig
 
 
@@ -53,5 +53,5 @@ class _Block(nn.Module):
         q, k, v = self.qkv(self.norm(h) * (1 + scale1) + shift1).unflatten(2, (3, self.heads, -1)).unbind(2)
         out = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)))
         h = h + gate1 * self.proj(out.transpose(1, 2).flatten(2))
-        inner = F.gelu(self.fc1(self.norm(h) * (1 + scale2) + shift2), approximate="tanh")
+        inner = gelu_tanh(self.fc1(self.norm(h) * (1 + scale2) + shift2))
         return h + gate2 * self.fc2(inner)

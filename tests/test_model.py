@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from dcdit.blocks import gelu_tanh, silu
 from dcdit.checkpoints import load_checkpoint, save_checkpoint
 from dcdit.commands.info import count_parameters
 from dcdit.config import PRESETS, DCDiTConfig, preset
@@ -94,6 +96,19 @@ def test_forward_shapes_and_routing(model):
     assert torch.equal(kept, natural - (natural * 0.5).floor().long())
     assert torch.equal(kept, routing.plan.lengths)
     assert not (routing.boundary_mask & ~routing.natural_mask).any()
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(gelu_tanh, lambda x: F.gelu(x, approximate="tanh")), (silu, F.silu)], ids=["gelu", "silu"]
+)
+def test_activations_take_no_memory_where_no_gradient_is_wanted(ours, theirs):
+    x = torch.randn(3, 5)
+    want, leaf = theirs(x), x.clone().requires_grad_()
+    with torch.no_grad():
+        place = x.data_ptr()
+        assert ours(x).data_ptr() == place and torch.equal(x, want)
+    out = ours(leaf)
+    assert torch.equal(out, want) and out.data_ptr() != leaf.data_ptr()
 
 
 def test_capacity_changes_nothing_while_there_is_room(model):
