@@ -1,12 +1,13 @@
 """Errors of every back-end against float64, as the table of docs/kernels.md: `python -m bench.errors`.
 
 Inputs are drawn in the dtype and then promoted. Each number is the largest error of a tensor over its largest value,
-next to the same of the eager reference in that dtype. Without a GPU Triton's kernels run in its interpreter, in float32
-alone.
+next to the same of the eager reference in that dtype; boundary_prob is float32 throughout. Without a GPU Triton's
+kernels run in its interpreter, under `gpu_arithmetic`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 
@@ -63,11 +64,12 @@ def operators() -> dict[str, tuple[Callable[..., torch.Tensor], list[torch.Tenso
     return table
 
 
-def evaluate(function, backend, tensors, dtype) -> list[torch.Tensor]:
+def evaluate(function, backend, tensors) -> list[torch.Tensor]:
     """Output and gradients, in float64."""
-    leaves = [t.to(dtype).requires_grad_() for t in tensors]
+    leaves = [t.clone().requires_grad_() for t in tensors]
     out = function(backend, *leaves)
-    weights = torch.linspace(-1, 2, out.numel(), device=DEVICE, dtype=torch.float64).view(out.shape)
+    # The same numbers in every dtype.
+    weights = torch.linspace(-1, 2, out.numel(), device=DEVICE).bfloat16().double().view(out.shape)
     grads = torch.autograd.grad((out.double() * weights).sum(), leaves)
     return [t.detach().double() for t in (out, *grads)]
 
@@ -80,11 +82,11 @@ def main() -> None:
     for name, (function, tensors, gradients) in operators().items():
         columns: list[list[str]] = []
         for dtype, choices in backends.items():
-            drawn = [t.to(dtype) for t in tensors]
-            want = evaluate(function, "reference", [t.double() for t in drawn], torch.float64)
+            drawn = [t if g == "boundary_prob" else t.to(dtype) for t, g in zip(tensors, gradients, strict=True)]
+            want = evaluate(function, "reference", [t.double() for t in drawn])
             for backend in choices:
                 try:
-                    got = evaluate(function, backend, drawn, dtype)
+                    got = evaluate(function, backend, drawn)
                 except _dispatch.BackendError:
                     columns.append(["–"] * len(want))
                     continue
@@ -95,5 +97,15 @@ def main() -> None:
             name = ""
 
 
+def arithmetic() -> contextlib.AbstractContextManager[None]:
+    """Of a GPU, where there is none."""
+    if DEVICE == "cuda":
+        return contextlib.nullcontext()
+    from .gpu_arithmetic import gpu_arithmetic
+
+    return gpu_arithmetic()
+
+
 if __name__ == "__main__":
-    main()
+    with arithmetic():
+        main()

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+INTERPRETED_WRONGLY = (torch.bfloat16,)
+
 
 def why_not(*args: Any, **kwargs: Any) -> str | None:
     """Reason why the Triton back-end cannot take these arguments, or None."""
@@ -20,7 +22,7 @@ def why_not(*args: Any, **kwargs: Any) -> str | None:
         return _no_triton() or _old_gpu(tensors[0].device.index)
     if not _interpreted():
         return f"Triton's kernels need a GPU, got {tensors[0].device} (TRITON_INTERPRET=1 interprets them for tests)"
-    if any(t.dtype == torch.bfloat16 for t in tensors):
+    if any(t.dtype in INTERPRETED_WRONGLY for t in tensors):
         return "Triton's interpreter computes bfloat16 wrongly"
     return _no_triton()
 

@@ -13,3 +13,27 @@ if not torch.cuda.is_available():
 def seeded():
     """Every test draws the same numbers whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def launches():
+    """Every launch of a Triton kernel is checked for races and bounds (`launch_check`); a GPU has tools of its own."""
+    if torch.cuda.is_available():
+        yield None
+        return
+    from launch_check import checked_launches
+
+    with checked_launches() as seen:
+        yield seen
+
+
+@pytest.fixture
+def gpu_arithmetic():
+    """Triton's interpreter rounds as a GPU does, and takes bfloat16."""
+    if torch.cuda.is_available():
+        yield
+        return
+    from bench.gpu_arithmetic import gpu_arithmetic
+
+    with gpu_arithmetic():
+        yield

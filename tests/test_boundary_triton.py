@@ -68,8 +68,8 @@ def predictability_cases():
 CASES = {name: case for name, *case in (*cosine_cases(), *predictability_cases())}
 
 
-def value_and_gradients(function, backend, tensors, dtype):
-    leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+def value_and_gradients(function, backend, tensors, dtype=None):
+    leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
     out = function(backend, *leaves)
     weight = torch.linspace(-1, 2, out.numel(), device=DEVICE).to(out.dtype).view(out.shape)
     return [out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)]
@@ -82,18 +82,31 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_against_float64(name, poisoned):
-    """Scores and every gradient within twice the error of the float32 reference, plus rounding of the longest sum."""
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        *((torch.float32, name) for name in CASES),
+        *(
+            (half, name)
+            for half in (torch.bfloat16, torch.float16)
+            for name in ("2D (1, 11)", "packed", "None 5×1", "one group")
+        ),
+    ],
+    ids=str,
+)
+def test_against_float64(dtype, name, poisoned, launches, gpu_arithmetic):
+    """Scores and every gradient within twice the error of the reference in the same dtype, plus rounding of the longest
+    sum; no races."""
     function, tensors = CASES[name]
-    eager = value_and_gradients(function, "reference", tensors, torch.float32)
-    want = value_and_gradients(function, "reference", tensors, torch.float64)
-    got = value_and_gradients(function, "triton", tensors, torch.float32)
+    drawn = [t.to(dtype) for t in tensors]
+    eager, got = (value_and_gradients(function, backend, drawn) for backend in ("reference", "triton"))
+    want = value_and_gradients(function, "reference", drawn, torch.float64)
     terms = max(tensors[0][0].numel(), 16)
     for index, (w, e, g) in enumerate(zip(want, eager, got, strict=True)):
         budget = 2 * (e - w).abs().max() + w.abs().max().clamp(min=0.1) * math.sqrt(terms) * 2**-23
         assert (g - w).abs().max() <= budget, (index, (g - w).abs().max(), budget)
-        assert g.dtype == torch.float32 and g.shape == w.shape
+        assert g.dtype == e.dtype and g.shape == w.shape
+    assert got[0].dtype == torch.float32
 
 
 def test_runs_agree_bit_for_bit():
@@ -103,7 +116,7 @@ def test_runs_agree_bit_for_bit():
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), name
 
 
-def test_large_grids_take_larger_tiles(monkeypatch):
+def test_large_grids_take_larger_tiles(monkeypatch, launches):
     """Many cells: tiles of 16 cells, and several of them summed by each program of the backward."""
     monkeypatch.setattr("dcdit_kernels.triton.boundary_cosine.FILL", 4)
     for name in ("2D (7, 9)", "2D (5, 1)", "1D", "packed"):
@@ -112,19 +125,6 @@ def test_large_grids_take_larger_tiles(monkeypatch):
         got = value_and_gradients(function, "triton", tensors, torch.float32)
         for w, g in zip(want, got, strict=True):
             torch.testing.assert_close(g.double(), w, rtol=2e-6, atol=2e-6)
-
-
-def test_half_precision():
-    """float16 inputs give what the reference gives in float64 for the same numbers; gradients in their dtype."""
-    for name in ("2D (1, 11)", "packed", "None 5×1"):
-        function, tensors = CASES[name]
-        half = [t.half() for t in tensors]
-        want = value_and_gradients(function, "reference", half, torch.float64)
-        got = value_and_gradients(function, "triton", half, torch.float16)
-        assert got[0].dtype == torch.float32 and all(g.dtype == torch.float16 for g in got[1:])
-        torch.testing.assert_close(got[0].double(), want[0], rtol=0, atol=1e-6)
-        for w, g in zip(want[1:], got[1:], strict=True):
-            torch.testing.assert_close(g.double(), w, rtol=2**-10, atol=2**-12)
 
 
 def test_zero_rows_and_clamped_scores():

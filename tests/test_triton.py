@@ -11,6 +11,9 @@ import pytest
 import torch
 
 import dcdit_kernels as K
+from bench.cases import Case
+from bench.gate import check
+from bench.measure import build
 from dcdit_kernels import _dispatch, _ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,12 +75,13 @@ def operators(plan, prob, width, grid):
     return cases
 
 
-def outputs_and_gradients(function, backend, tensors, dtype):
-    leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+def outputs_and_gradients(function, backend, tensors, dtype=None):
+    leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
     outs = function(backend, *leaves)
     outs = outs if isinstance(outs, tuple) else (outs,)
-    # Weights drawn from float32 grow along the tensor, so that no error cancels.
-    total = sum((o * torch.linspace(-1, 2, o.numel(), device=DEVICE).to(dtype).view(o.shape)).sum() for o in outs)
+    # Weights grow along the tensor, so that no error cancels, and are the same numbers in every dtype.
+    weights = [torch.linspace(-1, 2, o.numel(), device=DEVICE).bfloat16().to(o.dtype).view(o.shape) for o in outs]
+    total = sum((o * w).sum() for o, w in zip(outs, weights, strict=True))
     return [o.detach() for o in outs] + list(torch.autograd.grad(total, leaves))
 
 
@@ -90,32 +94,43 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
 
 
-@pytest.mark.parametrize(("grid", "width", "share"), CASES, ids=str)
-def test_against_float64(grid, width, share, poisoned):
-    """Within twice the error of the float32 reference plus rounding of the longest sum."""
+@pytest.mark.parametrize(
+    ("dtype", "grid", "width", "share"),
+    [
+        *((torch.float32, *case) for case in CASES),
+        *((half, *CASES[i]) for half in (torch.bfloat16, torch.float16) for i in (2, 5, 6)),
+    ],
+    ids=str,
+)
+def test_against_float64(dtype, grid, width, share, poisoned, launches, gpu_arithmetic):
+    """Within twice the error of the reference in the same dtype plus rounding of the longest sum; no races."""
     torch.manual_seed(0)
     prob, plan = make_plan(grid, share)
     for name, (function, tensors) in operators(plan, prob, width, grid).items():
-        want, eager, got = (
-            outputs_and_gradients(function, backend, tensors, dtype)
-            for backend, dtype in (
-                ("reference", torch.float64),
-                ("reference", torch.float32),
-                ("triton", torch.float32),
-            )
-        )
+        drawn = [t if t is prob else t.to(dtype) for t in tensors]
+        want = outputs_and_gradients(function, "reference", drawn, torch.float64)
+        eager, got = (outputs_and_gradients(function, backend, drawn) for backend in ("reference", "triton"))
         for index, (w, e, g) in enumerate(zip(want, eager, got, strict=True)):
             scale = w.abs().max().clamp(min=1.0) if w.numel() else 1.0
             budget = 2 * (e - w).abs().max() + scale * math.sqrt(math.prod(grid)) * 2**-23 if w.numel() else 0.0
             error = (g - w).abs().max() if w.numel() else 0.0
             assert error <= budget, f"{name}, output or gradient {index}: {error:.2e} > {budget:.2e}"
-            assert g.dtype == torch.float32 and g.shape == w.shape
+            assert g.dtype == e.dtype and g.shape == w.shape
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("group", ["chunk", "dechunk", "modulate"])
+def test_half_precision_passes_the_gate(group, dtype, gpu_arithmetic):
+    """As the benches hold it against float64, before they time it."""
+    problem = build(Case(group, "digits", 14, 3, 0.25, backward=True, dtype=dtype), DEVICE)
+    assert "triton" in problem.variants, problem.absent
+    assert check(problem)["triton"] is None
 
 
 @pytest.mark.parametrize(
     ("grid", "nearest"), [((20, 24), "2d"), ((1, 150), "2d"), ((150,), "previous"), ((3, 9, 10), "3d")], ids=str
 )
-def test_windows_of_every_grid(grid, nearest):
+def test_windows_of_every_grid(grid, nearest, launches):
     """Grids wider than the window of the smoothing, few tokens and many."""
     for share in (0.05, 0.5):
         prob, plan = make_plan(grid, share, batch=2, nearest=nearest)
@@ -127,21 +142,14 @@ def test_windows_of_every_grid(grid, nearest):
             torch.testing.assert_close(g.double(), w, rtol=3e-6, atol=3e-5)
 
 
-def test_half_precision_and_strides():
-    """float16 in and out, statistics in float32; the same values from any strides."""
+def test_strides_change_nothing():
     prob, plan = make_plan((5, 7), 0.25)
-    for name, (function, tensors) in operators(plan, prob, 72, (5, 7)).items():
-        half = [t if t is prob else t.half() for t in tensors]
-        with torch.no_grad():
-            out, again, want = (
-                function("triton", *half),
-                function("triton", *(t.contiguous() for t in half)),
-                function("reference", *(t.double() for t in half)),
-            )
-        for o, a, w in zip(*(v if isinstance(v, tuple) else (v,) for v in (out, again, want)), strict=True):
-            assert torch.equal(o, a), name
-            assert o.dtype == torch.float16
-            torch.testing.assert_close(o.double(), w, rtol=2**-10, atol=2**-10)
+    for name, (function, tensors) in operators(plan, prob, 24, (5, 7)).items():
+        strided, contiguous = (
+            outputs_and_gradients(function, "triton", ts) for ts in (tensors, [t.contiguous() for t in tensors])
+        )
+        assert any(not t.is_contiguous() for t in tensors), name
+        assert all(torch.equal(a, b) for a, b in zip(strided, contiguous, strict=True)), name
 
 
 def test_runs_agree_bit_for_bit():
