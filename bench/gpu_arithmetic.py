@@ -2,7 +2,7 @@
 
 The interpreter holds bfloat16 as integers: it cuts where it should round, and adds the integers where a kernel adds
 without a cast to float32, which no comparison with float64 survives. Its tl.dot is always float32; tensor cores that
-are asked for TF32 read the first 10 of the 23 bits.
+are asked for TF32 read the first 10 of the 23 bits, and for TF32x3 multiply what is rounded to them and what that left.
 """
 
 from contextlib import contextmanager
@@ -29,18 +29,18 @@ def gpu_arithmetic():
         rounded = torch.tensor(source.data).bfloat16().view(torch.uint16).numpy()
         return interpreter.TensorHandle(rounded, tl.bfloat16)
 
-    def tf32(t):
-        return interpreter.TensorHandle((t.data.view(np.uint32) & 0xFFFFE000).view(np.float32), t.dtype)
-
-    def rest_of(t):
-        return tf32(interpreter.TensorHandle(t.data - tf32(t).data, t.dtype))
+    def parts(t):
+        """t and what is left of it, each rounded to TF32."""
+        high = tf32(t, rounded=True)
+        return high, tf32(interpreter.TensorHandle(t.data - high.data, t.dtype), rounded=True)
 
     def tensor_core(a, b, total, precision, *rest):
         if precision == ir.INPUT_PRECISION.TF32:
             return dot(tf32(a), tf32(b), total, precision, *rest)
         if precision == ir.INPUT_PRECISION.TF32x3:
-            small = dot(tf32(a), rest_of(b), dot(rest_of(a), tf32(b), total, precision, *rest), precision, *rest)
-            return dot(tf32(a), tf32(b), small, precision, *rest)
+            (a, a_low), (b, b_low) = parts(a), parts(b)
+            small = dot(a, b_low, dot(a_low, b, total, precision, *rest), precision, *rest)
+            return dot(a, b, small, precision, *rest)
         return dot(a, b, total, precision, *rest)
 
     with (
@@ -49,3 +49,9 @@ def gpu_arithmetic():
         patch.object(_triton_support, "INTERPRETED_WRONGLY", ()),
     ):
         yield
+
+
+def tf32(t, rounded=False):
+    """The first 10 bits of the fraction: cut, as tensor cores do, or rounded, half away from zero."""
+    bits = t.data.view(np.uint32) + (0x1000 if rounded else 0)
+    return interpreter.TensorHandle((bits & 0xFFFFE000).astype(np.uint32).view(np.float32), t.dtype)

@@ -152,7 +152,8 @@ def model_problem(case: Case, device: str, compiled: bool) -> Problem:
         case.batch * kept_tokens(case, case.drop_fraction),
     )
     gflop = {name: dit if "DiT" in name else ours for name in variants}
-    return Problem(task.inputs, variants, families, work, case.side**2, clock="wall", gflop=gflop)
+    reduction = case.side**2 * (case.batch if case.group == "train" else 1)  # weights sum over the batch
+    return Problem(task.inputs, variants, families, work, reduction, clock="wall", gflop=gflop)
 
 
 class Forward:

@@ -49,6 +49,13 @@ class TimestepEmbedding(nn.Module):
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.mlp[0].weight.dtype))
 
 
+class RMSNorm(nn.RMSNorm):
+    """In its input's dtype: under autocast the weight is wider, and PyTorch's fused kernel takes one dtype only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class ResidualConvBlock(nn.Module):
     """GroupNorm–SiLU–Conv3×3, + Linear(SiLU(c)), GroupNorm–SiLU–Conv3×3, + skip. (B, in, H, W) → (B, out, H, W)."""
 
@@ -74,7 +81,7 @@ class ConvStack(nn.Module):
         super().__init__()
         pairs = itertools.pairwise(widths)
         self.blocks = nn.ModuleList(ResidualConvBlock(a, b, width_cond) for a, b in pairs)
-        self.norm = nn.RMSNorm(widths[-1], eps=1e-5)
+        self.norm = RMSNorm(widths[-1], eps=1e-5)
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
@@ -116,7 +123,7 @@ class MainNetwork(nn.Module):
     def __init__(self, width: int, depth: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio) for _ in range(depth))
-        self.norm = nn.RMSNorm(width, eps=1e-5)
+        self.norm = RMSNorm(width, eps=1e-5)
 
     def forward(self, x: torch.Tensor, c: torch.Tensor, plan: ChunkPlan) -> torch.Tensor:
         # Per block: shift, scale, gate of attention, then of the MLP.

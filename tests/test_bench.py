@@ -12,7 +12,7 @@ import torch
 import dcdit_kernels as K
 from bench import compare, gpu, report, run, timing
 from bench.cases import GROUPS, MODELS, OPERATORS, Case, compiled_too, select
-from bench.gate import check
+from bench.gate import check, complaint
 from bench.headline import COMPONENTS, component_flops, component_times, saving
 from bench.measure import build, measure
 from bench.models import kept_tokens
@@ -70,7 +70,7 @@ class WrongGradient(torch.autograd.Function):
 
 
 @pytest.mark.parametrize(
-    ("change", "complaint"),
+    ("change", "reason"),
     [
         (lambda out: out + 1e-4 * (out == out.max()), "result 0 is off"),
         (lambda out: out * torch.nan, "result 0 is off by nan"),
@@ -79,10 +79,10 @@ class WrongGradient(torch.autograd.Function):
     ],
     ids=["one value", "nan", "shape", "gradient"],
 )
-def test_gate_catches(change, complaint):
+def test_gate_catches(change, reason):
     problem = build(small("dechunk", backward=True), "cpu")
     verdicts = check(broken(problem, "native", change))
-    assert complaint in verdicts["native"]
+    assert reason in verdicts["native"]
     assert verdicts["plain"] is None
 
 
@@ -93,6 +93,13 @@ def test_gate_catches_a_wrong_plan_and_a_wrong_yardstick():
     problem = build(small("modulate"), "cpu")
     verdicts = check(broken(problem, "plain", lambda outs: (outs[0], outs[1] * 1.01)))
     assert all("yardstick" in reason for reason in verdicts.values())
+
+
+def test_gate_measures_what_is_zero_in_truth_by_the_largest():
+    want = (torch.ones(3).double(), torch.full((3,), 1e-19).double())
+    for noise, passes in ((1e-8, True), (1e-5, False)):
+        reason = complaint((torch.ones(3), torch.full((3,), noise)), want, (torch.ones(3), torch.zeros(3)), 1)
+        assert passes == (reason is None)
 
 
 def test_gate_that_cannot_run_passes_nothing():

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dcdit.blocks import gelu_tanh, silu
+from dcdit.blocks import RMSNorm, gelu_tanh, silu
 from dcdit.checkpoints import load_checkpoint, save_checkpoint
 from dcdit.commands.info import count_parameters
 from dcdit.config import PRESETS, DCDiTConfig, preset
@@ -109,6 +109,18 @@ def test_activations_take_no_memory_where_no_gradient_is_wanted(ours, theirs):
         assert ours(x).data_ptr() == place and torch.equal(x, want)
     out = ours(leaf)
     assert torch.equal(out, want) and out.data_ptr() != leaf.data_ptr()
+
+
+def test_norm_stays_in_the_dtype_of_its_input():
+    norm, x = RMSNorm(8, eps=1e-5), torch.randn(3, 8).bfloat16()
+    torch.nn.init.normal_(norm.weight)
+    got = norm(x)
+    wide = x.double()
+    want = wide / (wide.square().mean(1, keepdim=True) + 1e-5).sqrt() * norm.weight.double()
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), want, rtol=2**-7, atol=0)
+    got.sum().backward()
+    assert norm.weight.grad.dtype == torch.float32
 
 
 def test_capacity_changes_nothing_while_there_is_room(model):
