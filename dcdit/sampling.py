@@ -173,22 +173,25 @@ def sample(
     latents = torch.empty(count, config.in_channels, *config.input_size)
     tokens = torch.empty(len(budgets), steps, count)
     seconds = torch.zeros(steps)
-    for start in range(0, count, batch_size):
-        part = slice(start, start + batch_size)
-        stepper, _ = make_scheduler(scheduler, objective, steps, config.learn_sigma, clip)  # multistep ones keep state
-        run = _Batch(model, stepper, classes[part], indices[part], seed, guidance, precision)
-        for i, t in enumerate(timesteps.tolist()):
-            begin = time.perf_counter()
-            rho = torch.cat([budget[i, part] for budget in budgets])
-            routing = run.predict(t, rho)
-            if callback is not None:
-                paused = time.perf_counter()
-                callback(Step(i, steps, t, run.x, indices[part], routing))
-                begin += time.perf_counter() - paused
-            tokens[:, i, part] = routing.plan.lengths.view(len(budgets), -1).cpu().float()
-            run.update(i)
-            seconds[i] += time.perf_counter() - begin
-        latents[part] = run.x.cpu()
+    # Around the autocast of each step, so that what it casts the weights to lives until the last.
+    with torch.autocast(next(model.parameters()).device.type, enabled=False):
+        for start in range(0, count, batch_size):
+            part = slice(start, start + batch_size)
+            # A scheduler for each batch: multistep ones keep state.
+            stepper, _ = make_scheduler(scheduler, objective, steps, config.learn_sigma, clip)
+            run = _Batch(model, stepper, classes[part], indices[part], seed, guidance, precision)
+            for i, t in enumerate(timesteps.tolist()):
+                begin = time.perf_counter()
+                rho = torch.cat([budget[i, part] for budget in budgets])
+                routing = run.predict(t, rho)
+                if callback is not None:
+                    paused = time.perf_counter()
+                    callback(Step(i, steps, t, run.x, indices[part], routing))
+                    begin += time.perf_counter() - paused
+                tokens[:, i, part] = routing.plan.lengths.view(len(budgets), -1).cpu().float()
+                run.update(i)
+                seconds[i] += time.perf_counter() - begin
+            latents[part] = run.x.cpu()
     trace = Trace(timesteps, seconds, tokens[0], tokens[1] if len(budgets) == 2 else None)
     return Samples(latents, trace)
 

@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcdit.checkpoints import save_checkpoint
 from dcdit.cli import main
@@ -201,6 +202,21 @@ def test_budgets_as_number_tensor_list_and_function(flow):
     listed = sample(flow, [0, 1], drop_fraction=[0.0, 0.225, 0.45, 0.675], **options)
     torch.testing.assert_close(ramp.latents, listed.latents)
     assert (ramp.trace.tokens[0] > ramp.trace.tokens[-1]).all()
+
+
+def test_weights_are_cast_once(flow):
+    """Not once a step: that would read all of them."""
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and args[0].data_ptr() in weights:
+                seen.append(args[0].data_ptr())
+            return function(*args, **(kwargs or {}))
+
+    seen, weights = [], {p.data_ptr() for p in flow.parameters() if p.dim() > 1}
+    with Casts():
+        sample(flow, [0, 1, 2], objective="flow", steps=3, batch_size=2, precision=torch.bfloat16)
+    assert len(seen) > 10 and len(seen) == len(set(seen))
 
 
 def test_a_short_list_gives_each_number_an_equal_share_of_the_steps():
