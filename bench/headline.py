@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from dcdit import model as model_module
 from dcdit.flops import dcdit_flops
@@ -19,6 +20,7 @@ from .measure import build
 from .models import kept_tokens
 from .timing import ratios
 
+PRODUCTS = ("aten::linear", "aten::conv2d", "aten::scaled_dot_product_attention")
 COMPONENTS = ("embed", "encoder", "router", "plan", "chunk", "main", "dechunk", "decoder")
 
 
@@ -58,6 +60,23 @@ def component_times(case: Case, device: str, rounds: int = 5) -> dict[str, float
                 for name, seconds in spent.items():
                     taken.setdefault(name, []).append(seconds)
     return {name: float(f"{statistics.median(seconds):.4g}") for name, seconds in taken.items()}
+
+
+def outside_products(case: Case, rounds: int = 5) -> float:
+    """Share of the forward pass of `dcdit` on a CPU outside matrix products, convolutions and attention: the profiler's
+    time of all operators less that of these with what they call, median of `rounds`."""
+    problem = build(case, "cpu")
+    net = problem.variants["dcdit"].run.args[0][case.torch_dtype]
+    shares = []
+    with torch.no_grad():
+        net(*problem.inputs, case.drop_fraction)
+        for _ in range(rounds):
+            with profile(activities=[ProfilerActivity.CPU]) as prof:
+                net(*problem.inputs, case.drop_fraction)
+            events = prof.key_averages()
+            everything = sum(event.self_cpu_time_total for event in events)
+            shares.append(1 - sum(event.cpu_time_total for event in events if event.key in PRODUCTS) / everything)
+    return float(f"{statistics.median(shares):.3g}")
 
 
 def component_flops(case: Case) -> dict[str, float]:

@@ -254,9 +254,13 @@ def component_table(entries: list[dict]) -> str:
         parts = ("encoder", "router", "plan", "chunk", "dechunk", "decoder")
         row += [f"{times[name] / total:.1%}" + (f" / {flops[name]:.1%}" if name in flops else "") for name in parts]
         rest = times["embed"] + times["rest"]
-        rows.append([*row, f"{rest / total:.1%} / {flops['rest']:.1%}"])
+        around = entry.get("outside_products")
+        row += [f"{rest / total:.1%} / {flops['rest']:.1%}", "–" if around is None else f"{around:.1%}"]
+        rows.append(row)
     head = ["size", "ρ", "time outside main", "FLOPs outside main", "encoder", "router", "plan", "chunk", "dechunk"]
-    return "Share of time / share of FLOPs:\n\n" + table([*head, "decoder", "embedders and the rest"], rows)
+    head += ["decoder", "embedders and the rest", "outside products"]
+    words = "Share of time / share of FLOPs; last, the time outside matrix products, convolutions and attention:\n\n"
+    return words + table(head, rows)
 
 
 def part_table(entries: list[dict]) -> str:

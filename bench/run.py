@@ -69,7 +69,7 @@ def quiet() -> dict[str, str]:
 
 def work(args: argparse.Namespace) -> None:
     """Measure what the file does not have yet, until the deadline."""
-    from .headline import component_times
+    from .headline import component_times, outside_products
     from .measure import measure
     from .parts import training_parts
 
@@ -88,6 +88,8 @@ def work(args: argparse.Namespace) -> None:
         entry = measure(case, args.device, compiled, args.rounds, args.seconds)
         if case.group == "forward":
             entry["components_s"] = component_times(case, args.device)
+            if args.device == "cpu":
+                entry["outside_products"] = outside_products(case)
         if case.group == "train" and entry["variants"]["dcdit"]["status"] == "ok":
             entry["components_s"] = training_parts(case, args.device, entry["variants"]["dcdit"]["seconds"])
         entry["wall_s"] = round(time.time() - begin, 2)

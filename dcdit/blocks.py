@@ -70,8 +70,8 @@ class ResidualConvBlock(nn.Module):
         self.skip = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        h = self.conv1(silu(self.norm1(x))) + self.cond(c)[:, :, None, None]
-        return self.conv2(silu(self.norm2(h))) + self.skip(x)
+        h = self.conv1(silu(self.norm1(x))).add_(self.cond(c)[:, :, None, None])
+        return self.conv2(silu(self.norm2(h))).add_(self.skip(x))
 
 
 class ConvStack(nn.Module):

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import dcdit_kernels as K
-from bench import compare, gpu, report, run, timing
+from bench import compare, gpu, headline, report, run, timing
 from bench.cases import GROUPS, MODELS, OPERATORS, Case, compiled_too, select
 from bench.gate import check, complaint
-from bench.headline import COMPONENTS, component_flops, component_times, saving
+from bench.headline import COMPONENTS, component_flops, component_times, outside_products, saving
 from bench.measure import build, measure
 from bench.models import kept_tokens
 from bench.operators import routed_prob
@@ -180,6 +180,16 @@ def test_components_add_up():
     assert set(times) == {*COMPONENTS, "rest"} and all(seconds > 0 for seconds in times.values())
     assert times["main"] > times["chunk"]
     assert sum(component_flops(case).values()) == pytest.approx(1)
+
+
+def test_share_outside_products(monkeypatch):
+    """Each of the three kinds has its part of the time."""
+    case = small("forward", batch=8)
+    shares = []
+    for counted in (headline.PRODUCTS, *((product,) for product in headline.PRODUCTS), ()):
+        monkeypatch.setattr(headline, "PRODUCTS", counted)
+        shares.append(outside_products(case, rounds=3))
+    assert 0 < shares[0] < min(shares[1:4]) and max(shares[1:4]) < shares[4] == 1
 
 
 def test_parts_of_a_training_step():
