@@ -120,6 +120,7 @@ class Build(build_ext):
 
 # Optional: without a compiler the rest is installed, and says at the first call what is missing.
 setup(
+    license="Apache-2.0",
     ext_modules=[Extension("dcdit_kernels._C", [f"csrc/{name}" for name in SOURCES], optional=True)],
     cmdclass={"build_ext": Build},
 )

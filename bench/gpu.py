@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -74,9 +75,11 @@ def plan(device: str, quick: bool, output: Path) -> list[Stage]:
     if device == "cuda":
         build = ["env", f"DCDIT_CUDA_ARCHS={architecture()}", sys.executable, "setup.py", "build_ext", "--inplace"]
         stages.append(Stage("build", build, 30 if quick else 90))
-    # Compiling for other GPUs needs none. Here some 300 kernels are compiled one by one, a third of a second each.
+    # Compiling for other GPUs needs none. For this one some 300 kernels are compiled, a third of a second each.
     chosen = ["-k", "not test_operator or 0.25-bfloat16"] if quick else ["tests/test_triton.py", "-k", "not ahead_of"]
-    stages.append(Stage("tests", [*python, "pytest", "-q", "-rs", "tests/test_gpu.py", *chosen], 30 if quick else 160))
+    together = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    tests = [*python, "pytest", "-q", "-rs", *together, "tests/test_gpu.py", *chosen]
+    stages.append(Stage("tests", tests, 30 if quick else 160))
     for tool in ("memcheck",) if quick else ("memcheck", "racecheck"):
         prefix = [sanitizer, "--tool", tool, "--error-exitcode", "9"] if device == "cuda" else []
         stages.append(Stage(tool, [*prefix, *script], 25 if quick else 45))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 from typing import Any
 
@@ -12,9 +13,9 @@ from ._check import reject_nan
 from ._triton_support import assume_constant, capability
 from .chunk_plan import ChunkPlan
 
+_C: Any
 try:
-    from . import _C  # type: ignore[attr-defined]
-
+    _C = importlib.import_module("dcdit_kernels._C")
     load_error: str | None = None
 except ImportError as error:
     _C, load_error = None, str(error)
