@@ -126,8 +126,9 @@ class MainNetwork(nn.Module):
         self.norm = RMSNorm(width, eps=1e-5)
 
     def forward(self, x: torch.Tensor, c: torch.Tensor, plan: ChunkPlan) -> torch.Tensor:
-        # Per block: shift, scale, gate of attention, then of the MLP.
-        modulators = [block.adaln(c).chunk(6, dim=1) for block in self.blocks]
+        # Per block: shift, scale, gate of attention, then of the MLP. Each adaln begins with the same SiLU.
+        active = F.silu(c)
+        modulators = [block.adaln[1](active).chunk(6, dim=1) for block in self.blocks]
         normed = adaln_modulate(x, modulators[0][0], modulators[0][1], plan)
         for i, block in enumerate(self.blocks):
             _, _, gate1, shift2, scale2, gate2 = modulators[i]
