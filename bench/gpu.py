@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     for stage in plan(args.device, args.quick, output):
         limit = min(stage.limit, end - time.time())
         if stage.name == "bench":  # it takes what is left, less what the profile needs
-            limit = end - time.time() - (8 if args.quick else 30)
+            limit = end - time.time() - (14 if args.quick else 30)
             stage.command.extend(["--deadline", f"{time.time() + limit - 15:.0f}", "--grace", "12"])
         stages.append(run(stage, limit))
         print(
@@ -86,7 +86,7 @@ def plan(device: str, quick: bool, output: Path) -> list[Stage]:
     bench = [*python, "bench.run", "--device", device, "--output", str(output), "--seconds", "1.5"]
     bench += ["--quick", "--no-compile"] * quick
     stages.append(Stage("bench", bench, 0))
-    stages.append(Stage("profile", [*python, "bench.profile_step", "--device", device], 8 if quick else 30))
+    stages.append(Stage("profile", [*python, "bench.profile_step", "--device", device], 14 if quick else 30))
     return stages
 
 
