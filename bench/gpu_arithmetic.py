@@ -1,11 +1,12 @@
-"""Triton's interpreter with a GPU's narrow arithmetic: bfloat16 rounded to nearest even, tensor cores in TF32.
+"""Triton's interpreter with a GPU's arithmetic: bfloat16 rounded to nearest even, TF32, approximate division and roots.
 
 The interpreter holds bfloat16 as integers: it cuts where it should round, and adds the integers where a kernel adds
 without a cast to float32, which no comparison with float64 survives. Its tl.dot is always float32; tensor cores that
 are asked for TF32 read the first 10 of the 23 bits, and for TF32x3 multiply what is rounded to them and what that left.
+PTX's div.full, sqrt.approx and ex2.approx are off by up to 2⁻²²: here by anything within that, always the same.
 """
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 import numpy as np
@@ -16,12 +17,24 @@ from triton.runtime import interpreter
 
 from dcdit_kernels import _triton_support
 
+APPROXIMATE = ("create_fdiv", "create_sqrt", "create_exp", "create_exp2", "create_log", "create_log2")
+
 
 @contextmanager
 def gpu_arithmetic():
     """Within it kernels compute as a GPU would, and `backend="triton"` takes bfloat16 on the CPU."""
     builder = interpreter.interpreter_builder
     cast, dot = builder.cast_impl, builder.create_dot
+
+    random = np.random.default_rng(0)
+
+    def approximate(exact):
+        def rough(*args):
+            out = exact(*args)
+            off = random.uniform(-(2.0**-22), 2.0**-22, np.shape(out.data))
+            return interpreter.TensorHandle((out.data * (1 + off)).astype(out.data.dtype), out.dtype)
+
+        return rough
 
     def rounded_cast(source, to):
         if source.dtype.scalar != tl.float32 or to.scalar != tl.bfloat16:
@@ -43,11 +56,12 @@ def gpu_arithmetic():
             return dot(a, b, small, precision, *rest)
         return dot(a, b, total, precision, *rest)
 
-    with (
-        patch.object(builder, "cast_impl", rounded_cast),
-        patch.object(builder, "create_dot", tensor_core),
-        patch.object(_triton_support, "INTERPRETED_WRONGLY", ()),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(_triton_support, "INTERPRETED_WRONGLY", ()))
+        stack.enter_context(patch.object(builder, "cast_impl", rounded_cast))
+        stack.enter_context(patch.object(builder, "create_dot", tensor_core))
+        for name in APPROXIMATE:
+            stack.enter_context(patch.object(builder, name, approximate(getattr(builder, name))))
         yield
 
 

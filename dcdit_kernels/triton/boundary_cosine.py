@@ -93,10 +93,10 @@ def cosine_score(
         q_square += q * q
         k_square += k * k
         product += weighted * k
-    q_norm = tl.sqrt(tl.sum(q_square, 1))
-    k_norm = tl.sqrt(tl.sum(k_square, 2))
-    q_inverse = 1 / tl.maximum(q_norm, 1e-12)
-    k_inverse = 1 / tl.maximum(k_norm, 1e-12)
+    q_norm = tl.sqrt_rn(tl.sum(q_square, 1))
+    k_norm = tl.sqrt_rn(tl.sum(k_square, 2))
+    q_inverse = tl.div_rn(1.0, tl.maximum(q_norm, 1e-12))
+    k_inverse = tl.div_rn(1.0, tl.maximum(k_norm, 1e-12))
     cosine = tl.sum(product, 2) * (q_inverse[None, :] * k_inverse)
     raw = (1 - tl.sum(cosine, 0)) / 2
     if BACKWARD:

@@ -34,15 +34,15 @@ def group_statistics(
             place = (group * size + channel).to(tl.int64)[:, None] * x_channel + cell.to(tl.int64)[None, :] * x_cell
             x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
             count = tl.sum(inside.to(tl.float32))
-            own = tl.sum(x) / count
+            own = tl.div_rn(tl.sum(x), count)
             centred = tl.where(inside, x - own, 0.0)
             apart = own - mean
             total = seen + count
-            spread += tl.sum(centred * centred) + apart * apart * (seen * count / total)
-            mean += apart * (count / total)
+            spread += tl.sum(centred * centred) + apart * apart * tl.div_rn(seen * count, total)
+            mean += apart * tl.div_rn(count, total)
             seen = total
     tl.store(mean_ptr + tl.program_id(0), mean)
-    tl.store(rstd_ptr + tl.program_id(0), 1 / tl.sqrt(spread / seen + eps))
+    tl.store(rstd_ptr + tl.program_id(0), tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(spread, seen) + eps)))
 
 
 @triton.jit

@@ -20,7 +20,7 @@ def clamp_confidence(p):
 
 @triton.jit(do_not_specialize=["total", "capacity", "parts"])
 def prob_backward(
-    through_ptr, direct_ptr, partial_ptr, prob_ptr, nearest_ptr, token_ptr, out_ptr, total, capacity, parts,
+    through_ptr, partial_ptr, prob_ptr, nearest_ptr, token_ptr, out_ptr, total, capacity, parts,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """∂p: what the straight-through confidence passes on, and at retained cells what the smoothing does."""
@@ -35,20 +35,18 @@ def prob_backward(
     if partial_ptr is not None:
         own = tl.load(token_ptr + row, mask=row >= 0, other=-1).to(tl.int64) == cell
         moved = own & (p >= 1e-4) & (p <= 1 - 1e-4)
-        if direct_ptr is not None:
-            out += tl.load(direct_ptr + row, mask=moved, other=0.0)
         for part in range(0, parts):
             out += tl.load(partial_ptr + part * capacity + row, mask=moved, other=0.0)
     tl.store(out_ptr + cell, out, mask=inside)
 
 
-def prob_gradient(boundary_prob, prob, plan, partial, through=None, direct=None):
+def prob_gradient(boundary_prob, prob, plan, partial, through=None):
     """∂p (B, L) in boundary_prob's dtype, from its parts."""
     total = plan.batch_size * plan.cells
     out = torch.empty(total, dtype=torch.float32, device=prob.device)
     if total:
         prob_backward[(cdiv(total, 1024),)](
-            through, direct, partial, prob, plan.nearest, plan.token_index, out, total, plan.capacity,
+            through, partial, prob, plan.nearest, plan.token_index, out, total, plan.capacity,
             0 if partial is None else partial.shape[0], BLOCK=1024,
         )  # fmt: skip
     return out.view(boundary_prob.shape).to(boundary_prob.dtype)

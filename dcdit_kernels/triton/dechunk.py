@@ -115,7 +115,7 @@ class Dechunk:
             )  # fmt: skip
         partial = None
         if smooth:
-            grad_rows, partial = smoothed_backward(grad_rows, share, dot, x, prob, plan, sigma)
+            grad_rows, partial = smoothed_backward(grad_rows, share, dot, direct, x, prob, plan, sigma)
         elif smoothing == "ema":
             grad_rows, partial = scan_backward(grad_rows, x, rows, prob, plan)
-        return grad_rows, prob_gradient(boundary_prob, prob, plan, partial, through, direct), grad_residual
+        return grad_rows, prob_gradient(boundary_prob, prob, plan, partial, through), grad_residual

@@ -34,9 +34,9 @@ def modulate_forward(
         tl.store(mixed_ptr + row * width + column, mixed, mask=inside)
         x = mixed.to(tl.float32)  # the norm sees what the next operator will read
     if NORM:
-        mean = tl.sum(x) / width
+        mean = tl.div_rn(tl.sum(x), width + 0.0)
         centred = tl.where(inside, x - mean, 0.0)
-        rstd = 1 / tl.sqrt(tl.sum(centred * centred) / width + eps)
+        rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(centred * centred) / width + eps))
         scale = tl.load(scale_ptr + sample * scale_stride + column, mask=live, other=0.0).to(tl.float32)
         shift = tl.load(shift_ptr + sample * shift_stride + column, mask=live, other=0.0).to(tl.float32)
         out = tl.where(live, centred * rstd * (1 + scale) + shift, 0.0)
@@ -92,9 +92,9 @@ def modulate_backward(
             x = (x + gate * y).to(x_ptr.dtype.element_ty).to(tl.float32)
             grad = tl.load(grad_mixed_ptr + row * grad_mixed_stride + column, mask=inside, other=0.0).to(tl.float32)
         if NORM:
-            mean = tl.sum(x) / width
+            mean = tl.div_rn(tl.sum(x), width + 0.0)
             centred = tl.where(inside, x - mean, 0.0)
-            rstd = 1 / tl.sqrt(tl.sum(centred * centred) / width + eps)
+            rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(centred * centred) / width + eps))
             normed = centred * rstd
             grad_out = tl.load(grad_out_ptr + row * grad_out_stride + column, mask=inside, other=0.0).to(tl.float32)
             shift_sum += grad_out

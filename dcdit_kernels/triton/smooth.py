@@ -78,33 +78,41 @@ def smooth_forward(
             key_token = tl.load(token_ptr + key, mask=key < high, other=-1)
             confidence = clamp_confidence(tl.load(prob_ptr + key_token, mask=key_token >= 0, other=0.0))
             weight = kernel_weight(token, key_token, cells, height, columns, falloff) * confidence[None, :]
+            weight = tl.where(row[:, None] == key[None, :], 0.0, weight)
             total += tl.sum(weight, 1)
             x = tl.load(
                 x_ptr + key.to(tl.int64)[:, None] * x_stride + column[None, :],
                 mask=(key_token[:, None] >= 0) & inside, other=0.0,
             )  # fmt: skip
             mixed = tl.dot(weight, x.to(tl.float32), mixed, input_precision=PRECISION)
-    smoothed = mixed / (total + 1e-8)[:, None]
+    # A row's own term, the largest, is exact: where nothing else is near, s is x.
     confidence = clamp_confidence(tl.load(prob_ptr + token, mask=token >= 0, other=0.0))
+    own = (token[:, None] >= 0) & inside
+    x = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_stride + column[None, :], mask=own, other=0.0).to(tl.float32)
+    total += confidence + 1e-8
+    smoothed = tl.div_rn(mixed + confidence[:, None] * x, total[:, None])
     if BACKWARD:
         tl.store(out_ptr + place, smoothed, mask=(row[:, None] < capacity) & inside)
         if tl.program_id(1) == 0:
-            tl.store(share_ptr + row, tl.where(token >= 0, (1 - confidence) / (total + 1e-8), 0.0), mask=row < capacity)
+            share = tl.div_rn(1 - confidence, total)
+            tl.store(share_ptr + row, tl.where(token >= 0, share, 0.0), mask=row < capacity)
     else:
-        own = (token[:, None] >= 0) & inside
-        x = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_stride + column[None, :], mask=own, other=0.0).to(tl.float32)
         out = confidence[:, None] * x + (1 - confidence[:, None]) * smoothed
         tl.store(out_ptr + place, tl.where(own, out, 0.0), mask=(row[:, None] < capacity) & inside)
 
 
 @triton.jit(do_not_specialize=["batch", "capacity"])
 def smooth_backward(
-    grad_ptr, share_ptr, dot_ptr, x_ptr, prob_ptr, token_ptr, cu_ptr, grad_x_ptr, partial_ptr,
+    grad_ptr, share_ptr, dot_ptr, direct_ptr, x_ptr, prob_ptr, token_ptr, cu_ptr, grad_x_ptr, partial_ptr,
     x_stride, batch, cells, height, columns, reach, falloff, capacity, width,
     PRECISION: tl.constexpr, STEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dx, and this block of columns' part of u·x (less Σ k a q in the first block), (column blocks, capacity)."""
+    """dx, and this block of columns' part of dp̃, (column blocks, capacity); the first has what needs no column.
+
+    A row's own term, a G·(x - s), is taken from `direct` = G·(x - s): it is the largest, and would be the difference of
+    two products that nearly cancel.
+    """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column[None, :] < width
@@ -123,6 +131,7 @@ def smooth_backward(
             share = tl.load(share_ptr + key, mask=key < high, other=0.0)
             dot = tl.load(dot_ptr + key, mask=key < high, other=0.0)
             weight = kernel_weight(token, key_token, cells, height, columns, falloff) * share[None, :]
+            weight = tl.where(row[:, None] == key[None, :], 0.0, weight)
             lost += tl.sum(weight * dot[None, :], 1)
             grad = tl.load(
                 grad_ptr + key.to(tl.int64)[:, None] * width + column[None, :],
@@ -132,9 +141,11 @@ def smooth_backward(
     confidence = clamp_confidence(tl.load(prob_ptr + token, mask=token >= 0, other=0.0))
     grad = tl.load(grad_ptr + place, mask=own, other=0.0)
     x = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_stride + column[None, :], mask=own, other=0.0).to(tl.float32)
-    grad_x = tl.where(own, confidence[:, None] * (grad + spread), 0.0)
+    once_more = 1 + tl.load(share_ptr + row, mask=row < capacity, other=0.0)
+    grad_x = tl.where(own, confidence[:, None] * (once_more[:, None] * grad + spread), 0.0)
     tl.store(grad_x_ptr + place, grad_x.to(grad_x_ptr.dtype.element_ty), mask=(row[:, None] < capacity) & inside)
-    part = tl.sum(spread * x, 1) - tl.where(tl.program_id(1) == 0, lost, 0.0)
+    direct = tl.load(direct_ptr + row, mask=row < capacity, other=0.0)
+    part = tl.sum(spread * x, 1) + tl.where(tl.program_id(1) == 0, once_more * direct - lost, 0.0)
     tl.store(partial_ptr + tl.program_id(1) * capacity + row, part, mask=row < capacity)
 
 
@@ -152,15 +163,16 @@ def smoothed(x, prob, plan, sigma, backward=False):
     return (out, share) if backward else out
 
 
-def smoothed_backward(grad, share, dot, x, prob, plan, sigma):
-    """grad_x in x's dtype, and the parts of dp̃ that cross rows, (parts, capacity). `grad` (capacity, D) in float32."""
+def smoothed_backward(grad, share, dot, direct, x, prob, plan, sigma):
+    """grad_x in x's dtype, and dp̃ in parts, (parts, capacity). `grad` G (capacity, D) in float32, and its G·s and
+    G·(x - s)."""
     x = pointer_rows(x)
     grid, place, launch = _launch(x, plan, sigma, backward=True)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     partial = torch.empty(grid[1], plan.capacity, dtype=torch.float32, device=x.device)
     if grad_x.numel():
         smooth_backward[grid](
-            grad, share, dot, x, prob, plan.token_index, plan.cu_seqlens, grad_x, partial, x.stride(0), *place,
+            grad, share, dot, direct, x, prob, plan.token_index, plan.cu_seqlens, grad_x, partial, x.stride(0), *place,
             *x.shape, **launch,
         )  # fmt: skip
     return grad_x, partial
@@ -173,11 +185,11 @@ def _launch(x, plan, sigma, backward):
     radius = math.ceil((6 if exact else 4.5) * sigma)
     _, height, columns = (1, 1, *plan.grid)[-3:]
     reach = min(radius * (sum({columns * height, columns, 1}) if len(plan.grid) == 3 else columns + 1), plan.cells)
-    block_d = min(max(next_power_of_2(x.shape[1]), 16), 32 if exact else 128)
+    block_d = min(max(next_power_of_2(x.shape[1]), 16), 128)
     launch = {
         # TF32 cuts the weights to 10 bits, enough for an output in half precision. The gradient of boundary_prob is
-        # float32 whatever the rows are, and a small difference of large sums.
-        "PRECISION": "ieee" if exact or torch.version.hip else "tf32x3" if backward else "tf32",
+        # float32 whatever the rows are, and a small difference of large sums: three products for one.
+        "PRECISION": "ieee" if torch.version.hip else "tf32x3" if exact or backward else "tf32",
         "STEP": min(next_power_of_2(reach), 512),
         "BLOCK_M": 32,
         "BLOCK_N": 32,
