@@ -82,7 +82,8 @@ def _on_gpu(group: str) -> list[Case]:
         ]
     if group == "sample":
         return [dataclasses.replace(centre, size=s, batch=b, drop_fraction=0.0) for s in ("B", "XL") for b in (4, 16)]
-    axes = [{}, *({"batch": b} for b in (1, 4, 64)), {"size": "S"}, {"size": "XL"}, {"side": 64}]
+    # First the sizes that the targets are set at.
+    axes = [{}, {"size": "XL", "batch": 64}, *({"batch": b} for b in (1, 4, 64)), {"size": "S"}, {"side": 64}]
     axes += [{"share": s} for s in (0.1, 0.5, 1.0) if group not in ALL_CELLS]
     directions = (False,) if group == "plan" else (False, True)
     return [dataclasses.replace(centre, backward=b, **axis) for axis in axes for b in directions]

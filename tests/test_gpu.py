@@ -142,7 +142,9 @@ def test_offsets_past_two_billion():
     for p, cells in ((prob, h), (alone, h[-1:].clone())):
         plan = K.plan_chunks(p, (side, side))
         outs.append(K.dechunk(K.chunk(cells, plan), p, plan)[-1])
-    assert torch.equal(*outs) and outs[0].any()
+    assert outs[0].any()
+    # Blocks of rows begin elsewhere in a sample of its own, and add in another order.
+    torch.testing.assert_close(*(out.float() for out in outs), rtol=2**-7, atol=2**-7)
 
 
 def digits_net():
