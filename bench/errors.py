@@ -7,7 +7,6 @@ kernels run in its interpreter, under `gpu_arithmetic`.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable
 
@@ -18,6 +17,8 @@ if not torch.cuda.is_available():
 
 import dcdit_kernels as K
 from dcdit_kernels import _dispatch
+
+from .gpu_arithmetic import gpu_arithmetic
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRID, WIDTH, BATCH = (12, 12), 72, 2
@@ -97,15 +98,6 @@ def main() -> None:
             name = ""
 
 
-def arithmetic() -> contextlib.AbstractContextManager[None]:
-    """Of a GPU, where there is none."""
-    if DEVICE == "cuda":
-        return contextlib.nullcontext()
-    from .gpu_arithmetic import gpu_arithmetic
-
-    return gpu_arithmetic()
-
-
 if __name__ == "__main__":
-    with arithmetic():
+    with gpu_arithmetic():
         main()

@@ -18,6 +18,7 @@ from dcdit.flops import dcdit_flops
 from .cases import Case
 from .measure import build
 from .models import kept_tokens
+from .problem import Tensors
 from .timing import ratios
 
 PRODUCTS = ("aten::linear", "aten::conv2d", "aten::scaled_dot_product_attention")
@@ -40,16 +41,14 @@ def saving(entry: dict, variant: str = "dcdit", base: str = "DiT/2") -> dict | N
 
 def component_times(case: Case, device: str, rounds: int = 5) -> dict[str, float]:
     """Median seconds of each part of the forward pass of `dcdit`; "rest" is what stands between them."""
-    problem = build(case, device)
-    net = problem.variants["dcdit"].run.args[0][case.torch_dtype]
-    x, t, y = problem.inputs
+    net, inputs = shipped(case, device)
     marks: list[tuple[str, object]] = []
     taken: dict[str, list[float]] = {}
     with torch.no_grad(), marked(net, marks, device):
         for number in range(rounds + 1):
             marks.clear()
             marks.append(("begin", stamp(device)))
-            net(x, t, y, case.drop_fraction)
+            net(*inputs, case.drop_fraction)
             marks.append(("rest", stamp(device)))
             if device == "cuda":
                 torch.cuda.synchronize()
@@ -62,17 +61,22 @@ def component_times(case: Case, device: str, rounds: int = 5) -> dict[str, float
     return {name: float(f"{statistics.median(seconds):.4g}") for name, seconds in taken.items()}
 
 
+def shipped(case: Case, device: str) -> tuple[torch.nn.Module, Tensors]:
+    """The network of `dcdit` in the dtype of a forward case, and its inputs x, t, y."""
+    problem = build(case, device)
+    return problem.variants["dcdit"].run.args[0][case.torch_dtype], problem.inputs
+
+
 def outside_products(case: Case, rounds: int = 5) -> float:
     """Share of the forward pass of `dcdit` on a CPU outside matrix products, convolutions and attention: the profiler's
     time of all operators less that of these with what they call, median of `rounds`."""
-    problem = build(case, "cpu")
-    net = problem.variants["dcdit"].run.args[0][case.torch_dtype]
+    net, inputs = shipped(case, "cpu")
     shares = []
     with torch.no_grad():
-        net(*problem.inputs, case.drop_fraction)
+        net(*inputs, case.drop_fraction)
         for _ in range(rounds):
             with profile(activities=[ProfilerActivity.CPU]) as prof:
-                net(*problem.inputs, case.drop_fraction)
+                net(*inputs, case.drop_fraction)
             events = prof.key_averages()
             everything = sum(event.self_cpu_time_total for event in events)
             shares.append(1 - sum(event.cpu_time_total for event in events if event.key in PRODUCTS) / everything)

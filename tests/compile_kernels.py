@@ -117,9 +117,8 @@ def launch_everything(dtype, grid, width, share):
 def compiled(function, signature, constants, attributes, options, target):
     """What the compiler made: registers, spills, widths of loads, 64-bit products."""
     if target.backend == "hip":
-        constants = {
-            k: "ieee" if v in ("tf32", "tf32x3") else v for k, v in constants.items()
-        }  # as the launcher chooses there
+        # As the launcher chooses there.
+        constants = {k: "ieee" if v in ("tf32", "tf32x3") else v for k, v in constants.items()}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     kernel = triton.compile(source, target=target, options=options)
     wide = len(re.findall(r"arith\.muli[^\n]*i64", kernel.asm["ttir"]))

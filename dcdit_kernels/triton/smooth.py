@@ -41,8 +41,11 @@ def window(token_ptr, live, first, last, reach, STEP: tl.constexpr):
 
 
 @triton.jit
-def kernel_weight(row_token, key_token, cells, height, columns, falloff):
-    """k_ij (rows, keys) in float32; zero across samples and for tokens of -1."""
+def kernel_weight(row, key, row_token, key_token, cells, height, columns, falloff):
+    """k_ij (rows, keys) in float32; zero across samples, for tokens of -1, and for a row itself.
+
+    A row's own term is the largest, and the callers add it exactly: where nothing else is near, s is x.
+    """
     row_cell = row_token % cells
     key_cell = key_token % cells
     dx = row_cell[:, None] % columns - key_cell[None, :] % columns
@@ -51,7 +54,7 @@ def kernel_weight(row_token, key_token, cells, height, columns, falloff):
     distance = (dx * dx + dy * dy + df * df).to(tl.float32)
     same = (row_token // cells)[:, None] == (key_token // cells)[None, :]
     same = same & (row_token[:, None] >= 0) & (key_token[None, :] >= 0)
-    return tl.where(same, tl.exp2(-distance * falloff), 0.0)
+    return tl.where(same & (row[:, None] != key[None, :]), tl.exp2(-distance * falloff), 0.0)
 
 
 @triton.jit(do_not_specialize=["batch", "capacity"])
@@ -77,15 +80,13 @@ def smooth_forward(
             key = start + tl.arange(0, BLOCK_N)
             key_token = tl.load(token_ptr + key, mask=key < high, other=-1)
             confidence = clamp_confidence(tl.load(prob_ptr + key_token, mask=key_token >= 0, other=0.0))
-            weight = kernel_weight(token, key_token, cells, height, columns, falloff) * confidence[None, :]
-            weight = tl.where(row[:, None] == key[None, :], 0.0, weight)
+            weight = kernel_weight(row, key, token, key_token, cells, height, columns, falloff) * confidence[None, :]
             total += tl.sum(weight, 1)
             x = tl.load(
                 x_ptr + key.to(tl.int64)[:, None] * x_stride + column[None, :],
                 mask=(key_token[:, None] >= 0) & inside, other=0.0,
             )  # fmt: skip
             mixed = tl.dot(weight, x.to(tl.float32), mixed, input_precision=PRECISION)
-    # A row's own term, the largest, is exact: where nothing else is near, s is x.
     confidence = clamp_confidence(tl.load(prob_ptr + token, mask=token >= 0, other=0.0))
     own = (token[:, None] >= 0) & inside
     x = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_stride + column[None, :], mask=own, other=0.0).to(tl.float32)
@@ -110,8 +111,7 @@ def smooth_backward(
 ):  # fmt: skip
     """dx, and this block of columns' part of dp̃, (column blocks, capacity); the first has what needs no column.
 
-    A row's own term, a G·(x - s), is taken from `direct` = G·(x - s): it is the largest, and would be the difference of
-    two products that nearly cancel.
+    A row's own term, a G·(x - s), is taken from `direct` = G·(x - s), not as two products that nearly cancel.
     """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -130,8 +130,7 @@ def smooth_backward(
             key_token = tl.load(token_ptr + key, mask=key < high, other=-1)
             share = tl.load(share_ptr + key, mask=key < high, other=0.0)
             dot = tl.load(dot_ptr + key, mask=key < high, other=0.0)
-            weight = kernel_weight(token, key_token, cells, height, columns, falloff) * share[None, :]
-            weight = tl.where(row[:, None] == key[None, :], 0.0, weight)
+            weight = kernel_weight(row, key, token, key_token, cells, height, columns, falloff) * share[None, :]
             lost += tl.sum(weight * dot[None, :], 1)
             grad = tl.load(
                 grad_ptr + key.to(tl.int64)[:, None] * width + column[None, :],
