@@ -20,6 +20,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Aligned, ragged rows, ragged rows and width; then the shares that need a case of their own.
 CASES = [((4, 8), 64, 0.25), ((5, 7), 64, 0.25), ((5, 7), 72, 0.25)]
 CASES += [((5, 7), 40, share) for share in (0.0, 1.0, "one")] + [((1, 9), 40, 0.5)]
+CASES += [((5, 7), 264, 0.25)]  # rows in pieces, the last one ragged
 
 
 def make_plan(grid, share, batch=3, nearest=None, spare=5):
@@ -99,6 +100,7 @@ def poisoned(monkeypatch):
     [
         *((torch.float32, *case) for case in CASES),
         *((half, *CASES[i]) for half in (torch.bfloat16, torch.float16) for i in (2, 5, 6)),
+        (torch.bfloat16, *CASES[7]),
     ],
     ids=str,
 )
@@ -266,9 +268,9 @@ def test_every_launch_compiles_ahead_of_time():
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    narrow = {"prob_backward"}  # moves one number a cell
+    narrow = {"prob_backward", "place_rows"}  # move one number a cell
     for row in rows:
         assert row["spills"] == 0, row
         assert row["i64_products"] > 0 or row["kernel"] in narrow, row
         if row["case"] == cases[0] and row["target"] != "gfx942":
-            assert row["loads_16B"] > 0, row
+            assert row["loads_16B"] > 0 or row["kernel"] == "place_rows", row

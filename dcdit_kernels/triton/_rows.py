@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 
 # Programs that fill the GPUs these kernels are for several times over (132 SMs on an H200).
 FILL = 1024
@@ -31,17 +33,41 @@ def pointer_rows(x: torch.Tensor | None) -> torch.Tensor | None:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def warps_for_row(width: int) -> int:
-    """Warps for a program that holds one row in registers: 8 elements or so a thread."""
-    return min(max(next_power_of_2(width) // 256, 1), 16)
+def pieces(width: int, most: int, least: int = 128) -> dict[str, int]:
+    """A row of `width` as at most `most` pieces of one power of two, at least `least` columns each.
+
+    As one power of two, 1152 columns would cost the arithmetic of 2048.
+    """
+    columns = max(next_power_of_2(cdiv(width, most)), least)
+    return {"COLUMNS": columns, "PIECES": cdiv(width, columns)}
 
 
-def segments(batch: int, total: int, longest: int) -> tuple[int, int]:
+@triton.jit
+def load_rows(ptr, row, stride, column, live, WIDTH: tl.constexpr):
+    """Columns of rows (int64) in float32, zero outside and in rows that are not live."""
+    mask = live[:, None] & (column < WIDTH)[None, :]
+    return tl.load(ptr + row[:, None] * stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_columns(ptr, column, width):
+    """The first `width` columns of one row in float32, zero outside."""
+    return tl.load(ptr + column, mask=column < width, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_rows(ptr, row, column, values, live, WIDTH: tl.constexpr):
+    """Columns of live rows (int64) of a contiguous tensor, in its dtype."""
+    mask = live[:, None] & (column < WIDTH)[None, :]
+    tl.store(ptr + row[:, None] * WIDTH + column[None, :], values.to(ptr.dtype.element_ty), mask=mask)
+
+
+def segments(batch: int, total: int, longest: int, least: int) -> tuple[int, int]:
     """(rows a program, programs a sample) for sums over the rows of a sample.
 
-    Few rows where there are few tokens, to fill the GPU; at most 32, beyond which partial sums cost nothing.
+    Few rows where there are few tokens, to fill the GPU, but `least`; at most 32, beyond which sums cost nothing.
     """
-    rows = min(max(total // FILL, 1), 32)
+    rows = min(max(total // FILL, least), 32)
     return rows, max(cdiv(longest, rows), 1)
 
 

@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ._rows import next_power_of_2, pointer_rows, row_tile, warps_for_row
+from ._rows import load_columns, pieces, pointer_rows, row_tile
 from .confidence import clamp_confidence, prob_gradient
 from .ema import scan, scan_backward
-from .smooth import smoothed, smoothed_backward
+from .smooth import placed, smoothed, smoothed_backward
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -40,37 +40,49 @@ def plug_forward(
 @triton.jit
 def plug_backward(
     grad_ptr, x_ptr, smoothed_ptr, prob_ptr, token_ptr, offsets_ptr, member_ptr,
-    grad_row_ptr, through_ptr, dot_ptr, direct_ptr, grad_stride, x_stride, width,
-    SMOOTH: tl.constexpr, MEMBERS: tl.constexpr, BLOCK: tl.constexpr,
+    grad_row_ptr, through_ptr, dot_ptr, direct_ptr, grad_stride, x_stride,
+    SMOOTH: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """One row: G = Σ ∂y over the cells it refills, ∂y·plugged of each of them; with SMOOTH G·s and G·(x - s)."""
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < width
     start = tl.load(offsets_ptr + row)
     end = tl.load(offsets_ptr + row + 1)
     token = tl.load(token_ptr + row)
-    own = column < tl.where(token >= 0, width, 0)
-    x = tl.load(x_ptr + row * x_stride + column, mask=own, other=0.0).to(tl.float32)
-    plugged = x
+    own = tl.where(token >= 0, WIDTH, 0)
     if SMOOTH:
-        s = tl.load(smoothed_ptr + row * width + column, mask=own, other=0.0)
         confidence = clamp_confidence(tl.load(prob_ptr + token, mask=token >= 0, other=0.5))
-        plugged = confidence * x + (1 - confidence) * s
-    total = tl.zeros([BLOCK], tl.float32)
-    for base in range(start, end, MEMBERS):
-        member = base + tl.arange(0, MEMBERS)
-        cell = tl.load(member_ptr + member, mask=member < end, other=0).to(tl.int64)
-        grad = tl.load(
-            grad_ptr + cell[:, None] * grad_stride + column[None, :],
-            mask=(member[:, None] < end) & inside[None, :], other=0.0,
-        ).to(tl.float32)  # fmt: skip
-        total += tl.sum(grad, 0)
-        tl.store(through_ptr + cell, tl.sum(grad * plugged[None, :], 1), mask=member < end)
-    tl.store(grad_row_ptr + row * width + column, total.to(grad_row_ptr.dtype.element_ty), mask=inside)
+    plugged, totals = (), ()
+    for i in tl.static_range(PIECES):
+        column = i * COLUMNS + tl.arange(0, COLUMNS)
+        x = load_columns(x_ptr + row * x_stride, column, own)
+        if SMOOTH:
+            x = confidence * x + (1 - confidence) * load_columns(smoothed_ptr + row * WIDTH, column, own)
+        plugged += (x,)
+        totals += (tl.zeros([COLUMNS], tl.float32),)
+    for place in tl.range(start, end, num_stages=2):
+        cell = tl.load(member_ptr + place).to(tl.int64)
+        through = tl.zeros([COLUMNS], tl.float32)
+        sums = ()
+        for i in tl.static_range(PIECES):
+            column = i * COLUMNS + tl.arange(0, COLUMNS)
+            grad = load_columns(grad_ptr + cell * grad_stride, column, WIDTH)
+            sums += (totals[i] + grad,)
+            through += grad * plugged[i]
+        totals = sums
+        tl.store(through_ptr + cell, tl.sum(through))
+    dot = tl.zeros([COLUMNS], tl.float32)
+    direct = tl.zeros([COLUMNS], tl.float32)
+    for i in tl.static_range(PIECES):
+        column = i * COLUMNS + tl.arange(0, COLUMNS)
+        out = totals[i].to(grad_row_ptr.dtype.element_ty)
+        tl.store(grad_row_ptr + row * WIDTH + column, out, mask=column < WIDTH)
+        if SMOOTH:
+            s = load_columns(smoothed_ptr + row * WIDTH, column, own)
+            dot += totals[i] * s
+            direct += totals[i] * (load_columns(x_ptr + row * x_stride, column, own) - s)
     if SMOOTH:
-        tl.store(dot_ptr + row, tl.sum(total * s))
-        tl.store(direct_ptr + row, tl.sum(total * (x - s)))
+        tl.store(dot_ptr + row, tl.sum(dot))
+        tl.store(direct_ptr + row, tl.sum(direct))
 
 
 class Dechunk:
@@ -83,7 +95,7 @@ class Dechunk:
         if out.numel():
             prob = boundary_prob.float().contiguous()
             if smoothing == "gaussian":
-                rows = smoothed(x, prob, plan, sigma)
+                rows = smoothed(x, placed(prob, plan, sigma), plan, sigma)
             else:
                 rows = scan(x, prob, plan) if smoothing == "ema" else pointer_rows(x)
             residual = pointer_rows(residual)
@@ -101,21 +113,23 @@ class Dechunk:
         prob = boundary_prob.float().contiguous()
         grad = pointer_rows(grad)
         smooth = smoothing == "gaussian"
-        s, share = smoothed(x, prob, plan, sigma, backward=True) if smooth else (None, None)
+        place = placed(prob, plan, sigma) if smooth else None
+        s, share = smoothed(x, place, plan, sigma, backward=True) if smooth else (None, None)
         rows = scan(x, prob, plan) if smoothing == "ema" else pointer_rows(x)
         new = {"dtype": torch.float32, "device": x.device}
         grad_rows = torch.empty(x.shape, dtype=torch.float32 if smoothing else x.dtype, device=x.device)
         through = torch.empty(total, **new)
         dot, direct = (torch.empty(plan.capacity, **new) if smooth else None for _ in range(2))
         if plan.capacity and width:
+            split = pieces(width, 8, 256)
             plug_backward[(plan.capacity,)](
                 grad, rows, s, prob, plan.token_index, plan.member_offsets, plan.member_index,
-                grad_rows, through, dot, direct, grad.stride(0), rows.stride(0), width,
-                SMOOTH=smooth, MEMBERS=4, BLOCK=next_power_of_2(width), num_warps=warps_for_row(width),
+                grad_rows, through, dot, direct, grad.stride(0), rows.stride(0),
+                SMOOTH=smooth, WIDTH=width, **split, num_warps=split["COLUMNS"] // 256,
             )  # fmt: skip
         partial = None
         if smooth:
-            grad_rows, partial = smoothed_backward(grad_rows, share, dot, direct, x, prob, plan, sigma)
+            grad_rows, partial = smoothed_backward(grad_rows, share, dot, direct, x, place, plan, sigma)
         elif smoothing == "ema":
             grad_rows, partial = scan_backward(grad_rows, x, rows, prob, plan)
         return grad_rows, prob_gradient(boundary_prob, prob, plan, partial, through), grad_residual

@@ -11,45 +11,72 @@ import torch
 import triton
 import triton.language as tl
 
-from ._rows import next_power_of_2, pointer_rows, segments, warps_for_row
+from ._rows import cdiv, load_columns, load_rows, pieces, pointer_rows, segments, store_rows
 
 
-@triton.jit(do_not_specialize=["cells"])
+@triton.jit
+def normalise(xs, live, eps, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """(LayerNorm of rows in pieces, 1/deviation (rows, 1)); zero in rows that are not live."""
+    total = xs[0]
+    for i in tl.static_range(1, len(xs)):
+        total += xs[i]
+    mean = tl.div_rn(tl.sum(total, 1), WIDTH + 0.0)[:, None]
+    centred = ()
+    squares = tl.zeros_like(total)
+    for i in tl.static_range(len(xs)):
+        apart = xs[i] - mean
+        if (i + 1) * COLUMNS > WIDTH:
+            apart = tl.where((i * COLUMNS + tl.arange(0, COLUMNS) < WIDTH)[None, :], apart, 0.0)
+        squares += apart * apart
+        centred += (apart,)
+    rstd = tl.where(live, tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, 1) / WIDTH + eps)), 0.0)[:, None]
+    normed = ()
+    for i in tl.static_range(len(xs)):
+        normed += (centred[i] * rstd,)
+    return normed, rstd
+
+
+@triton.jit(do_not_specialize=["cells", "total"])
 def modulate_forward(
     x_ptr, y_ptr, gate_ptr, shift_ptr, scale_ptr, mixed_ptr, out_ptr, sample_ptr,
-    x_stride, y_stride, gate_stride, shift_stride, scale_stride, cells, width, eps,
-    GATE: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+    x_stride, y_stride, gate_stride, shift_stride, scale_stride, cells, total, eps,
+    GATE: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """One row: mixed = x + gate·y where GATE, out = LayerNorm(mixed)·(1 + scale) + shift where NORM."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < width
-    sample = tl.load(sample_ptr + row).to(tl.int64) if PACKED else row // cells
-    live = column < tl.where(sample >= 0, width, 0)
-    x = tl.load(x_ptr + row * x_stride + column, mask=live, other=0.0).to(tl.float32)
-    if GATE:
-        y = tl.load(y_ptr + row * y_stride + column, mask=live, other=0.0).to(tl.float32)
-        gate = tl.load(gate_ptr + sample * gate_stride + column, mask=live, other=0.0).to(tl.float32)
-        mixed = (x + gate * y).to(mixed_ptr.dtype.element_ty)
-        tl.store(mixed_ptr + row * width + column, mixed, mask=inside)
-        x = mixed.to(tl.float32)  # the norm sees what the next operator will read
+    """Some rows: mixed = x + gate·y where GATE, out = LayerNorm(mixed)·(1 + scale) + shift where NORM."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    if PACKED:
+        sample = tl.load(sample_ptr + row, mask=row < total, other=-1).to(tl.int64)
+    else:
+        sample = tl.where(row < total, row // cells, -1)
+    xs = ()
+    for i in tl.static_range(PIECES):
+        column = i * COLUMNS + tl.arange(0, COLUMNS)
+        x = load_rows(x_ptr, row, x_stride, column, sample >= 0, WIDTH)
+        if GATE:
+            gate = load_rows(gate_ptr, sample, gate_stride, column, sample >= 0, WIDTH)
+            y = load_rows(y_ptr, row, y_stride, column, sample >= 0, WIDTH)
+            mixed = (x + gate * y).to(mixed_ptr.dtype.element_ty)
+            store_rows(mixed_ptr, row, column, mixed, row < total, WIDTH)
+            x = mixed.to(tl.float32)  # the norm sees what the next operator will read
+        xs += (x,)
     if NORM:
-        mean = tl.div_rn(tl.sum(x), width + 0.0)
-        centred = tl.where(inside, x - mean, 0.0)
-        rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(centred * centred) / width + eps))
-        scale = tl.load(scale_ptr + sample * scale_stride + column, mask=live, other=0.0).to(tl.float32)
-        shift = tl.load(shift_ptr + sample * shift_stride + column, mask=live, other=0.0).to(tl.float32)
-        out = tl.where(live, centred * rstd * (1 + scale) + shift, 0.0)
-        tl.store(out_ptr + row * width + column, out.to(out_ptr.dtype.element_ty), mask=inside)
+        normed, _ = normalise(xs, sample >= 0, eps, WIDTH, COLUMNS)
+        for i in tl.static_range(PIECES):
+            column = i * COLUMNS + tl.arange(0, COLUMNS)
+            scale = load_rows(scale_ptr, sample, scale_stride, column, sample >= 0, WIDTH)
+            shift = load_rows(shift_ptr, sample, shift_stride, column, sample >= 0, WIDTH)
+            store_rows(out_ptr, row, column, normed[i] * (1 + scale) + shift, row < total, WIDTH)
 
 
-@triton.jit(do_not_specialize=["batch", "cells", "capacity", "rows"])
+@triton.jit(do_not_specialize=["batch", "cells", "capacity", "slab_rows"])
 def modulate_backward(
     grad_mixed_ptr, grad_out_ptr, x_ptr, y_ptr, gate_ptr, scale_ptr, cu_ptr,
     grad_x_ptr, grad_y_ptr, partial_ptr,
     grad_mixed_stride, grad_out_stride, x_stride, y_stride, gate_stride, scale_stride,
-    batch, cells, capacity, rows, width, eps,
-    GATE: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+    batch, cells, capacity, slab_rows, eps,
+    GATE: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """A slab of rows of one sample: their gradients, and the slab's sums for gate, shift and scale.
 
@@ -58,60 +85,81 @@ def modulate_backward(
     sample = tl.program_id(0).to(tl.int64)
     slab = tl.program_id(1)
     slabs = tl.num_programs(1)
-    column = tl.arange(0, BLOCK)
-    inside = column < width
+    zero = tl.zeros([ROWS, COLUMNS], tl.float32)
     if PACKED:
         start = tl.load(cu_ptr + sample).to(tl.int64)
         if sample == batch:
-            zero = tl.zeros([BLOCK], tl.float32)
-            for tail in range(start + slab, capacity, slabs):
-                place = tail * width + column
-                tl.store(grad_x_ptr + place, zero.to(grad_x_ptr.dtype.element_ty), mask=inside)
-                if GATE:
-                    tl.store(grad_y_ptr + place, zero.to(grad_y_ptr.dtype.element_ty), mask=inside)
+            for tail in range(start + slab * ROWS, capacity, slabs * ROWS):
+                row = tail + tl.arange(0, ROWS)
+                for i in tl.static_range(PIECES):
+                    column = i * COLUMNS + tl.arange(0, COLUMNS)
+                    store_rows(grad_x_ptr, row, column, zero, row < capacity, WIDTH)
+                    if GATE:
+                        store_rows(grad_y_ptr, row, column, zero, row < capacity, WIDTH)
             return
         end = tl.load(cu_ptr + sample + 1).to(tl.int64)
     else:
         start = sample * cells
         end = start + cells
-    gate = tl.zeros([BLOCK], tl.float32)
-    factor = tl.zeros([BLOCK], tl.float32)
-    if GATE:
-        gate = tl.load(gate_ptr + sample * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
-    if NORM:
-        factor = 1 + tl.load(scale_ptr + sample * scale_stride + column, mask=inside, other=0.0).to(tl.float32)
-    gate_sum = tl.zeros([BLOCK], tl.float32)
-    shift_sum = tl.zeros([BLOCK], tl.float32)
-    scale_sum = tl.zeros([BLOCK], tl.float32)
-    first = start + slab * rows
-    for row in range(first, tl.minimum(first + rows, end)):  # 64-bit, as start is
-        x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.zeros([BLOCK], tl.float32)
+    gates, factors, gate_sums, shift_sums, scale_sums = (), (), (), (), ()
+    for i in tl.static_range(PIECES):
+        column = i * COLUMNS + tl.arange(0, COLUMNS)
         if GATE:
-            y = tl.load(y_ptr + row * y_stride + column, mask=inside, other=0.0).to(tl.float32)
-            x = (x + gate * y).to(x_ptr.dtype.element_ty).to(tl.float32)
-            grad = tl.load(grad_mixed_ptr + row * grad_mixed_stride + column, mask=inside, other=0.0).to(tl.float32)
+            gates += (load_columns(gate_ptr + sample * gate_stride, column, WIDTH)[None, :],)
+            gate_sums += (zero,)
         if NORM:
-            mean = tl.div_rn(tl.sum(x), width + 0.0)
-            centred = tl.where(inside, x - mean, 0.0)
-            rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(centred * centred) / width + eps))
-            normed = centred * rstd
-            grad_out = tl.load(grad_out_ptr + row * grad_out_stride + column, mask=inside, other=0.0).to(tl.float32)
-            shift_sum += grad_out
-            scale_sum += grad_out * normed
-            inner = grad_out * factor
-            grad += rstd * (inner - tl.sum(inner) / width - normed * (tl.sum(inner * normed) / width))
-        tl.store(grad_x_ptr + row * width + column, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
+            factors += (1 + load_columns(scale_ptr + sample * scale_stride, column, WIDTH)[None, :],)
+            shift_sums += (zero,)
+            scale_sums += (zero,)
+    first = start + slab * slab_rows
+    stop = tl.minimum(first + slab_rows, end)
+    for base in tl.range(first, stop, ROWS, num_stages=1 + NORM):  # 64-bit, as start is
+        row = base + tl.arange(0, ROWS)
+        xs, ys, grad_outs = (), (), ()
+        for i in tl.static_range(PIECES):
+            column = i * COLUMNS + tl.arange(0, COLUMNS)
+            x = load_rows(x_ptr, row, x_stride, column, row < stop, WIDTH)
+            if GATE:
+                y = load_rows(y_ptr, row, y_stride, column, row < stop, WIDTH)
+                ys += (y,)
+                x = (x + gates[i] * y).to(x_ptr.dtype.element_ty).to(tl.float32)
+            if NORM:
+                grad_outs += (load_rows(grad_out_ptr, row, grad_out_stride, column, row < stop, WIDTH),)
+            xs += (x,)
+        if NORM:
+            normed, rstd = normalise(xs, row < stop, eps, WIDTH, COLUMNS)
+            inners, shifts, scales, level, along = (), (), (), zero, zero
+            for i in tl.static_range(PIECES):
+                shifts += (shift_sums[i] + grad_outs[i],)
+                scales += (scale_sums[i] + grad_outs[i] * normed[i],)
+                inner = grad_outs[i] * factors[i]
+                level += inner
+                along += inner * normed[i]
+                inners += (inner,)
+            shift_sums, scale_sums = shifts, scales
+            level = (tl.sum(level, 1) / WIDTH)[:, None]
+            along = (tl.sum(along, 1) / WIDTH)[:, None]
+        sums = ()
+        for i in tl.static_range(PIECES):
+            column = i * COLUMNS + tl.arange(0, COLUMNS)
+            if NORM:
+                grad = rstd * (inners[i] - level - normed[i] * along)
+            if GATE:
+                grad_mixed = load_rows(grad_mixed_ptr, row, grad_mixed_stride, column, row < stop, WIDTH)
+                grad = grad_mixed + grad if NORM else grad_mixed
+            store_rows(grad_x_ptr, row, column, grad, row < stop, WIDTH)
+            if GATE:
+                sums += (gate_sums[i] + grad * ys[i],)
+                store_rows(grad_y_ptr, row, column, grad * gates[i], row < stop, WIDTH)
+        gate_sums = sums
+    sums_ptr = partial_ptr + (sample * slabs + slab) * (GATE + 2 * NORM) * WIDTH
+    for i in tl.static_range(PIECES):
+        column = i * COLUMNS + tl.arange(0, COLUMNS)
         if GATE:
-            gate_sum += grad * y
-            tl.store(grad_y_ptr + row * width + column, (grad * gate).to(grad_y_ptr.dtype.element_ty), mask=inside)
-    sums = partial_ptr + ((sample * slabs + slab) * (GATE + 2 * NORM)) * width + column
-    if GATE:
-        tl.store(sums, gate_sum, mask=inside)
-        sums += width
-    if NORM:
-        tl.store(sums, shift_sum, mask=inside)
-        tl.store(sums + width, scale_sum, mask=inside)
+            tl.store(sums_ptr + column, tl.sum(gate_sums[i], 0), mask=column < WIDTH)
+        if NORM:
+            tl.store(sums_ptr + GATE * WIDTH + column, tl.sum(shift_sums[i], 0), mask=column < WIDTH)
+            tl.store(sums_ptr + (GATE + 1) * WIDTH + column, tl.sum(scale_sums[i], 0), mask=column < WIDTH)
 
 
 def _forward(x, y, gate, shift, scale, plan, eps):
@@ -123,11 +171,13 @@ def _forward(x, y, gate, shift, scale, plan, eps):
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if scale is not None else None
     if x.numel():
         batch = (scale if gate is None else gate).shape[0]
-        modulate_forward[(x.shape[0],)](
+        split = pieces(width, 16)
+        modulate_forward[(cdiv(x.shape[0], 4),)](
             x, y, gate, shift, scale, mixed, out, None if plan is None else plan.sample_index,
-            *(0 if t is None else t.stride(0) for t in (x, y, gate, shift, scale)), x.shape[0] // batch, width, eps,
+            *(0 if t is None else t.stride(0) for t in (x, y, gate, shift, scale)),
+            x.shape[0] // batch, x.shape[0], eps,
             GATE=gate is not None, NORM=scale is not None, PACKED=plan is not None,
-            BLOCK=next_power_of_2(width), num_warps=warps_for_row(width),
+            ROWS=4, WIDTH=width, **split, num_warps=split["COLUMNS"] // 64,
         )  # fmt: skip
     return tuple(None if t is None else t.view(shape) for t in (mixed, out))
 
@@ -139,7 +189,9 @@ def _backward(grad_mixed, grad_out, x, y, gate, scale, plan, eps):
     dtypes = [None if t is None else t.dtype for t in (gate, scale, scale)]
     x, y, gate, scale, grad_mixed, grad_out = (pointer_rows(t) for t in (x, y, gate, scale, grad_mixed, grad_out))
     cells = x.shape[0] // max(batch, 1)
-    rows, slabs = segments(batch, x.shape[0], cells if plan is None else plan.max_seqlen)
+    split = pieces(width, 3)  # sums of rows stay in registers, and there is room for three pieces
+    tile = max(1024 // split["COLUMNS"], 1)
+    rows, slabs = segments(batch, x.shape[0], cells if plan is None else plan.max_seqlen, tile)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_y = None if y is None else torch.empty(y.shape, dtype=y.dtype, device=y.device)
     kinds = [gate is not None, scale is not None, scale is not None]
@@ -149,9 +201,9 @@ def _backward(grad_mixed, grad_out, x, y, gate, scale, plan, eps):
             grad_mixed, grad_out, x, y, gate, scale, None if plan is None else plan.cu_seqlens,
             grad_x, grad_y, partial,
             *(0 if t is None else t.stride(0) for t in (grad_mixed, grad_out, x, y, gate, scale)),
-            batch, cells, x.shape[0], rows, width, eps,
+            batch, cells, x.shape[0], rows, eps,
             GATE=gate is not None, NORM=scale is not None, PACKED=plan is not None,
-            BLOCK=next_power_of_2(width), num_warps=warps_for_row(width),
+            ROWS=tile, WIDTH=width, **split, num_warps=max(split["COLUMNS"] // 256, 4),
         )  # fmt: skip
     sums = iter(partial.sum(1).unbind(1))
     modulators = [next(sums).to(dtype) if kind else None for kind, dtype in zip(kinds, dtypes, strict=True)]

@@ -40,73 +40,109 @@ def window(token_ptr, live, first, last, reach, STEP: tl.constexpr):
     return first - before, last + 1 + after
 
 
+@triton.jit(do_not_specialize=["capacity"])
+def place_rows(
+    token_ptr, prob_ptr, place_ptr, cells, height, columns, apart, capacity, AXES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """p̃, column, row and with three AXES frame of each packed row, in float32; p̃ is zero past the live ones.
+
+    Along the last axis the next sample begins `apart` further: too far for any weight.
+    """
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < capacity
+    token = tl.load(token_ptr + row, mask=inside, other=-1)
+    confidence = clamp_confidence(tl.load(prob_ptr + token, mask=token >= 0, other=0.0))
+    cell = token % cells
+    outer = token // cells * apart
+    place = place_ptr + row
+    tl.store(place, tl.where(token >= 0, confidence, 0.0), mask=inside)
+    tl.store(place + capacity, (cell % columns).to(tl.float32), mask=inside)
+    if AXES == 3:
+        tl.store(place + 2 * capacity, (cell // columns % height).to(tl.float32), mask=inside)
+        tl.store(place + 3 * capacity, (cell // (columns * height) + outer).to(tl.float32), mask=inside)
+    else:
+        tl.store(place + 2 * capacity, (cell // columns + outer).to(tl.float32), mask=inside)
+
+
 @triton.jit
-def kernel_weight(row, key, row_token, key_token, cells, height, columns, falloff):
-    """k_ij (rows, keys) in float32; zero across samples, for tokens of -1, and for a row itself.
+def kernel_weight(place_ptr, row, key, live, high, capacity, falloff, AXES: tl.constexpr):
+    """k_ij (rows, keys) in float32, of keys before `high`; zero across samples and for a row itself.
 
     A row's own term is the largest, and the callers add it exactly: where nothing else is near, s is x.
     """
-    row_cell = row_token % cells
-    key_cell = key_token % cells
-    dx = row_cell[:, None] % columns - key_cell[None, :] % columns
-    dy = (row_cell // columns)[:, None] % height - (key_cell // columns)[None, :] % height
-    df = (row_cell // (columns * height))[:, None] - (key_cell // (columns * height))[None, :]
-    distance = (dx * dx + dy * dy + df * df).to(tl.float32)
-    same = (row_token // cells)[:, None] == (key_token // cells)[None, :]
-    same = same & (row_token[:, None] >= 0) & (key_token[None, :] >= 0)
-    return tl.where(same & (row[:, None] != key[None, :]), tl.exp2(-distance * falloff), 0.0)
+    distance = tl.zeros([row.shape[0], key.shape[0]], tl.float32)
+    for axis in tl.static_range(1, AXES + 1):
+        here = tl.load(place_ptr + axis * capacity + row, mask=row < live, other=0.0)
+        there = tl.load(place_ptr + axis * capacity + key, mask=key < high, other=0.0)
+        apart = here[:, None] - there[None, :]
+        distance += apart * apart
+    return tl.where(row[:, None] != key[None, :], tl.exp2(-distance * falloff), 0.0)
+
+
+@triton.jit
+def add_product(total, weight, x, PARTS: tl.constexpr):
+    """total + weight @ x on tensor cores. A float32 x in three TF32 products. A half-precision x, which is exact there,
+    with the weights as a sum of PARTS numbers of its dtype."""
+    if PARTS == 0:
+        total = tl.dot(weight, x.to(tl.float32), total, input_precision="ieee")
+    elif x.dtype == tl.float32:
+        total = tl.dot(weight, x, total, input_precision="tf32x3")
+    else:
+        for _ in tl.static_range(PARTS):
+            part = weight.to(x.dtype)
+            total = tl.dot(part, x, total)
+            weight -= part.to(tl.float32)
+    return total
 
 
 @triton.jit(do_not_specialize=["batch", "capacity"])
 def smooth_forward(
-    x_ptr, prob_ptr, token_ptr, cu_ptr, out_ptr, share_ptr,
-    x_stride, batch, cells, height, columns, reach, falloff, capacity, width,
-    BACKWARD: tl.constexpr, PRECISION: tl.constexpr, STEP: tl.constexpr,
+    x_ptr, place_ptr, token_ptr, cu_ptr, out_ptr, share_ptr, x_stride, batch, reach, falloff, capacity, width,
+    BACKWARD: tl.constexpr, AXES: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """p̃ x + (1 - p̃) s in float32, zero in the tail; with BACKWARD s itself, and a in `share_ptr`."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column[None, :] < width
-    place = row.to(tl.int64)[:, None] * width + column[None, :]
     live = tl.load(cu_ptr + batch)
     first = tl.program_id(0) * BLOCK_M
-    total = tl.zeros([BLOCK_M], tl.float32)
+    totals = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    token = tl.load(token_ptr + row, mask=row < live, other=-1)
     if first < live:
         low, high = window(token_ptr, live, first, tl.minimum(first + BLOCK_M, live) - 1, reach, STEP)
         for start in range(low, high, BLOCK_N):
             key = start + tl.arange(0, BLOCK_N)
-            key_token = tl.load(token_ptr + key, mask=key < high, other=-1)
-            confidence = clamp_confidence(tl.load(prob_ptr + key_token, mask=key_token >= 0, other=0.0))
-            weight = kernel_weight(row, key, token, key_token, cells, height, columns, falloff) * confidence[None, :]
-            total += tl.sum(weight, 1)
+            known = key < high
+            confidence = tl.load(place_ptr + key, mask=known, other=0.0)
+            weight = kernel_weight(place_ptr, row, key, live, high, capacity, falloff, AXES) * confidence[None, :]
+            totals += weight
             x = tl.load(
-                x_ptr + key.to(tl.int64)[:, None] * x_stride + column[None, :],
-                mask=(key_token[:, None] >= 0) & inside, other=0.0,
-            )  # fmt: skip
-            mixed = tl.dot(weight, x.to(tl.float32), mixed, input_precision=PRECISION)
-    confidence = clamp_confidence(tl.load(prob_ptr + token, mask=token >= 0, other=0.0))
-    own = (token[:, None] >= 0) & inside
+                x_ptr + key.to(tl.int64)[:, None] * x_stride + column[None, :], mask=known[:, None] & inside, other=0.0
+            )
+            mixed = add_product(mixed, weight, x, PARTS)
+    confidence = tl.load(place_ptr + row, mask=row < capacity, other=0.0)
+    own = (row < live)[:, None] & inside
     x = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_stride + column[None, :], mask=own, other=0.0).to(tl.float32)
-    total += confidence + 1e-8
-    smoothed = tl.div_rn(mixed + confidence[:, None] * x, total[:, None])
+    others = tl.sum(totals, 1) + 1e-8
+    total = others + confidence
+    smoothed = x + (mixed - others[:, None] * x) * tl.div_rn(1.0, total)[:, None]  # x itself where nothing is near
+    out_ptr += row.to(tl.int64)[:, None] * width + column[None, :]
     if BACKWARD:
-        tl.store(out_ptr + place, smoothed, mask=(row[:, None] < capacity) & inside)
+        tl.store(out_ptr, smoothed, mask=(row[:, None] < capacity) & inside)
         if tl.program_id(1) == 0:
             share = tl.div_rn(1 - confidence, total)
-            tl.store(share_ptr + row, tl.where(token >= 0, share, 0.0), mask=row < capacity)
+            tl.store(share_ptr + row, tl.where(row < live, share, 0.0), mask=row < capacity)
     else:
         out = confidence[:, None] * x + (1 - confidence[:, None]) * smoothed
-        tl.store(out_ptr + place, tl.where(own, out, 0.0), mask=(row[:, None] < capacity) & inside)
+        tl.store(out_ptr, tl.where(own, out, 0.0), mask=(row[:, None] < capacity) & inside)
 
 
 @triton.jit(do_not_specialize=["batch", "capacity"])
 def smooth_backward(
-    grad_ptr, share_ptr, dot_ptr, direct_ptr, x_ptr, prob_ptr, token_ptr, cu_ptr, grad_x_ptr, partial_ptr,
-    x_stride, batch, cells, height, columns, reach, falloff, capacity, width,
-    PRECISION: tl.constexpr, STEP: tl.constexpr,
+    grad_ptr, share_ptr, dot_ptr, direct_ptr, x_ptr, place_ptr, token_ptr, cu_ptr, grad_x_ptr, partial_ptr,
+    x_stride, batch, reach, falloff, capacity, width,
+    AXES: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dx, and this block of columns' part of dp̃, (column blocks, capacity); the first has what needs no column.
@@ -116,85 +152,97 @@ def smooth_backward(
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column[None, :] < width
-    place = row.to(tl.int64)[:, None] * width + column[None, :]
     live = tl.load(cu_ptr + batch)
     first = tl.program_id(0) * BLOCK_M
-    token = tl.load(token_ptr + row, mask=row < live, other=-1)
-    own = (token[:, None] >= 0) & inside
     spread = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    lost = tl.zeros([BLOCK_M], tl.float32)
+    lost = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if first < live:
         low, high = window(token_ptr, live, first, tl.minimum(first + BLOCK_M, live) - 1, reach, STEP)
         for start in range(low, high, BLOCK_N):
             key = start + tl.arange(0, BLOCK_N)
-            key_token = tl.load(token_ptr + key, mask=key < high, other=-1)
-            share = tl.load(share_ptr + key, mask=key < high, other=0.0)
-            dot = tl.load(dot_ptr + key, mask=key < high, other=0.0)
-            weight = kernel_weight(row, key, token, key_token, cells, height, columns, falloff) * share[None, :]
-            lost += tl.sum(weight * dot[None, :], 1)
+            known = key < high
+            share = tl.load(share_ptr + key, mask=known, other=0.0)
+            weight = kernel_weight(place_ptr, row, key, live, high, capacity, falloff, AXES) * share[None, :]
+            lost += weight * tl.load(dot_ptr + key, mask=known, other=0.0)[None, :]
             grad = tl.load(
-                grad_ptr + key.to(tl.int64)[:, None] * width + column[None, :],
-                mask=(key_token[:, None] >= 0) & inside, other=0.0,
-            )  # fmt: skip
-            spread = tl.dot(weight, grad, spread, input_precision=PRECISION)
-    confidence = clamp_confidence(tl.load(prob_ptr + token, mask=token >= 0, other=0.0))
+                grad_ptr + key.to(tl.int64)[:, None] * width + column[None, :], mask=known[:, None] & inside, other=0.0
+            )
+            spread = add_product(spread, weight, grad, PARTS)
+    confidence = tl.load(place_ptr + row, mask=row < capacity, other=0.0)
+    own = (row < live)[:, None] & inside
+    place = row.to(tl.int64)[:, None] * width + column[None, :]
     grad = tl.load(grad_ptr + place, mask=own, other=0.0)
     x = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_stride + column[None, :], mask=own, other=0.0).to(tl.float32)
     once_more = 1 + tl.load(share_ptr + row, mask=row < capacity, other=0.0)
     grad_x = tl.where(own, confidence[:, None] * (once_more[:, None] * grad + spread), 0.0)
     tl.store(grad_x_ptr + place, grad_x.to(grad_x_ptr.dtype.element_ty), mask=(row[:, None] < capacity) & inside)
     direct = tl.load(direct_ptr + row, mask=row < capacity, other=0.0)
-    part = tl.sum(spread * x, 1) + tl.where(tl.program_id(1) == 0, once_more * direct - lost, 0.0)
-    tl.store(partial_ptr + tl.program_id(1) * capacity + row, part, mask=row < capacity)
+    rest = tl.where(tl.program_id(1) == 0, once_more * direct - tl.sum(lost, 1), 0.0)
+    tl.store(partial_ptr + tl.program_id(1) * capacity + row, tl.sum(spread * x, 1) + rest, mask=row < capacity)
 
 
-def smoothed(x, prob, plan, sigma, backward=False):
+def placed(prob, plan, sigma):
+    """p̃ of each packed row and where it lies: (1 + axes, capacity) in float32."""
+    axes = max(len(plan.grid), 2)
+    place = torch.empty(1 + axes, plan.capacity, dtype=torch.float32, device=prob.device)
+    if plan.capacity:
+        _, height, columns = (1, 1, *plan.grid)[-3:]
+        apart = (1, *plan.grid)[-axes] + math.ceil(15 * sigma)  # exp(-15²/2) is nothing in float32
+        place_rows[(cdiv(plan.capacity, 512),)](
+            plan.token_index, prob, place, plan.cells, height, columns, apart, plan.capacity, AXES=axes, BLOCK=512
+        )
+    return place
+
+
+def smoothed(x, place, plan, sigma, backward=False):
     """The smoothed rows (capacity, D) in float32; with `backward` (s, a)."""
     x = pointer_rows(x)
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     share = torch.empty(plan.capacity if backward else 0, dtype=torch.float32, device=x.device)
     if out.numel():
-        grid, place, launch = _launch(x, plan, sigma, backward)
+        grid, scalars, launch = _launch(x, plan, sigma, x.dtype)
         smooth_forward[grid](
-            x, prob, plan.token_index, plan.cu_seqlens, out, share, x.stride(0), *place, *x.shape,
-            BACKWARD=backward, **launch,
+            x, place, plan.token_index, plan.cu_seqlens, out, share, x.stride(0), *scalars, *x.shape,
+            BACKWARD=backward, PARTS=_parts(backward), **launch,
         )  # fmt: skip
     return (out, share) if backward else out
 
 
-def smoothed_backward(grad, share, dot, direct, x, prob, plan, sigma):
+def smoothed_backward(grad, share, dot, direct, x, place, plan, sigma):
     """grad_x in x's dtype, and dp̃ in parts, (parts, capacity). `grad` G (capacity, D) in float32, and its G·s and
     G·(x - s)."""
     x = pointer_rows(x)
-    grid, place, launch = _launch(x, plan, sigma, backward=True)
+    grid, scalars, launch = _launch(x, plan, sigma, grad.dtype)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     partial = torch.empty(grid[1], plan.capacity, dtype=torch.float32, device=x.device)
     if grad_x.numel():
         smooth_backward[grid](
-            grad, share, dot, direct, x, prob, plan.token_index, plan.cu_seqlens, grad_x, partial, x.stride(0), *place,
-            *x.shape, **launch,
+            grad, share, dot, direct, x, place, plan.token_index, plan.cu_seqlens, grad_x, partial, x.stride(0),
+            *scalars, *x.shape, PARTS=_parts(backward=True), **launch,
         )  # fmt: skip
     return grad_x, partial
 
 
-def _launch(x, plan, sigma, backward):
-    """Grid, the grid's shape with the window's reach and fall-off, and the compile-time configuration."""
-    exact = x.dtype == torch.float32
+def _parts(backward):
+    """An output in half precision is content with 16 bits of the weights. The gradient of boundary_prob is float32
+    whatever the rows are, and a small difference of large sums. AMD's TF32 is not ours to rely on."""
+    return 0 if torch.version.hip else 3 if backward else 2
+
+
+def _launch(x, plan, sigma, operand):
+    """Grid, batch with the window's reach and fall-off, and the compile-time configuration for products with rows of
+    the dtype `operand`."""
     # What is left out is below 2e-8 of the sum at 6σ, and below 5e-5, under half-precision rounding, at 4.5σ.
-    radius = math.ceil((6 if exact else 4.5) * sigma)
+    radius = math.ceil((6 if x.dtype == torch.float32 else 4.5) * sigma)
     _, height, columns = (1, 1, *plan.grid)[-3:]
     reach = min(radius * (sum({columns * height, columns, 1}) if len(plan.grid) == 3 else columns + 1), plan.cells)
-    block_d = min(max(next_power_of_2(x.shape[1]), 16), 128)
     launch = {
-        # TF32 cuts the weights to 10 bits, enough for an output in half precision. The gradient of boundary_prob is
-        # float32 whatever the rows are, and a small difference of large sums: three products for one.
-        "PRECISION": "ieee" if torch.version.hip else "tf32x3" if exact or backward else "tf32",
+        "AXES": max(len(plan.grid), 2),
         "STEP": min(next_power_of_2(reach), 512),
         "BLOCK_M": 32,
-        "BLOCK_N": 32,
-        "BLOCK_D": block_d,
-        "num_warps": 8 if block_d == 128 else 4,  # with 4, 128 columns take every register there is
+        "BLOCK_N": 16 if operand == torch.float32 else 32,  # with 32, a product in three parts takes every register
+        "BLOCK_D": min(max(next_power_of_2(x.shape[1]), 16), 128),
+        "num_warps": 4,
     }
-    grid = (cdiv(plan.capacity, 32), cdiv(x.shape[1], block_d))
-    falloff = math.log2(math.e) / (2 * sigma**2)
-    return grid, (plan.batch_size, plan.cells, height, columns, reach, falloff), launch
+    grid = (cdiv(plan.capacity, launch["BLOCK_M"]), cdiv(x.shape[1], launch["BLOCK_D"]))
+    return grid, (plan.batch_size, reach, math.log2(math.e) / (2 * sigma**2)), launch
