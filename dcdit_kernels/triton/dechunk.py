@@ -95,7 +95,7 @@ class Dechunk:
         if out.numel():
             prob = boundary_prob.float().contiguous()
             if smoothing == "gaussian":
-                rows = smoothed(x, placed(prob, plan, sigma), plan, sigma)
+                rows = smoothed(x, placed(prob, plan, sigma, x.dtype), plan, sigma)
             else:
                 rows = scan(x, prob, plan) if smoothing == "ema" else pointer_rows(x)
             residual = pointer_rows(residual)
@@ -113,8 +113,8 @@ class Dechunk:
         prob = boundary_prob.float().contiguous()
         grad = pointer_rows(grad)
         smooth = smoothing == "gaussian"
-        place = placed(prob, plan, sigma) if smooth else None
-        s, share = smoothed(x, place, plan, sigma, backward=True) if smooth else (None, None)
+        places = placed(prob, plan, sigma, x.dtype) if smooth else None
+        s, share = smoothed(x, places, plan, sigma, backward=True) if smooth else (None, None)
         rows = scan(x, prob, plan) if smoothing == "ema" else pointer_rows(x)
         new = {"dtype": torch.float32, "device": x.device}
         grad_rows = torch.empty(x.shape, dtype=torch.float32 if smoothing else x.dtype, device=x.device)
@@ -129,7 +129,7 @@ class Dechunk:
             )  # fmt: skip
         partial = None
         if smooth:
-            grad_rows, partial = smoothed_backward(grad_rows, share, dot, direct, x, place, plan, sigma)
+            grad_rows, partial = smoothed_backward(grad_rows, share, dot, direct, x, places, plan, sigma)
         elif smoothing == "ema":
             grad_rows, partial = scan_backward(grad_rows, x, rows, prob, plan)
         return grad_rows, prob_gradient(boundary_prob, prob, plan, partial, through), grad_residual

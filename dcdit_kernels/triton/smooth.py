@@ -22,6 +22,8 @@ import triton.language as tl
 from ._rows import cdiv, next_power_of_2, pointer_rows
 from .confidence import clamp_confidence
 
+BLOCK_M = 32  # rows that share a window
+
 
 @triton.jit
 def window(token_ptr, live, first, last, reach, STEP: tl.constexpr):
@@ -40,28 +42,34 @@ def window(token_ptr, live, first, last, reach, STEP: tl.constexpr):
     return first - before, last + 1 + after
 
 
-@triton.jit(do_not_specialize=["capacity"])
+@triton.jit(do_not_specialize=["batch", "capacity"])
 def place_rows(
-    token_ptr, prob_ptr, place_ptr, cells, height, columns, apart, capacity, AXES: tl.constexpr, BLOCK: tl.constexpr,
+    token_ptr, prob_ptr, cu_ptr, place_ptr, window_ptr, batch, cells, height, columns, apart, reach, capacity,
+    AXES: tl.constexpr, STEP: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """p̃, column, row and with three AXES frame of each packed row, in float32; p̃ is zero past the live ones.
+    """p̃, column, row and with three AXES frame of each packed row, in float32; and the window of the block of rows.
 
     Along the last axis the next sample begins `apart` further: too far for any weight.
     """
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = row < capacity
-    token = tl.load(token_ptr + row, mask=inside, other=-1)
+    live = tl.load(cu_ptr + batch)
+    first = tl.program_id(0) * BLOCK_M
+    if first < live:
+        low, high = window(token_ptr, live, first, tl.minimum(first + BLOCK_M, live) - 1, reach, STEP)
+        tl.store(window_ptr + 2 * tl.program_id(0), low)
+        tl.store(window_ptr + 2 * tl.program_id(0) + 1, high)
+    row = first + tl.arange(0, BLOCK_M)
+    token = tl.load(token_ptr + row, mask=row < live, other=-1)
     confidence = clamp_confidence(tl.load(prob_ptr + token, mask=token >= 0, other=0.0))
     cell = token % cells
     outer = token // cells * apart
-    place = place_ptr + row
-    tl.store(place, tl.where(token >= 0, confidence, 0.0), mask=inside)
-    tl.store(place + capacity, (cell % columns).to(tl.float32), mask=inside)
+    place_ptr += row
+    tl.store(place_ptr, confidence, mask=row < live)
+    tl.store(place_ptr + capacity, (cell % columns).to(tl.float32), mask=row < live)
     if AXES == 3:
-        tl.store(place + 2 * capacity, (cell // columns % height).to(tl.float32), mask=inside)
-        tl.store(place + 3 * capacity, (cell // (columns * height) + outer).to(tl.float32), mask=inside)
+        tl.store(place_ptr + 2 * capacity, (cell // columns % height).to(tl.float32), mask=row < live)
+        tl.store(place_ptr + 3 * capacity, (cell // (columns * height) + outer).to(tl.float32), mask=row < live)
     else:
-        tl.store(place + 2 * capacity, (cell // columns + outer).to(tl.float32), mask=inside)
+        tl.store(place_ptr + 2 * capacity, (cell // columns + outer).to(tl.float32), mask=row < live)
 
 
 @triton.jit
@@ -97,8 +105,8 @@ def add_product(total, weight, x, PARTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["batch", "capacity"])
 def smooth_forward(
-    x_ptr, place_ptr, token_ptr, cu_ptr, out_ptr, share_ptr, x_stride, batch, reach, falloff, capacity, width,
-    BACKWARD: tl.constexpr, AXES: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr,
+    x_ptr, place_ptr, window_ptr, cu_ptr, out_ptr, share_ptr, x_stride, batch, falloff, capacity, width,
+    BACKWARD: tl.constexpr, AXES: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """p̃ x + (1 - p̃) s in float32, zero in the tail; with BACKWARD s itself, and a in `share_ptr`."""
@@ -110,8 +118,8 @@ def smooth_forward(
     totals = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if first < live:
-        low, high = window(token_ptr, live, first, tl.minimum(first + BLOCK_M, live) - 1, reach, STEP)
-        for start in range(low, high, BLOCK_N):
+        high = tl.load(window_ptr + 2 * tl.program_id(0) + 1)
+        for start in range(tl.load(window_ptr + 2 * tl.program_id(0)), high, BLOCK_N):
             key = start + tl.arange(0, BLOCK_N)
             known = key < high
             confidence = tl.load(place_ptr + key, mask=known, other=0.0)
@@ -121,7 +129,7 @@ def smooth_forward(
                 x_ptr + key.to(tl.int64)[:, None] * x_stride + column[None, :], mask=known[:, None] & inside, other=0.0
             )
             mixed = add_product(mixed, weight, x, PARTS)
-    confidence = tl.load(place_ptr + row, mask=row < capacity, other=0.0)
+    confidence = tl.load(place_ptr + row, mask=row < live, other=0.0)
     own = (row < live)[:, None] & inside
     x = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_stride + column[None, :], mask=own, other=0.0).to(tl.float32)
     others = tl.sum(totals, 1) + 1e-8
@@ -140,9 +148,9 @@ def smooth_forward(
 
 @triton.jit(do_not_specialize=["batch", "capacity"])
 def smooth_backward(
-    grad_ptr, share_ptr, dot_ptr, direct_ptr, x_ptr, place_ptr, token_ptr, cu_ptr, grad_x_ptr, partial_ptr,
-    x_stride, batch, reach, falloff, capacity, width,
-    AXES: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr,
+    grad_ptr, share_ptr, dot_ptr, direct_ptr, x_ptr, place_ptr, window_ptr, cu_ptr, grad_x_ptr, partial_ptr,
+    x_stride, batch, falloff, capacity, width,
+    AXES: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dx, and this block of columns' part of dp̃, (column blocks, capacity); the first has what needs no column.
@@ -157,8 +165,8 @@ def smooth_backward(
     spread = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     lost = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if first < live:
-        low, high = window(token_ptr, live, first, tl.minimum(first + BLOCK_M, live) - 1, reach, STEP)
-        for start in range(low, high, BLOCK_N):
+        high = tl.load(window_ptr + 2 * tl.program_id(0) + 1)
+        for start in range(tl.load(window_ptr + 2 * tl.program_id(0)), high, BLOCK_N):
             key = start + tl.arange(0, BLOCK_N)
             known = key < high
             share = tl.load(share_ptr + key, mask=known, other=0.0)
@@ -168,7 +176,7 @@ def smooth_backward(
                 grad_ptr + key.to(tl.int64)[:, None] * width + column[None, :], mask=known[:, None] & inside, other=0.0
             )
             spread = add_product(spread, weight, grad, PARTS)
-    confidence = tl.load(place_ptr + row, mask=row < capacity, other=0.0)
+    confidence = tl.load(place_ptr + row, mask=row < live, other=0.0)
     own = (row < live)[:, None] & inside
     place = row.to(tl.int64)[:, None] * width + column[None, :]
     grad = tl.load(grad_ptr + place, mask=own, other=0.0)
@@ -181,46 +189,58 @@ def smooth_backward(
     tl.store(partial_ptr + tl.program_id(1) * capacity + row, tl.sum(spread * x, 1) + rest, mask=row < capacity)
 
 
-def placed(prob, plan, sigma):
-    """p̃ of each packed row and where it lies: (1 + axes, capacity) in float32."""
+def placed(prob, plan, sigma, dtype):
+    """(p̃ and place of each row (1 + axes, capacity) in float32, window of each block of rows (blocks, 2)); the window
+    is that of rows of `dtype`."""
     axes = max(len(plan.grid), 2)
+    # What is left out is below 2e-8 of the sum at 6σ, and below 5e-5, under half-precision rounding, at 4.5σ.
+    radius = math.ceil((6 if dtype == torch.float32 else 4.5) * sigma)
+    _, height, columns = (1, 1, *plan.grid)[-3:]
+    reach = min(radius * (sum({columns * height, columns, 1}) if len(plan.grid) == 3 else columns + 1), plan.cells)
+    apart = (1, *plan.grid)[-axes] + math.ceil(15 * sigma)  # exp(-15²/2) is nothing in float32
+    blocks = cdiv(plan.capacity, BLOCK_M)
     place = torch.empty(1 + axes, plan.capacity, dtype=torch.float32, device=prob.device)
-    if plan.capacity:
-        _, height, columns = (1, 1, *plan.grid)[-3:]
-        apart = (1, *plan.grid)[-axes] + math.ceil(15 * sigma)  # exp(-15²/2) is nothing in float32
-        place_rows[(cdiv(plan.capacity, 512),)](
-            plan.token_index, prob, place, plan.cells, height, columns, apart, plan.capacity, AXES=axes, BLOCK=512
-        )
-    return place
+    window = torch.empty(blocks, 2, dtype=torch.int32, device=prob.device)
+    if blocks:
+        place_rows[(blocks,)](
+            plan.token_index, prob, plan.cu_seqlens, place, window, plan.batch_size, plan.cells, height, columns, apart,
+            reach, plan.capacity, AXES=axes, STEP=min(next_power_of_2(reach), 512), BLOCK_M=BLOCK_M, num_warps=1,
+        )  # fmt: skip
+    return place, window
 
 
-def smoothed(x, place, plan, sigma, backward=False):
-    """The smoothed rows (capacity, D) in float32; with `backward` (s, a)."""
+def smoothed(x, places, plan, sigma, backward=False):
+    """The smoothed rows (capacity, D) in float32; with `backward` (s, a). `places` from `placed`."""
     x = pointer_rows(x)
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     share = torch.empty(plan.capacity if backward else 0, dtype=torch.float32, device=x.device)
     if out.numel():
-        grid, scalars, launch = _launch(x, plan, sigma, x.dtype)
+        grid, launch = _launch(x, plan, x.dtype)
         smooth_forward[grid](
-            x, place, plan.token_index, plan.cu_seqlens, out, share, x.stride(0), *scalars, *x.shape,
+            x, *places, plan.cu_seqlens, out, share, x.stride(0), plan.batch_size, _falloff(sigma), *x.shape,
             BACKWARD=backward, PARTS=_parts(backward), **launch,
         )  # fmt: skip
     return (out, share) if backward else out
 
 
-def smoothed_backward(grad, share, dot, direct, x, place, plan, sigma):
+def smoothed_backward(grad, share, dot, direct, x, places, plan, sigma):
     """grad_x in x's dtype, and dp̃ in parts, (parts, capacity). `grad` G (capacity, D) in float32, and its G·s and
     G·(x - s)."""
     x = pointer_rows(x)
-    grid, scalars, launch = _launch(x, plan, sigma, grad.dtype)
+    grid, launch = _launch(x, plan, grad.dtype)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     partial = torch.empty(grid[1], plan.capacity, dtype=torch.float32, device=x.device)
     if grad_x.numel():
         smooth_backward[grid](
-            grad, share, dot, direct, x, place, plan.token_index, plan.cu_seqlens, grad_x, partial, x.stride(0),
-            *scalars, *x.shape, PARTS=_parts(backward=True), **launch,
+            grad, share, dot, direct, x, *places, plan.cu_seqlens, grad_x, partial, x.stride(0), plan.batch_size,
+            _falloff(sigma), *x.shape, PARTS=_parts(backward=True), **launch,
         )  # fmt: skip
     return grad_x, partial
+
+
+def _falloff(sigma):
+    """k = 2^(-falloff·|u|²)."""
+    return math.log2(math.e) / (2 * sigma**2)
 
 
 def _parts(backward):
@@ -229,20 +249,13 @@ def _parts(backward):
     return 0 if torch.version.hip else 3 if backward else 2
 
 
-def _launch(x, plan, sigma, operand):
-    """Grid, batch with the window's reach and fall-off, and the compile-time configuration for products with rows of
-    the dtype `operand`."""
-    # What is left out is below 2e-8 of the sum at 6σ, and below 5e-5, under half-precision rounding, at 4.5σ.
-    radius = math.ceil((6 if x.dtype == torch.float32 else 4.5) * sigma)
-    _, height, columns = (1, 1, *plan.grid)[-3:]
-    reach = min(radius * (sum({columns * height, columns, 1}) if len(plan.grid) == 3 else columns + 1), plan.cells)
+def _launch(x, plan, operand):
+    """Grid, and the compile-time configuration for products with rows of the dtype `operand`."""
     launch = {
         "AXES": max(len(plan.grid), 2),
-        "STEP": min(next_power_of_2(reach), 512),
-        "BLOCK_M": 32,
+        "BLOCK_M": BLOCK_M,
         "BLOCK_N": 16 if operand == torch.float32 else 32,  # with 32, a product in three parts takes every register
         "BLOCK_D": min(max(next_power_of_2(x.shape[1]), 16), 128),
         "num_warps": 4,
     }
-    grid = (cdiv(plan.capacity, launch["BLOCK_M"]), cdiv(x.shape[1], launch["BLOCK_D"]))
-    return grid, (plan.batch_size, reach, math.log2(math.e) / (2 * sigma**2)), launch
+    return (cdiv(plan.capacity, BLOCK_M), cdiv(x.shape[1], launch["BLOCK_D"])), launch
