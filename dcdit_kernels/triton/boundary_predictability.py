@@ -131,7 +131,7 @@ def channel_sums(
 @triton.jit
 def predictability_backward(
     x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, score_ptr, logit_ptr, along_ptr, level_ptr, out_ptr,
-    x_batch, x_channel, x_cell, channels, size, cells,
+    x_batch, x_channel, x_cell, channels, size, cells, out_batch, out_channel, out_cell,
     BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """dx = rstd·(dx̂ - mean(dx̂) - x̂·mean(dx̂·x̂)), the means of each group given."""
@@ -152,7 +152,7 @@ def predictability_backward(
     along = tl.load(along_ptr + group, mask=known, other=0.0)[:, None]
     level = tl.load(level_ptr + group, mask=known, other=0.0)[:, None]
     out = rstd[:, None] * (grad - level - x * along)
-    place = (image * channels + channel.to(tl.int64))[:, None] * cells + cell[None, :]
+    place = image * out_batch + channel.to(tl.int64)[:, None] * out_channel + cell.to(tl.int64)[None, :] * out_cell
     tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=known[:, None] & (cell[None, :] < cells))
 
 
@@ -211,9 +211,10 @@ class BoundaryPredictability:
             *common, sums, *shape, BLOCK_C=16, BLOCK_L=64, num_warps=4
         )  # fmt: skip
         means = (sums[:2] * parameters[0].float()).view(2, batch, groups, -1).sum(-1) / (channels // groups * cells)
-        grad_x = torch.empty(features.shape, dtype=x.dtype, device=x.device)
+        last = features.is_contiguous(memory_format=torch.channels_last)  # as the convolution before takes it
+        grad_x = torch.empty_like(features, memory_format=(torch.contiguous_format, torch.channels_last)[last])
         predictability_backward[(batch * cdiv(channels, 16), cdiv(cells, 64))](
-            *common, *means, grad_x, *shape, BLOCK_C=16, BLOCK_L=64, num_warps=4
+            *common, *means, grad_x, *shape, *grad_x.flatten(2).stride(), BLOCK_C=16, BLOCK_L=64, num_warps=4
         )  # fmt: skip
         shared = (*(part.sum(0) for part in sums), logit.sum().view(score_bias.shape))
         return grad_x, *(g.to(t.dtype) for g, t in zip(shared, inputs[1:], strict=True))
