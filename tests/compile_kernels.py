@@ -115,7 +115,7 @@ def launch_everything(dtype, grid, width, share):
 
 
 def compiled(function, signature, constants, attributes, options, target):
-    """What the compiler made: registers, spills, widths of loads, 64-bit products."""
+    """What the compiler made: registers, spills, widths of loads, 64-bit products, instructions of a warp."""
     if target.backend == "hip":
         # As the launcher chooses there.
         names = function.arg_names
@@ -129,7 +129,10 @@ def compiled(function, signature, constants, attributes, options, target):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage, code = (
+            subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
     ptx = kernel.asm["ptx"]
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
@@ -137,13 +140,26 @@ def compiled(function, signature, constants, attributes, options, target):
         "loads_16B": len(re.findall(r"ld\.global[^\n]*v4\.b32|ld\.global[^\n]*v2\.b64|cp\.async\.cg[^\n]*0x10", ptx)),
         "i64_products": wide,
         "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        **instructions(code),
     }
+
+
+def instructions(sass):
+    """How many a warp executes once, slow paths and padding counted, and of these how many its longest loop has."""
+    places = [int(place, 16) for place in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/", sass, re.M)]
+    jumps = re.findall(r"/\*([0-9a-f]{4,})\*/[^;]*\bBRA\b[^;]*0x([0-9a-f]+)", sass)
+    back = [(int(to, 16), int(place, 16)) for place, to in jumps if int(to, 16) < int(place, 16)]
+    loops = [sum(first <= place <= last for place in places) for first, last in back]
+    return {"instructions": len(places), "loop": max(loops, default=0)}
 
 
 def line(key, name):
     """The result of one launch for one target."""
     function, *launch, case = recorded[key]
-    return {"kernel": function.__name__, "case": case, "target": name} | compiled(function, *launch, TARGETS[name])
+    constants = {function.arg_names[index]: value for (index,), value in launch[1].items()}
+    row = {"kernel": function.__name__, "case": case, "target": name, "constants": constants}
+    return row | compiled(function, *launch, TARGETS[name])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Triton kernels of adaLN: LayerNorm, modulation and gated residual in one pass over the rows.
 
 Bytes for T rows of D elements of e bytes. Forward: adaln_modulate 2·T·D·e, gate_residual 3·T·D·e, fused 4·T·D·e.
-Backward: 3, 3 and 6·T·D·e. The modulators (B, D) and their partial sums are small beside them.
+Backward: 3, 4 and 6·T·D·e. The modulators (B, D) and their partial sums are small beside them.
 Statistics are recomputed in the backward, which holds the row in registers anyway.
 """
 
