@@ -84,7 +84,9 @@ class ConvStack(nn.Module):
         self.norm = RMSNorm(widths[-1], eps=1e-5)
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)  # as tokens lie, and as convolutions run best
+        # One layout throughout: on a CPU that of tokens, which suits convolutions; on a GPU GroupNorm would undo it.
+        last = torch.channels_last if x.device.type == "cpu" else torch.contiguous_format
+        x = x.contiguous(memory_format=last)
         for block in self.blocks:
             x = block(x, c)
         return self.norm(x.flatten(2).transpose(1, 2))

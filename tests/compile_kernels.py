@@ -76,7 +76,11 @@ def launch_everything(dtype, grid, width, share):
     residual = new(batch, cells, width, dtype=torch.float32)
     gate, shift, scale = new(batch, 6 * width).split(width, 1)[:3]
     channels = 8 * (width // 32)
-    features, vector = new(batch, channels, *grid, dtype=torch.float32), new(channels, dtype=torch.float32)
+    # Channels last, as the router's convolutions leave them.
+    features, vector = (
+        new(batch, *grid, channels, dtype=torch.float32).movedim(3, 1),
+        new(channels, dtype=torch.float32),
+    )
     q, kernel = new(batch, cells, width, dtype=torch.float32), new(width, 3, 3, dtype=torch.float32)
     cu = torch.tensor([0, cells, 2 * cells], dtype=torch.int32)
     packed_q = q.view(-1, width)

@@ -16,24 +16,24 @@ from ._rows import cdiv, next_power_of_2
 
 @triton.jit
 def group_statistics(
-    x_ptr, mean_ptr, rstd_ptr, x_batch, x_channel, x_cell, channels, size, cells, eps,
+    x_ptr, mean_ptr, rstd_ptr, x_batch, x_channel, x_cell, channels, SIZE: tl.constexpr, cells, eps,
     BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """Mean and 1/deviation of one group of one sample, block after block (Chan's update), in one reading."""
-    groups = channels // size
+    groups = channels // SIZE
     group = tl.program_id(0) % groups
     x_ptr += (tl.program_id(0) // groups).to(tl.int64) * x_batch
     mean = 0.0
     spread = 0.0
     seen = 0.0
-    for first in range(0, size, BLOCK_C):
+    for first in range(0, SIZE, BLOCK_C):
         channel = first + tl.arange(0, BLOCK_C)
         for start in range(0, cells, BLOCK_L):
             cell = start + tl.arange(0, BLOCK_L)
-            inside = (channel[:, None] < size) & (cell[None, :] < cells)
-            place = (group * size + channel).to(tl.int64)[:, None] * x_channel + cell.to(tl.int64)[None, :] * x_cell
+            inside = (channel[:, None] < SIZE) & (cell[None, :] < cells)
+            place = (group * SIZE + channel).to(tl.int64)[:, None] * x_channel + cell.to(tl.int64)[None, :] * x_cell
             x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-            count = tl.sum(inside.to(tl.float32))
+            count = (tl.minimum(SIZE - first, BLOCK_C) * tl.minimum(cells - start, BLOCK_L)).to(tl.float32)
             own = tl.div_rn(tl.sum(x), count)
             centred = tl.where(inside, x - own, 0.0)
             apart = own - mean
@@ -46,10 +46,12 @@ def group_statistics(
 
 
 @triton.jit
-def load_features(x_ptr, mean_ptr, rstd_ptr, image, channel, cell, x_batch, x_channel, x_cell, channels, size, cells):
+def load_features(
+    x_ptr, mean_ptr, rstd_ptr, image, channel, cell, x_batch, x_channel, x_cell, channels, SIZE: tl.constexpr, cells
+):  # fmt: skip
     """(x̂, rstd by channel): normalised features of a block (channels, cells), zero outside."""
     known = channel < channels
-    group = image * (channels // size) + channel // size
+    group = image * (channels // SIZE) + channel // SIZE
     mean = tl.load(mean_ptr + group, mask=known, other=0.0)
     rstd = tl.load(rstd_ptr + group, mask=known, other=0.0)
     inside = known[:, None] & (cell[None, :] < cells)
@@ -67,7 +69,7 @@ def channel_values(ptr, channel, channels):
 @triton.jit
 def predictability_score(
     x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, score_ptr, score_bias_ptr, grad_ptr, out_ptr,
-    x_batch, x_channel, x_cell, channels, size, cells,
+    x_batch, x_channel, x_cell, channels, SIZE: tl.constexpr, cells,
     BACKWARD: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """p of some cells of one sample; with BACKWARD the gradient of the logit instead."""
@@ -78,7 +80,7 @@ def predictability_score(
     for first in range(0, channels, BLOCK_C):
         channel = first + tl.arange(0, BLOCK_C)
         x, _ = load_features(
-            x_ptr, mean_ptr, rstd_ptr, image, channel, cell, x_batch, x_channel, x_cell, channels, size, cells
+            x_ptr, mean_ptr, rstd_ptr, image, channel, cell, x_batch, x_channel, x_cell, channels, SIZE, cells
         )
         weight = channel_values(weight_ptr, channel, channels)[:, None]
         normed = x * weight + channel_values(bias_ptr, channel, channels)[:, None]
@@ -96,7 +98,7 @@ def predictability_score(
 @triton.jit
 def channel_sums(
     x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, score_ptr, logit_ptr, sums_ptr,
-    x_batch, x_channel, x_cell, channels, size, cells,
+    x_batch, x_channel, x_cell, channels, SIZE: tl.constexpr, cells,
     BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """Sums over one sample's cells for some channels: gradients of norm_weight, norm_bias and score_weight."""
@@ -112,7 +114,7 @@ def channel_sums(
     for start in range(0, cells, BLOCK_L):
         cell = start + tl.arange(0, BLOCK_L)
         x, _ = load_features(
-            x_ptr, mean_ptr, rstd_ptr, image, channel, cell, x_batch, x_channel, x_cell, channels, size, cells
+            x_ptr, mean_ptr, rstd_ptr, image, channel, cell, x_batch, x_channel, x_cell, channels, SIZE, cells
         )
         logit = tl.load(logit_ptr + image * cells + cell, mask=cell < cells, other=0.0)[None, :]
         normed = x * weight + bias
@@ -131,7 +133,7 @@ def channel_sums(
 @triton.jit
 def predictability_backward(
     x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, score_ptr, logit_ptr, along_ptr, level_ptr, out_ptr,
-    x_batch, x_channel, x_cell, channels, size, cells, out_batch, out_channel, out_cell,
+    x_batch, x_channel, x_cell, channels, SIZE: tl.constexpr, cells, out_batch, out_channel, out_cell,
     BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """dx = rstd·(dx̂ - mean(dx̂) - x̂·mean(dx̂·x̂)), the means of each group given."""
@@ -140,7 +142,7 @@ def predictability_backward(
     channel = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     cell = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
     x, rstd = load_features(
-        x_ptr, mean_ptr, rstd_ptr, image, channel, cell, x_batch, x_channel, x_cell, channels, size, cells
+        x_ptr, mean_ptr, rstd_ptr, image, channel, cell, x_batch, x_channel, x_cell, channels, SIZE, cells
     )
     weight = channel_values(weight_ptr, channel, channels)[:, None]
     normed = x * weight + channel_values(bias_ptr, channel, channels)[:, None]
@@ -148,7 +150,7 @@ def predictability_backward(
     gate = tl.sigmoid(normed)
     grad = logit * channel_values(score_ptr, channel, channels)[:, None] * (gate * (1 + normed * (1 - gate))) * weight
     known = channel < channels
-    group = image * (channels // size) + channel // size
+    group = image * (channels // SIZE) + channel // SIZE
     along = tl.load(along_ptr + group, mask=known, other=0.0)[:, None]
     level = tl.load(level_ptr + group, mask=known, other=0.0)[:, None]
     out = rstd[:, None] * (grad - level - x * along)
@@ -169,7 +171,7 @@ def _statistics(x, groups, eps):
     mean, rstd = (torch.empty(batch, groups, dtype=torch.float32, device=x.device) for _ in range(2))
     block = min(next_power_of_2(size), 64)
     group_statistics[(batch * groups,)](
-        x, mean, rstd, *x.stride(), channels, size, cells, eps, BLOCK_C=block, BLOCK_L=4096 // block, num_warps=8
+        x, mean, rstd, *x.stride(), channels, size, cells, eps, BLOCK_C=block, BLOCK_L=8192 // block, num_warps=8
     )
     return mean, rstd
 
@@ -180,7 +182,7 @@ def _scores(x, statistics, parameters, grad, groups):
     out = torch.empty(batch, cells, dtype=torch.float32, device=x.device)
     predictability_score[(batch * cdiv(cells, 32),)](
         x, *statistics, *parameters, grad, out, *x.stride(), channels, channels // groups, cells,
-        BACKWARD=grad is not None, BLOCK_C=32, BLOCK_L=32, num_warps=4,
+        BACKWARD=grad is not None, BLOCK_C=64, BLOCK_L=32, num_warps=8,
     )  # fmt: skip
     return out
 
@@ -208,7 +210,7 @@ class BoundaryPredictability:
         sums = torch.empty(3, batch, channels, dtype=torch.float32, device=x.device)
         common = (x, *statistics, *parameters[:3], logit)
         channel_sums[(batch * cdiv(channels, 16),)](
-            *common, sums, *shape, BLOCK_C=16, BLOCK_L=64, num_warps=4
+            *common, sums, *shape, BLOCK_C=16, BLOCK_L=256, num_warps=8
         )  # fmt: skip
         means = (sums[:2] * parameters[0].float()).view(2, batch, groups, -1).sum(-1) / (channels // groups * cells)
         last = features.is_contiguous(memory_format=torch.channels_last)  # as the convolution before takes it
