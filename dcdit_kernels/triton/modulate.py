@@ -172,12 +172,13 @@ def _forward(x, y, gate, shift, scale, plan, eps):
     if x.numel():
         batch = (scale if gate is None else gate).shape[0]
         split = pieces(width, 16)
-        modulate_forward[(cdiv(x.shape[0], 4),)](
+        rows = min(4 * max(8 // split["PIECES"], 1), 16)  # more where they are narrow
+        modulate_forward[(cdiv(x.shape[0], rows),)](
             x, y, gate, shift, scale, mixed, out, None if plan is None else plan.sample_index,
             *(0 if t is None else t.stride(0) for t in (x, y, gate, shift, scale)),
             x.shape[0] // batch, x.shape[0], eps,
             GATE=gate is not None, NORM=scale is not None, PACKED=plan is not None,
-            ROWS=4, WIDTH=width, **split, num_warps=split["COLUMNS"] // 64,
+            ROWS=rows, WIDTH=width, **split, num_warps=split["COLUMNS"] // 64,
         )  # fmt: skip
     return tuple(None if t is None else t.view(shape) for t in (mixed, out))
 
