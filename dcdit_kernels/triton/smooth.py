@@ -89,8 +89,8 @@ def kernel_weight(place_ptr, row, key, live, high, capacity, falloff, AXES: tl.c
 
 @triton.jit
 def add_product(total, weight, x, PARTS: tl.constexpr):
-    """total + weight @ x on tensor cores. A float32 x in three TF32 products. A half-precision x, which is exact there,
-    with the weights as a sum of PARTS numbers of its dtype."""
+    """total + weight @ x. On tensor cores a float32 x takes three TF32 products; a half-precision x is exact there, and
+    the weights are a sum of PARTS numbers of its dtype. In float32 throughout where PARTS is 0."""
     if PARTS == 0:
         total = tl.dot(weight, x.to(tl.float32), total, input_precision="ieee")
     elif x.dtype == tl.float32:
