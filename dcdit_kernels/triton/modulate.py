@@ -29,7 +29,7 @@ def normalise(xs, live, eps, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
             apart = tl.where((i * COLUMNS + tl.arange(0, COLUMNS) < WIDTH)[None, :], apart, 0.0)
         squares += apart * apart
         centred += (apart,)
-    rstd = tl.where(live, tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, 1) / WIDTH + eps)), 0.0)[:, None]
+    rstd = tl.where(live, tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, 1) * (1.0 / WIDTH) + eps)), 0.0)[:, None]
     normed = ()
     for i in tl.static_range(len(xs)):
         normed += (centred[i] * rstd,)
@@ -137,8 +137,8 @@ def modulate_backward(
                 along += inner * normed[i]
                 inners += (inner,)
             shift_sums, scale_sums = shifts, scales
-            level = (tl.sum(level, 1) / WIDTH)[:, None]
-            along = (tl.sum(along, 1) / WIDTH)[:, None]
+            level = (tl.sum(level, 1) * (1.0 / WIDTH))[:, None]  # the compiler's own division is off by 2⁻²²
+            along = (tl.sum(along, 1) * (1.0 / WIDTH))[:, None]
         sums = ()
         for i in tl.static_range(PIECES):
             column = i * COLUMNS + tl.arange(0, COLUMNS)
