@@ -43,9 +43,9 @@ def pieces(width: int, most: int, least: int = 128) -> dict[str, int]:
 
 
 @triton.jit
-def load_rows(ptr, row, stride, column, live, WIDTH: tl.constexpr):
+def load_rows(ptr, row, stride, column, live, width):
     """Columns of rows (int64) in float32, zero outside and in rows that are not live."""
-    mask = live[:, None] & (column < WIDTH)[None, :]
+    mask = live[:, None] & (column < width)[None, :]
     return tl.load(ptr + row[:, None] * stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
@@ -56,10 +56,10 @@ def load_columns(ptr, column, width):
 
 
 @triton.jit
-def store_rows(ptr, row, column, values, live, WIDTH: tl.constexpr):
+def store_rows(ptr, row, column, values, live, width):
     """Columns of live rows (int64) of a contiguous tensor, in its dtype."""
-    mask = live[:, None] & (column < WIDTH)[None, :]
-    tl.store(ptr + row[:, None] * WIDTH + column[None, :], values.to(ptr.dtype.element_ty), mask=mask)
+    mask = live[:, None] & (column < width)[None, :]
+    tl.store(ptr + row[:, None] * width + column[None, :], values.to(ptr.dtype.element_ty), mask=mask)
 
 
 def segments(batch: int, total: int, longest: int, least: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._rows import load_columns, pieces, pointer_rows, row_tile
+from ._rows import load_columns, load_rows, pieces, pointer_rows, row_tile, store_rows
 from .confidence import clamp_confidence, prob_gradient
 from .ema import scan, scan_backward
 from .smooth import placed, smoothed, smoothed_backward
@@ -25,16 +25,11 @@ def plug_forward(
     """out[c] = rows[nearest[c]] + residual[c]; the residual alone where no row refills the cell."""
     cell = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (cell[:, None] < total) & (column[None, :] < width)
     row = tl.load(nearest_ptr + cell, mask=cell < total, other=-1).to(tl.int64)
-    out = tl.load(
-        rows_ptr + row[:, None] * rows_stride + column[None, :], mask=(row[:, None] >= 0) & inside, other=0.0
-    ).to(tl.float32)
+    out = load_rows(rows_ptr, row, rows_stride, column, row >= 0, width)
     if residual_ptr is not None:
-        out += tl.load(
-            residual_ptr + cell[:, None] * residual_stride + column[None, :], mask=inside, other=0.0
-        ).to(tl.float32)  # fmt: skip
-    tl.store(out_ptr + cell[:, None] * width + column[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+        out += load_rows(residual_ptr, cell, residual_stride, column, cell < total, width)
+    store_rows(out_ptr, cell, column, out, cell < total, width)
 
 
 @triton.jit
