@@ -200,13 +200,13 @@ def placed(prob, plan, sigma, dtype):
     apart = (1, *plan.grid)[-axes] + math.ceil(15 * sigma)  # exp(-15²/2) is nothing in float32
     blocks = cdiv(plan.capacity, BLOCK_M)
     place = torch.empty(1 + axes, plan.capacity, dtype=torch.float32, device=prob.device)
-    window = torch.empty(blocks, 2, dtype=torch.int32, device=prob.device)
+    windows = torch.empty(blocks, 2, dtype=torch.int32, device=prob.device)
     if blocks:
         place_rows[(blocks,)](
-            plan.token_index, prob, plan.cu_seqlens, place, window, plan.batch_size, plan.cells, height, columns, apart,
-            reach, plan.capacity, AXES=axes, STEP=min(next_power_of_2(reach), 512), BLOCK_M=BLOCK_M, num_warps=1,
+            plan.token_index, prob, plan.cu_seqlens, place, windows, plan.batch_size, plan.cells, height, columns,
+            apart, reach, plan.capacity, AXES=axes, STEP=min(next_power_of_2(reach), 512), BLOCK_M=BLOCK_M, num_warps=1,
         )  # fmt: skip
-    return place, window
+    return place, windows
 
 
 def smoothed(x, places, plan, sigma, backward=False):
@@ -215,7 +215,7 @@ def smoothed(x, places, plan, sigma, backward=False):
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     share = torch.empty(plan.capacity if backward else 0, dtype=torch.float32, device=x.device)
     if out.numel():
-        grid, launch = _launch(x, plan, x.dtype)
+        grid, launch = _launch(x, places, x.dtype)
         smooth_forward[grid](
             x, *places, plan.cu_seqlens, out, share, x.stride(0), plan.batch_size, _falloff(sigma), *x.shape,
             BACKWARD=backward, PARTS=_parts(backward), **launch,
@@ -227,7 +227,7 @@ def smoothed_backward(grad, share, dot, direct, x, places, plan, sigma):
     """grad_x in x's dtype, and dp̃ in parts, (parts, capacity). `grad` G (capacity, D) in float32, and its G·s and
     G·(x - s)."""
     x = pointer_rows(x)
-    grid, launch = _launch(x, plan, grad.dtype)
+    grid, launch = _launch(x, places, grad.dtype)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     partial = torch.empty(grid[1], plan.capacity, dtype=torch.float32, device=x.device)
     if grad_x.numel():
@@ -249,13 +249,13 @@ def _parts(backward):
     return 0 if torch.version.hip else 3 if backward else 2
 
 
-def _launch(x, plan, operand):
+def _launch(x, places, operand):
     """Grid, and the compile-time configuration for products with rows of the dtype `operand`."""
     launch = {
-        "AXES": max(len(plan.grid), 2),
+        "AXES": len(places[0]) - 1,
         "BLOCK_M": BLOCK_M,
         "BLOCK_N": 16 if operand == torch.float32 else 32,  # with 32, a product in three parts takes every register
         "BLOCK_D": min(max(next_power_of_2(x.shape[1]), 16), 128),
         "num_warps": 4,
     }
-    return (cdiv(plan.capacity, BLOCK_M), cdiv(x.shape[1], launch["BLOCK_D"])), launch
+    return (cdiv(x.shape[0], BLOCK_M), cdiv(x.shape[1], launch["BLOCK_D"])), launch
