@@ -58,5 +58,5 @@ def boundary_predictability(
     """See `dcdit_kernels.boundary_predictability`."""
     dtype = accumulate_dtype(features)
     normed = F.group_norm(features.to(dtype), groups, norm_weight.to(dtype), norm_bias.to(dtype), eps)
-    logit = score_weight.to(dtype) @ F.silu(normed).flatten(2) + score_bias.to(dtype)
-    return force_ends(torch.sigmoid(logit))
+    logit = F.conv2d(F.silu(normed), score_weight.to(dtype)[None, :, None, None], score_bias.to(dtype).view(1))
+    return force_ends(torch.sigmoid(logit).flatten(1))
