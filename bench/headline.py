@@ -17,7 +17,7 @@ from dcdit.flops import dcdit_flops
 
 from .cases import Case
 from .measure import build
-from .models import kept_tokens
+from .models import kept_tokens, products
 from .problem import Tensors
 from .timing import ratios
 
@@ -44,7 +44,7 @@ def component_times(case: Case, device: str, rounds: int = 5) -> dict[str, float
     net, inputs = shipped(case, device)
     marks: list[tuple[str, object]] = []
     taken: dict[str, list[float]] = {}
-    with torch.no_grad(), marked(net, marks, device):
+    with torch.no_grad(), marked(net, marks, device), products(case.torch_dtype):
         for number in range(rounds + 1):
             marks.clear()
             marks.append(("begin", stamp(device)))

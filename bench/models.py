@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from dcdit import DCDiT
 from dcdit.diffusion import ratio_loss
 from dcdit.flops import dcdit_flops, dit_flops
 from dcdit.plain_dit import PlainDiT
+from dcdit.precision import float32_products
 from dcdit_kernels import use_backend
 
 from .baselines.model import dcdit_forward, dit_block
@@ -156,6 +158,11 @@ def model_problem(case: Case, device: str, compiled: bool) -> Problem:
     return Problem(task.inputs, variants, families, work, reduction, clock="wall", gflop=gflop)
 
 
+def products(dtype: torch.dtype) -> AbstractContextManager[None]:
+    """As training and sampling have it in half precision: a GPU computes the residual path in TF32."""
+    return float32_products("high" if dtype.itemsize < 4 else None)
+
+
 class Forward:
     """One forward pass."""
 
@@ -167,7 +174,8 @@ class Forward:
         self.inputs: Tensors = (x, t, torch.randint(config.num_classes, (case.batch,), device=device))
 
     def run(self, nets: Nets, predict: Callable, x, t, y) -> torch.Tensor:
-        return predict(nets[x.dtype], x, t, y, self.case.drop_fraction)
+        with products(x.dtype):
+            return predict(nets[x.dtype], x, t, y, self.case.drop_fraction)
 
     def step(self, nets: Nets, predict: Callable) -> Callable[[], object] | None:
         return None
@@ -211,9 +219,10 @@ class Train(Forward):
             net = nets[torch.float32]
             if not state:
                 state["optimizer"] = torch.optim.AdamW(net.parameters(), lr=0.0, weight_decay=0.0, fused=True)
-            with torch.autocast(self.device, torch.bfloat16, enabled=mixed):
-                loss = self.loss(net, predict, x, t, y)
-            loss.backward()
+            with products(self.case.torch_dtype):
+                with torch.autocast(self.device, torch.bfloat16, enabled=mixed):
+                    loss = self.loss(net, predict, x, t, y)
+                loss.backward()
             state["optimizer"].step()
             state["optimizer"].zero_grad()
 
@@ -239,7 +248,8 @@ class Sample(Forward):
         channels, labels = x.shape[1], torch.cat([y, torch.full_like(y, self.case.config.num_classes)])
         for step in range(self.steps):
             t = torch.full((2 * len(y),), 1000 * (1 - step / self.steps), device=x.device)
-            out = predict(nets[x.dtype], torch.cat([x, x]), t, labels, self.drop_fraction)[:, :channels]
+            with products(x.dtype):
+                out = predict(nets[x.dtype], torch.cat([x, x]), t, labels, self.drop_fraction)[:, :channels]
             cond, uncond = out.chunk(2)
             x = x - (uncond + GUIDANCE * (cond - uncond)) / self.steps
         return x

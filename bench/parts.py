@@ -12,6 +12,7 @@ from dcdit_kernels import chunk, dechunk, plan_chunks
 from .cases import Case
 from .headline import between, stamp
 from .measure import build
+from .models import products
 from .operators import routed_prob
 
 
@@ -25,24 +26,31 @@ def training_parts(case: Case, device: str, step_s: float, rounds: int = 5) -> d
     config = net.config
     grid, width, cells = config.input_size, config.hidden_size, case.side**2
 
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=device, requires_grad=True)
+    def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype, requires_grad=True)
 
-    c, x, h = draw(case.batch, width), draw(case.batch, config.in_channels, *grid), draw(case.batch, cells, width)
+    # In the dtypes that they have in a step: autocast leaves the router and the residual path in float32.
+    c, x = draw(case.batch, width), draw(case.batch, config.in_channels, *grid)
+    h, wide = draw(case.batch, cells, width, dtype=case.torch_dtype), draw(case.batch, cells, width)
     prob = routed_prob(case, device).clone().requires_grad_()
     plan = plan_chunks(prob, grid, case.drop_fraction)
-    tokens, image = draw(plan.capacity, width), h.transpose(1, 2).unflatten(2, grid)
+    tokens, image = draw(plan.capacity, width, dtype=case.torch_dtype), h.transpose(1, 2).unflatten(2, grid)
+
+    @torch.autocast(device, enabled=False)
+    def score() -> tuple[torch.Tensor, torch.Tensor]:
+        return net.router.inner(wide), net.residual_proj(wide)
+
     parts = {
         "encoder": lambda: net.encoder(net.stem(x), c),
-        "router": lambda: (net.router.inner(h), net.residual_proj(h)),
+        "router": score,
         "plan": lambda: plan_chunks(prob, grid, case.drop_fraction),
         "chunk": lambda: chunk(h, plan, net.pos_embed),
         "main": lambda: net.main(tokens, c, plan),
-        "dechunk": lambda: dechunk(tokens, prob, plan, h, config.sigma),
+        "dechunk": lambda: dechunk(tokens, prob, plan, wide, config.sigma),
         "decoder": lambda: net.final(net.decoder(image, c), c),
     }
     mixed = case.torch_dtype != torch.float32
-    with torch.autocast(device, torch.bfloat16, enabled=mixed):
+    with torch.autocast(device, torch.bfloat16, enabled=mixed), products(case.torch_dtype):
         times = {name: _seconds(part, device, rounds) for name, part in parts.items()}
     times["rest"] = max(0.0, step_s - sum(times.values()))
     return {name: float(f"{seconds:.4g}") for name, seconds in times.items()}

@@ -21,6 +21,7 @@ from .config import DCDiTConfig, check_keys
 from .errors import CheckpointError, ConfigError
 from .flops import dcdit_flops
 from .model import DCDiT, Routing
+from .precision import float32_products
 
 # The objective that each scheduler integrates; the first of an objective is what "auto" takes.
 SCHEDULERS = {"flow-euler": "flow", "ddpm": "ddpm", "ddim": "ddpm", "dpm-solver++": "ddpm"}
@@ -147,7 +148,7 @@ def sample(
         uncond_drop_fraction: likewise for the unconditional half (Lite-CFG, arXiv 2603.06351); None: the same.
         seed, indices: image i draws from (seed, indices[i]); the indices are 0 to N − 1 by default.
         clip: clamp the predicted x_0 of "ddpm" and "ddim" to [−1, 1], for codecs whose latents are pixels.
-        precision: run the model under autocast to this dtype.
+        precision: run the model under autocast to this dtype, its float32 products in TF32.
         callback: called with a Step before each update.
 
     Raises ConfigError for a class id outside [0, num_classes), ρ outside [0, 1), or a scheduler that does not fit.
@@ -174,7 +175,8 @@ def sample(
     tokens = torch.empty(len(budgets), steps, count)
     seconds = torch.zeros(steps)
     # Around the autocast of each step, so that what it casts the weights to lives until the last.
-    with torch.autocast(next(model.parameters()).device.type, enabled=False):
+    whole = torch.autocast(next(model.parameters()).device.type, enabled=False)
+    with whole, float32_products(precision and "high"):
         for start in range(0, count, batch_size):
             part = slice(start, start + batch_size)
             # A scheduler for each batch: multistep ones keep state.

@@ -16,6 +16,7 @@ from .data import make_source
 from .diffusion import make_objective, ratio_loss
 from .errors import ConfigError, DataError, DCDiTError
 from .model import DCDiT, Routing
+from .precision import float32_products
 from .stream import TrainingStream, batches, draw_drop_fraction
 from .train_config import OptimConfig, TrainConfig
 from .train_state import EMA, Metrics, load_state, save_state
@@ -119,7 +120,8 @@ class Trainer:
         start, since, since_step = time.monotonic(), time.monotonic(), self.step
         saved = self.step
         bar = tqdm(initial=self.step, total=config.steps, unit="step", disable=not main, dynamic_ncols=True)
-        with contextlib.closing(bar):
+        products = float32_products("high" if config.precision == "bf16" else None)
+        with contextlib.closing(bar), products:
             for batch in batches(self.stream, self.step, config.steps, rank, self.ranks, workers):
                 values = self._guarded_step(batch)
                 self.step += 1

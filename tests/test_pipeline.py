@@ -185,6 +185,14 @@ def test_parts_keep_their_precision_and_oblong_sizes(tmp_path):
     torch.testing.assert_close(out.float(), model(x, t, y).sample, rtol=0, atol=0.1)
 
 
+@pytest.mark.parametrize(("dtype", "products"), [(torch.float32, "highest"), (torch.bfloat16, "high")])
+def test_products_in_float32_may_be_tf32_beside_half_precision(dtype, products):
+    model, seen = transformer().to(dtype), []
+    model.register_forward_pre_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    quiet(DCDiTPipeline(model, DDIMScheduler()))([3], num_inference_steps=2, output_type="latent")
+    assert seen == [products] * 2 and torch.get_float32_matmul_precision() == "highest"
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

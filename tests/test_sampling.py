@@ -219,6 +219,15 @@ def test_weights_are_cast_once(flow):
     assert len(seen) > 10 and len(seen) == len(set(seen))
 
 
+def test_products_in_float32_may_be_tf32_beside_half_precision(flow):
+    seen = []
+    hook = flow.register_forward_pre_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    for precision in (None, torch.bfloat16, torch.float16):
+        sample(flow, [0], objective="flow", steps=1, precision=precision)
+    hook.remove()
+    assert seen == ["highest", "high", "high"] and torch.get_float32_matmul_precision() == "highest"
+
+
 def test_a_short_list_gives_each_number_an_equal_share_of_the_steps():
     timesteps = torch.linspace(1000, 100, 5)
     table = drop_table([0.6, 0.0], timesteps, 2)

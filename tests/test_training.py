@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from dcdit.checkpoints import load_checkpoint
 from dcdit.cli import main
 from dcdit.data import Digits
-from dcdit.diffusion import FlowMatching
+from dcdit.diffusion import FlowMatching, ratio_loss
 from dcdit.model import DCDiT
 from dcdit.stream import TrainingStream, batches, draw_drop_fraction
 from dcdit.train_config import OptimConfig, load_config
@@ -178,14 +178,21 @@ def test_two_processes_give_the_losses_of_one(whole, tiny, tmp_path):
 def test_bf16_channels_last_and_tracing_change_rounding_only(tiny, tmp_path, monkeypatch):
     """The compiler's back-end takes minutes on a CPU, so torch.compile only traces here."""
     plain = run(tiny, tmp_path / "plain", "steps=3")
-    compiler = torch.compile
+    compiler, products = torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda model, **options: compiler(model, backend="eager", **options))
+
+    def watched(*args):
+        products.append(torch.get_float32_matmul_precision())
+        return ratio_loss(*args)
+
+    monkeypatch.setattr("dcdit.training.ratio_loss", watched)
     for options, tolerance in ((["precision=bf16", "channels_last=true"], 0.02), (["compile=true"], 1e-6)):
         AcceleratorState._reset_state(reset_partial_state=True)
         output = tmp_path / options[0]
         for line, expected in zip(run(tiny, output, "steps=3", *options), plain, strict=True):
             assert line["loss"] == pytest.approx(expected["loss"], rel=tolerance)
         assert all(v.dtype == torch.float32 for v in load_checkpoint(output / "model")[0].state_dict().values())
+    assert products == ["high"] * 3 + ["highest"] * 3  # TF32 beside bfloat16 alone
 
 
 def test_ddpm_with_learned_variance_trains(tiny, tmp_path):

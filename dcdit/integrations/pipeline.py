@@ -14,6 +14,7 @@ from diffusers.schedulers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..errors import ConfigError
+from ..precision import float32_products
 from ..sampling import DropFraction, drop_table
 from .transformer import DCDiTTransformer2DModel
 
@@ -99,7 +100,8 @@ class DCDiTPipeline(DiffusionPipeline):
         options = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         whole = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
 
-        with self.progress_bar(total=len(timesteps)) as bar:
+        products = float32_products("high" if self.transformer.dtype.itemsize < 4 else None)
+        with products, self.progress_bar(total=len(timesteps)) as bar:
             for i, t in enumerate(timesteps):
                 x = torch.cat([latents, latents]) if self.do_classifier_free_guidance else latents
                 x = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
