@@ -21,6 +21,7 @@ from .baselines.model import dcdit_forward, dit_block
 from .cases import Case
 from .operators import routed_prob
 from .problem import Family, Problem, Tensors, Variant, Work
+from .replay import Replay
 
 SAMPLING_STEPS = {"cpu": 4, "cuda": 8}
 UNCOND_DROP = 0.9  # ρ of the unconditional half of Lite-CFG
@@ -90,6 +91,11 @@ def predict_dcdit(net: DCDiT, x, t, y, drop_fraction, routed: bool = False):
     return out, routing.boundary_prob
 
 
+def predict_fixed(capacity: int, net: DCDiT, x, t, y, drop_fraction):
+    """The model as shipped with a given number of packed rows, for which the host need not wait."""
+    return net(x, t, y, drop_fraction, capacity=capacity)
+
+
 def predict_reference(net: DCDiT, *args, **kwargs):
     """The model as shipped on the reference operators."""
     with use_backend("reference"):
@@ -137,6 +143,10 @@ def model_problem(case: Case, device: str, compiled: bool) -> Problem:
         networks["plain compiled"] = nets, functools.partial(predict_plain, block=block)
         networks["dcdit compiled"] = Nets(nets.master, compile_parts), predict_dcdit
         networks["DiT/2 compiled"] = Nets(master, compile_parts), predict_dit
+    if device == "cuda" and case.group == "forward":
+        capacity = case.batch * kept_tokens(case, case.drop_fraction)
+        networks["dcdit graph"] = nets, Replay(functools.partial(predict_fixed, capacity))
+        networks["DiT/2 graph"] = networks["DiT/2"][0], Replay(predict_dit)
     task = {"forward": Forward, "train": Train, "sample": Sample}[case.group](case, device)
     runs = {name: functools.partial(task.run, *network) for name, network in networks.items()}
     variants = {

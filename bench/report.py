@@ -227,18 +227,25 @@ def operator_table(entries: list[dict], rates: dict) -> str:
 
 def model_table(entries: list[dict], rates: dict) -> str:
     """Time and FLOPs over the plain DiT's, and the part of the FLOPs saved that became time saved."""
-    others = present(entries, ("plain", "dcdit reference", "plain compiled", "dcdit compiled", "DiT/2 compiled"))
+    others = ("plain", "dcdit reference", "plain compiled", "dcdit compiled", "DiT/2 compiled")
+    others = present(entries, (*others, "dcdit graph", "DiT/2 graph"))
     head = ["size", "kept", "ρ", "DiT/2", "FLOPs", "dcdit", "realised saving"]
     head += [name.replace("plain", "plain operators") for name in others]
+    head += ["realised saving of graphs"] * ("dcdit graph" in others)
     rows = []
     for entry in entries:
         case, won = entry["case"], saving(entry)
         row = [size(entry), f"{case['share']:g}", f"{case['drop_fraction']:g}"]
         row += [milliseconds(entry["variants"].get("DiT/2")), f"{won['flops']:.2f}" if won else "–"]
-        realised = won and won["realised"]
-        row += [ratio_cell(entry, "dcdit"), "–" if realised is None else f"{realised:.2f}"]
-        rows.append(row + [ratio_cell(entry, name) for name in others])
+        row += [ratio_cell(entry, "dcdit"), realised(won)] + [ratio_cell(entry, name) for name in others]
+        row += [realised(saving(entry, "dcdit graph", "DiT/2 graph"))] * ("dcdit graph" in others)
+        rows.append(row)
     return table(head, rows)
+
+
+def realised(won: dict | None) -> str:
+    """Time saved over FLOPs saved, of `saving`."""
+    return "–" if won is None or won["realised"] is None else f"{won['realised']:.2f}"
 
 
 def component_table(entries: list[dict]) -> str:

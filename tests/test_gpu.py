@@ -169,6 +169,13 @@ def test_model_in_a_graph():
     assert_replays(lambda x, t, y: net(x, t, y, 0.2, capacity=784), inputs, rtol=1e-2, atol=1e-2)
 
 
+def test_model_case():
+    """Every variant of a forward pass that is timed, replayed graphs among them, within its budget."""
+    problem = build(Case("forward", "digits", 14, 2, drop_fraction=0.5, dtype="bfloat16"), DEVICE)
+    assert {"dcdit graph", "DiT/2 graph"} <= problem.variants.keys()
+    assert not {name: reason for name, reason in check(problem).items() if reason}
+
+
 @pytest.mark.parametrize("drop_fraction", [0.0, 0.5])
 def test_model_equals_cpu(drop_fraction):
     """The digits model in float32 gives on the GPU what it gives on the CPU."""
