@@ -129,7 +129,7 @@ def prepare(case: Case, device: str) -> tuple[str, Callable[[], float]]:
     wrong = check(problem)[name]
     if wrong:
         raise ValueError(wrong)
-    syncs = count(make_call(problem.variants[name], problem.inputs, problem.backward), device, False)["syncs"]
+    syncs = count(make_call(problem.variants[name], problem.inputs, problem.backward), device)["syncs"]
     return name, clock_of(problem, name, device, syncs)[0]
 
 

@@ -1,9 +1,10 @@
-"""Triton's interpreter with a GPU's arithmetic: bfloat16 rounded to nearest even, TF32, approximate division and roots.
+"""Triton's interpreter with a GPU's arithmetic: bfloat16 rounded to nearest even, tensor cores, approximate division.
 
 The interpreter holds bfloat16 as integers: it cuts where it should round, and adds the integers where a kernel adds
-without a cast to float32, which no comparison with float64 survives. Its tl.dot is always float32; tensor cores that
-are asked for TF32 read the first 10 of the 23 bits, and for TF32x3 multiply what is rounded to them and what that left.
-PTX's div.full, sqrt.approx and ex2.approx are off by up to 2⁻²²: here by anything within that, always the same.
+without a cast to float32, which no comparison with float64 survives. Its tl.dot is always float32; tensor cores asked
+for TF32 read the first 10 of 23 bits, and they add the products of one instruction to the sum at a time, cutting
+what float32 does not hold (Fasi et al., PeerJ Computer Science 7:e330). PTX's div.full, sqrt.approx and ex2.approx are
+off by up to 2⁻²²: here by anything within that, always the same.
 """
 
 from contextlib import ExitStack, contextmanager
@@ -27,7 +28,7 @@ def gpu_arithmetic():
         yield
         return
     builder = interpreter.interpreter_builder
-    cast, dot = builder.cast_impl, builder.create_dot
+    cast, exact_dot = builder.cast_impl, builder.create_dot
     random = np.random.default_rng(0)
 
     def approximate(exact):
@@ -44,32 +45,31 @@ def gpu_arithmetic():
         rounded = torch.tensor(source.data).bfloat16().view(torch.uint16).numpy()
         return interpreter.TensorHandle(rounded, tl.bfloat16)
 
-    def parts(t):
-        """t and what is left of it, each rounded to TF32."""
-        high = tf32(t, rounded=True)
-        return high, tf32(interpreter.TensorHandle(t.data - high.data, t.dtype), rounded=True)
-
-    def tensor_core(a, b, total, precision, *rest):
-        if a.dtype != tl.float32:  # products of half-precision numbers are exact in float32
-            return dot(cast(a, tl.float32), cast(b, tl.float32), total, precision, *rest)
-        if precision == ir.INPUT_PRECISION.TF32:
-            return dot(tf32(a), tf32(b), total, precision, *rest)
-        if precision == ir.INPUT_PRECISION.TF32x3:
-            (a, a_low), (b, b_low) = parts(a), parts(b)
-            small = dot(a, b_low, dot(a_low, b, total, precision, *rest), precision, *rest)
-            return dot(a, b, small, precision, *rest)
-        return dot(a, b, total, precision, *rest)
+    def dot(a, b, total, precision, *rest):
+        if a.dtype == tl.float32 and precision == ir.INPUT_PRECISION.IEEE:  # no tensor core
+            return exact_dot(a, b, total, precision, *rest)
+        assert a.dtype != tl.float32 or precision == ir.INPUT_PRECISION.TF32, precision
+        read, deep = (tf32, 8) if a.dtype == tl.float32 else (lambda t: cast(t, tl.float32).data, 16)
+        left, right, out = read(a), read(b), total.data
+        for k in range(0, left.shape[1], deep):  # as many products as one mma.sync adds
+            out = cut(out + left[:, k : k + deep].astype(np.float64) @ right[k : k + deep])
+        return interpreter.TensorHandle(out, total.dtype)
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(_triton_support, "INTERPRETED_WRONGLY", ()))
         stack.enter_context(patch.object(builder, "cast_impl", rounded_cast))
-        stack.enter_context(patch.object(builder, "create_dot", tensor_core))
+        stack.enter_context(patch.object(builder, "create_dot", dot))
         for name in APPROXIMATE:
             stack.enter_context(patch.object(builder, name, approximate(getattr(builder, name))))
         yield
 
 
-def tf32(t, rounded=False):
-    """The first 10 bits of the fraction: cut, as tensor cores do, or rounded, half away from zero."""
-    bits = t.data.view(np.uint32) + (0x1000 if rounded else 0)
-    return interpreter.TensorHandle((bits & 0xFFFFE000).astype(np.uint32).view(np.float32), t.dtype)
+def tf32(t):
+    """The first 10 bits of the fraction."""
+    return (t.data.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def cut(x):
+    """float64 as float32, towards zero."""
+    near = x.astype(np.float32)
+    return np.where(abs(near) > abs(x), np.nextafter(near, np.float32(0)), near)

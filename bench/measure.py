@@ -38,8 +38,8 @@ def gate(case: Case, device: str, compiled: bool) -> tuple[Case, dict[str, str |
 def measure(case: Case, device: str, compiled: bool, rounds: int, seconds: float) -> dict:
     """Samples in seconds of each variant that passed the gate, and what it moved and computed.
 
-    `compiled` adds the compiled baselines and, on a GPU, counts launches. Each entry of "variants" has a "status": ok,
-    failed (with "reason"; no time) or absent (with "reason").
+    `compiled` adds the compiled baselines. Each entry of "variants" has a "status": ok, failed (with "reason"; no time)
+    or absent (with "reason").
     """
     gated, verdicts = gate(case, device, compiled)
     problem = build(case, device, compiled)
@@ -49,7 +49,7 @@ def measure(case: Case, device: str, compiled: bool, rounds: int, seconds: float
         try:
             if wrong is None:
                 call = timing.make_call(problem.variants[name], problem.inputs, problem.backward)
-                counts[name] = count(call, device, launches=compiled)
+                counts[name] = count(call, device)
                 clocks[name] = timing.clock_of(problem, name, device, counts[name]["syncs"])
         except Exception as error:  # too large for this machine, say: the others go on
             wrong = one_line(error)
@@ -74,8 +74,9 @@ def measure(case: Case, device: str, compiled: bool, rounds: int, seconds: float
     }
 
 
-def count(call: Callable[[], object], device: str, launches: bool) -> dict[str, int | None]:
-    """Of one warm call: peak bytes on top of its inputs; on a GPU also waits of the host and launches (profiled)."""
+def count(call: Callable[[], object], device: str) -> dict[str, int | None]:
+    """Of one warm call: peak bytes on top of its inputs; on a GPU also waits of the host. Launches are for
+    `count_launches`."""
     call()
     if device == "cpu":
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
@@ -91,7 +92,7 @@ def count(call: Callable[[], object], device: str, launches: bool) -> dict[str, 
     before = torch.cuda.memory_allocated()
     syncs = host_waits(call)
     peak = torch.cuda.max_memory_allocated() - before
-    return {"peak_bytes": peak, "launches": kernels(call) if launches else None, "syncs": syncs}
+    return {"peak_bytes": peak, "launches": None, "syncs": syncs}
 
 
 def host_waits(call: Callable[[], object]) -> int:
@@ -105,6 +106,17 @@ def host_waits(call: Callable[[], object]) -> int:
             torch.cuda.set_sync_debug_mode("default")
     # Switching the mode on warns as well, in other words.
     return sum("called a synchronizing" in str(w.message) for w in caught)
+
+
+def count_launches(entry: dict, compiled: bool) -> None:
+    """Add to the result of a case on a GPU what each variant launches. Apart from `measure`, because a profiler that
+    has run may slow what comes after it."""
+    problem = build(Case(**entry["case"]), "cuda", compiled)
+    for name, variant in entry["variants"].items():
+        if variant["status"] == "ok":
+            call = timing.make_call(problem.variants[name], problem.inputs, problem.backward)
+            call()
+            variant["launches"] = kernels(call)
 
 
 def kernels(call: Callable[[], object]) -> int:

@@ -197,7 +197,7 @@ def attention_problem(case: Case, device: str, compiled: bool) -> Problem:
 
     def ours(backend: str, qkv: torch.Tensor) -> torch.Tensor:
         cu, longest = plan.cu_seqlens, plan.max_seqlen
-        return K.varlen_attention(*qkv.unbind(1), cu, cu, longest, longest, backend=backend)
+        return K.varlen_attention(*qkv.unbind(1), cu, cu, longest, longest, exact=plan.exact, backend=backend)
 
     flops = 4 * pairs * config.hidden_size * (3.5 if case.backward else 1)
     work = Work(qkv.nbytes * (4 / 3 + 8 / 3 * case.backward), flops, plan.capacity)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .cases import GROUPS, compiled_too, select
+from .cases import GROUPS, Case, compiled_too, select
 from .machine import ROOT, describe, rates
 
 RESULTS = ROOT / "bench" / "results"
@@ -70,7 +70,7 @@ def quiet() -> dict[str, str]:
 def work(args: argparse.Namespace) -> None:
     """Measure what the file does not have yet, until the deadline."""
     from .headline import component_times, outside_products
-    from .measure import measure
+    from .measure import count_launches, measure
     from .parts import training_parts
 
     result = json.loads(args.output.read_text())
@@ -96,6 +96,9 @@ def work(args: argparse.Namespace) -> None:
         result["cases"].append(entry)
         write(args.output, result)
         print(summary(entry), flush=True)
+    for entry in result["cases"] if args.device == "cuda" else []:
+        if "variants" in entry and compiled_too(Case(**entry["case"]), "cuda") and time.time() < args.deadline:
+            count_launches(entry, args.compile)
     write(args.output, {**result, "rates": faster(result["rates"], rates(args.device))})
 
 

@@ -16,18 +16,23 @@ import torch
 from .cases import MODELS, Case, compiled_too, select
 from .headline import saving
 from .machine import rates
-from .measure import measure
+from .measure import count_launches, measure
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed; python -m bench.run needs none")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPERATOR_VARIANTS = ("native", "triton", "reference", "flash-attn", "plain", "plain compiled")
 MODEL_VARIANTS = ("dcdit", "dcdit reference", "plain", "plain compiled", "dcdit compiled", "DiT/2", "DiT/2 compiled")
+GRAPHS = ("dcdit graph", "DiT/2 graph") if DEVICE == "cuda" else ()
 
 
 @functools.cache
 def measured(case: Case) -> dict:
-    return measure(case, DEVICE, compiled_too(case, DEVICE), rounds=10, seconds=1.0)
+    compiled = compiled_too(case, DEVICE)
+    entry = measure(case, DEVICE, compiled, rounds=10, seconds=1.0)
+    if compiled and DEVICE == "cuda":
+        count_launches(entry, compiled)
+    return entry
 
 
 measured_rates = functools.cache(functools.partial(rates, DEVICE))
@@ -44,7 +49,8 @@ clock.now = 0.0
 def parameters() -> list:
     chosen = []
     for case in select(DEVICE, quick=bool(os.environ.get("QUICK"))):
-        for variant in MODEL_VARIANTS if case.group in MODELS else OPERATOR_VARIANTS:
+        graphs = GRAPHS if case.group == "forward" else ()
+        for variant in (*MODEL_VARIANTS, *graphs) if case.group in MODELS else OPERATOR_VARIANTS:
             if compiled_too(case, DEVICE) or not variant.endswith("compiled"):
                 chosen.append(pytest.param(case, variant, id=f"{case.name}-{variant}"))
     return chosen

@@ -87,10 +87,11 @@ def why_not(library: Library, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor)
         return f"needs q, k and v in float16 or bfloat16, got {q.dtype}, {k.dtype}, {v.dtype}"
     if q.shape[2] % 8 or q.shape[2] > library.head_dim:
         return f"needs a head_dim that is a multiple of 8 up to {library.head_dim}, got {q.shape[2]}"
-    if q.shape[0] == 0 or k.shape[0] == 0:
+    if torch.compiler.is_compiling():  # a graph may not know the number of rows
+        if not library.compiles:
+            return "torch.compile cannot trace it"
+    elif q.shape[0] == 0 or k.shape[0] == 0:
         return "there are no rows"
-    if not library.compiles and torch.compiler.is_compiling():
-        return "torch.compile cannot trace it"
     device = _refuses_device(library.majors, library.rocm, q.device.type, q.device.index)
     return device or _missing(library.module, library.function, library.keywords)
 

@@ -11,6 +11,7 @@ import torch
 
 import dcdit_kernels as K
 from bench import compare, gpu, headline, replay, run, timing
+from bench import measure as measuring
 from bench.cases import GROUPS, MODELS, OPERATORS, Case, compiled_too, select
 from bench.gate import check, complaint
 from bench.headline import COMPONENTS, component_flops, component_times, outside_products
@@ -144,6 +145,7 @@ def test_selection(device):
     assert sorted(compiled) == sorted(("forward", *OPERATORS))
     assert {0.1, 0.25, 0.5, 1.0} <= {case.share for case in cases}
     if device == "cuda":
+        assert not compiled_too(cases[0], device)  # a run that is cut short would have nothing else
         for group in (*OPERATORS, "forward"):
             mine = [case for case in cases if case.group == group]
             assert {1, 4, 16, 64} <= {case.batch for case in mine}
@@ -158,6 +160,16 @@ def test_interleaving():
     assert "".join(order) == "abcbcacab"  # three rounds at least, each begun by another
     assert samples == {"a": [1, 6, 8], "b": [2, 4, 9], "c": [3, 5, 7]}
     assert timing.ratios([2.0, 6.0, 3.0], [1.0, 2.0, 1.0]) == (3.0, 2.5, 3.0)
+    assert timing.interleave({}, rounds=4, seconds=0.0) == {}  # where the gate refused all
+
+
+def test_launches_are_counted_of_what_ran(monkeypatch):
+    monkeypatch.setattr(measuring, "build", lambda case, device, compiled: build(case, "cpu", compiled))
+    monkeypatch.setattr(measuring, "kernels", lambda call: call() is not None and 7)
+    variants = {"native": {"status": "ok", "launches": None}, "triton": {"status": "absent"}}
+    entry = {"case": dataclasses.asdict(small("chunk")), "variants": variants}
+    measuring.count_launches(entry, compiled=False)
+    assert variants == {"native": {"status": "ok", "launches": 7}, "triton": {"status": "absent"}}
 
 
 def test_components_add_up():

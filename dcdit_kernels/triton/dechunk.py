@@ -54,7 +54,7 @@ def plug_backward(
             x = confidence * x + (1 - confidence) * load_columns(smoothed_ptr + row * WIDTH, column, own)
         plugged += (x,)
         totals += (tl.zeros([COLUMNS], tl.float32),)
-    for place in tl.range(start, end, num_stages=2):
+    for place in tl.range(start, end, num_stages=3):
         cell = tl.load(member_ptr + place).to(tl.int64)
         through = tl.zeros([COLUMNS], tl.float32)
         sums = ()

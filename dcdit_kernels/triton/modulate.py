@@ -113,7 +113,7 @@ def modulate_backward(
             scale_sums += (zero,)
     first = start + slab * slab_rows
     stop = tl.minimum(first + slab_rows, end)
-    for base in tl.range(first, stop, ROWS, num_stages=1 + NORM):  # 64-bit, as start is
+    for base in tl.range(first, stop, ROWS, num_stages=1 + 2 * NORM):  # 64-bit, as start is
         row = base + tl.arange(0, ROWS)
         xs, ys, grad_outs = (), (), ()
         for i in tl.static_range(PIECES):
@@ -178,7 +178,7 @@ def _forward(x, y, gate, shift, scale, plan, eps):
             *(0 if t is None else t.stride(0) for t in (x, y, gate, shift, scale)),
             x.shape[0] // batch, x.shape[0], eps,
             GATE=gate is not None, NORM=scale is not None, PACKED=plan is not None,
-            ROWS=rows, WIDTH=width, **split, num_warps=split["COLUMNS"] // 64,
+            ROWS=rows, WIDTH=width, **split, num_warps=min(split["COLUMNS"] // 64, 32),
         )  # fmt: skip
     return tuple(None if t is None else t.view(shape) for t in (mixed, out))
 
@@ -204,7 +204,7 @@ def _backward(grad_mixed, grad_out, x, y, gate, scale, plan, eps):
             *(0 if t is None else t.stride(0) for t in (grad_mixed, grad_out, x, y, gate, scale)),
             batch, cells, x.shape[0], rows, eps,
             GATE=gate is not None, NORM=scale is not None, PACKED=plan is not None,
-            ROWS=tile, WIDTH=width, **split, num_warps=max(split["COLUMNS"] // 256, 4),
+            ROWS=tile, WIDTH=width, **split, num_warps=min(max(split["COLUMNS"] // 256, 4), 32),
         )  # fmt: skip
     sums = iter(partial.sum(1).unbind(1))
     modulators = [next(sums).to(dtype) if kind else None for kind, dtype in zip(kinds, dtypes, strict=True)]

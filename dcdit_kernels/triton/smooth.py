@@ -88,13 +88,24 @@ def kernel_weight(place_ptr, row, key, live, high, capacity, falloff, AXES: tl.c
 
 
 @triton.jit
+def split(x):
+    """float32 as a number of TF32, rounded, and the rest."""
+    high = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return high, x - high
+
+
+@triton.jit
 def add_product(total, weight, x, PARTS: tl.constexpr):
     """total + weight @ x. On tensor cores a float32 x takes three TF32 products; a half-precision x is exact there, and
     the weights are a sum of PARTS numbers of its dtype. In float32 throughout where PARTS is 0."""
     if PARTS == 0:
         total = tl.dot(weight, x.to(tl.float32), total, input_precision="ieee")
     elif x.dtype == tl.float32:
-        total = tl.dot(weight, x, total, input_precision="tf32x3")
+        # Triton's own "tf32x3" looks for NaN in every sum, which costs as much as the products.
+        weight, weight_rest = split(weight)
+        x, x_rest = split(x)
+        small = tl.dot(weight, x_rest, tl.dot(weight_rest, x, input_precision="tf32"), input_precision="tf32")
+        total += tl.dot(weight, x, small, input_precision="tf32")
     else:
         for _ in tl.static_range(PARTS):
             part = weight.to(x.dtype)
