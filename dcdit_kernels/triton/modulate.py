@@ -113,7 +113,8 @@ def modulate_backward(
             scale_sums += (zero,)
     first = start + slab * slab_rows
     stop = tl.minimum(first + slab_rows, end)
-    for base in tl.range(first, stop, ROWS, num_stages=1 + 2 * NORM):  # 64-bit, as start is
+    # 64-bit, as start is; the next rows are on their way, for which a gate leaves no registers.
+    for base in tl.range(first, stop, ROWS, num_stages=3 - 2 * GATE):
         row = base + tl.arange(0, ROWS)
         xs, ys, grad_outs = (), (), ()
         for i in tl.static_range(PIECES):
