@@ -106,7 +106,7 @@ class DiTBlock(nn.Module):
         self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def attend(self, x: torch.Tensor, plan: ChunkPlan) -> torch.Tensor:
-        q, k, v = self.qkv(x).view(x.shape[0], 3, self.heads, -1).unbind(1)
+        q, k, v = self.qkv(x).unflatten(1, (3, self.heads, x.shape[1] // self.heads)).unbind(1)
         lengths = (plan.cu_seqlens, plan.cu_seqlens, plan.max_seqlen, plan.max_seqlen)
         out = varlen_attention(q, k, v, *lengths, exact=plan.exact)
         return self.proj(out.reshape(x.shape))

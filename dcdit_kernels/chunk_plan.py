@@ -58,7 +58,5 @@ class ChunkPlan:
     def boundary_mask(self) -> torch.Tensor:
         """Retained cells after the tail drop, bool (batch_size, L)."""
         cell = torch.arange(self.nearest.numel(), device=self.nearest.device, dtype=torch.int32)
-        if self.capacity == 0:
-            return torch.zeros(self.batch_size, self.cells, dtype=torch.bool, device=cell.device)
-        own_row = self.token_index[self.nearest.clamp(min=0)]
-        return ((self.nearest >= 0) & (own_row == cell)).view(self.batch_size, self.cells)
+        tokens = torch.cat([self.token_index, self.token_index.new_full((1,), -1)])  # the last is for no row, -1
+        return (tokens[self.nearest] == cell).view(self.batch_size, self.cells)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from . import _dispatch, native
+from . import _dispatch, native, reference
 from ._check import require, shaped
 
 for _op in ("pack_rows", "unpack_rows"):
@@ -23,7 +25,7 @@ def pack_rows(x: torch.Tensor, index: torch.Tensor, *, backend: str | None = Non
     launch fails instead.
     """
     _check("pack_rows", x, index, x.shape[0])
-    return _dispatch.run("pack_rows", backend, x, index)
+    return _run("pack_rows", backend, x, index)
 
 
 def unpack_rows(x: torch.Tensor, index: torch.Tensor, rows: int, *, backend: str | None = None) -> torch.Tensor:
@@ -38,7 +40,14 @@ def unpack_rows(x: torch.Tensor, index: torch.Tensor, rows: int, *, backend: str
     """
     _check("unpack_rows", x, index, rows)
     shaped("unpack_rows", "index", index, x.shape[0])
-    return _dispatch.run("unpack_rows", backend, x, index, rows)
+    return _run("unpack_rows", backend, x, index, rows)
+
+
+def _run(op: str, backend: str | None, *args: Any) -> torch.Tensor:
+    name = _dispatch.choose(op, backend, *args)
+    if torch.compiler.is_compiling():  # a graph takes the reference in, and cannot import it
+        return getattr(reference, op)(*args)
+    return _dispatch.call(op, name, *args)
 
 
 def _check(op: str, x: torch.Tensor, index: torch.Tensor, rows: int) -> None:
@@ -47,7 +56,7 @@ def _check(op: str, x: torch.Tensor, index: torch.Tensor, rows: int) -> None:
     if index.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: index must be int32 or int64, got {index.dtype}")
     require(index.device == x.device, "{}: x is on {} and index on {}", op, x.device, index.device)
-    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and index.device.type == "cpu" and index.numel():
         low, high = (int(bound) for bound in index.aminmax())
         if low < -1 or high >= rows:
             raise IndexError(f"{op}: index must be in [-1, {rows}), got {low if low < -1 else high}")

@@ -1,0 +1,70 @@
+"""torch.compile(fullgraph=True, dynamic=True) where the number of tokens comes out of the graph's own plan."""
+
+import pytest
+import torch
+from torch import nn
+
+import dcdit_kernels as K
+from dcdit import DCDiT, DCDiTConfig, DynamicChunking
+
+
+def whole(function):
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+
+
+def stack(h, prob):
+    """The first snippet of docs/ops.md."""
+    plan = K.plan_chunks(prob, grid=(8, 8), drop_fraction=0.2)
+    heads = K.chunk(h, plan).unflatten(1, (2, 16))
+    lengths = plan.cu_seqlens, plan.cu_seqlens, plan.max_seqlen, plan.max_seqlen
+    x = K.varlen_attention(heads, heads, heads, *lengths).flatten(1)
+    return K.dechunk(x, prob, plan, residual=h), plan.boundary_mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_operators(dtype):
+    compiled = whole(stack)
+    for batch, scale in ((2, 1.0), (3, 1.0), (2, 0.4), (0, 1.0)):  # 0.4: nothing is kept
+        h, prob = torch.randn(batch, 64, 32).to(dtype), scale * torch.rand(batch, 64)
+        for got, want in zip(compiled(h, prob), stack(h, prob), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_rows_are_packed_and_put_back():
+    def twice(x, mask):
+        rows, indices, *_ = K.unpad_input(x, mask)
+        return K.pad_input(2 * rows, indices, *mask.shape)
+
+    x, mask = torch.randn(3, 7, 4, requires_grad=True), torch.rand(3, 7) > 0.5
+    compiled = whole(twice)
+    for taken in (mask, ~mask, torch.zeros_like(mask)):
+        out = compiled(x, taken)
+        assert torch.equal(out, 2 * x * taken[..., None])
+        assert torch.equal(torch.autograd.grad(out.sum(), x)[0], 2.0 * taken[..., None].expand_as(x))
+
+
+def test_model_takes_every_batch():
+    torch.manual_seed(0)
+    net = DCDiT(DCDiTConfig(input_size=(8, 8), hidden_size=64, depth=1, num_heads=2, encoder_width=32)).eval()
+    compiled = whole(net)
+    for batch in (2, 3, 0):
+        inputs = torch.randn(batch, 4, 8, 8), 1000 * torch.rand(batch), torch.arange(batch)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*inputs), net(*inputs), rtol=1e-5, atol=1e-6)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x, plan):
+        return x + self.linear(x)
+
+
+def test_wrapped_blocks():
+    chunking = DynamicChunking([Block()], 64, (8, 8))
+    chunking.drop_fraction = 0.5
+    h = torch.randn(2, 64, 64)
+    torch.testing.assert_close(whole(chunking)(h), chunking(h))
