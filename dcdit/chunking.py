@@ -38,7 +38,7 @@ class DynamicChunking(nn.Module):
         sigma: width of the Gaussian smoothing of the change, in cells; None: no smoothing.
 
     `drop_fraction` is an attribute, ρ in [0, 1) or a tensor (B,), for models whose own forward has no such argument.
-    After a forward `routing` holds its Routing, for `dcdit.diffusion.ratio_loss`.
+    After a forward `routing` holds its Routing, for `dcdit.diffusion.ratio_loss`; copies and pickles have none.
     """
 
     def __init__(
@@ -66,24 +66,34 @@ class DynamicChunking(nn.Module):
         self._folds = router is None
 
     def forward(self, h: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """h (B, L, D) → (B, L, D); what follows h goes to `run`."""
+        """h (B, L, D) → (B, L, D); what follows h goes to `run`. Raises ValueError for a wrong shape."""
         batch, cells = h.shape[0], math.prod(self.grid)
         if h.dim() != 3 or h.shape[1] != cells:
             raise ValueError(f"h must have shape (B, {cells}, D) for grid {self.grid}, got {tuple(h.shape)}")
-        boundary_prob = self._score(h).view(batch, cells)
+        boundary_prob = self._score(h)
+        if boundary_prob.shape != (batch, cells):
+            raise ValueError(
+                f"router must return boundary_prob of shape {(batch, cells)}, got {tuple(boundary_prob.shape)}"
+            )
         plan = plan_chunks(boundary_prob, self.grid, self.drop_fraction, nearest=f"{len(self.grid)}d")
         self.routing = Routing(boundary_prob, plan.boundary_mask, boundary_prob > 0.5, plan)
         tokens = chunk(h, plan)
-        change = self.run(self.blocks, tokens, plan, *args, **kwargs) - tokens
+        out = self.run(self.blocks, tokens, plan, *args, **kwargs)
+        if out.shape != tokens.shape:
+            raise ValueError(f"run must return tokens of shape {tuple(tokens.shape)}, got {tuple(out.shape)}")
         smoothing = {} if self.sigma is None else {"sigma": self.sigma}
-        return dechunk(change, boundary_prob, plan, h, smoothing="gaussian" if smoothing else None, **smoothing)
+        return dechunk(out - tokens, boundary_prob, plan, h, smoothing="gaussian" if smoothing else None, **smoothing)
 
     def _score(self, h: torch.Tensor) -> torch.Tensor:
         if not self._folds:
             return self.router(h)
         with torch.autocast(h.device.type, enabled=False):
             planes = h.reshape(-1, math.prod(self.plane), h.shape[2])
-            return self.router(planes.to(self.router.score.weight.dtype))
+            return self.router(planes.to(self.router.score.weight.dtype)).view(h.shape[:2])
+
+    def __getstate__(self) -> dict:
+        # The routing belongs to one forward: its graph cannot be copied, and its tensors are no state of the module.
+        return {**self.__dict__, "routing": None}
 
 
 def run_in_turn(blocks: Iterable[nn.Module], tokens: torch.Tensor, plan: ChunkPlan, *args, **kwargs) -> torch.Tensor:

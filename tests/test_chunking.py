@@ -1,5 +1,7 @@
 """DynamicChunking against a per-cell loop in float64, on sequences, images and video; examples/video.py."""
 
+import copy
+import io
 import itertools
 import runpy
 
@@ -145,6 +147,36 @@ def test_an_input_of_another_shape():
         build((4, 5))(torch.zeros(2, 19, 32).double(), torch.ones(2).double())
     with pytest.raises(ValueError, match=r"got \(20, 32\)"):
         build((4, 5))(torch.zeros(20, 32).double(), torch.ones(2).double())
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"router": Fixed(torch.zeros(20, 2))}, r"router must return boundary_prob of shape \(2, 20\), got \(20, 2\)"),
+        ({"router": Fixed(torch.zeros(2, 19))}, r"of shape \(2, 20\), got \(2, 19\)"),
+        ({"run": lambda blocks, x, plan: x[:, :1]}, r"run must return tokens of shape \(40, 32\), got \(40, 1\)"),
+    ],
+    ids=["turned router", "short router", "narrow run"],
+)
+def test_parts_that_return_another_shape(options, words):
+    with pytest.raises(ValueError, match=words):
+        build((4, 5), **options)(torch.randn(2, 20, 32).double())
+
+
+def save_and_load(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, save_and_load])
+def test_a_copy_after_a_training_forward_computes_the_same_and_has_no_routing(copied):
+    chunking, (h, scale, _) = build((4, 5)), batch((4, 5))
+    out = chunking(h, scale)
+    again = copied(chunking)
+    assert again.routing is None and chunking.routing.boundary_prob.requires_grad
+    assert torch.equal(again(h, scale), out)
 
 
 def test_video_example(capsys):
