@@ -102,6 +102,15 @@ def test_with_all_tokens_the_model_is_the_untouched_one(kind):
     assert bool(chunking.routing.boundary_mask.all())
 
 
+def test_a_sample_whose_text_is_padding_alone_attends_to_that():
+    model, (x, condition) = build(pixart), batch(pixart)
+    condition["encoder_hidden_states"][1].clamp_(max=1)
+    condition["encoder_attention_mask"][1] = 0
+    expected = model(x, **condition).sample
+    add_dynamic_chunking(model)
+    torch.testing.assert_close(model(x, **condition).sample, expected, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("kind", [dit, pixart])
 def test_with_few_tokens_each_sample_is_the_untouched_blocks_on_its_own_tokens(kind):
     model, (x, condition) = build(kind), batch(kind)

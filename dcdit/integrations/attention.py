@@ -129,7 +129,10 @@ def run_blocks(
 
 
 def pack_text(text: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, PackedText]:
-    """Text (B, S, D) without its padding: (Tk, D) and where each sample's rows are. `mask` as in `run_blocks`."""
+    """Text (B, S, D) without its padding: (Tk, D) and where each sample's rows are. `mask` as in `run_blocks`.
+
+    A sample that is all padding keeps it, as it does in diffusers.
+    """
     batch, length = text.shape[:2]
     if mask is None:
         keep = torch.ones(batch, length, dtype=torch.bool, device=text.device)
@@ -137,6 +140,7 @@ def pack_text(text: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[tor
         keep = mask[:, 0] > -1  # a bias: 0 keeps, -10000 hides
     else:
         keep = mask.bool()
+    keep = keep | ~keep.any(1, keepdim=True)  # diffusers' bias hides nothing where it is the same for all
     cu_seqlens = F.pad(keep.sum(1).cumsum(0), (1, 0)).to(torch.int32)
     return text[keep], PackedText(cu_seqlens, length)
 
