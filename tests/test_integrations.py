@@ -7,12 +7,14 @@ import runpy
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
 from torch import nn
 
 from dcdit.diffusion import ratio_loss
 from dcdit.errors import ConfigError
-from dcdit.integrations.attention import PackedAttnProcessor, add_dynamic_chunking
+from dcdit.integrations.attention import ChunkedBlocks, PackedAttnProcessor, add_dynamic_chunking
 
 SIDE = 4  # tokens
 SIZES = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2, "sample_size": 2 * SIDE, "patch_size": 2}
@@ -164,6 +166,48 @@ def test_what_it_refuses():
     for block in model.transformer_blocks:
         block.attn1.set_processor(PackedAttnProcessor())
     with pytest.raises(ValueError, match="cross_attention_kwargs"):
+        model(x, **condition)
+
+
+def chunked_feed_forward():
+    block = BasicTransformerBlock(32, 1, 32)
+    block.set_chunk_feed_forward(4)
+    return block
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (
+            lambda: [BasicTransformerBlock(32, 1, 32, positional_embeddings="sinusoidal", num_positional_embeddings=9)],
+            "got positional embeddings",
+        ),
+        (lambda: [BasicTransformerBlock(32, 1, 32, cross_attention_dim=8, attention_type="gated")], "got gated"),
+        (lambda: [chunked_feed_forward()], "got chunked feed-forward"),
+        (list, "one BasicTransformerBlock or more, got none"),
+    ],
+    ids=["positions", "gated", "feed_forward", "none"],
+)
+def test_blocks_that_it_refuses(make, words):
+    with pytest.raises(ConfigError, match=words):
+        ChunkedBlocks(make(), (3, 3))
+
+
+def test_models_that_it_refuses():
+    with pytest.raises(ConfigError, match=r"model must have transformer_blocks, .*'Linear'"):
+        add_dynamic_chunking(nn.Linear(2, 2))
+    model = dit()
+    model.register_to_config(patch_size=None)
+    with pytest.raises(ConfigError, match=r"numbers for sample_size and patch_size .*'NoneType'"):
+        add_dynamic_chunking(model)
+
+
+@pytest.mark.parametrize("kind", [dit, pixart])
+def test_other_attention_processors_are_refused(kind):
+    model, (x, condition) = build(kind), batch(kind)
+    for block in add_dynamic_chunking(model).double().blocks:
+        block.attn1.set_processor(AttnProcessor())
+    with pytest.raises(ConfigError, match="must stay PackedAttnProcessor, got AttnProcessor"):
         model(x, **condition)
 
 

@@ -117,6 +117,10 @@ def run_blocks(
     per_token = None if timestep is None else timestep[plan.sample_index.clamp(min=0)]
     tokens = tokens[:, None]
     for block in blocks:
+        if not isinstance(block.attn1.processor, PackedAttnProcessor):
+            raise ConfigError(
+                f"attention processors must stay PackedAttnProcessor, got {type(block.attn1.processor).__name__}"
+            )
         per_sample = block.norm_type == "ada_norm_zero"
         tokens = block(
             tokens,
@@ -150,10 +154,21 @@ class ChunkedBlocks(DynamicChunking):
 
     def __init__(self, blocks: Iterable[BasicTransformerBlock], grid: tuple[int, ...], **options) -> None:
         blocks = list(blocks)
+        if not blocks:
+            raise ConfigError("blocks must be one BasicTransformerBlock or more, got none")
         for block in blocks:
             kind = getattr(block, "norm_type", type(block).__name__)
             if kind not in BLOCK_KINDS:
                 raise ConfigError(f"blocks must be of the kinds {', '.join(BLOCK_KINDS)}, got {kind}")
+            # These look at a sample's tokens as a sequence, which a packed batch does not show them.
+            parts = {
+                "positional embeddings": block.pos_embed,
+                "gated attention": getattr(block, "fuser", None),
+                "chunked feed-forward": block._chunk_size,
+            }
+            got = [name for name, part in parts.items() if part is not None]
+            if got:
+                raise ConfigError(f"blocks must be without {', '.join(parts)}, got {', '.join(got)}")
         super().__init__(blocks, blocks[0].dim, grid, run=run_blocks, **options)
         for block in blocks:
             if block.norm_type == "ada_norm_zero":
@@ -172,9 +187,15 @@ def add_dynamic_chunking(model: nn.Module, **options) -> ChunkedBlocks:
     """Put dynamic chunking around `model.transformer_blocks`, in place, and return it.
 
     For DiTTransformer2DModel, PixArtTransformer2DModel and models like them, with (sample_size / patch_size)² tokens.
-    `options` are DynamicChunking's router and sigma. Load the model's weights before: their names change.
+    `options` are DynamicChunking's router and sigma. Load the model's weights before: their names change. Raises
+    ConfigError for a model or blocks of another kind.
     """
-    side = model.config.sample_size // model.config.patch_size
-    chunking = ChunkedBlocks(model.transformer_blocks, (side, side), **options)
+    try:
+        blocks, side = model.transformer_blocks, model.config.sample_size // model.config.patch_size
+    except (AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"model must have transformer_blocks, and numbers for sample_size and patch_size in its config: {error}"
+        ) from error
+    chunking = ChunkedBlocks(blocks, (side, side), **options)
     model.transformer_blocks = nn.ModuleList([chunking.to(next(model.parameters()).device)])
     return chunking
