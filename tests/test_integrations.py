@@ -10,6 +10,7 @@ from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
+from safetensors.torch import load_file
 from torch import nn
 
 from dcdit.diffusion import ratio_loss
@@ -111,6 +112,18 @@ def test_a_sample_whose_text_is_padding_alone_attends_to_that():
     expected = model(x, **condition).sample
     add_dynamic_chunking(model)
     torch.testing.assert_close(model(x, **condition).sample, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [dit, pixart])
+def test_a_wrapped_model_is_saved_and_loaded(kind, tmp_path):
+    model, (x, condition) = build(kind), batch(kind)
+    chunking = add_dynamic_chunking(model).double()
+    nn.init.normal_(chunking.router.score.bias)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_config(type(model).load_config(tmp_path)).double().eval()
+    add_dynamic_chunking(again).double()
+    again.load_state_dict(load_file(tmp_path / "diffusion_pytorch_model.safetensors"))
+    assert torch.equal(again(x, **condition).sample, model(x, **condition).sample)
 
 
 @pytest.mark.parametrize("kind", [dit, pixart])
