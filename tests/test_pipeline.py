@@ -130,6 +130,15 @@ def test_budgets_in_both_pipelines(vae, drop, uncond, expected):
     assert rows == expected
 
 
+@pytest.mark.parametrize("budget", [[0.0, 0.75], lambda t: 0.0 if t > 500 else 0.75], ids=["list", "function"])
+def test_a_schedule_takes_the_timestep_of_each_row(budget):
+    model = transformer()
+    rows = record_tokens(model)
+    model.set_drop_fraction(budget, 0.5)
+    model(torch.randn(3, 4, 6, 6), torch.tensor([900, 900, 100]), torch.tensor([1, 1000, 2]))
+    assert rows == [[36, 18, 9]]
+
+
 def test_each_image_has_its_generator():
     pipe = quiet(DCDiTPipeline(transformer(), DDPMScheduler(variance_type="learned_range")))
     options = {"num_inference_steps": 3, "output_type": "latent", "guidance_scale": 1.5}

@@ -103,10 +103,9 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin):
     def _rho(self, timestep: torch.Tensor, unlabelled: torch.Tensor) -> float | torch.Tensor:
         if all(isinstance(budget, float | int) for budget in self.budgets) and len(set(self.budgets)) == 1:
             return self.budgets[0]
-        t = float(timestep[0])
         rho = torch.zeros(len(unlabelled), device=unlabelled.device)
         for budget, rows in zip(self.budgets, (~unlabelled, unlabelled), strict=True):
-            values = torch.as_tensor(_at(budget, t), dtype=torch.float32, device=rho.device)
+            values = torch.as_tensor(_at(budget, timestep[rows]), dtype=torch.float32, device=rho.device)
             count = int(rows.sum())
             if values.dim() and len(values) != count and count:
                 raise ConfigError(f"a drop fraction for each row needs {count} values, got {len(values)}")
@@ -117,10 +116,11 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin):
         return rho
 
 
-def _at(budget: DropFraction, t: float) -> float | torch.Tensor:
-    """A budget at time t of 1000 to 0."""
+def _at(budget: DropFraction, timesteps: torch.Tensor) -> float | torch.Tensor | list[float]:
+    """A budget at each of `timesteps`, 1000 to 0; one that does not depend on time as it is."""
     if callable(budget):
-        return budget(t)
+        return [budget(t) for t in timesteps.tolist()]
     if isinstance(budget, Sequence):
-        return budget[min(int((DIT_NULL - t) / DIT_NULL * len(budget)), len(budget) - 1)]
+        last = len(budget) - 1
+        return [budget[min(int((DIT_NULL - t) / DIT_NULL * len(budget)), last)] for t in timesteps.tolist()]
     return budget
