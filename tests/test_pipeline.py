@@ -207,6 +207,10 @@ def test_products_in_float32_may_be_tf32_beside_half_precision(dtype, products):
     [
         ({"class_labels": [10]}, r"ids in \[0, 9\], got \[10\]"),
         ({"class_labels": []}, "list of ids"),
+        ({"class_labels": 3}, "list of ids in .*, got 3"),
+        ({"class_labels": "cat"}, "list of ids in .*, got 'cat'"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
+        ({"drop_fraction": None}, "drop_fraction must be a number, a tensor, a list or a function, got None"),
         ({"drop_fraction": 1.0}, r"\[0, 1\), got 1"),
         ({"drop_fraction": torch.zeros(2)}, "needs 1 values, got 2"),
         ({"generator": [torch.Generator()] * 2}, "one generator or 1, got 2"),

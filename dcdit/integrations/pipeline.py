@@ -82,12 +82,12 @@ class DCDiTPipeline(DiffusionPipeline):
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self._check(callback_on_step_end_tensor_inputs, output_type)
+        self._check(callback_on_step_end_tensor_inputs, output_type, num_inference_steps, drop_fraction)
         model, device = self.transformer.model, self._execution_device
-        channels, count = model.config.in_channels, len(class_labels)
         self._guidance_scale = guidance_scale
 
         y = self._labels(class_labels, device)
+        channels, count = model.config.in_channels, len(y)
         timesteps = self._timesteps(num_inference_steps, device)
         self._num_timesteps = len(timesteps)
         table = drop_table(drop_fraction, timesteps.float(), count)
@@ -126,7 +126,7 @@ class DCDiTPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _check(self, tensor_inputs: list[str], output_type: str) -> None:
+    def _check(self, tensor_inputs: list[str], output_type: str, steps: int, drop_fraction: DropFraction) -> None:
         for name in tensor_inputs:
             if name not in self._callback_tensor_inputs:
                 raise ConfigError(f"callbacks can see {', '.join(self._callback_tensor_inputs)}, got {name!r}")
@@ -134,12 +134,21 @@ class DCDiTPipeline(DiffusionPipeline):
             raise ConfigError(f"output_type must be pil, np, pt or latent, got {output_type!r}")
         if output_type != "latent" and self.vae is None:
             raise ConfigError(f"without a vae the output_type must be latent, got {output_type!r}")
+        if steps < 1:
+            raise ConfigError(f"num_inference_steps must be at least 1, got {steps}")
+        if drop_fraction is None:
+            raise ConfigError("drop_fraction must be a number, a tensor, a list or a function, got None")
 
     def _labels(self, class_labels: list[int] | torch.Tensor, device: torch.device) -> torch.Tensor:
-        y, classes = torch.as_tensor(class_labels, device=device), self.transformer.model.config.num_classes
+        classes = self.transformer.model.config.num_classes
+        wrong = ConfigError(f"class_labels must be a list of ids in [0, {classes - 1}], got {class_labels!r}")
+        try:
+            y = torch.as_tensor(class_labels)
+        except (TypeError, ValueError, RuntimeError):
+            raise wrong from None
         if y.dim() != 1 or y.is_floating_point() or not len(y) or not 0 <= int(y.min()) <= int(y.max()) < classes:
-            raise ConfigError(f"class_labels must be a list of ids in [0, {classes - 1}], got {class_labels}")
-        return y.long()
+            raise wrong
+        return y.to(device, torch.long)
 
     def _timesteps(self, steps: int, device: torch.device) -> torch.Tensor:
         if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
