@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .chunk_plan import ChunkPlan
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def traced(tensor: torch.Tensor) -> bool:
+    """Whether a call is compiled, or its tensors are fake: those have no memory for a kernel and no values to see."""
+    return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
 
 
 def require(condition: bool, message: str, *values: object) -> None:
@@ -33,6 +41,26 @@ def shaped(op: str, name: str, tensor: torch.Tensor, *shape: int | None) -> None
     if not fits:
         want = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ")"
         raise ValueError(f"{op}: {name} must have shape {want}, got {tuple(tensor.shape)}")
+
+
+def offsets(op: str, name: str, cu_seqlens: torch.Tensor, rows: int) -> None:
+    """(B + 1,) integers that rise from 0 to at most `rows`; their values are looked at on a CPU alone."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{op}: {name} must be integers (B + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device.type == "cpu" and not traced(cu_seqlens):
+        values = cu_seqlens.tolist()
+        if values[0] != 0 or values[-1] > rows or any(a > b for a, b in itertools.pairwise(values)):
+            raise ValueError(f"{op}: {name} must rise from 0 to at most {rows}, got {values}")
+
+
+def one_device(op: str, plan: ChunkPlan | None = None, **tensors: torch.Tensor | None) -> None:
+    """All that are given, and the plan, must be where the first is: kernels are handed bare addresses."""
+    first, device = next((name, t.device) for name, t in tensors.items() if t is not None)
+    if plan is not None:
+        tensors["plan"] = plan.cu_seqlens
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{op}: {name} must be on {device} as {first} is, got {tensor.device}")
 
 
 def packed(op: str, name: str, tensor: torch.Tensor, plan: ChunkPlan) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import _dispatch
+from ._check import one_device, traced
 from .chunk_plan import ChunkPlan
 from .native import device_of
 
@@ -38,21 +39,28 @@ class _Operator:
     constants: tuple[str, ...]
     outputs: int
     plan: bool
+    unread: tuple[str, ...]  # tensors of which a backward needs no more than shape and dtype
 
 
 _operators: dict[str, _Operator] = {}
 
 
 def define(
-    op: str, tensors: str, constants: str, fake: Callable[..., Any], outputs: int = 1, plan: bool = True
+    op: str,
+    tensors: str,
+    constants: str,
+    fake: Callable[..., Any],
+    outputs: int = 1,
+    plan: bool = True,
+    unread: tuple[str, ...] = (),
 ) -> None:
     """Make `dcdit::op` and its backward from schema fragments such as "Tensor x, Tensor? residual", "float sigma".
 
     `fake(**inputs)` gets the operator's arguments by name and returns its outputs (a tuple where there are several).
-    `plan` says whether the operator takes one.
+    `plan` says whether the operator takes one; `unread` names the large tensors whose values no backward needs.
     """
     names, constant_names = (tuple(part.split()[-1] for part in s.split(",") if part) for s in (tensors, constants))
-    _operators[op] = _Operator(names, constant_names, outputs, plan)
+    _operators[op] = _Operator(names, constant_names, outputs, plan, unread)
     tail = ", ".join(filter(None, (tensors, "Tensor[] plan, SymInt[] sizes", constants, "str backend")))
     returns = "Tensor" if outputs == 1 else "(" + ", ".join(["Tensor"] * outputs) + ")"
     gradients = ", ".join(f"Tensor grad{i}" for i in range(outputs))
@@ -74,13 +82,15 @@ def implement(schema: str, function: Callable[..., Any], fake: Callable[..., Any
 
 
 def run(op: str, backend: str | None, **inputs: Any) -> Any:
-    """Call `op` on the back-end asked for; compiled graphs go through torch.library."""
+    """Call `op` on the back-end asked for; what is traced goes through torch.library."""
+    named = {t: inputs[t] for t in _operators[op].tensors}
+    one_device(op, inputs.get("plan"), **named)
     name = _dispatch.choose(op, backend, **inputs)
-    if torch.compiler.is_compiling():
+    tensors = list(named.values())
+    if traced(tensors[0]):
         return _trace(op, name, inputs)
     if name != "triton":
         return _dispatch.call(op, name, **inputs)
-    tensors = [inputs[t] for t in _operators[op].tensors]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _Launch.apply(op, inputs, *tensors)
     return _launch(op, inputs)
@@ -101,9 +111,13 @@ class _Launch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, op, inputs, *tensors):
-        ctx.op = op
-        ctx.rest = {name: value for name, value in inputs.items() if name not in _operators[op].tensors}
-        ctx.save_for_backward(*tensors)
+        spec, ctx.op = _operators[op], op
+        ctx.rest = {name: value for name, value in inputs.items() if name not in spec.tensors}
+        kept = (
+            torch.empty_like(t, device="meta") if name in spec.unread and t is not None else t
+            for name, t in zip(spec.tensors, tensors, strict=True)
+        )
+        ctx.save_for_backward(*kept)
         return _launch(op, inputs)
 
     @staticmethod

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from . import _dispatch, _ops, flash
-from ._check import floating, require, shaped
+from ._check import floating, offsets, one_device, require, shaped
 
 
 def _native_why_not(q: torch.Tensor, *_: Any, **__: Any) -> str | None:
@@ -51,13 +51,22 @@ def varlen_attention(
         exact: promises that every row of q, k and v is live (`ChunkPlan.exact`), so that FlashAttention's tails need
             not be zeroed: a pass over the output and one over each gradient less.
 
-    Returns (Tq, heads, head_dim) in q's dtype, zero past the last live row. FlashAttention's gradients agree bit for
-    bit between runs under torch.use_deterministic_algorithms(True), at some cost.
+    Returns (Tq, heads, head_dim) in q's dtype, or autocast's; zero past the last live row. FlashAttention's gradients
+    agree bit for bit between runs under torch.use_deterministic_algorithms(True), at some cost. Raises ValueError or
+    TypeError for shapes, dtypes, devices and, on a CPU, offsets that do not fit.
     """
     floating("varlen_attention", q=q, k=k, v=v)
+    kind = q.device.type
+    if torch.is_autocast_enabled(kind) and torch.float64 not in (q.dtype, k.dtype, v.dtype):
+        q, k, v = (part.to(torch.get_autocast_dtype(kind)) for part in (q, k, v))  # as PyTorch's own attention
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"varlen_attention: q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    one_device("varlen_attention", q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     shaped("varlen_attention", "q", q, None, None, None)
     shaped("varlen_attention", "k", k, None, q.shape[1], q.shape[2])
     shaped("varlen_attention", "v", v, *k.shape)
+    offsets("varlen_attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    offsets("varlen_attention", "cu_seqlens_k", cu_seqlens_k, k.shape[0])
     require(
         cu_seqlens_q.shape == cu_seqlens_k.shape,
         f"varlen_attention: cu_seqlens_q {tuple(cu_seqlens_q.shape)} and cu_seqlens_k "

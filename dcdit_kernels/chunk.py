@@ -14,6 +14,7 @@ _ops.define(
     "Tensor h, Tensor? pos_embed",
     "",
     lambda h, pos_embed, plan: h.new_empty(plan.capacity, h.shape[2]),
+    unread=("h",),
 )
 _dispatch.register_reference("chunk")
 _dispatch.register("chunk", "native", "dcdit_kernels.reference:chunk", cpu_why_not)

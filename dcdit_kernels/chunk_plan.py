@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no truth value to compare by
 class ChunkPlan:
     """Which cells of a batch of grids stay, where they go, and who refills whom.
 

@@ -16,6 +16,7 @@ _ops.define(
     "Tensor x, Tensor boundary_prob, Tensor? residual",
     "float sigma, str? smoothing",
     lambda x, plan, **_: x.new_empty(plan.batch_size, plan.cells, x.shape[1]),
+    unread=("residual",),
 )
 _dispatch.register_reference("dechunk")
 _dispatch.register("dechunk", "native", "dcdit_kernels.cpu.dechunk:dechunk", why_no_extension)

@@ -17,7 +17,7 @@ def _like_x(x: torch.Tensor, **_: Any) -> torch.Tensor:
 
 
 _ops.define("adaln_modulate", "Tensor x, Tensor shift, Tensor scale", "float eps", _like_x)
-_ops.define("gate_residual", "Tensor x, Tensor y, Tensor gate", "", _like_x)
+_ops.define("gate_residual", "Tensor x, Tensor y, Tensor gate", "", _like_x, unread=("x",))
 _ops.define(
     "gate_residual_modulate",
     "Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale",

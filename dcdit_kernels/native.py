@@ -207,6 +207,7 @@ class _Unpack(torch.autograd.Function):
 def _move_rows(op: str, x: torch.Tensor, index: torch.Tensor, out: torch.Tensor, limit: int, scatter: bool) -> Any:
     """Rows keep their stride; elements within one must lie side by side. Moves bytes, whatever the type."""
     index = index.long().contiguous()
+    x = x.resolve_conj().resolve_neg()  # views that say so without having done it
     if x.shape[0] and not x[0].is_contiguous():
         x = x.contiguous()
     size = x.element_size() * math.prod(x.shape[1:])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from . import _dispatch, native, reference
-from ._check import require, shaped
+from ._check import require, shaped, traced
 
 for _op in ("pack_rows", "unpack_rows"):
     _dispatch.register_reference(_op)
@@ -19,12 +19,17 @@ def pack_rows(x: torch.Tensor, index: torch.Tensor, *, backend: str | None = Non
 
     Args:
         x: (N, ...), any dtype; rows may be apart, as in a view of a fused tensor.
-        index: (T,) int32 or int64 in [-1, N). Where x needs a gradient no row may be taken twice.
+        index: (T,) int32 or int64 in [-1, N). Where x needs a gradient no row may be taken twice: x[index] is for that.
 
-    Returns (T, ...). Raises IndexError for an index out of range; on a GPU, which the host does not wait for, the
-    launch fails instead.
+    Returns (T, ...). Raises IndexError for an index out of range, on a CPU ValueError for a row taken twice; on a GPU,
+    which the host does not wait for, the launch fails where the index is out of range.
     """
     _check("pack_rows", x, index, x.shape[0])
+    if x.requires_grad and torch.is_grad_enabled() and index.device.type == "cpu" and not traced(index):
+        times = torch.bincount(index + 1)[1:]  # -1 may come often
+        if (times > 1).any():
+            row = int(times.argmax())
+            raise ValueError(f"pack_rows: where x needs a gradient a row is taken once, got {row} {times[row]} times")
     return _run("pack_rows", backend, x, index)
 
 
@@ -45,7 +50,7 @@ def unpack_rows(x: torch.Tensor, index: torch.Tensor, rows: int, *, backend: str
 
 def _run(op: str, backend: str | None, *args: Any) -> torch.Tensor:
     name = _dispatch.choose(op, backend, *args)
-    if torch.compiler.is_compiling():  # a graph takes the reference in, and cannot import it
+    if traced(args[0]):  # a graph takes the reference in, and cannot import it
         return getattr(reference, op)(*args)
     return _dispatch.call(op, name, *args)
 
@@ -56,7 +61,7 @@ def _check(op: str, x: torch.Tensor, index: torch.Tensor, rows: int) -> None:
     if index.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: index must be int32 or int64, got {index.dtype}")
     require(index.device == x.device, "{}: x is on {} and index on {}", op, x.device, index.device)
-    if not torch.compiler.is_compiling() and index.device.type == "cpu" and index.numel():
+    if not traced(index) and index.device.type == "cpu" and index.numel():
         low, high = (int(bound) for bound in index.aminmax())
         if low < -1 or high >= rows:
             raise IndexError(f"{op}: index must be in [-1, {rows}), got {low if low < -1 else high}")

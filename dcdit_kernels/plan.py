@@ -7,7 +7,7 @@ import math
 import torch
 
 from . import _dispatch, _ops, native
-from ._check import floating, require, shaped
+from ._check import floating, require, shaped, traced
 from .chunk_plan import ChunkPlan
 
 NEAREST = ("2d", "3d", "1d", "previous")
@@ -54,7 +54,7 @@ def plan_chunks(
     floating("plan_chunks", boundary_prob=boundary_prob)
     shaped("plan_chunks", "boundary_prob", boundary_prob, None, math.prod(grid))
     require(capacity is None or capacity >= 0, "plan_chunks: capacity must not be negative, got {}", capacity)
-    compiling = torch.compiler.is_compiling()
+    compiling = traced(boundary_prob)
     if isinstance(drop_fraction, torch.Tensor):
         if drop_fraction.dim() > 0:
             shaped("plan_chunks", "drop_fraction", drop_fraction, boundary_prob.shape[0])

@@ -72,7 +72,8 @@ class AdaLN(torch.autograd.Function):
             *_sizes(x, cu_seqlens, eps), x.data_ptr(), _address(y), _modulators(gate, shift, scale),
             _address(new_x), _address(out), _threads(x),
         )  # fmt: skip
-        ctx.save_for_backward(x if y is None else new_x, y, gate, scale, cu_seqlens)
+        normed = None if scale is None else x if y is None else new_x
+        ctx.save_for_backward(normed, y, gate, scale, cu_seqlens)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
         return new_x, out
@@ -80,18 +81,19 @@ class AdaLN(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_new_x, grad_out):
-        new_x, y, gate, scale, cu_seqlens = ctx.saved_tensors
+        normed, y, gate, scale, cu_seqlens = ctx.saved_tensors
+        like = y if normed is None else normed
         grad_new_x, grad_out = (grad if grad is None else grad.contiguous() for grad in (grad_new_x, grad_out))
         if grad_new_x is None and grad_out is None:
             return (None,) * 7
-        grad_x, grad_y = torch.empty_like(new_x), None if y is None else torch.empty_like(y)
-        shape = len(cu_seqlens) - 1, new_x.shape[1]
-        grad_gate = None if y is None else new_x.new_empty(shape)
-        grad_shift, grad_scale = (None if scale is None else new_x.new_empty(shape) for _ in range(2))
-        kernel("modulate_backward", new_x.dtype)(
-            *_sizes(new_x, cu_seqlens, ctx.eps), new_x.data_ptr(), _address(y), _modulators(gate, None, scale),
+        grad_x, grad_y = torch.empty_like(like), None if y is None else torch.empty_like(y)
+        shape = len(cu_seqlens) - 1, like.shape[1]
+        grad_gate = None if y is None else like.new_empty(shape)
+        grad_shift, grad_scale = (None if scale is None else like.new_empty(shape) for _ in range(2))
+        kernel("modulate_backward", like.dtype)(
+            *_sizes(like, cu_seqlens, ctx.eps), _address(normed), _address(y), _modulators(gate, None, scale),
             _address(grad_new_x), _address(grad_out), grad_x.data_ptr(), _address(grad_y),
-            [_address(grad) for grad in (grad_gate, grad_shift, grad_scale)], _threads(new_x),
+            [_address(grad) for grad in (grad_gate, grad_shift, grad_scale)], _threads(like),
         )  # fmt: skip
         return grad_x, grad_y, grad_gate, grad_shift, grad_scale, None, None
 

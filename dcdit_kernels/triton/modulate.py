@@ -119,14 +119,14 @@ def modulate_backward(
         xs, ys, grad_outs = (), (), ()
         for i in tl.static_range(PIECES):
             column = i * COLUMNS + tl.arange(0, COLUMNS)
-            x = load_rows(x_ptr, row, x_stride, column, row < stop, WIDTH)
             if GATE:
-                y = load_rows(y_ptr, row, y_stride, column, row < stop, WIDTH)
-                ys += (y,)
-                x = (x + gates[i] * y).to(x_ptr.dtype.element_ty).to(tl.float32)
+                ys += (load_rows(y_ptr, row, y_stride, column, row < stop, WIDTH),)
             if NORM:
+                x = load_rows(x_ptr, row, x_stride, column, row < stop, WIDTH)
+                if GATE:
+                    x = (x + gates[i] * ys[i]).to(x_ptr.dtype.element_ty).to(tl.float32)
+                xs += (x,)
                 grad_outs += (load_rows(grad_out_ptr, row, grad_out_stride, column, row < stop, WIDTH),)
-            xs += (x,)
         if NORM:
             normed, rstd = normalise(xs, row < stop, eps, WIDTH, COLUMNS)
             inners, shifts, scales, level, along = (), (), (), zero, zero
@@ -166,10 +166,9 @@ def modulate_backward(
 def _forward(x, y, gate, shift, scale, plan, eps):
     """(mixed, out), either of them None where gate or scale is None; contiguous, in x's dtype."""
     width = x.shape[-1]
-    x, y, gate, shift, scale = (pointer_rows(t) for t in (x, y, gate, shift, scale))
-    shape = (plan.capacity, width) if plan is not None else (len(scale if gate is None else gate), -1, width)
     mixed = torch.empty_like(x, memory_format=torch.contiguous_format) if gate is not None else None
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if scale is not None else None
+    x, y, gate, shift, scale = (pointer_rows(t) for t in (x, y, gate, shift, scale))
     if x.numel():
         batch = (scale if gate is None else gate).shape[0]
         split = pieces(width, 16)
@@ -181,35 +180,39 @@ def _forward(x, y, gate, shift, scale, plan, eps):
             GATE=gate is not None, NORM=scale is not None, PACKED=plan is not None,
             ROWS=rows, WIDTH=width, **split, num_warps=min(split["COLUMNS"] // 64, 32),
         )  # fmt: skip
-    return tuple(None if t is None else t.view(shape) for t in (mixed, out))
+    return mixed, out
 
 
 def _backward(grad_mixed, grad_out, x, y, gate, scale, plan, eps):
-    """Gradients of x and y in their shapes, and of gate, shift, scale (B, D); None where the input is None."""
-    shape, width = x.shape, x.shape[-1]
+    """Gradients of x and y in their shapes, and of gate, shift, scale (B, D); None where the input is None. Without a
+    scale only shape and dtype of x are looked at."""
+    shape, width, dtype = x.shape, x.shape[-1], x.dtype
+    device = (grad_out if grad_mixed is None else grad_mixed).device
     batch = (scale if gate is None else gate).shape[0]
     dtypes = [None if t is None else t.dtype for t in (gate, scale, scale)]
+    total = x.numel() // max(width, 1)
+    x = None if scale is None else x
     x, y, gate, scale, grad_mixed, grad_out = (pointer_rows(t) for t in (x, y, gate, scale, grad_mixed, grad_out))
-    cells = x.shape[0] // max(batch, 1)
+    cells = total // max(batch, 1)
     split = pieces(width, 3)  # sums of rows stay in registers, and there is room for three pieces
     tile = max(1024 // split["COLUMNS"], 1)
-    rows, slabs = segments(batch, x.shape[0], cells if plan is None else plan.max_seqlen, tile)
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    grad_y = None if y is None else torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    rows, slabs = segments(batch, total, cells if plan is None else plan.max_seqlen, tile)
+    grad_x = torch.empty(shape, dtype=dtype, device=device)
+    grad_y = None if y is None else torch.empty(shape, dtype=y.dtype, device=device)
     kinds = [gate is not None, scale is not None, scale is not None]
-    partial = torch.empty(batch, slabs, sum(kinds), width, dtype=torch.float32, device=x.device)
-    if partial.numel() or x.numel():
+    partial = torch.empty(batch, slabs, sum(kinds), width, dtype=torch.float32, device=device)
+    if partial.numel() or grad_x.numel():
         modulate_backward[(batch + (plan is not None), slabs)](
             grad_mixed, grad_out, x, y, gate, scale, None if plan is None else plan.cu_seqlens,
             grad_x, grad_y, partial,
             *(0 if t is None else t.stride(0) for t in (grad_mixed, grad_out, x, y, gate, scale)),
-            batch, cells, x.shape[0], rows, eps,
+            batch, cells, total, rows, eps,
             GATE=gate is not None, NORM=scale is not None, PACKED=plan is not None,
             ROWS=tile, WIDTH=width, **split, num_warps=min(max(split["COLUMNS"] // 256, 4), 32),
         )  # fmt: skip
     sums = iter(partial.sum(1).unbind(1))
     modulators = [next(sums).to(dtype) if kind else None for kind, dtype in zip(kinds, dtypes, strict=True)]
-    return grad_x.view(shape), None if grad_y is None else grad_y.view(shape), *modulators
+    return grad_x, grad_y, *modulators
 
 
 class AdalnModulate:

@@ -1,0 +1,126 @@
+"""What operators make of tensors in unusual states: elsewhere, fake, changed in place, under autocast, or malformed."""
+
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import dcdit_kernels as K
+
+OPERATORS = {
+    "chunk": (("h", "pos_embed"), lambda t, plan: K.chunk(t["h"], plan, t["pos_embed"])),
+    "dechunk": (("x", "prob", "h"), lambda t, plan: K.dechunk(t["x"], t["prob"], plan, t["h"])),
+    "ema_smooth": (("x", "prob"), lambda t, plan: K.ema_smooth(t["x"], t["prob"], plan)),
+    "adaln_modulate": (("x", "gate"), lambda t, plan: K.adaln_modulate(t["x"], t["gate"], t["gate"], plan)),
+    "gate_residual": (("x", "gate"), lambda t, plan: K.gate_residual(t["x"], t["x"], t["gate"], plan)),
+    "varlen_attention": (("x", "plan"), lambda t, plan: attend(t["x"], t["x"], t["x"], plan)),
+}
+
+
+def attend(q, k, v, plan):
+    q, k, v = (part.unflatten(1, (2, -1)) for part in (q, k, v))
+    return K.varlen_attention(q, k, v, plan.cu_seqlens, plan.cu_seqlens, plan.max_seqlen, plan.max_seqlen)
+
+
+def case(capacity=None, **options):
+    torch.manual_seed(0)
+    plan = K.plan_chunks(torch.rand(2, 16), (4, 4), capacity=capacity)
+    shapes = {"h": (2, 16, 8), "x": (plan.capacity, 8), "prob": (2, 16), "gate": (2, 8), "pos_embed": (16, 8)}
+    return {name: torch.rand(shape, **options) for name, shape in shapes.items()}, plan
+
+
+@pytest.mark.parametrize(
+    ("operator", "elsewhere"), [(op, name) for op, (names, _) in OPERATORS.items() for name in names[1:]]
+)
+def test_tensors_on_two_devices_are_refused(operator, elsewhere):
+    """Kernels are handed addresses, and that of a tensor elsewhere is another's or none."""
+    tensors, plan = case()
+    if elsewhere == "plan":
+        plan = K.ChunkPlan(**{**plan.__dict__, "cu_seqlens": plan.cu_seqlens.to("meta")})
+    else:
+        tensors[elsewhere] = tensors[elsewhere].to("meta")
+    with pytest.raises(ValueError, match=rf"{operator}: \w+ must be on cpu as \w+ is, got meta"):
+        OPERATORS[operator][1](tensors, plan)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_fake_tensors_have_shapes_alone(operator):
+    tensors, plan = case()
+    want = OPERATORS[operator][1](tensors, plan)
+    with FakeTensorMode():
+        tensors, plan = case(capacity=plan.capacity)
+        got = OPERATORS[operator][1](tensors, plan)
+    assert (got.shape, got.dtype) == (want.shape, want.dtype)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_outputs_may_be_changed_in_place(operator, backend):
+    grads = []
+    with K.use_backend(backend):
+        for change in (lambda out: out.mul_(2), lambda out: out * 2):
+            tensors, plan = case(requires_grad=True)
+            change(OPERATORS[operator][1](tensors, plan)).sum().backward()
+            grads.append([t.grad for t in tensors.values() if t.grad is not None])
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize(("operator", "name"), [("chunk", "h"), ("dechunk", "h"), ("gate_residual", "x")])
+def test_what_no_gradient_reads_is_not_kept(operator, name, backend):
+    tensors, plan = case(requires_grad=True)
+    tensors[name] = tensors[name] * 1  # nobody else holds it
+    y = torch.rand(plan.capacity, 8, requires_grad=True)
+    with K.use_backend(backend):
+        if operator == "gate_residual":
+            out = K.gate_residual(tensors["x"], y, tensors["gate"], plan)
+        else:
+            out = OPERATORS[operator][1](tensors, plan)
+    kept = weakref.ref(tensors.pop(name))
+    gc.collect()
+    assert kept() is None
+    out.sum().backward()
+
+
+def test_attention_under_autocast_takes_one_dtype():
+    """Normalised q and k are float32 there, v is not."""
+    tensors, plan = case()
+    x = tensors["x"]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = attend(x, x, x.bfloat16(), plan)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, attend(*[x.bfloat16()] * 3, plan))
+    with pytest.raises(TypeError, match=r"q, k and v must have one dtype, got torch.float32, torch.float32, torch.bfl"):
+        attend(x, x, x.bfloat16(), plan)
+
+
+@pytest.mark.parametrize("cu_seqlens", [[2, 20], [0, 12, 9], [0, 21]])
+def test_attention_offsets_rise_from_0(cu_seqlens):
+    x, cu = torch.rand(20, 2, 4), torch.tensor(cu_seqlens, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"cu_seqlens_q must rise from 0 to at most 20, got \["):
+        K.varlen_attention(x, x, x, cu, cu, 20, 20)
+    with pytest.raises(ValueError, match=r"cu_seqlens_q must be integers \(B \+ 1,\), got torch.int32 \(0,\)"):
+        K.varlen_attention(x, x, x, cu[:0], cu[:0], 20, 20)
+
+
+def test_packing_wants_each_row_once_for_a_gradient():
+    x, index = torch.rand(3, 4), torch.tensor([1, -1, -1, 1])
+    assert torch.equal(K.pack_rows(x, index)[0], x[1])
+    with pytest.raises(ValueError, match="pack_rows: where x needs a gradient a row is taken once, got 1 2 times"):
+        K.pack_rows(x.requires_grad_(), index)
+
+
+def test_packing_sees_through_lazy_views():
+    z, index = torch.randn(3, 4, dtype=torch.complex64), torch.tensor([2, 0])
+    for view in (z.conj(), z.conj().imag):
+        assert torch.equal(K.pack_rows(view, index), view[index])
+
+
+def test_plans_travel_and_are_compared_as_objects():
+    plan = case()[1]
+    again = pickle.loads(pickle.dumps(plan))
+    assert plan == plan and again != plan and torch.equal(again.token_index, plan.token_index)
