@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,10 @@ class Record(metaclass=_InertType):
         self.__dict__.update(state)
 
 
+# The classes that torch's unpickler lets through are those of the process, not of one reader.
+_READING = threading.Lock()
+
+
 def read_pickle(path: str | Path) -> Any:
     """What a `.pt` file holds: tensors, containers and numbers; instances of unknown classes become `Record`s.
 
@@ -114,11 +119,12 @@ def read_pickle(path: str | Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint file {path}")
     try:
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        # One class for each name, so that an error can say which was asked for.
-        records: list[Any] = [(_InertType(name, (Record,), {}), name) for name in unknown]
-        with torch.serialization.safe_globals(records):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with _READING:
+            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            # One class for each name, so that an error can say which was asked for.
+            records: list[Any] = [(_InertType(name, (Record,), {}), name) for name in unknown]
+            with torch.serialization.safe_globals(records):
+                return torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,11 @@ def test_inert_classes_are_forgotten_afterwards():
     before = set(torch.serialization.get_safe_globals())
     read_pickle(RELEASE)
     assert set(torch.serialization.get_safe_globals()) == before
+
+
+def test_several_threads_may_read():
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(read_pickle, [RELEASE] * 40))
 
 
 def bent(change):
