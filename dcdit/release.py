@@ -107,17 +107,22 @@ class Record(metaclass=_InertType):
 
 # The classes that torch's unpickler lets through are those of the process, not of one reader.
 _READING = threading.Lock()
+# How a file of torch before 1.6 begins.
+_LEGACY = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 
 
 def read_pickle(path: str | Path) -> Any:
     """What a `.pt` file holds: tensors, containers and numbers; instances of unknown classes become `Record`s.
 
     torch's weights-only unpickler reads it, so nothing that the file names is imported or run. Raises CheckpointError
-    where it asks for that, or is truncated or no checkpoint.
+    where it asks for that, or is truncated or no checkpoint, and OSError where it cannot be read.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint file {path}")
+    with open(path, "rb") as file:
+        if file.read(len(_LEGACY)) == _LEGACY:
+            raise CheckpointError(f"{path} is in the format of torch before 1.6; load it and save it again with torch")
     try:
         with _READING:
             unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -127,8 +132,11 @@ def read_pickle(path: str | Path) -> Any:
                 return torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # a broken pickle can raise anything
+        # torch puts the advice to load without its protection in place of why it refused, raised "from None".
+        hidden = isinstance(error, pickle.UnpicklingError) and error.__suppress_context__
+        text = str(error.__context__ if hidden else error)
+        reason = text.splitlines()[0] if text else type(error).__name__
         raise CheckpointError(f"{path} is truncated, tampered with or not a checkpoint: {reason}") from error
 
 

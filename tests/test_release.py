@@ -36,6 +36,15 @@ def save(tmp_path, values):
     return tmp_path / "x.pt"
 
 
+def save_pickle(tmp_path, change):
+    """The golden file with its pickle's bytes changed."""
+    with zipfile.ZipFile(RELEASE) as old, zipfile.ZipFile(tmp_path / "bent.pt", "w", zipfile.ZIP_STORED) as new:
+        for entry in old.namelist():
+            data = old.read(entry)
+            new.writestr(entry, change(data) if entry.endswith("data.pkl") else data)
+    return tmp_path / "bent.pt"
+
+
 @pytest.mark.parametrize("case", ["full", "drop30", "per_sample"])
 def test_release_reproduces_its_golden(case):
     golden = load_file(DATA / "dcdit_tiny.safetensors")
@@ -129,6 +138,10 @@ def test_the_error_names_what_was_asked_for(tmp_path):
     path = save(tmp_path, {"config": Evil(exec, "1")})
     with pytest.raises(CheckpointError, match=r"x.pt: the file asks to call builtins.exec; refused"):
         read_pickle(path)
+    path = save(tmp_path, {"config": Evil(os.system, "true")})
+    with pytest.raises(CheckpointError, match=r"unsupported GLOBAL \w+\.system whose module") as caught:
+        read_pickle(path)
+    assert "weights_only" not in str(caught.value)
 
 
 def test_namespaces_of_other_trainers_become_records(tmp_path):
@@ -186,6 +199,12 @@ def test_other_files(tmp_path):
     (tmp_path / "plain.pt").write_bytes(pickle.dumps({"model": 1}))
     with pytest.raises(CheckpointError, match="not a checkpoint"):
         load_release(tmp_path / "plain.pt")
+    torch.save({"ema": {}}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"old\.pt is in the format of torch before 1\.6"):
+        load_release(tmp_path / "old.pt")
+    for broken in (b"\x80\x02a.", b"\x80\x02X\x00"):  # IndexError, struct.error
+        with pytest.raises(CheckpointError, match="truncated, tampered with or not a checkpoint"):
+            load_release(save_pickle(tmp_path, lambda _, broken=broken: broken))
     with pytest.raises(CheckpointError, match="holds list, expected a dict"):
         load_release(save(tmp_path, [1, 2]))
     with pytest.raises(CheckpointError, match="has no 'ema'; it holds weights, step"):
@@ -195,16 +214,11 @@ def test_other_files(tmp_path):
 def test_flipped_byte_in_the_pickle_is_an_error_or_harmless(tmp_path):
     """Whatever one changed byte makes of the pickle, the reader raises its own error or reads the file."""
     with zipfile.ZipFile(RELEASE) as archive:
-        entries = {entry: archive.read(entry) for entry in archive.namelist()}
-    name = next(entry for entry in entries if entry.endswith("data.pkl"))
-    for place in range(28359, len(entries[name]), 97):  # the configuration's part
-        data = bytearray(entries[name])
-        data[place] ^= 0x15
-        with zipfile.ZipFile(tmp_path / "bent.pt", "w", zipfile.ZIP_STORED) as archive:
-            for entry, value in entries.items():
-                archive.writestr(entry, bytes(data) if entry == name else value)
+        size = next(entry.file_size for entry in archive.infolist() if entry.filename.endswith("data.pkl"))
+    for place in range(28359, size, 97):  # the configuration's part
+        flip = lambda data, i=place: data[:i] + bytes([data[i] ^ 0x15]) + data[i + 1 :]  # noqa: E731
         try:
-            read_pickle(tmp_path / "bent.pt")
+            read_pickle(save_pickle(tmp_path, flip))
         except CheckpointError:
             pass
 
