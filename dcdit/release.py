@@ -62,7 +62,7 @@ def from_release(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Our state dict from the release's: keys renamed, tensors untouched but for the position table's batch axis."""
     renamed = {release_key(key): tensor for key, tensor in state.items()}
     if "pos_embed" in renamed:
-        renamed["pos_embed"] = renamed["pos_embed"].reshape(renamed["pos_embed"].shape[-2:])
+        renamed["pos_embed"] = renamed["pos_embed"].squeeze(0)
     return renamed
 
 
@@ -143,7 +143,8 @@ def read_pickle(path: str | Path) -> Any:
 def read_state(path: str | Path, which: str = "ema") -> tuple[dict[str, torch.Tensor], Any]:
     """(state dict, stored configuration or None) of a training checkpoint, or of a bare state dict.
 
-    `which` is "ema" or "model"; prefixes of DistributedDataParallel and torch.compile are stripped.
+    `which` is "ema" or "model"; prefixes of DistributedDataParallel and torch.compile are stripped. Every entry is a
+    dense floating-point tensor with memory of its own for all its elements. Raises CheckpointError for anything else.
     """
     content = read_pickle(path)
     if not isinstance(content, dict) or not content:
@@ -155,52 +156,81 @@ def read_state(path: str | Path, which: str = "ema") -> tuple[dict[str, torch.Te
         content, config = content[which], content.get("config")
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: {which!r} is {type(content).__name__}, expected a dict of tensors")
+    state: dict[str, torch.Tensor] = {}
     for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise CheckpointError(f"{path}: {key!r} is {type(value).__name__}, expected a tensor")
-    return {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in content.items()}, config
+        if not isinstance(key, str):
+            raise CheckpointError(f"{path}: the key {key!r} is {type(key).__name__}, expected a name")
+        _check_tensor(f"{path}: {key!r}", value)
+        name = re.sub(r"^((module|_orig_mod)\.)+", "", key)
+        if name in state:
+            raise CheckpointError(f"{path}: {name!r} is there twice, with and without a prefix")
+        state[name] = value
+    return state, config
 
 
-def stored(config: Any, path: str, default: Any = None) -> Any:
-    """A value of a stored configuration by its dotted path, through records and dicts; `default` where there is none.
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise CheckpointError(f"{name} is {type(value).__name__}, expected a tensor")
+    if value.layout != torch.strided or value.is_nested or value.is_meta or not value.is_floating_point():
+        kind = f"{value.dtype}, {value.layout}, on {value.device}"
+        raise CheckpointError(f"{name} is {kind}: expected a dense floating-point tensor with values")
+    # An expanded tensor is small in the file, and as large as its shape says once it is copied.
+    found, needed = value.untyped_storage().nbytes(), max(value.numel(), 1) * value.element_size()
+    if found < needed:
+        raise CheckpointError(f"{name}: expected {needed} bytes or more for {tuple(value.shape)}, found {found}")
 
-    The release keeps one value per level of its hierarchy; the last is that of the innermost, the main network.
+
+def stored(config: Any, path: str, kind: type, default: Any = None) -> Any:
+    """A positive number of a stored configuration by its dotted path; `default` where there is none.
+
+    The path leads through records and dicts. The release keeps one value per level of its hierarchy; the last is that
+    of the innermost, the main network. `kind` is int or float. Raises CheckpointError for anything else.
     """
     for name in path.split("."):
         config = config.get(name) if isinstance(config, dict) else getattr(config, name, None)
     if isinstance(config, (list, tuple)):
         config = config[-1] if config else None
-    return default if config is None else config
+    if config is None:
+        return default
+    if type(config) not in (int, kind) or not 0 < config <= torch.finfo(torch.float64).max:
+        found = config if isinstance(config, (int, float)) else type(config).__name__
+        raise CheckpointError(f"stored {path}: expected a positive {kind.__name__}, found {found}")
+    return kind(config)
+
+
+def shape_of(state: dict[str, torch.Tensor], key: str, dims: int) -> tuple[int, ...]:
+    """Shape of a tensor of a state dict. Raises CheckpointError where it is missing or has not `dims` axes."""
+    if key not in state:
+        raise CheckpointError(f"missing keys in checkpoint: {key}")
+    if state[key].dim() != dims:
+        raise CheckpointError(f"{key}: expected {dims} axes, found shape {tuple(state[key].shape)}")
+    return tuple(state[key].shape)
 
 
 def infer_config(state: dict[str, torch.Tensor], config: Any, num_heads: int | None, sigma: float | None):
     """DCDiTConfig of a state dict in our names, from its shapes; heads, σ and N from the stored configuration."""
-
-    def shape(key: str, dims: int) -> tuple[int, ...]:
-        if key not in state:
-            raise CheckpointError(f"missing keys in checkpoint: {key}")
-        if state[key].dim() != dims:
-            raise CheckpointError(f"{key}: expected {dims} axes, found shape {tuple(state[key].shape)}")
-        return tuple(state[key].shape)
-
-    cells, width = shape("pos_embed", 2)
+    cells, width = shape_of(state, "pos_embed", 2)
     side = math.isqrt(cells)
     if side * side != cells:
         raise CheckpointError(f"pos_embed: expected a square grid, found {cells} cells")
-    narrow, channels = shape("stem.weight", 4)[:2]
+    narrow, channels = shape_of(state, "stem.weight", 4)[:2]
     blocks = {match[1] for key in state if (match := re.match(r"main\.blocks\.(\d+)\.", key))}
+    if num_heads is None:
+        num_heads = stored(config, "model.hnet.num_heads", int)
+    if sigma is None:
+        sigma = stored(config, "model.hnet.dechunk_kernel_sigma", float, 1.0)
     return DCDiTConfig(
         input_size=(side, side),
         in_channels=channels,
-        num_classes=shape("class_embed.weight", 2)[0] - 1,
+        num_classes=shape_of(state, "class_embed.weight", 2)[0] - 1,
         hidden_size=width,
         depth=len(blocks),
-        num_heads=num_heads or stored(config, "model.hnet.num_heads") or infer_heads(width),
+        num_heads=infer_heads(width) if num_heads is None else num_heads,
         encoder_width=narrow,
-        mlp_ratio=shape("main.blocks.0.fc1.weight", 2)[0] / width,
-        target_ratio=float(stored(config, "training.downsample_factor", 4.0)),
-        sigma=float(sigma or stored(config, "model.hnet.dechunk_kernel_sigma", 1.0)),
-        learn_sigma=shape("final.linear.weight", 2)[0] == 2 * channels,
+        mlp_ratio=shape_of(state, "main.blocks.0.fc1.weight", 2)[0] / width,
+        target_ratio=stored(config, "training.downsample_factor", float, 4.0),
+        sigma=float(sigma),
+        learn_sigma=shape_of(state, "final.linear.weight", 2)[0] == 2 * channels,
     )
 
 

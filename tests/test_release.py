@@ -96,8 +96,34 @@ def test_heads_that_cannot_be_told(tmp_path):
     with pytest.raises(CheckpointError, match="cannot tell the number of heads of width 100: give num_heads"):
         infer_heads(100)
     assert load_release(save(tmp_path, content())).config.num_heads == 1  # 64 channels are one head
-    with pytest.raises(ConfigError, match="hidden_size 64 is not a multiple of num_heads 5"):
-        load_release(RELEASE, num_heads=5)
+    for given, message in (
+        ({"num_heads": 5}, "hidden_size 64 is not a multiple of num_heads 5"),
+        ({"num_heads": 0}, "num_heads must be a positive integer, got 0"),
+        ({"sigma": 0}, "sigma must be positive, got 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_release(RELEASE, **given)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("model.hnet.num_heads", 0, "a positive int, found 0"),
+        ("model.hnet.num_heads", True, "a positive int, found True"),
+        ("model.hnet.num_heads", 4.0, "a positive int, found 4.0"),
+        ("model.hnet.dechunk_kernel_sigma", "x", "a positive float, found str"),
+        ("model.hnet.dechunk_kernel_sigma", {}, "a positive float, found dict"),
+        ("model.hnet.dechunk_kernel_sigma", float("nan"), "a positive float, found nan"),
+        ("training.downsample_factor", [[1]], "a positive float, found list"),
+        pytest.param("training.downsample_factor", 2**1100, "a positive float, found 1", id="no float"),
+    ],
+)
+def test_stored_numbers_that_are_none(tmp_path, name, value, message):
+    config = value
+    for part in reversed(name.split(".")):
+        config = {part: config}
+    with pytest.raises(CheckpointError, match=f"stored {name}: expected {message}"):
+        load_release(save(tmp_path, {**content(), "config": config}))
 
 
 class Evil:
@@ -181,6 +207,17 @@ def bent(change):
         (lambda s: s.update(pos_embed=torch.ones(1, 63, 64)), "pos_embed: expected a square grid, found 63 cells"),
         (lambda s: s.update({"x_embedder.proj.weight": torch.ones(3)}), "stem.weight: expected 4 axes, found"),
         (lambda s: s.update({"x_embedder.proj.bias": "hello"}), "'x_embedder.proj.bias' is str, expected a tensor"),
+        (lambda s: s.update({3: torch.ones(1)}), "the key 3 is int, expected a name"),
+        (lambda s: s.update({"module.pos_embed": s["pos_embed"]}), "'pos_embed' is there twice"),
+        (lambda s: s.update(pos_embed=s["pos_embed"].repeat(2, 1, 1)), r"2 axes, found shape \(2, 64, 64\)"),
+        (lambda s: s.update(pos_embed=torch.ones(64, 0)), r"'pos_embed': expected 4 bytes or more for \(64, 0\)"),
+        (
+            lambda s: s.update(pos_embed=torch.ones(1).expand(1, 2**28, 64)),
+            r"'pos_embed': expected 68719476736 bytes or more for \(1, 268435456, 64\), found 4",
+        ),
+        (lambda s: s.update(pos_embed=s["pos_embed"].to("meta")), "torch.strided, on meta: expected a dense"),
+        (lambda s: s.update(pos_embed=s["pos_embed"].to_sparse()), "torch.sparse_coo, on cpu: expected a dense"),
+        (lambda s: s.update(pos_embed=s["pos_embed"].long()), "torch.int64, torch.strided, on cpu: expected a dense"),
     ],
 )  # fmt: skip
 def test_tampered_state(tmp_path, change, message):
