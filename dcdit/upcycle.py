@@ -14,7 +14,7 @@ from .config import DCDiTConfig
 from .errors import CheckpointError, ConfigError
 from .model import DCDiT, Routing
 from .plain_dit import PlainDiT
-from .release import read_state
+from .release import read_state, shape_of
 from .train_config import TrainConfig
 from .training import Trainer
 
@@ -52,7 +52,7 @@ def from_dit(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
                 name = mine + key[len(theirs) :]
         ours[name] = tensor
     if "pos_embed" in ours:
-        ours["pos_embed"] = ours["pos_embed"].reshape(ours["pos_embed"].shape[-2:])
+        ours["pos_embed"] = ours["pos_embed"].squeeze(0)
     return _reorder_head(ours, to_ours=True)
 
 
@@ -96,10 +96,14 @@ def _reorder_head(state: dict[str, torch.Tensor], to_ours: bool) -> dict[str, to
     """DiT's output is (cell of the patch, channel), ours (channel, cell)."""
     if "head.weight" not in state or "stem.weight" not in state:
         raise CheckpointError("this is no DiT: expected final_layer.linear.weight and x_embedder.proj.weight")
-    cells = state["stem.weight"].shape[-1] ** 2
+    cells = shape_of(state, "stem.weight", 4)[-1] ** 2
     shape = (cells, -1) if to_ours else (-1, cells)
-    heads = {key: state[key] for key in ("head.weight", "head.bias")}
-    heads = {key: head.unflatten(0, shape).transpose(0, 1).reshape(head.shape) for key, head in heads.items()}
+    heads = {}
+    for key, dims in (("head.weight", 2), ("head.bias", 1)):
+        found = shape_of(state, key, dims)
+        if found[0] % cells:
+            raise CheckpointError(f"{key}: expected rows for each of the patch's {cells} cells, found shape {found}")
+        heads[key] = state[key].unflatten(0, shape).transpose(0, 1).reshape(found)
     return {**state, **heads}
 
 
@@ -141,6 +145,14 @@ def _read_diffusers(source: str | Path, config: DCDiTConfig) -> dict[str, torch.
         raise CheckpointError(
             f"num_heads: expected {config.num_heads} as in the configuration, found {model.config.num_attention_heads}"
         )
+    for name, known in (
+        ("activation_fn", ("gelu-approximate",)),
+        ("attention_bias", (True,)),
+        ("norm_elementwise_affine", (False,)),
+        ("norm_eps", (1e-6, 1e-5)),  # DiT's own, and diffusers' default, which conversions of DiT's weights have
+    ):
+        if model.config[name] not in known:
+            raise CheckpointError(f"{name}: expected {' or '.join(map(str, known))}, found {model.config[name]}")
     return model.state_dict()
 
 

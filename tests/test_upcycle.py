@@ -251,6 +251,15 @@ def test_what_does_not_fit_is_named(theirs, tmp_path, monkeypatch):
         (saved(), config(num_classes=9), r"class_embed\.weight: expected shape \(10, 64\), found \(6, 64\)"),
         (saved(), config(input_size=9), r"patches of 2×2 cells, which do not fill \(9, 9\)"),
         (saved(**{"final_layer.linear.weight": None}), CONFIG, "this is no DiT"),
+        (saved(**{"final_layer.linear.bias": None}), CONFIG, r"missing keys in checkpoint: head\.bias"),
+        (saved(**{"x_embedder.proj.weight": torch.tensor(1.0)}), CONFIG, r"stem\.weight: expected 4 axes, found"),
+        (saved(**{"final_layer.linear.weight": torch.tensor(1.0)}), CONFIG, r"head\.weight: expected 2 axes, found"),
+        (
+            saved(**{"final_layer.linear.bias": torch.ones(31)}),
+            CONFIG,
+            r"head\.bias: expected rows for each of the patch's 4 cells, found shape \(31,\)",
+        ),
+        (saved(pos_embed=torch.ones(2, 16, 64)), CONFIG, r"pos_embed: expected shape \(16, 64\), found \(2, 16, 64\)"),
         (tmp_path / "dit", config(num_heads=4), "num_heads: expected 4 as in the configuration, found 2"),
         (tmp_path / "absent", CONFIG, "neither a .pt nor a DiT"),
     ):
@@ -258,6 +267,26 @@ def test_what_does_not_fit_is_named(theirs, tmp_path, monkeypatch):
             load_dit(source, sizes)
     with pytest.raises(ConfigError, match="cond_norm=True"):
         upcycle(PlainDiT(CONFIG), config(cond_norm=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("activation_fn", "gelu", "activation_fn: expected gelu-approximate, found gelu"),
+        ("attention_bias", False, "attention_bias: expected True, found False"),
+        ("norm_elementwise_affine", True, "norm_elementwise_affine: expected False, found True"),
+        ("norm_eps", 1e-3, "norm_eps: expected 1e-06 or 1e-05, found 0.001"),
+    ],
+)
+def test_another_arithmetic_of_diffusers_is_refused(theirs, tmp_path, name, value, message):
+    DiTTransformer2DModel(**{**theirs.config, name: value}).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        load_dit(tmp_path, CONFIG)
+
+
+def test_the_epsilon_of_published_conversions_is_read(theirs, tmp_path):
+    DiTTransformer2DModel(**{**theirs.config, "norm_eps": 1e-5}).save_pretrained(tmp_path)
+    assert load_dit(tmp_path, CONFIG).blocks[0].norm.eps == 1e-6
 
 
 def test_missing_weights_of_diffusers_are_not_made_up(theirs, tmp_path):
