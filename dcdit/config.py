@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,10 +56,14 @@ class DCDiTConfig:
             )
         if self.router not in ROUTERS:
             raise ConfigError(f"router must be one of {ROUTERS}, got {self.router!r}")
-        if not self.target_ratio > 1:
-            raise ConfigError(f"target_ratio N must be greater than 1, got {self.target_ratio}")
-        if not self.sigma > 0:
-            raise ConfigError(f"sigma must be positive, got {self.sigma}")
+        if not 1 <= self.hidden_size * self.mlp_ratio < math.inf:
+            raise ConfigError(
+                f"mlp_ratio must be finite and at least 1/hidden_size = 1/{self.hidden_size}, got {self.mlp_ratio}"
+            )
+        if not 1 < self.target_ratio < math.inf:
+            raise ConfigError(f"target_ratio N must be greater than 1 and finite, got {self.target_ratio}")
+        if not 0 < self.sigma < math.inf:
+            raise ConfigError(f"sigma must be positive and finite, got {self.sigma}")
 
     @property
     def out_channels(self) -> int:

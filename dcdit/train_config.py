@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
 from .config import DCDiTConfig, check_keys
 from .errors import ConfigError
+
+NOT_NEGATIVE = (
+    "seed",
+    "ratio_weight",
+    "max_minutes",
+    "data.workers",
+    "optim.lr",
+    "optim.weight_decay",
+    "optim.grad_clip",
+    "upcycle.distill_weight",
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,7 @@ class CodecConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay to 0, gradient clipping by norm, and the EMA of the weights."""
+    """AdamW with linear warm-up and cosine decay to 0, gradients clipped by norm (0: not), EMA of the weights."""
 
     lr: float = 1e-4
     weight_decay: float = 0.0
@@ -93,24 +106,29 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("steps", "batch_size", "log_every", "save_every", "data.size"):
+            if attrgetter(name)(self) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {attrgetter(name)(self)}")
+        for name in NOT_NEGATIVE:
+            if not attrgetter(name)(self) >= 0:
+                raise ConfigError(f"{name} must not be negative, got {attrgetter(name)(self)}")
+        if self.seed >= 2**63:  # NumPy makes keys of int64
+            raise ConfigError(f"seed must be below 2**63, got {self.seed}")
         for rho in self.drop_fractions:
-            if not 0 <= rho < 1:
+            if not 0 <= rho < 1 - 2**-25:  # from there on float32 has 1
                 raise ConfigError(f"drop_fractions must lie in [0, 1), got {rho}")
-        if self.seed < 0:
-            raise ConfigError(f"seed must not be negative, got {self.seed}")
         if not self.drop_fractions:
             raise ConfigError("drop_fractions needs at least one value; [0] trains without dropping")
-        if not 0 <= self.upcycle.output_share <= 1:
-            raise ConfigError(f"upcycle.output_share must be in [0, 1], got {self.upcycle.output_share}")
-        if not 0 <= self.label_drop < 1:
-            raise ConfigError(f"label_drop must be in [0, 1), got {self.label_drop}")
+        for name in ("upcycle.output_share", "optim.ema_decay"):
+            if not 0 <= attrgetter(name)(self) <= 1:
+                raise ConfigError(f"{name} must be in [0, 1], got {attrgetter(name)(self)}")
+        for name in ("label_drop", "optim.beta2"):
+            if not 0 <= attrgetter(name)(self) < 1:
+                raise ConfigError(f"{name} must be in [0, 1), got {attrgetter(name)(self)}")
         if self.data.kind != "digits" and not self.data.path:
             raise ConfigError(f"data.kind={self.data.kind} needs data.path")
         if self.objective == "flow" and self.model.learn_sigma:
-            raise ConfigError("objective flow has no variance to learn: set model.learn_sigma=false")
+            raise ConfigError("objective flow has no variance to learn: set model.learn_sigma=false or objective=ddpm")
 
     def to_dict(self) -> dict[str, Any]:
         """All values in JSON types."""
@@ -181,10 +199,12 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         return tuple(_convert(args[0], item, name) for item in items)
     if hint is float and (isinstance(value, (int, str)) and not isinstance(value, bool)):
         try:
-            return float(value)
+            value = float(value)
         except ValueError:
             pass
     if type(value) is hint:
+        if hint is float and not math.isfinite(value):
+            raise ConfigError(f"{name} must be finite, got {value}")
         return value
     kinds = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
     raise ConfigError(f"{name} must be {kinds[hint]}, got {value!r}")

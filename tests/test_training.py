@@ -339,6 +339,12 @@ def test_tensorboard_gets_the_metrics(tiny, tmp_path, monkeypatch, capsys):
     assert written.pop("closed") and sorted(written) == [1, 2] and written[2]["loss"] == lines[1]["loss"]
 
 
+def test_gradients_clipped_at_zero_are_not_clipped(tiny, tmp_path):
+    free = run(tiny, tmp_path / "free", "optim.grad_clip=1e9", "steps=3")
+    assert run(tiny, tmp_path / "off", "optim.grad_clip=0", "steps=3") == free
+    assert run(tiny, tmp_path / "clipped", "optim.grad_clip=1e-4", "steps=3")[1:] != free[1:]
+
+
 def test_learning_rate_schedule():
     optim = OptimConfig(lr=2.0, warmup_steps=10)
     assert [learning_rate(optim, step, 110) for step in (0, 4, 9)] == pytest.approx([0.2, 1.0, 2.0])

@@ -1,0 +1,66 @@
+"""A configuration's values: what would ruin a run, or end in a traceback, is refused by the name of its key."""
+
+import math
+
+import pytest
+
+from dcdit.config import DCDiTConfig
+from dcdit.errors import ConfigError
+from dcdit.train_config import load_config
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """The smallest config file that fits together."""
+    (tmp_path / "digits.yaml").write_text("model: {preset: digits}")
+    return tmp_path / "digits.yaml"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lr=nan", "optim.lr must be finite, got nan"),
+        ("optim.lr=.inf", "optim.lr must be finite, got inf"),
+        ("optim.lr=-1", "optim.lr must not be negative, got -1.0"),
+        ("optim.weight_decay=-1", "optim.weight_decay must not be negative"),
+        ("optim.grad_clip=-1", "optim.grad_clip must not be negative"),
+        ("optim.beta2=1", "optim.beta2 must be in [0, 1), got 1.0"),
+        ("optim.ema_decay=2", "optim.ema_decay must be in [0, 1], got 2.0"),
+        ("ratio_weight=-0.1", "ratio_weight must not be negative"),
+        ("max_minutes=-1", "max_minutes must not be negative"),
+        ("upcycle.distill_weight=nan", "upcycle.distill_weight must be finite"),
+        ("upcycle.distill_weight=-1", "upcycle.distill_weight must not be negative"),
+        ("seed=9223372036854775808", "seed must be below 2**63, got 9223372036854775808"),
+        ("data.workers=-1", "data.workers must not be negative"),
+        ("data.size=0", "data.size must be at least 1, got 0"),
+        ("drop_fractions=[0,nan]", "drop_fractions must be finite"),
+        ("drop_fractions=0.99999999", "drop_fractions must lie in [0, 1), got 0.99999999"),
+        ("model.sigma=inf", "model.sigma must be finite"),
+        ("model.mlp_ratio=0.001", "mlp_ratio must be finite and at least 1/hidden_size = 1/96, got 0.001"),
+    ],
+)
+def test_values_that_ruin_a_run_are_named(override, message, digits):
+    with pytest.raises(ConfigError) as error:
+        load_config(digits, [override])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["mlp_ratio", "target_ratio", "sigma"])
+@pytest.mark.parametrize("value", [math.inf, math.nan, -1.0])
+def test_sizes_of_a_model_are_finite_and_positive(name, value):
+    """From a checkpoint's config.json too, where JSON has Infinity and NaN."""
+    with pytest.raises(ConfigError, match=f"^{name} .*finite.*, got {value}$"):
+        DCDiTConfig.from_dict({name: value})
+
+
+def test_the_ends_of_the_ranges_are_taken(digits):
+    ends = ["optim.lr=0", "optim.beta2=0", "optim.ema_decay=1", "seed=9223372036854775807", "drop_fractions=0.9999999"]
+    config = load_config(digits, ends)
+    assert config.seed == 2**63 - 1 and config.optim.ema_decay == 1 and config.drop_fractions == (0.9999999,)
+
+
+def test_defaults_that_need_another_value_say_which(tmp_path):
+    (tmp_path / "empty.yaml").touch()
+    with pytest.raises(ConfigError, match=r"set model\.learn_sigma=false or objective=ddpm$"):
+        load_config(tmp_path / "empty.yaml")
+    assert load_config(tmp_path / "empty.yaml", ["objective=ddpm"]).model == DCDiTConfig()
