@@ -216,6 +216,9 @@ class Trainer:
         )
 
     def _save(self) -> None:
+        """Raises DCDiTError, before anything is written, where training has diverged since the last log."""
+        if not all(value.isfinite().all() for value in (*self.net.parameters(), *self.ema.values)):
+            raise self._diverged("weights that are not finite")
         if self.accelerator.is_main_process:
             config = self.config.to_dict()
             average = DCDiT(self.config.model)

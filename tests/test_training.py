@@ -313,8 +313,10 @@ def test_bad_config_files_and_checkpoints_are_one_line(whole, tmp_path, capsys):
     assert "truncated or not a training checkpoint" in fails(capsys, tiny, output)
 
 
-def test_divergence_stops_with_one_line(tiny, tmp_path, capsys):
-    assert main(["train", tiny, f"output={tmp_path}", "optim.lr=1e30", "optim.grad_clip=1e30"]) == 2
+@pytest.mark.parametrize("overrides", ["optim.lr=1e30 optim.grad_clip=1e30", "optim.lr=1e39 save_every=1"])
+def test_divergence_stops_with_one_line(overrides, tiny, tmp_path, capsys):
+    """Past 1e38 the first update's weights are infinite, after a loss that is not."""
+    assert main(["train", tiny, f"output={tmp_path}", *overrides.split()]) == 2
     assert "training diverged" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "model").exists()
 
