@@ -62,7 +62,10 @@ class Digits:
 
 
 class ImageFolder:
-    """A folder with one sub-folder of images per class; centre-cropped, resized to `size`, RGB: (3, size, size)."""
+    """A folder with one sub-folder of images per class; centre-cropped, resized to `size`, RGB: (3, size, size).
+
+    Names that begin with a dot, such as .ipynb_checkpoints, count neither as classes nor as images.
+    """
 
     encoded = False
 
@@ -70,12 +73,12 @@ class ImageFolder:
         root = Path(path)
         if not root.is_dir():
             raise DataError(f"no image folder at {root}")
-        names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
         self.files = [
             (file, label)
             for label, name in enumerate(names)
             for file in sorted((root / name).rglob("*"))
-            if file.suffix.lower() in SUFFIXES
+            if file.suffix.lower() in SUFFIXES and "/." not in file.relative_to(root).as_posix()
         ]
         if not self.files:
             raise DataError(f"{root} has no images: expected a sub-folder per class with {', '.join(SUFFIXES)} files")
@@ -133,7 +136,12 @@ class Latents:
             raise DataError(f"{self.features / name}: expected shape {self.shape}, found {latent.shape}")
         if label.size != 1:
             raise DataError(f"{self.label_dir / name}: expected one class id, found shape {label.shape}")
-        return latent.reshape(self.shape).astype(np.float32), int(label.item())
+        if label.item() % 1:  # NaN and infinity leave a NaN
+            raise DataError(f"{self.label_dir / name}: expected a whole class id, found {label.item()}")
+        latent = latent.reshape(self.shape).astype(np.float32)
+        if not np.isfinite(latent).all():
+            raise DataError(f"{self.features / name}: expected finite float32, found NaN or infinity")
+        return latent, int(label.item())
 
 
 def make_source(data: DataConfig, model: DCDiTConfig) -> Source:
@@ -153,9 +161,12 @@ def make_source(data: DataConfig, model: DCDiTConfig) -> Source:
 
 def _load_npy(file: Path) -> np.ndarray:
     try:
-        return np.load(file, allow_pickle=False)
+        array = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{file} is not a readable .npy file: {error}") from error
+    if array.dtype.kind not in "iuf":
+        raise DataError(f"{file}: expected numbers, found {array.dtype}")
+    return array
 
 
 def _flipped(image: np.ndarray, flip: bool) -> np.ndarray:

@@ -66,6 +66,9 @@ def test_image_folder_crops_the_centre_and_numbers_the_folders(tmp_path):
     wide[:4, 4:12, 0] = 0
     Image.fromarray(wide).save(tmp_path / "cat" / "a.png")
     Image.fromarray(wide[..., 0]).save(tmp_path / "dog" / "grey.PNG")
+    for hidden in (".ipynb_checkpoints/a.png", "cat/.ipynb_checkpoints/a-checkpoint.png", "cat/._a.png"):
+        (tmp_path / hidden).parent.mkdir(exist_ok=True)
+        Image.fromarray(wide).save(tmp_path / hidden)
     folder = ImageFolder(str(tmp_path), 8)
     assert len(folder) == 2 and folder.classes == 2
     image, label = folder.load(0, flip=False)
@@ -119,6 +122,25 @@ def test_bad_sources_say_what_is_wrong(tmp_path):
     says("model.num_classes=5", lambda: make_source(DataConfig(), DCDiTConfig(num_classes=5)))
     with pytest.raises(ConfigError, match=r"data\.flip"):
         make_source(DataConfig(kind="latents", path=str(tmp_path), flip=True), DCDiTConfig())
+
+
+@pytest.mark.parametrize(
+    ("value", "label", "message"),
+    [
+        (np.nan, 7, r"features/0\.npy: expected finite float32, found NaN or infinity"),
+        (1e39, 7, r"features/0\.npy: expected finite float32"),
+        ("a", 7, r"features/0\.npy: expected numbers, found <U1"),
+        (0.0, 0.9, r"labels/0\.npy: expected a whole class id, found 0\.9"),
+        (0.0, np.nan, r"labels/0\.npy: expected a whole class id, found nan"),
+        (0.0, "a", r"labels/0\.npy: expected numbers, found <U1"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+def test_latents_and_labels_must_be_numbers(value, label, message, tmp_path):
+    write_latents(tmp_path, {"0": np.full(SHAPE, value)})
+    np.save(tmp_path / "imagenet256_labels" / "0.npy", np.array([label]))
+    with pytest.raises(DataError, match=message):
+        Latents(str(tmp_path), SHAPE).load(0, False)
 
 
 def test_pixel_unshuffle_is_lossless():
