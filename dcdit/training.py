@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shutil
 import time
 from pathlib import Path
 
 import torch
 
-from .checkpoints import save_checkpoint
+from .checkpoints import FILES, save_checkpoint
 from .codecs import make_codec
 from .data import make_source
 from .diffusion import make_objective, ratio_loss
-from .errors import ConfigError, DataError, DCDiTError
+from .errors import CheckpointError, ConfigError, DataError, DCDiTError
 from .model import DCDiT, Routing
 from .precision import float32_products
 from .stream import TrainingStream, batches, draw_drop_fraction
@@ -86,6 +87,7 @@ class Trainer:
         )
 
         self.output = Path(config.output)
+        self._check_place()
         self.last = self.output / "last.safetensors"
         self.step = 0
         if self.last.exists():
@@ -93,6 +95,8 @@ class Trainer:
         self.metrics = None
         if self.accelerator.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)
+            for copy in self.output.glob(".model.*"):  # of a run that was killed in the middle of a save
+                shutil.rmtree(copy, ignore_errors=True)
             self.metrics = Metrics(self.output, self.step, config.tensorboard)
 
     def make_net(self) -> DCDiT:
@@ -232,6 +236,15 @@ class Trainer:
         # The ranks must agree, or one waits for ever.
         late = torch.tensor(float(time.monotonic() - start > 60 * self.config.max_minutes), device=self.device)
         return self.accelerator.reduce(late, "sum").item() > 0
+
+    def _check_place(self) -> None:
+        # As `save_checkpoint` will, but before the steps that would be lost with the save.
+        model = self.output / "model"
+        foreign = sorted(entry.name for entry in model.iterdir() if entry.name not in FILES) if model.exists() else []
+        if foreign:
+            raise CheckpointError(
+                f"{model} holds more than a checkpoint ({', '.join(foreign)}); give a directory of its own"
+            )
 
     def _check_latents(self) -> None:
         item = self.stream[0]

@@ -144,7 +144,10 @@ def test_a_killed_run_resumes_to_the_same_losses(whole, tiny, tmp_path):
     with open(lines, "a") as stream:
         stream.write('{"step": 9')
     (tmp_path / ".last.safetensors.tmp").write_bytes(b"half")
+    for name in (".model.x8k2", ".model.x8k2.old"):
+        shutil.copytree(tmp_path / "model", tmp_path / name)
     assert run(tiny, tmp_path) == metrics(whole)
+    assert not list(tmp_path.glob(".model.*"))
     for key, value in load_checkpoint(whole / "model")[0].state_dict().items():
         assert torch.equal(value, load_checkpoint(tmp_path / "model")[0].state_dict()[key]), key
 
@@ -311,6 +314,9 @@ def test_bad_config_files_and_checkpoints_are_one_line(whole, tmp_path, capsys):
     assert "truncated or not a training checkpoint" in fails(capsys, tiny, output)
     shutil.copy(copy / "model" / "model.safetensors", copy / "last.safetensors")
     assert "truncated or not a training checkpoint" in fails(capsys, tiny, output)
+    (copy / "last.safetensors").unlink()
+    (copy / "model" / "samples").mkdir()
+    assert "model holds more than a checkpoint (samples)" in fails(capsys, tiny, output)  # and no line of progress
 
 
 @pytest.mark.parametrize("overrides", ["optim.lr=1e30 optim.grad_clip=1e30", "optim.lr=1e39 save_every=1"])
