@@ -26,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one sub-command. Returns 0, or 2 after one line about input that cannot be used."""
+    """Run one sub-command. Returns 0; 2 after one line about input that cannot be used; 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     parser = _Parser(prog="dcdit", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -42,6 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     except (DCDiTError, OSError) as error:
         print(f"dcdit {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"dcdit {args.command}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -39,6 +39,9 @@ def train(config: TrainConfig) -> Path:
     trainer = kind(config)
     try:
         return trainer.run()
+    except KeyboardInterrupt:
+        trainer.save_interrupted()
+        raise
     finally:
         trainer.close()
 
@@ -92,6 +95,7 @@ class Trainer:
         self.step = 0
         if self.last.exists():
             self.step = load_state(self.last, config.to_dict(), self.net, self.ema, self.optimizer)
+        self.saved, self.updating = self.step, False
         self.metrics = None
         if self.accelerator.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)
@@ -122,13 +126,13 @@ class Trainer:
         config, main = self.config, self.accelerator.is_main_process
         rank, workers = self.accelerator.process_index, config.data.workers
         start, since, since_step = time.monotonic(), time.monotonic(), self.step
-        saved = self.step
         bar = tqdm(initial=self.step, total=config.steps, unit="step", disable=not main, dynamic_ncols=True)
         products = float32_products("high" if config.precision == "bf16" else None)
         with contextlib.closing(bar), products:
             for batch in batches(self.stream, self.step, config.steps, rank, self.ranks, workers):
                 values = self._guarded_step(batch)
                 self.step += 1
+                self.updating = False
                 bar.update()
                 if self.step % config.log_every == 0 or self.step == config.steps:
                     numbers = self._reduced(values)
@@ -138,14 +142,18 @@ class Trainer:
                     self._report(bar, {"step": self.step, **numbers, "images_per_s": speed})
                 if self.step % config.save_every == 0:
                     self._save()
-                    saved = self.step
                 if config.max_minutes and self._time_is_up(start):
                     break
-        if saved != self.step or not (self.output / "model").exists():
+        if self.saved != self.step or not (self.output / "model").exists():
             self._save()
         self.accelerator.wait_for_everyone()
         self.accelerator.print(f"EMA model after step {self.step}: {self.output / 'model'}")
         return self.output / "model"
+
+    def save_interrupted(self) -> None:
+        """Save the steps since the last save; not half an update, nor where other ranks may have left a step undone."""
+        if self.saved != self.step and not self.updating and self.ranks == 1:
+            self._save()
 
     def close(self) -> None:
         """Close the metrics and leave the process group."""
@@ -178,6 +186,7 @@ class Trainer:
         self.accelerator.backward(loss)
         # No clipping is clipping at infinity: the norm is still measured.
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), config.optim.grad_clip or math.inf)
+        self.updating = True  # until the step is counted
         self.optimizer.step()
         self.ema.update(self.net, self.step)
         kept = routing.plan.lengths.float().mean() / routing.plan.cells
@@ -231,6 +240,7 @@ class Trainer:
             save_checkpoint(self.output / "model", average, {**extra, "step": self.step, "training": config})
             # Last, so that a run killed between the two comes back to an older step and writes both again.
             save_state(self.last, self.step, config, self.net, self.ema, self.optimizer)
+        self.saved = self.step
 
     def _time_is_up(self, start: float) -> bool:
         # The ranks must agree, or one waits for ever.

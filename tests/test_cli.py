@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from dcdit.checkpoints import save_checkpoint
+from dcdit.checkpoints import load_checkpoint, save_checkpoint
 from dcdit.cli import main
 from dcdit.config import DCDiTConfig
 from dcdit.model import DCDiT
@@ -89,6 +89,26 @@ def test_train_refuses_an_empty_data_folder(tmp_path, capsys):
     rejected(capsys, ["train", config, "data.kind=folder", f"data.path={data}/none"], f"{data}/none")
     rejected(capsys, ["train", tmp_path / "none.yaml"], "none.yaml")
     assert not (out / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("function", "kept"), [("dcdit.training.Trainer._report", 2), ("dcdit.train_state.EMA.update", None)]
+)
+def test_interrupted_training_saves_whole_steps(function, kept, tmp_path, monkeypatch, capsys):
+    """In the report of step 2 it is done; between the update of its weights and of their average it is not."""
+    out, config, calls = tmp_path / "out", tmp_path / "config.yaml", []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(function, interrupted)
+    config.write_text(CONFIG.format(out=out))
+    assert main(["train", str(config), "steps=9", "log_every=1"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "dcdit train: interrupted"
+    assert (out / "last.safetensors").exists() == (out / "model").exists() == bool(kept)
+    assert not kept or load_checkpoint(out / "model")[1]["step"] == kept
 
 
 def missing(folder):
