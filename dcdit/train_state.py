@@ -69,16 +69,26 @@ def load_state(file: Path, config: dict[str, Any], model: nn.Module, ema: EMA, o
     try:
         with safe_open(file, framework="pt") as stream:
             header = json.loads((stream.metadata() or {})["dcdit_training"])
+            step, trained = int(header["step"]), dict(header["config"])
             tensors = {key: stream.get_tensor(key) for key in stream.keys()}
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file} is truncated or not a training checkpoint: {error}") from error
-    for key, old, new in _differences(header["config"], config):
+    for key, old, new in _differences(trained, config):
         raise ConfigError(
             f"{file} was trained with {key}={old}, this run asks for {new}; give another output or remove it"
         )
-    missing = [f"{kind}.{name}" for kind in ("model", "ema") for name in ema.names if f"{kind}.{name}" not in tensors]
-    if missing:
-        raise CheckpointError(f"{file} has no tensor {missing[0]}")
+    for name, p in model.named_parameters():
+        shapes = {f"model.{name}": p.shape, f"ema.{name}": p.shape}
+        if p.requires_grad:
+            moments = {f"optim.{name}.exp_avg": p.shape, f"optim.{name}.exp_avg_sq": p.shape}
+            shapes |= moments | {f"optim.{name}.step": torch.Size()}
+        for key, shape in shapes.items():
+            if key not in tensors:
+                raise CheckpointError(f"{file} has no tensor {key}")
+            if tensors[key].shape != shape:
+                raise CheckpointError(
+                    f"{file}: {key}: expected shape {tuple(shape)}, found {tuple(tensors[key].shape)}"
+                )
     with torch.no_grad():
         for (name, p), average in zip(model.named_parameters(), ema.values, strict=True):
             p.copy_(tensors[f"model.{name}"])
@@ -90,7 +100,7 @@ def load_state(file: Path, config: dict[str, Any], model: nn.Module, ema: EMA, o
                 key: torch.empty_like(p).copy_(tensor) if tensor.shape == p.shape else tensor.to(p.device)
                 for key, tensor in state.items()
             }
-    return header["step"]
+    return step
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = ""):
@@ -133,8 +143,8 @@ class Metrics:
 
 
 def _step_of(line: bytes) -> float:
-    # A line that a killed run left unfinished counts as past every step.
+    # A line that a killed run left unfinished, or that is none of ours, counts as past every step.
     try:
-        return json.loads(line)["step"]
-    except ValueError:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
         return float("inf")

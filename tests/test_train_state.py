@@ -1,0 +1,63 @@
+"""What a run resumes from: a file that is not what `save_state` wrote is refused with one line, nothing loaded."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from dcdit.errors import CheckpointError
+from dcdit.train_state import EMA, Metrics, load_state, save_state
+
+CONFIG = {"steps": 4, "optim": {"lr": 0.1}}
+
+
+def parts():
+    """A model that has made a step, its average and its optimiser."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return model, EMA(model, 0.9), optimizer
+
+
+@pytest.mark.parametrize(
+    ("header", "tensors", "message"),
+    [
+        ([1], {}, "not a training checkpoint"),
+        ({"config": CONFIG}, {}, "not a training checkpoint: 'step'"),
+        ({"step": None, "config": CONFIG}, {}, "not a training checkpoint"),
+        ({"step": 1, "config": 3}, {}, "not a training checkpoint"),
+        ({}, {"model.bias": torch.zeros(1)}, r"model\.bias: expected shape \(2,\), found \(1,\)"),
+        ({}, {"optim.weight.exp_avg": torch.zeros(3)}, r"exp_avg: expected shape \(2, 3\), found \(3,\)"),
+        ({}, {"optim.weight.step": torch.zeros(2, 3)}, r"step: expected shape \(\), found \(2, 3\)"),
+        ({}, {"ema.weight": None}, r"has no tensor ema\.weight"),
+        ({}, {"optim.bias.exp_avg_sq": None}, r"has no tensor optim\.bias\.exp_avg_sq"),
+    ],
+)
+def test_states_that_do_not_fit_are_refused(header, tensors, message, tmp_path):
+    file = tmp_path / "last.safetensors"
+    save_state(file, 1, CONFIG, *parts())
+    assert load_state(file, CONFIG, *parts()) == 1
+    tensors = {key: value for key, value in (load(file.read_bytes()) | tensors).items() if value is not None}
+    text = json.dumps(header or {"step": 1, "config": CONFIG})
+    file.write_bytes(save(tensors, metadata={"dcdit_training": text}))
+    model, ema, optimizer = parts()
+    before = model.weight.clone()
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_state(file, CONFIG, model, ema, optimizer)
+    assert "\n" not in str(error.value) and torch.equal(model.weight, before)
+
+
+def test_frozen_parameters_have_no_moments(tmp_path):
+    model = torch.nn.Linear(3, 2).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    save_state(tmp_path / "last.safetensors", 1, CONFIG, model, EMA(model, 0.9), optimizer)
+    assert load_state(tmp_path / "last.safetensors", CONFIG, model, EMA(model, 0.9), optimizer) == 1
+
+
+def test_foreign_lines_of_the_metrics_are_dropped(tmp_path):
+    lines = ['{"step": 1}', "1", "{}", '{"step": null}', '{"step": 2}', '{"step": 3}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    Metrics(tmp_path, 2, tensorboard=False)
+    assert (tmp_path / "metrics.jsonl").read_text().split() == ['{"step":', "1}", '{"step":', "2}"]
