@@ -18,7 +18,8 @@ class DCDiTConfig:
     """Sizes of a DC-DiT. The defaults are DC-DiT-S/N4 at 256 px.
 
     `input_size` is the latent grid (H, W), `target_ratio` is N: about 1/N of the cells are kept. `cond_norm` puts a
-    LayerNorm on the conditioning of encoder and decoder, for upcycled models.
+    LayerNorm on the conditioning of encoder and decoder, for upcycled models. `encoder_width` should be at least 64, or
+    each GroupNorm group there has one channel and takes away the time and class just added to it.
     Raises ConfigError when the sizes do not fit together.
     """
 

@@ -24,7 +24,7 @@ class PredictabilityRouter(nn.Module):
         self.scorer = nn.Conv2d(width, width, 3, padding=1)
         self.norm = nn.GroupNorm(8, width)
         self.score = nn.Conv2d(width, 1, 1)
-        # A fresh router keeps about 1 cell in N.
+        # A fresh router's p is about 1/N on average; above 1/2 it hardly ever is: that many tokens come with training.
         nn.init.constant_(self.score.bias, -math.log(config.target_ratio - 1))
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
