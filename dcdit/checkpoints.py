@@ -48,6 +48,15 @@ def load_state(model: DCDiT, state: dict[str, torch.Tensor]) -> None:
     model.load_state_dict(state)
 
 
+def check_place(directory: Path) -> None:
+    """Raise CheckpointError where a directory holds anything but a checkpoint."""
+    foreign = [entry.name for entry in directory.iterdir() if entry.name not in FILES] if directory.exists() else []
+    if foreign:
+        raise CheckpointError(
+            f"{directory} holds more than a checkpoint ({_some(foreign)}); give a directory of its own"
+        )
+
+
 def save_checkpoint(directory: str | Path, model: DCDiT, extra: dict[str, Any] | None = None) -> None:
     """Write model.safetensors and config.json; the directory appears whole or not at all.
 
@@ -57,11 +66,7 @@ def save_checkpoint(directory: str | Path, model: DCDiT, extra: dict[str, Any] |
     from safetensors.torch import save
 
     directory = Path(directory)
-    foreign = [entry.name for entry in directory.iterdir() if entry.name not in FILES] if directory.exists() else []
-    if foreign:
-        raise CheckpointError(
-            f"{directory} holds more than a checkpoint ({_some(foreign)}); give a directory of its own"
-        )
+    check_place(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:

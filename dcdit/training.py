@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from .checkpoints import FILES, save_checkpoint
+from .checkpoints import check_place, save_checkpoint
 from .codecs import make_codec
 from .data import make_source
 from .diffusion import make_objective, ratio_loss
-from .errors import CheckpointError, ConfigError, DataError, DCDiTError
+from .errors import ConfigError, DataError, DCDiTError
 from .model import DCDiT, Routing
 from .precision import float32_products
 from .stream import TrainingStream, batches, draw_drop_fraction
@@ -90,7 +90,7 @@ class Trainer:
         )
 
         self.output = Path(config.output)
-        self._check_place()
+        check_place(self.output / "model")  # as each save will: the steps before it would be lost
         self.last = self.output / "last.safetensors"
         self.step = 0
         if self.last.exists():
@@ -246,15 +246,6 @@ class Trainer:
         # The ranks must agree, or one waits for ever.
         late = torch.tensor(float(time.monotonic() - start > 60 * self.config.max_minutes), device=self.device)
         return self.accelerator.reduce(late, "sum").item() > 0
-
-    def _check_place(self) -> None:
-        # As `save_checkpoint` will, but before the steps that would be lost with the save.
-        model = self.output / "model"
-        foreign = sorted(entry.name for entry in model.iterdir() if entry.name not in FILES) if model.exists() else []
-        if foreign:
-            raise CheckpointError(
-                f"{model} holds more than a checkpoint ({', '.join(foreign)}); give a directory of its own"
-            )
 
     def _check_latents(self) -> None:
         item = self.stream[0]

@@ -99,7 +99,7 @@ def test_heads_that_cannot_be_told(tmp_path):
     for given, message in (
         ({"num_heads": 5}, "hidden_size 64 is not a multiple of num_heads 5"),
         ({"num_heads": 0}, "num_heads must be a positive integer, got 0"),
-        ({"sigma": 0}, "sigma must be positive, got 0"),
+        ({"sigma": 0}, "sigma must be positive and finite, got 0"),
     ):
         with pytest.raises(ConfigError, match=message):
             load_release(RELEASE, **given)
