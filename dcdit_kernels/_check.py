@@ -53,14 +53,12 @@ def offsets(op: str, name: str, cu_seqlens: torch.Tensor, rows: int) -> None:
             raise ValueError(f"{op}: {name} must rise from 0 to at most {rows}, got {values}")
 
 
-def one_device(op: str, plan: ChunkPlan | None = None, **tensors: torch.Tensor | None) -> None:
-    """All that are given, and the plan, must be where the first is: kernels are handed bare addresses."""
-    first, device = next((name, t.device) for name, t in tensors.items() if t is not None)
-    if plan is not None:
-        tensors["plan"] = plan.cu_seqlens
-    for name, tensor in tensors.items():
+def one_device(op: str, first: torch.Tensor, others: dict[str, torch.Tensor | None]) -> None:
+    """All that are given must be where the first is: kernels are handed bare addresses."""
+    device = first.device
+    for name, tensor in others.items():
         if tensor is not None and tensor.device != device:
-            raise ValueError(f"{op}: {name} must be on {device} as {first} is, got {tensor.device}")
+            raise ValueError(f"{op}: {name} must be on {device} as the first tensor is, got {tensor.device}")
 
 
 def packed(op: str, name: str, tensor: torch.Tensor, plan: ChunkPlan) -> None:

@@ -83,10 +83,10 @@ def implement(schema: str, function: Callable[..., Any], fake: Callable[..., Any
 
 def run(op: str, backend: str | None, **inputs: Any) -> Any:
     """Call `op` on the back-end asked for; what is traced goes through torch.library."""
-    named = {t: inputs[t] for t in _operators[op].tensors}
-    one_device(op, inputs.get("plan"), **named)
+    named = {name: inputs[name] for name in _operators[op].tensors}
+    plan, tensors = inputs.get("plan"), list(named.values())
+    one_device(op, tensors[0], named if plan is None else {**named, "plan": plan.cu_seqlens})
     name = _dispatch.choose(op, backend, **inputs)
-    tensors = list(named.values())
     if traced(tensors[0]):
         return _trace(op, name, inputs)
     if name != "triton":

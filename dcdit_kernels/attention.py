@@ -61,16 +61,17 @@ def varlen_attention(
         q, k, v = (part.to(torch.get_autocast_dtype(kind)) for part in (q, k, v))  # as PyTorch's own attention
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"varlen_attention: q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    one_device("varlen_attention", q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    others = {"k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    one_device("varlen_attention", q, others)
     shaped("varlen_attention", "q", q, None, None, None)
     shaped("varlen_attention", "k", k, None, q.shape[1], q.shape[2])
     shaped("varlen_attention", "v", v, *k.shape)
     offsets("varlen_attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0])
-    offsets("varlen_attention", "cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    if cu_seqlens_k is not cu_seqlens_q or k.shape[0] != q.shape[0]:
+        offsets("varlen_attention", "cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    shapes = tuple(cu_seqlens_q.shape), tuple(cu_seqlens_k.shape)
     require(
-        cu_seqlens_q.shape == cu_seqlens_k.shape,
-        f"varlen_attention: cu_seqlens_q {tuple(cu_seqlens_q.shape)} and cu_seqlens_k "
-        f"{tuple(cu_seqlens_k.shape)} must describe one batch",
+        shapes[0] == shapes[1], "varlen_attention: cu_seqlens_q {} and cu_seqlens_k {} must describe one batch", *shapes
     )
     inputs: dict[str, Any] = {
         "q": q,
