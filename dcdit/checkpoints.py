@@ -108,7 +108,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
             raise CheckpointError(f"{config_file}: {error}") from error
         raise CheckpointError(f"{config_file} is not a dcdit config: {error!r}") from error
     try:
-        state = load_file(weights, device=str(device))
+        state = load_file(weights)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{weights} is truncated or not a safetensors file: {error}") from error
     model = DCDiT(config).to(device)

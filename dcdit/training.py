@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import shutil
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from .diffusion import make_objective, ratio_loss
 from .errors import ConfigError, DataError, DCDiTError
 from .model import DCDiT, Routing
 from .precision import float32_products
+from .ranks import cpu_ranks
 from .stream import TrainingStream, batches, draw_drop_fraction
 from .train_config import OptimConfig, TrainConfig
 from .train_state import EMA, Metrics, load_state, save_state
@@ -53,9 +53,7 @@ class Trainer:
         from accelerate import Accelerator
 
         self.config = config
-        # Several processes without a GPU are CPU ranks over gloo; accelerate would take each for a run of its own.
-        cpu_ranks = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
-        self.accelerator = Accelerator(mixed_precision=config.precision, cpu=cpu_ranks)
+        self.accelerator = Accelerator(mixed_precision=config.precision, cpu=cpu_ranks())
         self.device, self.ranks = self.accelerator.device, self.accelerator.num_processes
         check_split(config.batch_size, self.ranks)
         self.objective = make_objective(config.objective, config.model.learn_sigma)

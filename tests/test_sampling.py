@@ -1,5 +1,6 @@
 """Samplers against formulas worked out by hand and against data whose answer is known; noise, budgets, processes."""
 
+import os
 import subprocess
 import sys
 import types
@@ -303,20 +304,25 @@ def test_a_schedule_on_the_command_line(tmp_path, capsys):
     assert shares[0] > shares[1] > shares[2]
 
 
-def test_two_processes_write_the_same_images(tmp_path):
-    """`accelerate launch` shares the images out; the files are those of one process."""
+@pytest.mark.parametrize("kind", ["--cpu", "--multi_gpu"])
+def test_two_processes_write_the_same_images(tmp_path, kind):
+    """`accelerate launch` shares the images out, without a GPU too; the files are those of one process."""
     model = DCDiT(DCDiTConfig(**{**SIZES, "in_channels": 4}, encoder_width=32, learn_sigma=False))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.08)
     codec = {"kind": "pixel_unshuffle", "factor": 2}
     save_checkpoint(tmp_path / "model", model, {"objective": "flow", "codec": codec})
     words = ["-m", "dcdit.cli", "sample", str(tmp_path / "model"), "--num", "7", "--steps", "3", "--batch-size", "2"]
-    words += ["--cpu", "--format", "npz", "png", "grid", "--output"]
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    words += ["--format", "npz", "png", "grid", "--output"]
+    launch = ["-m", "accelerate.commands.launch", kind, "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+    launch += ["--main_process_port", "0"]
     runs = {"one": [sys.executable], "two": [sys.executable, *launch]}
-    running = [subprocess.Popen([*run, *words, str(tmp_path / name)]) for name, run in runs.items()]
-    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    options = {"stdout": subprocess.PIPE, "text": True, "env": {**os.environ, "CUDA_VISIBLE_DEVICES": ""}}
+    running = [subprocess.Popen([*run, *words, str(tmp_path / name)], **options) for name, run in runs.items()]
+    printed = [process.communicate(timeout=120)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0]
+    assert [text.count("7 images in") for text in printed] == [1, 1]
     one, two = (np.load(tmp_path / name / "samples.npz") for name in runs)
     assert one["arr_0"].shape == (7, 12, 10, 3) and one["arr_0"].dtype == np.uint8
     assert one["arr_1"].tolist() == [0, 1, 2, 3, 0, 1, 2]

@@ -10,6 +10,7 @@ import torch
 from ..codecs import PixelUnshuffle
 from ..errors import ConfigError
 from ..pictures import check_output, enlarge, grid, output_folder, save_png, to_uint8
+from ..ranks import cpu_ranks
 from ..sampling import SCHEDULERS, open_checkpoint, parse_classes, parse_drop_fraction, sample
 
 FORMATS = ("grid", "png", "npz")
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
-    state = PartialState(cpu=args.cpu)
+    state = PartialState(cpu=args.cpu or cpu_ranks())
     check_output(args.output)
     model, objective, codec = open_checkpoint(args.checkpoint, state.device)
     ids = parse_classes(args.classes, model.config.num_classes) if args.classes else range(model.config.num_classes)
