@@ -17,7 +17,7 @@ import torch
 from .config import DCDiTConfig
 from .errors import CheckpointError, ConfigError
 from .model import DCDiT
-from .release import from_release, infer_config, read_state, release_content, release_key
+from .release import from_release, infer_config, read_state, release_content, release_key, stored_use
 
 __all__ = [
     "from_pretrained",
@@ -25,6 +25,7 @@ __all__ = [
     "load_checkpoint",
     "load_release",
     "load_state",
+    "read_release",
     "release_key",
     "save_checkpoint",
     "save_release",
@@ -149,21 +150,32 @@ def load_release(
     Sizes come from the tensors. Nothing that the file names is imported or run. Raises CheckpointError naming the key,
     the expected and the found shape where they do not fit, and ConfigError for sizes that make no model.
     """
+    return read_release(path, num_heads=num_heads, sigma=sigma, which=which)[0]
+
+
+def read_release(
+    path: str | Path, *, num_heads: int | None = None, sigma: float | None = None, which: str = "ema"
+) -> tuple[DCDiT, dict[str, Any]]:
+    """`load_release`, and the model's objective and codec: those that `save_release` stored, or the release's own."""
     state, config = read_state(path, which)
     state = from_release(state)
     model = DCDiT(infer_config(state, config, num_heads, sigma))
     load_state(model, {key: tensor.to(torch.float32) for key, tensor in state.items()})
-    return model.eval()
+    return model.eval(), stored_use(config)
 
 
-def save_release(path: str | Path, model: DCDiT) -> None:
-    """Write `model` as a `.pt` in the public release's layout; the file appears whole or not at all."""
+def save_release(path: str | Path, model: DCDiT, extra: dict[str, Any] | None = None) -> None:
+    """Write `model` as a `.pt` in the public release's layout; the file appears whole or not at all.
+
+    Of `extra`, as of `save_checkpoint`, it keeps the objective and the codec. Raises CheckpointError for a model that
+    the layout has no place for, such as one on a grid that is not square.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
     try:
-        torch.save(release_content(tensors, model.config), temporary)
+        torch.save(release_content(tensors, model.config, extra or {}), temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 import re
@@ -14,6 +15,11 @@ import torch
 from .config import DCDiTConfig
 from .errors import CheckpointError
 
+# What the release's models were trained by: DDPM on latents of Stable Diffusion's autoencoder.
+RELEASE_USE = {
+    "objective": "ddpm",
+    "codec": {"kind": "autoencoder_kl", "pretrained": "stabilityai/sd-vae-ft-ema", "scale": 0.18215},
+}
 # The release's prefixes and ours, in the order in which they are tried.
 _PREFIXES = (
     ("x_embedder.proj.", "stem."),
@@ -198,6 +204,16 @@ def stored(config: Any, path: str, kind: type, default: Any = None) -> Any:
     return kind(config)
 
 
+def stored_use(config: Any) -> dict[str, Any]:
+    """Objective and codec: those that `release_content` stored, as JSON, or the release's own."""
+    text = config.get("use", "{}") if isinstance(config, dict) else "{}"
+    try:
+        use = json.loads(text)
+        return {key: use.get(key, own) for key, own in RELEASE_USE.items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"stored use: expected a JSON object, found {text!r}") from error
+
+
 def shape_of(state: dict[str, torch.Tensor], key: str, dims: int) -> tuple[int, ...]:
     """Shape of a tensor of a state dict. Raises CheckpointError where it is missing or has not `dims` axes."""
     if key not in state:
@@ -242,14 +258,23 @@ def infer_heads(width: int) -> int:
     raise CheckpointError(f"cannot tell the number of heads of width {width}: give num_heads")
 
 
-def release_content(state: dict[str, torch.Tensor], config: DCDiTConfig) -> dict[str, Any]:
-    """What `torch.save` writes for the release to read: weights as model and ema, and what shapes do not tell."""
+def release_content(state: dict[str, torch.Tensor], config: DCDiTConfig, extra: dict[str, Any]) -> dict[str, Any]:
+    """What `torch.save` writes for the release to read: weights as model and ema, and what shapes do not tell.
+
+    Of `extra` the objective and the codec, where they are not the release's own. Raises CheckpointError for a model
+    that the release has no place for.
+    """
+    height, width = config.input_size
+    if height != width:
+        raise CheckpointError(f"the public release takes square grids only, this model's is {height}×{width}")
     renamed = to_release(state)
+    use = {key: extra[key] for key, own in RELEASE_USE.items() if extra.get(key, own) != own}
     return {
         "model": renamed,
         "ema": renamed,
         "config": {
             "model": {"hnet": {"num_heads": [config.num_heads], "dechunk_kernel_sigma": config.sigma}},
             "training": {"downsample_factor": config.target_ratio},
+            **({"use": json.dumps(use)} if use else {}),
         },
     }

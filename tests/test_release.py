@@ -2,6 +2,7 @@
 
 import argparse
 import builtins
+import dataclasses
 import os
 import pickle
 import sys
@@ -18,7 +19,7 @@ from dcdit.cli import main
 from dcdit.config import DCDiTConfig
 from dcdit.errors import CheckpointError, ConfigError
 from dcdit.model import DCDiT
-from dcdit.release import Record, from_release, infer_heads, read_pickle, to_release
+from dcdit.release import RELEASE_USE, Record, from_release, infer_heads, read_pickle, to_release
 
 DATA = Path(__file__).parent / "data"
 RELEASE = DATA / "dcdit_tiny_release.pt"
@@ -116,9 +117,12 @@ def test_heads_that_cannot_be_told(tmp_path):
         ("model.hnet.dechunk_kernel_sigma", float("nan"), "a positive float, found nan"),
         ("training.downsample_factor", [[1]], "a positive float, found list"),
         pytest.param("training.downsample_factor", 2**1100, "a positive float, found 1", id="no float"),
+        ("use", {"objective": "flow"}, "a JSON object, found {'objective': 'flow'}"),
+        ("use", "[]", r"a JSON object, found '\[\]'"),
+        ("use", "{", "a JSON object, found '{'"),
     ],
 )
-def test_stored_numbers_that_are_none(tmp_path, name, value, message):
+def test_stored_values_that_are_none(tmp_path, name, value, message):
     config = value
     for part in reversed(name.split(".")):
         config = {part: config}
@@ -287,6 +291,25 @@ def test_convert_both_ways_is_bit_exact(tmp_path, capsys):
     capsys.readouterr()
     assert main(["convert", str(tmp_path / "none.pt"), str(tmp_path / "f")]) == 2
     assert "no checkpoint file" in capsys.readouterr().err and not (tmp_path / "f").exists()
+
+
+@pytest.mark.parametrize("use", [RELEASE_USE, {"objective": "flow", "codec": {"kind": "pixel_unshuffle", "factor": 2}}])
+def test_convert_keeps_what_the_model_is_used_by(tmp_path, use):
+    """The release's own is what a file without it means."""
+    save_checkpoint(tmp_path / "a", DCDiT(TINY), {**use, "step": 3})
+    for name in ("one", "two"):
+        assert main(["convert", str(tmp_path / "a"), str(tmp_path / name / "b.pt")]) == 0
+        assert main(["convert", str(tmp_path / name / "b.pt"), str(tmp_path / "a")]) == 0
+        assert load_checkpoint(tmp_path / "a")[1] == use
+        assert ("use" in read_pickle(tmp_path / name / "b.pt")["config"]) == (use != RELEASE_USE)
+    assert (tmp_path / "one/b.pt").read_bytes() == (tmp_path / "two/b.pt").read_bytes()
+
+
+def test_a_grid_that_the_release_cannot_tell(tmp_path, capsys):
+    save_checkpoint(tmp_path / "a", DCDiT(dataclasses.replace(TINY, input_size=(4, 16))))
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b.pt")]) == 2
+    assert "square grids only, this model's is 4×16" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
 
 
 def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):

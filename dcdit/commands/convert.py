@@ -5,12 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-# What the release's models were trained by: DDPM on latents of Stable Diffusion's autoencoder.
-RELEASE_USE = {
-    "objective": "ddpm",
-    "codec": {"kind": "autoencoder_kl", "pretrained": "stabilityai/sd-vae-ft-ema", "scale": 0.18215},
-}
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `dcdit convert`."""
@@ -23,11 +17,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Convert. Tensors are copied bit by bit."""
-    from ..checkpoints import load_checkpoint, load_release, save_checkpoint, save_release
+    from ..checkpoints import load_checkpoint, read_release, save_checkpoint, save_release
 
     if Path(args.source).is_dir():
-        save_release(args.target, load_checkpoint(args.source)[0])
+        save_release(args.target, *load_checkpoint(args.source))
     else:
-        model = load_release(args.source, num_heads=args.num_heads, sigma=args.sigma, which=args.which)
-        save_checkpoint(args.target, model, RELEASE_USE)
+        options = {"num_heads": args.num_heads, "sigma": args.sigma, "which": args.which}
+        save_checkpoint(args.target, *read_release(args.source, **options))
     print(f"{args.source} → {args.target}")
