@@ -30,13 +30,12 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = _Parser(prog="dcdit", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    module = None
-    for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
-        if argv[:1] == [name]:
-            module = importlib.import_module(f"dcdit.commands.{name}")
-            module.configure(command)
-    args = parser.parse_args(argv)
+    parsers = {name: commands.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
+    args = parser.parse_args(argv[:1])
+    module = importlib.import_module(f"dcdit.commands.{args.command}")
+    module.configure(parsers[args.command])
+    # By itself: a parser with sub-commands does not take key=value on both sides of an option.
+    parsers[args.command].parse_intermixed_args(argv[1:], args)
     try:
         module.run(args)
     except (DCDiTError, OSError) as error:

@@ -60,6 +60,14 @@ def test_unknown_commands_and_options(capsys):
     rejected(capsys, ["sample", "x", "--format", "gif"], "gif", "png")
 
 
+def test_positionals_on_both_sides_of_an_option(good, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(out=tmp_path / "out"))
+    rejected(capsys, ["upcycle", config, "seed=1", "--from", "dit.pt", "steps=few"], "steps must be an integer")
+    out = ["--output", tmp_path / "out"]
+    rejected(capsys, ["visualize", good, *out, tmp_path / "none"], f"no checkpoint at {tmp_path}/none")
+
+
 def test_unknown_preset_names_the_nearest(capsys):
     rejected(capsys, ["info", "DC-DiT-XS/N4"], "DC-DiT-XS/N4", "did you mean 'DC-DiT-S/N4'")
 
