@@ -1,5 +1,6 @@
 """Bad input on the command line: one clear line, exit status 2, nothing written."""
 
+import dataclasses
 import json
 import pickle
 import resource
@@ -261,3 +262,20 @@ def test_sample_and_visualize_write(good, tmp_path, capsys):
     assert "of 30 cells kept" in capsys.readouterr().out
     assert main(["visualize", str(good), "--num", "2", "--times", "2", *words, str(tmp_path / "v")]) == 0
     assert {file.name for file in (tmp_path / "v").iterdir()} == {"curves.png", f"chunks-{good.parent.name}.png"}
+
+
+def test_visualize_tells_checkpoints_apart(good, tmp_path):
+    """Folders of one name get longer names, so that each has its picture; 'model' is no name."""
+    paths = [shutil.copytree(good, tmp_path / name) for name in ("e1/digits", "e2/digits/model")]
+    words = ["--cpu", "--steps", "1", "--num", "1", "--output", str(tmp_path / "out")]
+    assert main(["visualize", *map(str, paths), *words]) == 0
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {"curves.png", "chunks-e1-digits.png", "chunks-e2-digits.png"}
+
+
+def test_visualize_compares_one_size(good, tmp_path, capsys):
+    save_checkpoint(tmp_path / "other", DCDiT(dataclasses.replace(TINY, input_size=(4, 4))), EXTRA)
+    words = ["--cpu", "--steps", "1", "--output", tmp_path / "out"]
+    rejected(capsys, ["visualize", good, tmp_path / "other", *words], "one input_size", "(6, 5)", "'other': (4, 4)")
+    rejected(capsys, ["visualize", good, good, *words], "different checkpoints", str(good))
+    assert not (tmp_path / "out").exists()

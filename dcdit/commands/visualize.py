@@ -7,11 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
+from ..config import DCDiTConfig
 from ..errors import ConfigError
 from ..pictures import check_output, output_folder
 from ..sampling import open_checkpoint, parse_classes
 from ..visualize import draw_chunk_maps, draw_curves, record
 from .sample import add_sampling_options, sampling_arguments
+
+# What the cost of a forward and the levels in curves.png depend on.
+SIZES = ("input_size", "hidden_size", "depth", "encoder_width", "mlp_ratio", "router", "target_ratio")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -31,24 +35,38 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"expected at least one sample and one timestep, got {args.num} and {args.times}")
     check_output(args.output)
     device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
+    names = _names(args.checkpoint)
+    opened = {name: open_checkpoint(path, device) for name, path in zip(names, args.checkpoint, strict=True)}
+    _check_sizes({name: model.config for name, (model, *_) in opened.items()})
     with output_folder(args.output) as folder:
         traces = {}
-        for path in args.checkpoint:
-            model, objective, codec = open_checkpoint(path, device)
+        for name, (model, objective, codec) in opened.items():
             classes = model.config.num_classes
             ids = parse_classes(args.classes, classes) if args.classes else range(classes)
             labels = np.resize(np.asarray(ids), args.num)
             options = sampling_arguments(args, objective, codec)
             record(model, labels, 1, **{**options, "steps": 2})  # the first steps also pay for imports and allocations
             samples, snapshots = record(model, labels, args.times, **options)
-            name = _name(path)
             draw_chunk_maps(folder / f"chunks-{name}.png", samples, snapshots, codec)
             traces[f"{name} ({objective})"] = samples.trace
         draw_curves(folder / "curves.png", traces, model.config)
     print(f"wrote the chunk maps and curves.png in {args.output}/")
 
 
-def _name(path: str) -> str:
-    """The folder's name; the folder above it where training called it just 'model'."""
-    folder = Path(path).resolve()
-    return folder.parent.name if folder.name == "model" else folder.name
+def _names(paths: list[str]) -> list[str]:
+    """The folders' names, of the folders above where training called them just 'model'; longer where two are equal."""
+    folders = [Path(path).resolve() for path in paths]
+    folders = [folder.parent if folder.name == "model" else folder for folder in folders]
+    for parts in range(1, max(len(folder.parts) for folder in folders) + 1):
+        names = ["-".join(folder.parts[1:][-parts:]) for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    raise ConfigError(f"expected different checkpoints, got {', '.join(paths)}")
+
+
+def _check_sizes(configs: dict[str, DCDiTConfig]) -> None:
+    """Raise ConfigError where the named models differ in one of SIZES."""
+    for key in SIZES:
+        values = {name: getattr(config, key) for name, config in configs.items()}
+        if len(set(values.values())) > 1:
+            raise ConfigError(f"checkpoints to compare must have one {key}, got {values}")
