@@ -279,3 +279,28 @@ def test_visualize_compares_one_size(good, tmp_path, capsys):
     rejected(capsys, ["visualize", good, tmp_path / "other", *words], "one input_size", "(6, 5)", "'other': (4, 4)")
     rejected(capsys, ["visualize", good, good, *words], "different checkpoints", str(good))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("before, status", [("4", 0), ("3", 0), ("5", 2)])
+def test_images_of_two_runs_are_not_mixed(good, tmp_path, capsys, before, status):
+    """Those that this run writes again are no mixture."""
+    words = [
+        "sample",
+        str(good),
+        "--cpu",
+        "--steps",
+        "1",
+        "--output",
+        str(tmp_path / "out"),
+        "--format",
+        "png",
+        "--num",
+    ]
+    assert main([*words, before]) == 0
+    capsys.readouterr()
+    if status == 0:
+        assert main([*words, "4"]) == 0
+    else:
+        rejected(capsys, [*words, "4"], "cannot write", f"{tmp_path}/out", "000004_class0.png")
+    assert len(list((tmp_path / "out").iterdir())) == max(int(before), 4)
+    assert main([*words[:-2], "grid", "--num", "4"]) == 0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..codecs import PixelUnshuffle
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..pictures import check_output, enlarge, grid, output_folder, save_png, to_uint8
 from ..ranks import cpu_ranks
 from ..sampling import SCHEDULERS, open_checkpoint, parse_classes, parse_drop_fraction, sample
@@ -87,6 +88,8 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"expected at least one image and a batch size of at least 1, got {count}, {args.batch_size}")
     # The classes take turns, so that the first images stay the same when more are asked for.
     labels = np.resize(np.asarray(ids), count)
+    if "png" in args.format:
+        check_mixture(args.output, labels)
     options = {**sampling_arguments(args, objective, codec), "batch_size": args.batch_size}
 
     images, traces = [], []
@@ -109,6 +112,18 @@ def run(args: argparse.Namespace) -> None:
         print(f"{count} images in {args.output}/: {summary(traces, model.config)}")
 
 
+def png_names(labels: np.ndarray) -> list[str]:
+    """The files of --format png, one for each image."""
+    return [f"{i:06d}_class{label}.png" for i, label in enumerate(labels)]
+
+
+def check_mixture(directory: str, labels: np.ndarray) -> None:
+    """Raise DataError where images of another run would stay among those of `labels`, as FID is taken over a folder."""
+    others = {file.name for file in Path(directory).glob("*_class*.png")} - set(png_names(labels))
+    if others:
+        raise DataError(f"cannot write {directory}: it holds images of another run, such as {min(others)}")
+
+
 def write(directory: str, formats: list[str], images: np.ndarray, labels: np.ndarray, columns: int) -> None:
     """Write uint8 images (N, H, W, 3) in the formats asked for; all files appear, or none."""
     with output_folder(directory) as folder:
@@ -116,8 +131,8 @@ def write(directory: str, formats: list[str], images: np.ndarray, labels: np.nda
             columns = columns if columns <= 32 else int(np.ceil(len(images) ** 0.5))
             save_png(folder / "grid.png", grid(enlarge(images), min(columns, len(images))))
         if "png" in formats:
-            for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-                save_png(folder / f"{i:06d}_class{label}.png", image)
+            for name, image in zip(png_names(labels), images, strict=True):
+                save_png(folder / name, image)
         if "npz" in formats:
             np.savez(folder / "samples.npz", images, labels)  # arr_0 and arr_1, as ADM's own scripts write them
 
