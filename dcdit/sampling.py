@@ -18,7 +18,7 @@ import torch
 from .checkpoints import load_checkpoint
 from .codecs import make_codec
 from .config import DCDiTConfig, check_keys
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, DCDiTError
 from .flops import dcdit_flops
 from .model import DCDiT, Routing
 from .precision import float32_products
@@ -143,7 +143,8 @@ def sample(
         objective: what the model was trained by, "flow" or "ddpm".
         scheduler: "auto", "flow-euler", "ddpm" (variance learned where the model has it), "ddim", "dpm-solver++".
         guidance: classifier-free guidance, uncond + guidance·(cond − uncond), on all channels of the noise or velocity;
-            a learned variance is the conditional one. 1 runs no unconditional half. Both halves are one packed batch.
+            a learned variance is the conditional one. 1 runs no unconditional half; less than 1 mixes it in, where
+            DCDiTPipeline, as diffusers does, runs without guidance. Both halves are one packed batch.
         drop_fraction: ρ in [0, 1), see `drop_table`: a number, a tensor (N,), a list over the steps, a function of t.
         uncond_drop_fraction: likewise for the unconditional half (Lite-CFG, arXiv 2603.06351); None: the same.
         seed, indices: image i draws from (seed, indices[i]); the indices are 0 to N − 1 by default.
@@ -151,7 +152,8 @@ def sample(
         precision: run the model under autocast to this dtype, its float32 products in TF32.
         callback: called with a Step before each update.
 
-    Raises ConfigError for a class id outside [0, num_classes), ρ outside [0, 1), or a scheduler that does not fit.
+    Raises ConfigError for a class id outside [0, num_classes), ρ outside [0, 1), or a scheduler that does not fit;
+    DCDiTError where the router's probabilities are NaN.
     """
     config = model.config
     classes = _class_ids(classes, config.num_classes)
@@ -159,6 +161,9 @@ def sample(
     indices = torch.arange(count) if indices is None else torch.as_tensor(indices)
     if len(indices) != count:
         raise ConfigError(f"indices must have one entry for each of the {count} classes, got {len(indices)}")
+    for name, value in (("steps", steps), ("seed", seed)):
+        if not isinstance(value, int | np.integer):
+            raise ConfigError(f"{name} must be an integer, got {value!r}")
     if not 0 <= guidance < float("inf"):
         raise ConfigError(f"guidance must be a number of at least 0, got {guidance}")
     if batch_size < 1:
@@ -216,7 +221,13 @@ class _Batch:
         x = torch.cat([self.x] * self.halves)
         times = torch.full((len(x),), t, device=self.device)
         with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not None):
-            out, routing = self.model(x, times, self.y, rho.to(self.device), return_routing=True)
+            try:
+                out, routing = self.model(x, times, self.y, rho.to(self.device), return_routing=True)
+            except ValueError as error:
+                if "NaN" not in str(error):
+                    raise
+                hint = f"are the weights finite, is guidance {self.guidance:g} too large?"
+                raise DCDiTError(f"sampling diverged at t = {t:g}: {error}; {hint}") from error
         self.output = self._guide(out.float())
         batch = len(self.x)
         masks = (routing.boundary_prob, routing.boundary_mask, routing.natural_mask)
@@ -242,7 +253,10 @@ class _Batch:
 
 
 def _class_ids(classes: Sequence[int] | torch.Tensor, num_classes: int) -> torch.Tensor:
-    classes = torch.as_tensor(classes)
+    try:
+        classes = torch.as_tensor(classes)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"classes must be a list of class ids, got {classes!r}") from error
     if classes.dim() != 1 or classes.is_floating_point() or len(classes) == 0:
         raise ConfigError(f"classes must be a list of class ids, got {classes.dtype} of shape {tuple(classes.shape)}")
     low, high = int(classes.min()), int(classes.max())
@@ -266,7 +280,10 @@ def drop_table(drop: DropFraction, timesteps: torch.Tensor, count: int) -> torch
     else:
         if callable(drop):
             drop = [drop(t) for t in timesteps.tolist()]
-        values = torch.as_tensor(drop, dtype=torch.float32).cpu()
+        try:
+            values = torch.as_tensor(drop, dtype=torch.float32).cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"drop fractions must be numbers, got {drop!r}") from error
         if values.dim() > 1 or not 1 <= values.numel() <= steps:
             raise ConfigError(
                 f"drop fractions over {steps} steps must be 1 to {steps} numbers, got shape {tuple(values.shape)}"

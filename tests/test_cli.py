@@ -161,6 +161,13 @@ def no_objective(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def not_finite(folder):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(folder / "model.safetensors")
+    save_file({key: torch.full_like(value, torch.nan) for key, value in state.items()}, folder / "model.safetensors")
+
+
 def other_codec(folder):
     config = json.loads((folder / "config.json").read_text())
     config["codec"]["kind"] = "pixel_unshufle"
@@ -178,6 +185,7 @@ def other_codec(folder):
         (other_size, ["class_embed.weight: expected shape (6, 32), found (5, 32)"]),
         (no_json, ["config.json"]),
         (no_objective, ["config.json", "objective"]),
+        (not_finite, ["sampling diverged", "NaN", "t = 1000", "guidance 2"]),
         (other_codec, ["pixel_unshufle", "'pixel_unshuffle'"]),
     ],
 )
