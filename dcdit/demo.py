@@ -48,7 +48,7 @@ def run_budget(model: DCDiT, codec, classify, drop_fraction: float, classes: np.
 
     def count(step: Step) -> None:
         nonlocal late_steps
-        if step.number >= LATE * step.steps:
+        if step.number >= int(LATE * step.steps):  # the last step at least
             kept[step.indices] += step.routing.boundary_mask.cpu().float()
             late_steps += int(step.indices[0] == 0)
 

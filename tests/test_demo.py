@@ -113,8 +113,23 @@ def test_demo_command(model, tmp_path, capsys):
     names = {file.name for file in out.iterdir()}
     assert names == {"digits.png", "trajectory.png", "budgets.png", "curves.png", "table.txt"}
     printed = capsys.readouterr().out
-    assert (out / "table.txt").read_text().strip() in printed and "of the blank ones" in printed
+    assert (out / "table.txt").read_text().strip() in printed
+    assert "nan%" not in printed and "0.0% of the blank ones.\n" in printed  # none, so no ratio to it
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model", "out"]
+
+
+@pytest.mark.parametrize(
+    "words, mention",
+    [
+        ("--steps 0", "steps must be in [1, 1000], got 0"),
+        ("--drop-fractions 0 1", "drop fractions must be in [0, 1), got 1"),
+        ("--batch-size 0", "a batch size of at least 1, got 100, 0"),
+    ],
+)
+def test_demo_refuses_before_it_fits_a_classifier(tmp_path, capsys, words, mention):
+    assert main(["demo", "--cpu", "--output", str(tmp_path / "out"), *words.split()]) == 2
+    printed = capsys.readouterr()
+    assert mention in printed.err and not printed.out
 
 
 def test_demo_wants_digits(tmp_path, capsys):

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ..demo import DIGITS, LATE, run_budget, table, time_plain_dit
 from ..errors import ConfigError
 from ..pictures import check_output, output_folder
-from ..sampling import open_checkpoint
+from ..sampling import drop_table, make_scheduler, open_checkpoint
 from ..visualize import draw_budgets, draw_chunk_maps, draw_curves, draw_poster, record
 
 
@@ -31,13 +31,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Sample at each ρ, draw, and print the table."""
     check_output(args.output)
-    if args.samples < 1:
-        raise ConfigError(f"expected at least one sample, got {args.samples}")
+    if args.samples < 1 or args.batch_size < 1:
+        raise ConfigError(
+            f"expected at least one sample and a batch size of at least 1, got {args.samples}, {args.batch_size}"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     model, objective, codec = open_checkpoint(args.checkpoint, device)
     shape = codec.decode(torch.zeros(1, model.config.in_channels, *model.config.input_size, device=device)).shape[1:]
     if shape != (1, 28, 28) or model.config.num_classes != 10:
         raise ConfigError(f"the demo needs a checkpoint that makes 28×28 digits, this one makes {tuple(shape)} pixels")
+    _, timesteps = make_scheduler("auto", objective, args.steps)
+    for rho in args.drop_fractions:
+        drop_table(rho, timesteps, 1)
     from ..classifier import DigitClassifier
 
     print("Fitting a classifier to real digits …", flush=True)
@@ -68,9 +73,10 @@ def run(args: argparse.Namespace) -> None:
     print(f"\n{text}\n")
     print(f"{args.steps} steps, guidance {args.guidance:g}, on {device.type}; GFLOPs as the paper counts them.")
     first = budgets[0]
+    times = f" ({first.ink / first.blank:.1f} times as often)" if first.blank > 0 else ""
     print(
         f"At ρ = {first.drop_fraction:g} a share of {first.share:.1%} is kept over the trajectory, 1/N is "
         f"{1 / config.target_ratio:.1%}; in the last {1 - LATE:.0%} of the steps {first.ink:.1%} of the cells with ink "
-        f"and {first.blank:.1%} of the blank ones ({first.ink / max(first.blank, 1e-9):.1f} times as often)."
+        f"and {first.blank:.1%} of the blank ones{times}."
     )
     print(f"Pictures: {args.output}/digits.png, trajectory.png, budgets.png, curves.png")
