@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -53,7 +54,7 @@ def offsets(op: str, name: str, cu_seqlens: torch.Tensor, rows: int) -> None:
             raise ValueError(f"{op}: {name} must rise from 0 to at most {rows}, got {values}")
 
 
-def one_device(op: str, first: torch.Tensor, others: dict[str, torch.Tensor | None]) -> None:
+def one_device(op: str, first: torch.Tensor, others: Mapping[str, torch.Tensor | None]) -> None:
     """All that are given must be where the first is: kernels are handed bare addresses."""
     device = first.device
     for name, tensor in others.items():
