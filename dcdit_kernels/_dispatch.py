@@ -113,6 +113,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     """One line per back-end: chosen, not needed, or the reason why it cannot run these arguments."""
     if op not in _registry:
         raise BackendError(f"unknown operator {op!r}; known: {', '.join(sorted(_registry))}")
+    if not any(isinstance(a, torch.Tensor) for a in (*args, *kwargs.values())):
+        raise BackendError(f"explain({op!r}, …) needs the operator's arguments, got no tensor")
     chosen = choose(op, None, *args, **kwargs)
     lines = [f"{op}: {chosen} (asked for: {requested_backend()})"]
     for name in BACKENDS:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from . import _dispatch, _ops, _triton_support
@@ -52,6 +54,6 @@ def dechunk(
     if residual is not None:
         shaped("dechunk", "residual", residual, plan.batch_size, plan.cells, x.shape[1])
     require(smoothing in SMOOTHING, "dechunk: smoothing must be one of {}, got {!r}", SMOOTHING, smoothing)
-    require(sigma > 0, "dechunk: sigma must be positive, got {}", sigma)
+    require(0 < sigma < math.inf, "dechunk: sigma must be positive and finite, got {}", sigma)
     inputs = {"x": x, "boundary_prob": boundary_prob, "residual": residual}
     return _ops.run("dechunk", backend, **inputs, plan=plan, sigma=sigma, smoothing=smoothing)

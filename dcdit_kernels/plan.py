@@ -53,7 +53,8 @@ def plan_chunks(
         require(fits, "plan_chunks: nearest={!r} needs a {} grid, got {}", nearest, nearest, grid)
     floating("plan_chunks", boundary_prob=boundary_prob)
     shaped("plan_chunks", "boundary_prob", boundary_prob, None, math.prod(grid))
-    require(capacity is None or capacity >= 0, "plan_chunks: capacity must not be negative, got {}", capacity)
+    fits = capacity is None or (isinstance(capacity, int | torch.SymInt) and capacity >= 0)
+    require(fits, "plan_chunks: capacity must be a number of rows, 0 or more, got {!r}", capacity)
     compiling = traced(boundary_prob)
     if isinstance(drop_fraction, torch.Tensor):
         if drop_fraction.dim() > 0:

@@ -1,6 +1,7 @@
 """What operators make of tensors in unusual states: elsewhere, fake, changed in place, under autocast, or malformed."""
 
 import gc
+import math
 import pickle
 import weakref
 
@@ -124,3 +125,27 @@ def test_plans_travel_and_are_compared_as_objects():
     plan = case()[1]
     again = pickle.loads(pickle.dumps(plan))
     assert plan == plan and again != plan and torch.equal(again.token_index, plan.token_index)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda prob, plan: K.plan_chunks(prob, (4, 4), capacity=7.5),
+            r"capacity must be a number of rows, .* got 7.5",
+        ),
+        (
+            lambda prob, plan: K.plan_chunks(prob, (4, 4), capacity=prob),
+            r"capacity must be a number of rows, .* tensor",
+        ),
+        (
+            lambda prob, plan: K.dechunk(torch.rand(plan.capacity, 8), prob, plan, sigma=math.inf),
+            "sigma must be .* inf",
+        ),
+        (lambda prob, plan: K.explain("dechunk"), r"explain\('dechunk', …\) needs the operator's arguments"),
+    ],
+)
+def test_bad_arguments_are_named(call, message):
+    tensors, plan = case()
+    with pytest.raises((ValueError, K.BackendError), match=message):
+        call(tensors["prob"], plan)
