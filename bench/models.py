@@ -102,9 +102,9 @@ def predict_reference(net: DCDiT, *args, **kwargs):
         return predict_dcdit(net, *args, **kwargs)
 
 
-def predict_plain(net: DCDiT, x, t, y, drop_fraction, routed: bool = False, block=dit_block):
-    """The straightforward operators on the same weights."""
-    out, prob = dcdit_forward(net, x, t, y, drop_fraction, block)
+def predict_plain(net: DCDiT, x, t, y, drop_fraction, routed: bool = False, block=dit_block, pad: bool = False):
+    """The straightforward operators on the same weights; with `pad` also attention."""
+    out, prob = dcdit_forward(net, x, t, y, drop_fraction, block, pad)
     return (out, prob) if routed else out
 
 
@@ -143,6 +143,8 @@ def model_problem(case: Case, device: str, compiled: bool) -> Problem:
         networks["plain compiled"] = nets, functools.partial(predict_plain, block=block)
         networks["dcdit compiled"] = Nets(nets.master, compile_parts), predict_dcdit
         networks["DiT/2 compiled"] = Nets(master, compile_parts), predict_dit
+    if case.group == "forward":
+        networks["plain padded"] = nets, functools.partial(predict_plain, pad=True)
     if device == "cuda" and case.group == "forward":
         capacity = case.batch * kept_tokens(case, case.drop_fraction)
         networks["dcdit graph"] = nets, Replay(functools.partial(predict_fixed, capacity))

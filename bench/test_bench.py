@@ -23,7 +23,7 @@ pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installe
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPERATOR_VARIANTS = ("native", "triton", "reference", "flash-attn", "plain", "plain compiled")
 MODEL_VARIANTS = ("dcdit", "dcdit reference", "plain", "plain compiled", "dcdit compiled", "DiT/2", "DiT/2 compiled")
-GRAPHS = ("dcdit graph", "DiT/2 graph") if DEVICE == "cuda" else ()
+FORWARD_VARIANTS = ("plain padded", *(("dcdit graph", "DiT/2 graph") if DEVICE == "cuda" else ()))
 
 
 @functools.cache
@@ -49,8 +49,8 @@ clock.now = 0.0
 def parameters() -> list:
     chosen = []
     for case in select(DEVICE, quick=bool(os.environ.get("QUICK"))):
-        graphs = GRAPHS if case.group == "forward" else ()
-        for variant in (*MODEL_VARIANTS, *graphs) if case.group in MODELS else OPERATOR_VARIANTS:
+        more = FORWARD_VARIANTS if case.group == "forward" else ()
+        for variant in (*MODEL_VARIANTS, *more) if case.group in MODELS else OPERATOR_VARIANTS:
             if compiled_too(case, DEVICE) or not variant.endswith("compiled"):
                 chosen.append(pytest.param(case, variant, id=f"{case.name}-{variant}"))
     return chosen

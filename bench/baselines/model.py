@@ -1,6 +1,6 @@
 """The whole DC-DiT with the straightforward operators, on the weights of a `dcdit.DCDiT`.
 
-Attention is the project's own, so that what differs is everything around it.
+Attention is the project's own, so that what differs is everything around it, or on padded samples under a mask.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from dcdit.blocks import DiTBlock
 from dcdit.router import PredictabilityRouter
 from dcdit_kernels import varlen_attention
 
+from .attention import attention
 from .boundary import predictability
 from .chunk import chunk
 from .dechunk import dechunk
-from .plan import pad_rows, plan
+from .plan import PaddedPlan, pad_rows, plan
 
 
 def dcdit_forward(
@@ -28,8 +29,10 @@ def dcdit_forward(
     y: torch.Tensor,
     drop_fraction: float | torch.Tensor,
     block: Callable[..., torch.Tensor],
+    pad: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(prediction, boundary_prob) of `net`, whose router is a `bench.models.FixedRouter`; `block` is `dit_block`."""
+    """(prediction, boundary_prob) of `net`, whose router is a `bench.models.FixedRouter`; `block` is `dit_block`, with
+    `pad` its attention is the padded one."""
     grid = net.config.input_size
     c = net.time_embed(t) + net.class_embed(y)
     h = net.encoder(net.stem(x), c)
@@ -43,7 +46,7 @@ def dcdit_forward(
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
     sample_index = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths)
     for weights in net.main.blocks:
-        rows = block(weights, rows, c, sample_index, cu_seqlens, padded.valid.shape[1])
+        rows = block(weights, rows, c, sample_index, cu_seqlens, padded.valid.shape[1], padded if pad else None)
     rows = net.main.norm(rows)
     with torch.autocast(x.device.type, enabled=False):
         refilled = dechunk(pad_rows(rows, padded), prob, padded, residual, grid, net.config.sigma)
@@ -60,12 +63,16 @@ def dit_block(
     sample_index: torch.Tensor,
     cu_seqlens: torch.Tensor,
     longest: int,
+    padded: PaddedPlan | None,
 ) -> torch.Tensor:
     """An adaLN-Zero block on packed rows (T, D), modulators expanded to (T, 6·D)."""
     shift1, scale1, gate1, shift2, scale2, gate2 = weights.adaln(c)[sample_index].chunk(6, dim=1)
     normed = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale1) + shift1
-    q, k, v = weights.qkv(normed).view(x.shape[0], 3, weights.heads, -1).unbind(1)
-    out = varlen_attention(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
+    qkv = weights.qkv(normed).view(x.shape[0], 3, weights.heads, -1)
+    if padded is None:
+        out = varlen_attention(*qkv.unbind(1), cu_seqlens, cu_seqlens, longest, longest)
+    else:
+        out = attention(qkv, padded)
     x = x + gate1 * weights.proj(out.reshape(x.shape))
     normed = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale2) + shift2
     return x + gate2 * weights.mlp(normed)
