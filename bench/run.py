@@ -99,6 +99,7 @@ def work(args: argparse.Namespace) -> None:
     for entry in result["cases"] if args.device == "cuda" else []:
         if "variants" in entry and compiled_too(Case(**entry["case"]), "cuda") and time.time() < args.deadline:
             count_launches(entry, args.compile)
+            write(args.output, result)
     write(args.output, {**result, "rates": faster(result["rates"], rates(args.device))})
 
 

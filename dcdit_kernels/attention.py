@@ -61,8 +61,6 @@ def varlen_attention(
         q, k, v = (part.to(torch.get_autocast_dtype(kind)) for part in (q, k, v))  # as PyTorch's own attention
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"varlen_attention: q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    others = {"k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-    one_device("varlen_attention", q, others)
     shaped("varlen_attention", "q", q, None, None, None)
     shaped("varlen_attention", "k", k, None, q.shape[1], q.shape[2])
     shaped("varlen_attention", "v", v, *k.shape)
@@ -73,16 +71,16 @@ def varlen_attention(
     require(
         shapes[0] == shapes[1], "varlen_attention: cu_seqlens_q {} and cu_seqlens_k {} must describe one batch", *shapes
     )
+    tensors = {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     inputs: dict[str, Any] = {
-        "q": q,
-        "k": k,
-        "v": v,
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
+        **tensors,
         "max_seqlen_q": max_seqlen_q,
         "max_seqlen_k": max_seqlen_k,
         "softmax_scale": softmax_scale,
     }
     name = _dispatch.choose("varlen_attention", backend, **inputs)
     library = flash.choose(q, k, v) if name == "native" else None
-    return flash.attend(library, exact, **inputs) if library else _ops.run("varlen_attention", name, **inputs)
+    if library is None:
+        return _ops.run("varlen_attention", name, **inputs)
+    one_device("varlen_attention", q, tensors)
+    return flash.attend(library, exact, **inputs)
