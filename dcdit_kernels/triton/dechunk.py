@@ -1,8 +1,8 @@
 """Triton kernels of the dechunk scatter: each cell takes its row and the residual; gradients come back by CSR.
 
 Bytes for T rows and B·L cells of D elements of e bytes, with a residual of r bytes: plug-back T·D·4 + B·L·D·(e + r),
-its backward B·L·D·e + T·D·(e + 8); the smoothing between is in `smooth.py` and `ema.py`. Nothing is saved for the
-backward but the inputs.
+its backward B·L·D·(e + r) + T·D·(e + 8), without r where r = e; the smoothing between is in `smooth.py` and `ema.py`.
+Nothing is saved for the backward but the inputs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._rows import load_columns, load_rows, pieces, pointer_rows, row_tile, store_rows
+from ._rows import cdiv, load_columns, load_rows, pieces, pointer_rows, row_tile, store_rows
 from .confidence import clamp_confidence, prob_gradient
 from .ema import scan, scan_backward
 from .smooth import placed, smoothed, smoothed_backward
@@ -35,10 +35,13 @@ def plug_forward(
 @triton.jit
 def plug_backward(
     grad_ptr, x_ptr, smoothed_ptr, prob_ptr, token_ptr, offsets_ptr, member_ptr,
-    grad_row_ptr, through_ptr, dot_ptr, direct_ptr, grad_stride, x_stride,
+    grad_row_ptr, grad_residual_ptr, through_ptr, dot_ptr, direct_ptr, grad_stride, x_stride,
     SMOOTH: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """One row: G = Σ ∂y over the cells it refills, ∂y·plugged of each of them; with SMOOTH G·s and G·(x - s)."""
+    """One row: G = Σ ∂y over the cells it refills; of each of them ∂y·plugged, and ∂y in the residual's dtype if asked.
+
+    With SMOOTH also G·s and G·(x - s).
+    """
     row = tl.program_id(0).to(tl.int64)
     start = tl.load(offsets_ptr + row)
     end = tl.load(offsets_ptr + row + 1)
@@ -61,8 +64,10 @@ def plug_backward(
         for i in tl.static_range(PIECES):
             column = i * COLUMNS + tl.arange(0, COLUMNS)
             grad = load_columns(grad_ptr + cell * grad_stride, column, WIDTH)
-            sums += (totals[i] + grad,)
             through += grad * plugged[i]
+            sums += (totals[i] + grad,)
+            if grad_residual_ptr is not None:
+                tl.store(grad_residual_ptr + cell * WIDTH + column, grad, mask=column < WIDTH)
         totals = sums
         tl.store(through_ptr + cell, tl.sum(through))
     dot = tl.zeros([COLUMNS], tl.float32)
@@ -78,6 +83,20 @@ def plug_backward(
     if SMOOTH:
         tl.store(dot_ptr + row, tl.sum(dot))
         tl.store(direct_ptr + row, tl.sum(direct))
+
+
+@triton.jit(do_not_specialize=["total"])
+def unplugged_backward(
+    grad_ptr, nearest_ptr, grad_residual_ptr, grad_stride, total, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The residual's gradient in the cells that no row refills, which `plug_backward` does not visit."""
+    cell = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    alone = tl.load(nearest_ptr + cell, mask=cell < total, other=0) < 0
+    if tl.max(alone.to(tl.int32), 0) > 0:
+        for start in range(0, width, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            grad = load_rows(grad_ptr, cell, grad_stride, column, alone, width)
+            store_rows(grad_residual_ptr, cell, column, grad, alone, width)
 
 
 class Dechunk:
@@ -103,9 +122,11 @@ class Dechunk:
 
     @staticmethod
     def backward(grad, needs, x, boundary_prob, residual, plan, sigma, smoothing):
-        grad_residual = grad.to(residual.dtype) if needs[2] else None
         total, width = plan.batch_size * plan.cells, x.shape[1]
         prob = boundary_prob.float().contiguous()
+        grad_residual, converted = grad if needs[2] else None, None
+        if needs[2] and residual.dtype != grad.dtype:
+            grad_residual = converted = torch.empty(grad.shape, dtype=residual.dtype, device=x.device)
         grad = pointer_rows(grad)
         smooth = smoothing == "gaussian"
         places = placed(prob, plan, sigma, x.dtype) if smooth else None
@@ -119,9 +140,13 @@ class Dechunk:
             split = pieces(width, 8, 256)
             plug_backward[(plan.capacity,)](
                 grad, rows, s, prob, plan.token_index, plan.member_offsets, plan.member_index,
-                grad_rows, through, dot, direct, grad.stride(0), rows.stride(0),
+                grad_rows, converted, through, dot, direct, grad.stride(0), rows.stride(0),
                 SMOOTH=smooth, WIDTH=width, **split, num_warps=split["COLUMNS"] // 256,
             )  # fmt: skip
+        if converted is not None and converted.numel():
+            unplugged_backward[(cdiv(total, 32),)](
+                grad, plan.nearest, converted, grad.stride(0), total, width, ROWS=32, COLUMNS=64
+            )
         partial = None
         if smooth:
             grad_rows, partial = smoothed_backward(grad_rows, share, dot, direct, x, places, plan, sigma)
