@@ -22,10 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import torch
+BEGIN = time.time()  # importing torch counts, which takes many seconds where no process has done it before
 
-from .machine import ROOT, describe
-from .run import RESULTS, quiet, write
+import torch  # noqa: E402
+
+from .machine import ROOT, describe  # noqa: E402
+from .run import quiet, unused, write  # noqa: E402
 
 TAIL = 6000  # characters of a stage's output that are kept
 
@@ -37,19 +39,20 @@ class Stage:
     limit: float  # seconds
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, begin: float | None = None) -> int:
+    """Run the stages; their limit counts from `begin`."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="under 2 minutes")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="cpu rehearses the stages")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(argv)
+    end = (begin or time.time()) + (112 if args.quick else 460)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("make gpu: this Python's torch sees no GPU", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running stage is ended too
     header = describe(args.device)
-    output = args.output or RESULTS / f"{header['machine']}-{header['date'][:10]}.json"
-    end = time.time() + (112 if args.quick else 460)
+    output = args.output or unused(header)
     stages: list[dict] = []
     write(output, {**header, "stages": stages, "rates": None, "current": None, "cases": []})
     for stage in plan(args.device, args.quick, output):
@@ -78,12 +81,15 @@ def plan(device: str, quick: bool, output: Path) -> list[Stage]:
     # Compiling for other GPUs needs none. For this one some 300 kernels are compiled, a third of a second each.
     chosen = ["-k", "not test_operator or 0.25-bfloat16"] if quick else ["tests/test_triton.py", "-k", "not ahead_of"]
     together = ["-n", "8"] if importlib.util.find_spec("xdist") else []
-    tests = [*python, "pytest", "-q", "-rs", *together, "tests/test_gpu.py", *chosen]
+    # A test that hangs shows where: the stage is killed without a summary.
+    hung = ["-o", "faulthandler_timeout=20"]
+    tests = [*python, "pytest", "-q", "-rs", *hung, *together, "tests/test_gpu.py", *chosen]
     stages.append(Stage("tests", tests, 30 if quick else 160))
     for tool in ("memcheck",) if quick else ("memcheck", "racecheck"):
         # Errors of API calls are what PyTorch asks for and handles: whether there is a context, say.
         options = ["--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9"]
-        prefix = [sanitizer, *options] if device == "cuda" else []
+        # Of memory out of PyTorch's cache it sees blocks of megabytes and no tensor's end.
+        prefix = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", sanitizer, *options] if device == "cuda" else []
         stages.append(Stage(tool, [*prefix, *script], 25 if quick else 45))
     bench = [*python, "bench.run", "--device", device, "--output", str(output), "--seconds", "1.5"]
     bench += ["--quick", "--no-compile"] * quick
@@ -115,9 +121,8 @@ def run(stage: Stage, limit: float) -> dict:
 
 def wait(command: list[str], log: IO[str], limit: float) -> int | str:
     """Run a command in a process group of its own, none of which outlives the limit or this process's end."""
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=quiet(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    env = {**quiet(), "PYTHONUNBUFFERED": "1"}  # what a killed process holds back is lost
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         return process.wait(limit)
     except subprocess.TimeoutExpired:
@@ -129,4 +134,4 @@ def wait(command: list[str], log: IO[str], limit: float) -> int | str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(begin=BEGIN))

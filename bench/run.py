@@ -28,9 +28,11 @@ def main(argv: list[str] | None = None) -> int:
         work(args)
         return 0
     header = describe(args.device)
-    output = args.output or unused(RESULTS / f"{header['machine']}-{header['date'][:10]}.json")
-    stages = json.loads(output.read_text()).get("stages") if output.exists() else None  # what `bench.gpu` noted so far
-    write(output, {**header, "stages": stages, "rates": None, "current": None, "cases": []})
+    output = args.output or unused(header)
+    before = json.loads(output.read_text()) if output.exists() else {}
+    if before.get("stages"):  # of `bench.gpu`, whose own stages are not the work of others
+        header["load"] = before["load"]
+    write(output, {**header, "stages": before.get("stages"), "rates": None, "current": None, "cases": []})
     deadline = args.deadline or time.time() + args.budget
     command = [sys.executable, "-m", "bench.run", *(argv if argv is not None else sys.argv[1:])]
     command += ["--worker", "--output", str(output), "--deadline", str(deadline)]
@@ -53,9 +55,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if status == 0 else 1
 
 
-def unused(path: Path) -> Path:
-    """The path, numbered where a run of the same day has taken it."""
-    number, free = 1, path
+def unused(header: dict) -> Path:
+    """bench/results/<machine>-<date>.json, numbered where a run of the same day has taken it."""
+    path = free = RESULTS / f"{header['machine']}-{header['date'][:10]}.json"
+    number = 1
     while free.exists():
         number += 1
         free = path.with_stem(f"{path.stem}-{number}")

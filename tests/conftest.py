@@ -9,6 +9,13 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_report_teststatus(report):
+    """A failure is named at once, so that a run that is killed has named it."""
+    if report.failed and report.when == "call":
+        reason = next((line for line in report.longreprtext.splitlines() if line.startswith("E ")), "")
+        return "failed", f"F\n{report.nodeid}: {reason}\n", "FAILED"
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test draws the same numbers whatever ran before it."""

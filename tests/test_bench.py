@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -267,12 +268,13 @@ def test_gpu_stages_in_order_of_importance(monkeypatch):
     assert [stage.name for stage in stages] == ["build", "tests", "memcheck", "racecheck", "bench", "profile"]
     assert sum(stage.limit for stage in stages) < 8 * 60
     assert not any("pip" in part for stage in stages for part in stage.command)
+    assert all("PYTORCH_NO_CUDA_MEMORY_CACHING=1" in stage.command for stage in stages[2:4])
     assert sum(stage.limit for stage in gpu.plan("cuda", True, Path("r.json"))) < 100  # and the benches the rest
 
 
 def test_gpu_rehearsal(tmp_path, monkeypatch):
     """A stage that fails, one that hangs and one that is missing are recorded, and the rest goes on."""
-    sleep = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
+    sleep = [sys.executable, "-c", "import time; print('begun'); time.sleep(60)"]
     bench = [sys.executable, "-m", "bench.run", "--device", "cpu", "--quick", "--no-compile", "--groups", "chunk"]
     output = tmp_path / "r.json"
     stages = [
@@ -283,14 +285,25 @@ def test_gpu_rehearsal(tmp_path, monkeypatch):
         gpu.Stage("profile", [sys.executable, "-c", "raise SystemExit(5)"], 5),
     ]
     monkeypatch.setattr(gpu, "plan", lambda *_: stages)
+    monkeypatch.setattr(os, "getloadavg", lambda: (7.0, 7.0, 7.0))  # before the first stage; the benches see another
     assert gpu.main(["--device", "cpu", "--quick", "--output", str(output)]) == 1
     result = json.loads(output.read_text())
     status = {stage["name"]: stage["status"] for stage in result["stages"]}
     assert status.pop("racecheck") in (0, 3)  # 3: the extension is not built
     assert status.pop("memcheck").startswith("[Errno 2]")
-    assert status == {"tests": "timeout", "bench": 0, "profile": 5}
+    assert status == {"tests": "timeout", "bench": 0, "profile": 5} and result["load"] == 7.0
     assert result["stages"][0]["tail"].startswith("begun")
     assert [entry["case"]["group"] for entry in result["cases"]] == ["chunk"]
+
+
+def test_gpu_limit_counts_from_the_start(tmp_path, monkeypatch):
+    """What was spent before the first stage is not given to it; nor is a result of the same day overwritten."""
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu, "plan", lambda *_: [gpu.Stage("tests", [sys.executable, "-c", ""], 30)])
+    assert gpu.main(["--device", "cpu", "--quick"], begin=time.time() - 1000) == 1
+    assert gpu.main(["--device", "cpu", "--quick"]) == 0
+    first, second = sorted(tmp_path.iterdir(), key=lambda path: len(path.name))
+    assert [json.loads(path.read_text())["stages"][0]["status"] for path in (first, second)] == ["cut", 0]
 
 
 def test_gpu_says_that_there_is_none(monkeypatch, capsys):
