@@ -130,6 +130,7 @@ def dechunk_problem(case: Case, device: str, compiled: bool) -> Problem:
     """
     width, cells, grid = case.config.hidden_size, case.side**2, (case.side, case.side)
     prob, plan, padded = _planned(case, device)
+    place = baselines.places(padded)
     refilled = lambda: padded._replace(nearest=baselines.nearest(padded.index, padded.valid, grid))  # noqa: E731
     x = _draw(case, device, plan.capacity, width)
     residual = _draw(case, device, case.batch, cells, width, dtype=torch.float32)
@@ -141,7 +142,7 @@ def dechunk_problem(case: Case, device: str, compiled: bool) -> Problem:
         case, (x, prob, residual), lambda backend, x, p, r: K.dechunk(x, p, plan, r, backend=backend),
         Variant(
             lambda x, p, r: baselines.dechunk(x, p, refilled(), r, grid),
-            lambda x, p, r: (baselines.pad_rows(x, padded), p, r),
+            lambda x, p, r: (baselines.pad_rows(x, padded.valid, place), p, r),
         ),
         work, max(width, padded.valid.shape[1]), compiled,
     )  # fmt: skip
@@ -201,7 +202,8 @@ def attention_problem(case: Case, device: str, compiled: bool) -> Problem:
 
     flops = 4 * pairs * config.hidden_size * (3.5 if case.backward else 1)
     work = Work(qkv.nbytes * (4 / 3 + 8 / 3 * case.backward), flops, plan.capacity)
-    plain = Variant(lambda qkv: baselines.attention(qkv, padded))
+    place = baselines.places(padded)
+    plain = Variant(lambda qkv: baselines.attention(qkv, padded.valid, place))
     return _problem(case, (qkv,), ours, plain, work, plan.max_seqlen, compiled)
 
 

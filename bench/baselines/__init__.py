@@ -6,7 +6,7 @@ from .chunk import chunk
 from .dechunk import dechunk
 from .modulate import gate_modulate
 from .pad import unpad_and_pad
-from .plan import PaddedPlan, nearest, pad_rows, plan
+from .plan import PaddedPlan, nearest, pad_rows, places, plan
 
 __all__ = [
     "PaddedPlan",
@@ -17,6 +17,7 @@ __all__ = [
     "gate_modulate",
     "nearest",
     "pad_rows",
+    "places",
     "plan",
     "predictability",
     "unpad_and_pad",

@@ -19,7 +19,7 @@ from .attention import attention
 from .boundary import predictability
 from .chunk import chunk
 from .dechunk import dechunk
-from .plan import PaddedPlan, pad_rows, plan
+from .plan import pad_rows, places, plan
 
 
 def dcdit_forward(
@@ -41,15 +41,16 @@ def dcdit_forward(
         residual = net.residual_proj(wide)
         prob = net.router.fix(scores(net.router.inner, wide))
     padded = plan(prob.detach(), grid, drop_fraction)
-    rows = chunk(h, padded, net.pos_embed)[padded.valid]
-    lengths = padded.valid.sum(1)
-    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
-    sample_index = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths)
+    valid, place = padded.valid, places(padded)
+    rows = chunk(h, padded, net.pos_embed).flatten(0, 1).index_select(0, place)
+    cu_seqlens = F.pad(valid.sum(1).cumsum(0), (1, 0)).int()
+    longest = valid.shape[1]
+    sample_index = place // longest
     for weights in net.main.blocks:
-        rows = block(weights, rows, c, sample_index, cu_seqlens, padded.valid.shape[1], padded if pad else None)
+        rows = block(weights, rows, c, sample_index, cu_seqlens, longest, (valid, place) if pad else None)
     rows = net.main.norm(rows)
     with torch.autocast(x.device.type, enabled=False):
-        refilled = dechunk(pad_rows(rows, padded), prob, padded, residual, grid, net.config.sigma)
+        refilled = dechunk(pad_rows(rows, valid, place), prob, padded, residual, grid, net.config.sigma)
     out = net.decoder(refilled.transpose(1, 2).unflatten(2, grid), c)
     shift, scale = net.final.adaln(c)[:, None].chunk(2, dim=2)
     out = net.final.linear(F.layer_norm(out, out.shape[-1:], eps=1e-6) * (1 + scale) + shift)
@@ -63,16 +64,16 @@ def dit_block(
     sample_index: torch.Tensor,
     cu_seqlens: torch.Tensor,
     longest: int,
-    padded: PaddedPlan | None,
+    padding: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> torch.Tensor:
     """An adaLN-Zero block on packed rows (T, D), modulators expanded to (T, 6·D)."""
     shift1, scale1, gate1, shift2, scale2, gate2 = weights.adaln(c)[sample_index].chunk(6, dim=1)
     normed = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale1) + shift1
     qkv = weights.qkv(normed).view(x.shape[0], 3, weights.heads, -1)
-    if padded is None:
-        out = varlen_attention(*qkv.unbind(1), cu_seqlens, cu_seqlens, longest, longest)
+    if padding is None:
+        out = varlen_attention(*qkv.unbind(1), cu_seqlens, cu_seqlens, longest, longest, exact=True)
     else:
-        out = attention(qkv, padded)
+        out = attention(qkv, *padding)
     x = x + gate1 * weights.proj(out.reshape(x.shape))
     normed = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale2) + shift2
     return x + gate2 * weights.mlp(normed)

@@ -19,7 +19,7 @@ def plan(prob: torch.Tensor, grid: tuple[int, int], drop_fraction: float | torch
     """prob (B, L) → PaddedPlan, M being the most kept cells of any sample."""
     natural = prob > 0.5
     count = natural.sum(1)
-    drop = (count.float() * torch.as_tensor(drop_fraction, dtype=torch.float32, device=prob.device)).floor().long()
+    drop = (count.float() * drop_fraction).floor().long()
     rank = torch.where(natural, prob, -1.0).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     keep = natural & (rank < (count - drop)[:, None])
     lengths = keep.sum(1)
@@ -38,7 +38,11 @@ def nearest(index: torch.Tensor, valid: torch.Tensor, grid: tuple[int, int]) -> 
     return distance.masked_fill(~valid[:, None], torch.inf).argmin(2)
 
 
-def pad_rows(rows: torch.Tensor, padded: PaddedPlan) -> torch.Tensor:
+def places(padded: PaddedPlan) -> torch.Tensor:
+    """Where each packed row stands in the flattened (B, M), int64 (T,). The host waits for T, so once for each plan."""
+    return padded.valid.flatten().nonzero().squeeze(1)
+
+
+def pad_rows(rows: torch.Tensor, valid: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     """Packed rows (T, …) → (B, M, …), zero where there is none."""
-    out = rows.new_zeros(*padded.valid.shape, *rows.shape[1:])
-    return out.index_put(padded.valid.nonzero(as_tuple=True), rows)
+    return rows.new_zeros(valid.numel(), *rows.shape[1:]).index_copy(0, place, rows).unflatten(0, valid.shape)
