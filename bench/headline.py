@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -19,7 +18,7 @@ from .cases import Case
 from .measure import build
 from .models import kept_tokens, products
 from .problem import Tensors
-from .timing import ratios
+from .timing import between, ratios, stamp
 
 PRODUCTS = ("aten::linear", "aten::conv2d", "aten::scaled_dot_product_attention")
 COMPONENTS = ("embed", "encoder", "router", "plan", "chunk", "main", "dechunk", "decoder")
@@ -125,17 +124,3 @@ def marked(net: torch.nn.Module, marks: list, device: str) -> Iterator[None]:
         yield
     for handle in handles:
         handle.remove()
-
-
-def stamp(device: str) -> object:
-    """A point in time: an event on the GPU's stream, or the clock's reading."""
-    if device == "cpu":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def between(before, after) -> float:
-    """Seconds from one stamp to the next."""
-    return after - before if isinstance(before, float) else before.elapsed_time(after) / 1e3

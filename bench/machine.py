@@ -7,11 +7,12 @@ import platform
 import re
 import subprocess
 import sys
-import time
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+
+from .timing import cpu_clock, gpu_event_clock
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,12 +85,6 @@ def rates(device: str) -> dict[str, dict[str, float]]:
 
 
 def best(call, device: str, rounds: int = 7) -> float:
-    """Least seconds of one call."""
-    least = float("inf")
-    for _ in range(rounds + 2):
-        begin = time.perf_counter()
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        least = min(least, time.perf_counter() - begin)
-    return least
+    """Least seconds of one call, by the clock of the operators."""
+    clock = cpu_clock(call) if device == "cpu" else gpu_event_clock([call], graph=False)
+    return min(clock() for _ in range(rounds))

@@ -10,10 +10,10 @@ import torch
 from dcdit_kernels import chunk, dechunk, plan_chunks
 
 from .cases import Case
-from .headline import between, stamp
 from .measure import build
 from .models import products
 from .operators import routed_prob
+from .timing import between, stamp
 
 
 def training_parts(case: Case, device: str, step_s: float, rounds: int = 5) -> dict[str, float]:

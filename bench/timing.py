@@ -1,15 +1,17 @@
 """Interleaved rounds: every variant once per round, in an order that turns, so that drift hits all alike.
 
 On a CPU a sample is the wall clock of some 10 ms of calls. On a GPU it is the time between two events around
-one pass over copies of the inputs that together exceed the L2 cache twice, replayed as a CUDA graph where the variant
-never waits for the host.
+one pass over copies of the inputs that together exceed the L2 cache twice, each with outputs of its own, replayed as a
+CUDA graph where the variant never waits for the host.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -89,24 +91,37 @@ def gpu_wall_clock(call: Callable[[], object]) -> Callable[[], float]:
 def gpu_event_clock(calls: list[Callable[[], object]], graph: bool) -> Callable[[], float]:
     """Seconds of device time per call; `calls` work on copies of the inputs. Raises RuntimeError where a graph cannot
     be captured."""
-    replay = captured(calls) if graph else None
-    for call in calls:
-        call()
+    go = captured(calls) if graph else functools.partial(one_pass, calls)
+    go()
 
     def sample() -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(1_000_000)  # the host gets ahead, so that no launch is waited for
-        start.record()
-        if replay:
-            replay()
-        else:
-            for call in calls:
-                call()
-        end.record()
+        start = stamp("cuda")
+        go()
+        end = stamp("cuda")
         end.synchronize()
-        return start.elapsed_time(end) / 1e3 / len(calls)
+        return between(start, end) / len(calls)
 
     return sample
+
+
+def one_pass(calls: list[Callable[[], object]]) -> list[object]:
+    """What all calls return, alive together: each writes to memory of its own, which like its inputs is not cached."""
+    return [call() for call in calls]
+
+
+def stamp(device: str) -> Any:
+    """A point in time: an event on the GPU's stream, or the clock's reading."""
+    if device == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(before: Any, after: Any) -> float:
+    """Seconds from one stamp to the next."""
+    return after - before if isinstance(before, float) else before.elapsed_time(after) / 1e3
 
 
 def captured(calls: list[Callable[[], object]]) -> Callable[[], None]:
@@ -114,12 +129,10 @@ def captured(calls: list[Callable[[], object]]) -> Callable[[], None]:
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # around the capture too: one that fails does not restore the stream
-        for call in calls[:2]:
-            call()
+        one_pass(calls[:2])
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, stream=side):
-            for call in calls:
-                call()
+            one_pass(calls)
     torch.cuda.current_stream().wait_stream(side)
     return graph.replay
 

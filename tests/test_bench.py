@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -172,6 +173,22 @@ def test_interleaving():
     assert samples == {"a": [1, 6, 8], "b": [2, 4, 9], "c": [3, 5, 7]}
     assert timing.ratios([2.0, 6.0, 3.0], [1.0, 2.0, 1.0]) == (3.0, 2.5, 3.0)
     assert timing.interleave({}, rounds=4, seconds=0.0) == {}  # where the gate refused all
+
+
+def test_calls_of_a_pass_write_to_memory_of_their_own(monkeypatch):
+    """What one call wrote must not be the memory, and so the cache, that the next one writes to."""
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 8.0)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    written = []
+
+    def call():
+        out = torch.empty(4096)
+        written.append(out.data_ptr())
+        return out
+
+    assert timing.gpu_event_clock([call] * 4, graph=False)() == 2e-3
+    assert len(set(written[-4:])) == 4
 
 
 def test_launches_are_counted_of_what_ran(monkeypatch):
