@@ -49,24 +49,25 @@ def training_parts(case: Case, device: str, step_s: float, rounds: int = 5) -> d
         "dechunk": lambda: dechunk(tokens, prob, plan, wide, config.sigma),
         "decoder": lambda: net.final(net.decoder(image, c), c),
     }
+    leaves = [*net.parameters(), c, x, h, wide, prob, tokens]
     mixed = case.torch_dtype != torch.float32
-    with torch.autocast(device, torch.bfloat16, enabled=mixed), products(case.torch_dtype):
-        times = {name: _seconds(part, device, rounds) for name, part in parts.items()}
-    times["rest"] = max(0.0, step_s - sum(times.values()))
-    return {name: float(f"{seconds:.4g}") for name, seconds in times.items()}
 
-
-def _seconds(part: Callable[[], object], device: str, rounds: int) -> float:
-    """Median seconds of `part` and its backward, after two calls to warm up."""
-    taken = []
-    for _ in range(rounds + 2):
+    def once(part: Callable[[], object]) -> float:
+        """Seconds of `part` and its backward, with casts and gradients as fresh as each step has them."""
         before = stamp(device)
-        out = part()
+        with torch.autocast(device, torch.bfloat16, enabled=mixed):
+            out = part()
         outs = [o for o in (out if isinstance(out, tuple) else (out,)) if isinstance(o, torch.Tensor)]
         if outs:
             torch.autograd.backward(outs, [torch.ones_like(o) for o in outs])
         after = stamp(device)
         if device == "cuda":
             torch.cuda.synchronize()
-        taken.append(between(before, after))
-    return statistics.median(taken[2:])
+        for leaf in leaves:
+            leaf.grad = None
+        return between(before, after)
+
+    with products(case.torch_dtype):  # after two calls to warm up
+        times = {name: statistics.median([once(part) for _ in range(rounds + 2)][2:]) for name, part in parts.items()}
+    times["rest"] = max(0.0, step_s - sum(times.values()))
+    return {name: float(f"{seconds:.4g}") for name, seconds in times.items()}

@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dcdit_kernels as K
-from bench import compare, gpu, headline, replay, run, timing
+from bench import compare, gpu, headline, parts, replay, run, timing
 from bench import measure as measuring
 from bench.cases import GROUPS, MODELS, OPERATORS, Case, compiled_too, select
 from bench.gate import check, complaint
@@ -223,6 +224,25 @@ def test_parts_of_a_training_step():
     times = training_parts(case, "cpu", step_s=100.0, rounds=2)
     assert set(times) == {*COMPONENTS, "rest"} - {"embed"} and all(seconds > 0 for seconds in times.values())
     assert times["main"] > times["chunk"] and sum(times.values()) == pytest.approx(100.0, rel=1e-3)
+
+
+def test_parts_begin_anew_each_time(monkeypatch):
+    """As in a step, a weight is cast once for each forward, and no gradient is added to the one before."""
+    problem = build(dataclasses.replace(small("train"), backward=True, dtype="bfloat16"), "cpu")
+    monkeypatch.setattr(parts, "build", lambda case, device: problem)
+    net = problem.variants["dcdit"].run.args[0][torch.float32]
+    weight, casts = net.main.blocks[0].qkv.weight, []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and args[0] is weight:
+                casts.append(kwargs["dtype"])
+            return func(*args, **(kwargs or {}))
+
+    with Casts():
+        training_parts(dataclasses.replace(small("train"), dtype="bfloat16"), "cpu", step_s=1.0, rounds=3)
+    assert casts == [torch.bfloat16] * 5  # two of them to warm up
+    assert all(parameter.grad is None for parameter in net.parameters())
 
 
 CRASH = """
