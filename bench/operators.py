@@ -135,9 +135,11 @@ def dechunk_problem(case: Case, device: str, compiled: bool) -> Problem:
     x = _draw(case, device, plan.capacity, width)
     residual = _draw(case, device, case.batch, cells, width, dtype=torch.float32)
     moved = x.nbytes + prob.nbytes + residual.nbytes + residual.numel() * x.element_size()
-    # A separable window of 6σ is the least smoothing known: 2·13 multiply-adds per cell and channel.
-    flops = 4 * 13 * case.batch * cells * width
-    work = Work(moved * (1 + 2 * case.backward), flops * (1 + 2 * case.backward), plan.capacity)
+    # The least smoothing known, for each kept cell and channel: a window of 6σ axis by axis, 2·13 multiply-adds, or all
+    # kept cells where they are fewer.
+    flops = x.numel() * min(4 * 13, 2 * plan.max_seqlen)
+    least = moved + (moved + x.nbytes + prob.nbytes) * case.backward
+    work = Work(least, flops * (1 + 2 * case.backward), plan.capacity)
     return _problem(
         case, (x, prob, residual), lambda backend, x, p, r: K.dechunk(x, p, plan, r, backend=backend),
         Variant(
@@ -184,7 +186,7 @@ def modulate_problem(case: Case, device: str, compiled: bool) -> Problem:
         _, _, gate, shift, scale, _ = modulators.chunk(6, dim=1)
         return K.gate_residual_modulate(x, y, gate, shift, scale, plan, backend=backend)
 
-    work = Work(4 * x.nbytes * (1 + case.backward), 12 * x.numel() * (1 + 2 * case.backward), plan.capacity)
+    work = Work(x.nbytes * (4 + 6 * case.backward), 12 * x.numel() * (1 + 2 * case.backward), plan.capacity)
     plain = Variant(lambda x, y, m: baselines.gate_modulate(x, y, m, sample))
     return _problem(case, (x, y, modulators), ours, plain, work, max(width, plan.max_seqlen), compiled)
 
@@ -201,7 +203,7 @@ def attention_problem(case: Case, device: str, compiled: bool) -> Problem:
         return K.varlen_attention(*qkv.unbind(1), cu, cu, longest, longest, exact=plan.exact, backend=backend)
 
     flops = 4 * pairs * config.hidden_size * (3.5 if case.backward else 1)
-    work = Work(qkv.nbytes * (4 / 3 + 8 / 3 * case.backward), flops, plan.capacity)
+    work = Work(qkv.nbytes * (4 + 7 * case.backward) / 3, flops, plan.capacity)
     place = baselines.places(padded)
     plain = Variant(lambda qkv: baselines.attention(qkv, padded.valid, place))
     return _problem(case, (qkv,), ours, plain, work, plan.max_seqlen, compiled)

@@ -23,6 +23,7 @@ from bench.measure import build, measure
 from bench.models import kept_tokens
 from bench.operators import routed_prob
 from bench.parts import training_parts
+from bench.problem import as_tuple
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,6 +56,21 @@ def test_plain_never_waits(group):
     problem = build(small(group, backward=True), "cpu")
     with FakeTensorMode(allow_non_fake_inputs=True):
         timing.make_call(problem.variants["plain"], problem.inputs, backward=True)()
+
+
+@pytest.mark.parametrize("share", [0.1, 1.0])
+@pytest.mark.parametrize("group", [group for group in OPERATORS if group not in ("plan", "pad")])
+def test_least_work_is_no_more_than_it_takes(group, share):
+    """Inputs and outputs pass once; with a backward pass the inputs again, and the gradients of both. Smoothing by all
+    M×M weights is no less work than is counted."""
+    forward, both = (build(small(group, share=share, backward=backward), "cpu") for backward in (False, True))
+    outs = as_tuple(forward.variants["reference"].run(*forward.inputs))
+    read, written = (sum(t.nbytes for t in tensors) for tensors in (forward.inputs, outs))
+    assert forward.work.bytes <= read + written
+    assert both.work.bytes <= (read + written) + (read + written + read)
+    if group == "dechunk":
+        tokens, width = forward.inputs[0].shape
+        assert forward.work.flops <= 2 * tokens * width * tokens / 2  # of two samples
 
 
 @pytest.mark.parametrize("group", MODELS)
