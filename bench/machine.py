@@ -51,10 +51,10 @@ def slug(name: str) -> str:
 
 
 def version(module: str) -> str | None:
-    """Version of an importable module, or None."""
+    """Version of an importable module, or None; flash-attn 4 alone is a namespace that has none."""
     try:
         return str(__import__(module).__version__)
-    except ImportError:
+    except (ImportError, AttributeError, OSError):  # OSError: a shared library of another CUDA
         return None
 
 

@@ -27,7 +27,7 @@ def build(case: Case, device: str, compiled: bool = False) -> Problem:
     return (model_problem if case.group in MODELS else operator_problem)(case, device, compiled)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache  # sizes of a group share a verdict, and all other groups come between them
 def gate(case: Case, device: str, compiled: bool) -> tuple[Case, dict[str, str | None]]:
     """The verdicts of `check`, and the case they were reached on: that of a model at GATE_BATCH at most."""
     if case.group in MODELS and case.batch > GATE_BATCH and not compiled:  # compiled code is of one batch size
@@ -119,10 +119,10 @@ def count_launches(entry: dict, compiled: bool) -> None:
             variant["launches"] = kernels(call)
 
 
-def kernels(call: Callable[[], object]) -> int:
-    """Kernels, copies and fills that a call puts on the GPU."""
+def kernels(call: Callable[[], object]) -> int | None:
+    """Kernels, copies and fills that a call puts on the GPU; None where the profiler sees no GPU."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as prof:
         call()
         torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in prof.events())
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in prof.events()) or None

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from bench import measure as measuring
 from bench.cases import GROUPS, MODELS, OPERATORS, Case, compiled_too, select
 from bench.gate import check, complaint
 from bench.headline import COMPONENTS, component_flops, component_times, outside_products
+from bench.machine import version
 from bench.measure import build, measure
 from bench.models import kept_tokens
 from bench.operators import routed_prob
@@ -290,11 +291,56 @@ def test_a_crash_costs_one_case(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out" / "r.json").read_text()) == result
 
 
+@pytest.fixture
+def gpu_worker(tmp_path, monkeypatch):
+    """The arguments of a process that measures on a GPU for 100 s, where each case takes 8 s and has no content."""
+    now = [0.0]
+
+    def measure(case, *_):
+        now[0] += 8
+        return {"name": case.name, "case": dataclasses.asdict(case), "variants": {}}
+
+    monkeypatch.setattr(run, "time", SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(run, "rates", lambda device: {"copy_bytes_per_s": 1.0, "matmul_flops_per_s": {}})
+    monkeypatch.setattr(measuring, "measure", measure)
+    monkeypatch.setattr(measuring, "count_launches", lambda entry, compiled: entry.update(launches=compiled))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    output = tmp_path / "r.json"
+    run.write(output, {"rates": None, "current": None, "cases": []})
+    options = ["--device", "cuda", "--groups", "plan,modulate", "--deadline", "100", "--output", str(output)]
+    return run.parse(options)
+
+
+def test_launches_of_the_centres_are_counted_before_the_time_is_over(gpu_worker):
+    run.work(gpu_worker)
+    result = json.loads(gpu_worker.output.read_text())
+    assert len(result["cases"]) == 12 and len(result["cut"]) == len(select("cuda", gpu_worker.groups)) - 12
+    counted = [entry["name"] for entry in result["cases"] if "launches" in entry]
+    assert counted == [case.name for case in select("cuda", gpu_worker.groups, quick=True)]
+
+
+def test_a_fault_of_the_gpu_ends_the_process_within_its_case(gpu_worker, monkeypatch):
+    """What is asked of the GPU after a fault fails as well: the next case would have the blame."""
+
+    def fault():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fault)
+    with pytest.raises(RuntimeError, match="illegal"):
+        run.work(gpu_worker)
+    assert json.loads(gpu_worker.output.read_text())["current"] == select("cuda", gpu_worker.groups)[0].name
+
+
 def test_rates_are_the_best_seen():
     old = {"copy_bytes_per_s": 5.0, "matmul_flops_per_s": {"float32": 1.0, "bfloat16": 4.0}}
     new = {"copy_bytes_per_s": 3.0, "matmul_flops_per_s": {"float32": 2.0, "bfloat16": 3.0}}
     assert run.faster(None, old) == old
     assert run.faster(old, new) == {"copy_bytes_per_s": 5.0, "matmul_flops_per_s": {"float32": 2.0, "bfloat16": 4.0}}
+
+
+def test_version_of_a_package_without_one(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    assert version("flash_attn") is None and version("nowhere") is None and version("torch") == torch.__version__
 
 
 def test_unknown_group(capsys):
