@@ -13,6 +13,7 @@ from dcdit import DCDiTConfig, preset
 OPERATORS = ("plan", "chunk", "dechunk", "boundary", "cosine", "modulate", "attention", "pad")
 MODELS = ("forward", "train", "sample")
 ALL_CELLS = ("boundary", "cosine")  # they score every cell, whatever share is kept afterwards
+ROUTER = ("plan", *ALL_CELLS)  # always in float32
 GROUPS = (*MODELS, *OPERATORS)
 
 
@@ -68,7 +69,7 @@ def compiled_too(case: Case, device: str) -> bool:
 
 
 def _on_gpu(group: str) -> list[Case]:
-    centre = Case(group, "B", 32, 16, 0.25, dtype="bfloat16")
+    centre = Case(group, "B", 32, 16, 0.25, dtype="float32" if group in ROUTER else "bfloat16")
     if group == "forward":
         sizes = [("B", 32), ("S", 32), ("XL", 32), ("XL", 64)]
         axes = [{}, *({"batch": batch} for batch in (1, 4, 64)), *({"drop_fraction": d} for d in (0.2, 0.0, 0.8))]

@@ -183,6 +183,14 @@ def test_selection(device):
             assert {32, 64} <= {case.side for case in mine}
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("group", OPERATORS)
+def test_a_case_has_the_dtype_that_it_says(group, device):
+    """Its work is held against the rate of that dtype."""
+    case = dataclasses.replace(select(device, (group,))[0], size="digits", side=14, batch=1)
+    assert case.torch_dtype in {tensor.dtype for tensor in build(case, "cpu").inputs}
+
+
 def test_interleaving():
     order = []
     clocks = {name: lambda name=name: order.append(name) or float(len(order)) for name in "abc"}
