@@ -20,6 +20,7 @@ from dcdit_kernels import _dispatch
 
 from .gpu_arithmetic import gpu_arithmetic
 
+BACKENDS, DTYPES = ("reference", "native", "triton"), (torch.float32, torch.bfloat16)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRID, WIDTH, BATCH = (12, 12), 72, 2
 
@@ -77,15 +78,14 @@ def evaluate(function, backend, tensors) -> list[torch.Tensor]:
 
 def main() -> None:
     """Print the table."""
-    backends = {torch.float32: ["reference", "native", "triton"], torch.bfloat16: ["reference", "native", "triton"]}
-    print("| operator | tensor | " + " | ".join(f"{b}, {str(d)[6:]}" for d, bs in backends.items() for b in bs) + " |")
-    print("|---|---|" + "---|" * sum(map(len, backends.values())))
+    print("| operator | tensor | " + " | ".join(f"{b}, {str(d)[6:]}" for d in DTYPES for b in BACKENDS) + " |")
+    print("|---|---|" + "---|" * len(DTYPES) * len(BACKENDS))
     for name, (function, tensors, gradients) in operators().items():
         columns: list[list[str]] = []
-        for dtype, choices in backends.items():
+        for dtype in DTYPES:
             drawn = [t if g == "boundary_prob" else t.to(dtype) for t, g in zip(tensors, gradients, strict=True)]
             want = evaluate(function, "reference", [t.double() for t in drawn])
-            for backend in choices:
+            for backend in BACKENDS:
                 try:
                     got = evaluate(function, backend, drawn)
                 except _dispatch.BackendError:

@@ -17,6 +17,7 @@ from dcdit.flops import dcdit_flops
 from .cases import Case
 from .measure import build
 from .models import kept_tokens, products
+from .operators import OURS
 from .problem import Tensors
 from .timing import between, ratios, stamp
 
@@ -36,6 +37,12 @@ def saving(entry: dict, variant: str = "dcdit", base: str = "DiT/2") -> dict | N
     flops = ours["gflop_per_image"] / plain["gflop_per_image"]
     realised = (1 - ratio) / (1 - flops) if flops < 0.99 else None
     return {"time": ratio, "low": low, "high": high, "flops": flops, "realised": realised}
+
+
+def fastest(entry: dict) -> dict | None:
+    """The fastest of our back-ends on an operator case, or None."""
+    ours = [entry["variants"][name] for name in OURS if entry["variants"].get(name, {}).get("status") == "ok"]
+    return min(ours, key=lambda variant: variant["seconds"], default=None)
 
 
 def component_times(case: Case, device: str, rounds: int = 5) -> dict[str, float]:

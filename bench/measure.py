@@ -15,7 +15,7 @@ from . import timing
 from .cases import MODELS, Case
 from .gate import check, one_line
 from .models import model_problem
-from .operators import operator_problem
+from .operators import BUILDERS
 from .problem import Problem
 
 GATE_BATCH = 4  # a model in float64 with its gradients does not fit at every batch size
@@ -24,7 +24,7 @@ GATE_BATCH = 4  # a model in float64 with its gradients does not fit at every ba
 def build(case: Case, device: str, compiled: bool = False) -> Problem:
     """The problem of any case."""
     torch.manual_seed(0)
-    return (model_problem if case.group in MODELS else operator_problem)(case, device, compiled)
+    return (model_problem if case.group in MODELS else BUILDERS[case.group])(case, device, compiled)
 
 
 @functools.cache  # sizes of a group share a verdict, and all other groups come between them

@@ -83,17 +83,12 @@ def make_net(kind: type[nn.Module], case: Case, device: str) -> nn.Module:
     return cast_net(cast_net(net, case.torch_dtype), torch.float32)
 
 
-def predict_dcdit(net: DCDiT, x, t, y, drop_fraction, routed: bool = False):
-    """The prediction of the model as shipped; with `routed` also boundary_prob."""
+def predict_dcdit(net: DCDiT, x, t, y, drop_fraction, routed: bool = False, capacity: int | None = None):
+    """The prediction of the model as shipped; with `routed` also boundary_prob. Given a `capacity`, no host waits."""
     if not routed:
-        return net(x, t, y, drop_fraction)
+        return net(x, t, y, drop_fraction, capacity=capacity)
     out, routing = net(x, t, y, drop_fraction, return_routing=True)
     return out, routing.boundary_prob
-
-
-def predict_fixed(capacity: int, net: DCDiT, x, t, y, drop_fraction):
-    """The model as shipped with a given number of packed rows, for which the host need not wait."""
-    return net(x, t, y, drop_fraction, capacity=capacity)
 
 
 def predict_reference(net: DCDiT, *args, **kwargs):
@@ -130,6 +125,7 @@ def compile_parts(net: nn.Module) -> nn.Module:
 
 def model_problem(case: Case, device: str, compiled: bool) -> Problem:
     """`dcdit`, `plain` operators on its weights, and `DiT/2`, the plain DiT of the same backbone."""
+    tokens = case.batch * kept_tokens(case, case.drop_fraction)
     nets = Nets(make_net(DCDiT, case, device))
     master = make_net(PlainDiT, case, device)
     networks = {
@@ -146,25 +142,16 @@ def model_problem(case: Case, device: str, compiled: bool) -> Problem:
     if case.group == "forward":
         networks["plain padded"] = nets, functools.partial(predict_plain, pad=True)
     if device == "cuda" and case.group == "forward":
-        capacity = case.batch * kept_tokens(case, case.drop_fraction)
-        networks["dcdit graph"] = nets, Replay(functools.partial(predict_fixed, capacity))
+        networks["dcdit graph"] = nets, Replay(functools.partial(predict_dcdit, capacity=tokens))
         networks["DiT/2 graph"] = networks["DiT/2"][0], Replay(predict_dit)
     task = {"forward": Forward, "train": Train, "sample": Sample}[case.group](case, device)
-    runs = {name: functools.partial(task.run, *network) for name, network in networks.items()}
-    variants = {
-        name: Variant(run, family="DiT/2" if "DiT" in name else "", timed=task.step(*networks[name]))
-        for name, run in runs.items()
-    }
-    families = {
-        "": Family(runs["dcdit reference"], reference="dcdit reference"),
-        "DiT/2": Family(runs["DiT/2"], yardstick="DiT/2", reference="DiT/2"),
-    }
+    variants = {}
+    for name, network in networks.items():
+        family = "DiT/2" if "DiT" in name else ""
+        variants[name] = Variant(functools.partial(task.run, *network), family=family, timed=task.step(*network))
+    families = {"": Family(reference="dcdit reference"), "DiT/2": Family(yardstick="DiT/2", reference="DiT/2")}
     ours, dit = task.gflop()
-    work = Work(
-        sum(p.nbytes for p in nets[case.torch_dtype].parameters()),
-        1e9 * case.batch * ours,
-        case.batch * kept_tokens(case, case.drop_fraction),
-    )
+    work = Work(sum(p.nbytes for p in nets[case.torch_dtype].parameters()), 1e9 * case.batch * ours, tokens)
     gflop = {name: dit if "DiT" in name else ours for name in variants}
     reduction = case.side**2 * (case.batch if case.group == "train" else 1)  # weights sum over the batch
     return Problem(task.inputs, variants, families, work, reduction, clock="wall", gflop=gflop)

@@ -11,7 +11,7 @@ from dcdit.blocks import sincos_2d
 
 from . import baselines
 from .cases import Case
-from .problem import Family, Problem, Tensors, Variant, Work
+from .problem import Family, Problem, Tensors, Variant, Work, as_tuple
 
 OURS = ("native", "triton", "reference")
 
@@ -40,11 +40,6 @@ def padded_plan(case: Case, plan: K.ChunkPlan) -> baselines.PaddedPlan:
     return baselines.PaddedPlan(index, valid, nearest)
 
 
-def operator_problem(case: Case, device: str, compiled: bool) -> Problem:
-    """The problem of an operator case. Raises KeyError for a group that is no operator."""
-    return BUILDERS[case.group](case, device, compiled)
-
-
 def _draw(case: Case, device: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     return torch.randn(*shape, device=device, dtype=dtype or case.torch_dtype)
 
@@ -57,14 +52,13 @@ def _problem(
     work: Work,
     reduction: int,
     compiled: bool,
-    result: Callable[[object], Tensors] | None = None,
+    result: Callable[[object], Tensors] = as_tuple,
 ) -> Problem:
     """`ours(backend, *inputs)` on each back-end that runs here, beside `plain`; `result` brings its outputs into the
     common form."""
-    extra = {} if result is None else {"result": result}
     variants, absent = {}, {}
     for backend in OURS:
-        variant = Variant(lambda *a, backend=backend: ours(backend, *a), **extra)
+        variant = Variant(lambda *a, backend=backend: ours(backend, *a), result=result)
         try:
             variant.run(*(t.detach() for t in inputs))
         except (K.BackendError, ImportError) as error:
@@ -76,9 +70,8 @@ def _problem(
     variants["plain"] = plain
     if compiled:
         variants["plain compiled"] = Variant(torch.compile(plain.run), plain.prepare, plain.result)
-    family = Family(lambda *a: ours("reference", *a), **extra)
     clock = "events" if case.group in ("plan", "pad") else "graph"  # an exact plan brings two numbers to the host
-    return Problem(inputs, variants, {"": family}, work, reduction, case.backward, absent, clock)
+    return Problem(inputs, variants, {"": Family()}, work, reduction, case.backward, absent, clock)
 
 
 def plan_problem(case: Case, device: str, compiled: bool) -> Problem:

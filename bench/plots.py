@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .headline import COMPONENTS, saving
-
-OURS = ("native", "triton", "reference")
+from .cases import MODELS
+from .headline import COMPONENTS, fastest, saving
 
 
 def draw(run: dict, folder: Path) -> list[tuple[str, str]]:
@@ -38,22 +37,16 @@ def draw(run: dict, folder: Path) -> list[tuple[str, str]]:
 
 def roofline(axes, entries: list[dict], run: dict) -> bool:
     """Achieved over possible: the fastest of ours and the straightforward formulation of each operator case."""
-    points = 0
-    groups = sorted({e["case"]["group"] for e in entries if e["flops"] and "plain" in e["variants"]} - {"plan"})
-    colours = {group: f"C{i}" for i, group in enumerate(groups)}
+    groups = sorted({e["case"]["group"] for e in entries if e["flops"]})
+    colours = {group: f"C{i}" for i, group in enumerate(groups) if group not in MODELS}
+    entries = [e for e in entries if e["case"]["group"] in colours]
     for entry in entries:
-        group, variants = entry["case"]["group"], entry["variants"]
-        if group not in colours or "DiT/2" in variants:
-            continue
-        intensity = entry["flops"] / entry["bytes"]
-        ours = [variants[n]["seconds"] for n in OURS if variants.get(n, {}).get("status") == "ok"]
-        if ours:
-            axes.plot(intensity, entry["flops"] / min(ours) / 1e9, "o", color=colours[group], markersize=5)
-            points += 1
-        if variants["plain"]["status"] == "ok":
-            rate = entry["flops"] / variants["plain"]["seconds"] / 1e9
-            axes.plot(intensity, rate, "x", color=colours[group], markersize=5)
-    if not points or not run["rates"]:
+        colour, intensity = colours[entry["case"]["group"]], entry["flops"] / entry["bytes"]
+        for variant, marker in ((fastest(entry), "o"), (entry["variants"]["plain"], "x")):
+            if variant and variant["status"] == "ok":
+                rate = entry["flops"] / variant["seconds"] / 1e9
+                axes.plot(intensity, rate, marker, color=colour, markersize=5)
+    if not any(map(fastest, entries)) or not run["rates"]:
         return False
     rates = run["rates"]
     x = [10 ** (i / 20) for i in range(-30, 70)]
@@ -61,8 +54,7 @@ def roofline(axes, entries: list[dict], run: dict) -> bool:
         axes.plot(x, [min(peak, rates["copy_bytes_per_s"] * v) / 1e9 for v in x], color="0.6", linewidth=1)
         axes.annotate(f"matmul, {dtype}", (x[-1], peak / 1e9), fontsize=7, ha="right", va="bottom")
     for group, colour in colours.items():
-        if group not in ("forward", "train", "sample"):
-            axes.plot([], [], "o", color=colour, label=group)
+        axes.plot([], [], "o", color=colour, label=group)
     axes.plot([], [], "ko", label="ours"), axes.plot([], [], "kx", label="straightforward")
     axes.set(xscale="log", yscale="log", xlabel="operations per byte that must move", ylabel="GFLOP/s")
     axes.legend(fontsize=7, ncols=2)

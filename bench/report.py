@@ -7,9 +7,10 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from .cases import MODELS, OPERATORS, Case
-from .headline import component_flops, saving
+from .cases import GROUPS, MODELS, Case
+from .headline import component_flops, fastest, saving
 from .machine import ROOT
+from .operators import OURS
 from .plots import draw
 from .timing import ratios
 
@@ -91,11 +92,11 @@ def section(run: dict, file: str, earlier: dict | None) -> str:
     lines += [f"Cut for want of time: {', '.join(f'{n} of {group}' for group, n in cut.items())}.\n"] if cut else []
     lines += [f"Not here: {'; '.join(absent(run))}.\n"] if absent(run) else []
     entries = [entry for entry in run["cases"] if "variants" in entry]
-    for group in (*MODELS, *OPERATORS):
+    for group in GROUPS:
         chosen = [entry for entry in entries if entry["case"]["group"] == group]
         if chosen:
             lines.append(f"### {GROUP_TITLES[group]}\n")
-            lines.append((model_table if group in MODELS else operator_table)(chosen, rates))
+            lines.append(model_table(chosen) if group in MODELS else operator_table(chosen, rates))
         if any("components_s" in entry for entry in chosen):
             lines.append((component_table if group == "forward" else part_table)(chosen))
     return "\n".join(lines)
@@ -202,18 +203,17 @@ def milliseconds(variant: dict | None) -> str:
 
 def operator_table(entries: list[dict], rates: dict) -> str:
     """Ratios over the straightforward formulation, then what the fastest of ours does with the machine."""
-    others = present(entries, ("native", "triton", "reference", "flash-attn", "plain compiled"))
+    others = present(entries, (*OURS, "flash-attn", "plain compiled"))
     head = ["size", "kept", "pass", "plain", *others]
     head += ["of copy rate", "of matmul rate", "peak memory, plain → ours"]
     rows = []
     for entry in entries:
         case, variants = entry["case"], entry["variants"]
-        ours = [variants[n] for n in ("native", "triton", "reference") if variants.get(n, {}).get("status") == "ok"]
+        best, plain = fastest(entry), variants["plain"]
         row = [size(entry), f"{case['share']:g}", "fwd+bwd" if case["backward"] else "fwd"]
-        row += [milliseconds(variants.get("plain"))]
+        row += [milliseconds(plain)]
         row += [ratio_cell(entry, name) for name in others]
-        if ours:
-            best, plain = min(ours, key=lambda v: v["seconds"]), variants["plain"]
+        if best:
             compute = entry["flops"] / best["seconds"] / rates["matmul_flops_per_s"].get(case["dtype"], float("nan"))
             row.append(f"{entry['bytes'] / best['seconds'] / rates['copy_bytes_per_s']:.0%}")
             row.append(f"{compute:.1%}" if entry["flops"] else "–")
@@ -225,7 +225,7 @@ def operator_table(entries: list[dict], rates: dict) -> str:
     return table(head, rows)
 
 
-def model_table(entries: list[dict], rates: dict) -> str:
+def model_table(entries: list[dict]) -> str:
     """Time and FLOPs over the plain DiT's, and the part of the FLOPs saved that became time saved."""
     others = ("plain", "plain padded", "dcdit reference", "plain compiled", "dcdit compiled", "DiT/2 compiled")
     others = present(entries, (*others, "dcdit graph", "DiT/2 graph"))

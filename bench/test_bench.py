@@ -17,11 +17,12 @@ from .cases import MODELS, Case, compiled_too, select
 from .headline import saving
 from .machine import rates
 from .measure import count_launches, measure
+from .operators import OURS
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed; python -m bench.run needs none")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPERATOR_VARIANTS = ("native", "triton", "reference", "flash-attn", "plain", "plain compiled")
+OPERATOR_VARIANTS = (*OURS, "flash-attn", "plain", "plain compiled")
 MODEL_VARIANTS = ("dcdit", "dcdit reference", "plain", "plain compiled", "dcdit compiled", "DiT/2", "DiT/2 compiled")
 FORWARD_VARIANTS = ("plain padded", *(("dcdit graph", "DiT/2 graph") if DEVICE == "cuda" else ()))
 

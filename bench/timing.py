@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .problem import Problem, Tensors, Variant
+from .problem import Problem, Tensors, Variant, as_tuple
 
 SAMPLE_SECONDS = 10e-3  # of a CPU sample, above the turns in which a busy machine deals out its cores
 
@@ -46,15 +46,8 @@ def make_call(variant: Variant, inputs: Tensors, backward: bool) -> Callable[[],
 
         return forward
     leaves = [t.requires_grad_() for t in own if t.is_floating_point()]
-    first = variant.run(*own)
-    outs = [first] if isinstance(first, torch.Tensor) else list(first)
-    weights = [torch.randn_like(out) for out in outs]
-
-    def both() -> object:
-        outs = variant.run(*own)
-        return torch.autograd.grad(outs, leaves, weights if isinstance(outs, tuple) else weights[0])
-
-    return both
+    weights = [torch.randn_like(out) for out in as_tuple(variant.run(*own))]
+    return lambda: torch.autograd.grad(as_tuple(variant.run(*own)), leaves, weights)
 
 
 def cpu_clock(call: Callable[[], object]) -> Callable[[], float]:
