@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
@@ -49,22 +50,20 @@ def component_times(case: Case, device: str, rounds: int = 5) -> dict[str, float
     """Median seconds of each part of the forward pass of `dcdit`; "rest" is what stands between them."""
     net, inputs = shipped(case, device)
     marks: list[tuple[str, object]] = []
-    taken: dict[str, list[float]] = {}
+    taken: list[Counter[str]] = []
     with torch.no_grad(), marked(net, marks, device), products(case.torch_dtype):
-        for number in range(rounds + 1):
+        for _ in range(rounds + 1):
             marks.clear()
             marks.append(("begin", stamp(device)))
             net(*inputs, case.drop_fraction)
             marks.append(("rest", stamp(device)))
             if device == "cuda":
                 torch.cuda.synchronize()
-            spent: dict[str, float] = {}
+            taken.append(Counter())
             for (_, before), (name, after) in itertools.pairwise(marks):
-                spent[name] = spent.get(name, 0.0) + between(before, after)
-            if number:  # the first is the warm-up
-                for name, seconds in spent.items():
-                    taken.setdefault(name, []).append(seconds)
-    return {name: float(f"{statistics.median(seconds):.4g}") for name, seconds in taken.items()}
+                taken[-1][name] += between(before, after)
+    warm_up, *taken = taken
+    return {name: float(f"{statistics.median(spent[name] for spent in taken):.4g}") for name in warm_up}
 
 
 def shipped(case: Case, device: str) -> tuple[torch.nn.Module, Tensors]:
@@ -101,20 +100,14 @@ def component_flops(case: Case) -> dict[str, float]:
 def marked(net: torch.nn.Module, marks: list, device: str) -> Iterator[None]:
     """Within it, every part of the model leaves a mark before ("rest" up to there) and after itself."""
 
-    def before(*_) -> None:
-        marks.append(("rest", stamp(device)))
+    def mark(name: str) -> Callable[..., None]:
+        return lambda *_: marks.append((name, stamp(device)))
 
-    def after(name: str):
-        def note(*_) -> None:
-            marks.append((name, stamp(device)))
-
-        return note
-
-    def wrapped(name: str, operator):
+    def wrapped(name: str, operator: Callable) -> Callable:
         def call(*args, **kwargs):
-            before()
+            mark("rest")()
             out = operator(*args, **kwargs)
-            after(name)()
+            mark(name)()
             return out
 
         return call
@@ -124,7 +117,7 @@ def marked(net: torch.nn.Module, marks: list, device: str) -> Iterator[None]:
     handles = []
     for name, modules in parts.items():
         for module in modules:
-            handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after(name))]
+            handles += [module.register_forward_pre_hook(mark("rest")), module.register_forward_hook(mark(name))]
     operators = {"plan": "plan_chunks", "chunk": "chunk", "dechunk": "dechunk"}
     replaced = {function: wrapped(name, getattr(model_module, function)) for name, function in operators.items()}
     with patch.multiple(model_module, **replaced):

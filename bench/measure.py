@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import statistics
 import warnings
 from collections.abc import Callable
@@ -81,18 +82,13 @@ def count(call: Callable[[], object], device: str) -> dict[str, int | None]:
     if device == "cpu":
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
             call()
-        now = peak = 0
-        for event in prof.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                now += event.nbytes()
-                peak = max(peak, now)
-        return {"peak_bytes": peak, "launches": None, "syncs": None}
+        moves = (e.nbytes() for e in prof.profiler.kineto_results.events() if e.name() == "[memory]")
+        return {"peak_bytes": max(itertools.accumulate(moves, initial=0)), "launches": None, "syncs": None}
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     syncs = host_waits(call)
-    peak = torch.cuda.max_memory_allocated() - before
-    return {"peak_bytes": peak, "launches": None, "syncs": syncs}
+    return {"peak_bytes": torch.cuda.max_memory_allocated() - before, "launches": None, "syncs": syncs}
 
 
 def host_waits(call: Callable[[], object]) -> int:

@@ -30,16 +30,6 @@ def routed_prob(case: Case, device: str) -> torch.Tensor:
     return torch.empty(case.batch, cells).scatter_(1, order, prob.expand(case.batch, -1)).to(device)
 
 
-def padded_plan(case: Case, plan: K.ChunkPlan) -> baselines.PaddedPlan:
-    """The same plan in the layout of the straightforward formulation."""
-    lengths = plan.lengths.long()
-    valid = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
-    row = (plan.cu_seqlens[:-1].long()[:, None] + torch.arange(valid.shape[1], device=valid.device)) * valid
-    index = (plan.token_index[row].long() % plan.cells) * valid
-    nearest = plan.nearest.long().view(case.batch, -1) - plan.cu_seqlens[:-1, None]
-    return baselines.PaddedPlan(index, valid, nearest)
-
-
 def _draw(case: Case, device: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     return torch.randn(*shape, device=device, dtype=dtype or case.torch_dtype)
 
@@ -96,9 +86,9 @@ def plan_problem(case: Case, device: str, compiled: bool) -> Problem:
 
 
 def _planned(case: Case, device: str) -> tuple[torch.Tensor, K.ChunkPlan, baselines.PaddedPlan]:
-    prob = routed_prob(case, device)
-    plan = K.plan_chunks(prob, (case.side, case.side))
-    return prob, plan, padded_plan(case, plan)
+    """Probabilities, our plan of them, and the same in the layout of the straightforward formulation."""
+    prob, grid = routed_prob(case, device), (case.side, case.side)
+    return prob, K.plan_chunks(prob, grid), baselines.plan(prob, grid)
 
 
 def chunk_problem(case: Case, device: str, compiled: bool) -> Problem:

@@ -6,10 +6,9 @@ from .chunk import chunk
 from .dechunk import dechunk
 from .modulate import gate_modulate
 from .pad import unpad_and_pad
-from .plan import PaddedPlan, nearest, pad_rows, places, plan
+from .plan import nearest, pad_rows, places, plan
 
 __all__ = [
-    "PaddedPlan",
     "attention",
     "chunk",
     "cosine",
