@@ -31,7 +31,7 @@ def saving(entry: dict, variant: str = "dcdit", base: str = "DiT/2") -> dict | N
 
     None where either has no time; "realised" is None where no FLOPs are saved.
     """
-    ours, plain = (entry.get("variants", {}).get(name, {}) for name in (variant, base))
+    ours, plain = (entry["variants"].get(name, {}) for name in (variant, base))
     if ours.get("status") != "ok" or plain.get("status") != "ok":
         return None
     ratio, low, high = ratios(ours["samples"], plain["samples"])

@@ -83,17 +83,16 @@ def section(run: dict, file: str, earlier: dict | None) -> str:
     lost += [f"{e['name']} ({e['crashed']})" for e in run["cases"] if "crashed" in e]
     lost += [
         f"{e['name']}, {name} ({v['reason']})"
-        for e in run["cases"]
-        for name, v in e.get("variants", {}).items()
+        for e in measured(run)
+        for name, v in e["variants"].items()
         if v["status"] == "failed"
     ]
     lines += ["Failed: " + "; ".join(lost) + ".\n"] if lost else []
     cut = Counter(name.split("-")[0] for name in run.get("cut", []))
     lines += [f"Cut for want of time: {', '.join(f'{n} of {group}' for group, n in cut.items())}.\n"] if cut else []
     lines += [f"Not here: {'; '.join(absent(run))}.\n"] if absent(run) else []
-    entries = [entry for entry in run["cases"] if "variants" in entry]
     for group in GROUPS:
-        chosen = [entry for entry in entries if entry["case"]["group"] == group]
+        chosen = [entry for entry in measured(run) if entry["case"]["group"] == group]
         if chosen:
             lines.append(f"### {GROUP_TITLES[group]}\n")
             lines.append(model_table(chosen) if group in MODELS else operator_table(chosen, rates))
@@ -102,11 +101,16 @@ def section(run: dict, file: str, earlier: dict | None) -> str:
     return "\n".join(lines)
 
 
+def measured(run: dict) -> list[dict]:
+    """The cases that did not crash."""
+    return [entry for entry in run["cases"] if "variants" in entry]
+
+
 def absent(run: dict) -> list[str]:
     """Back-ends that could not run: which, of what operators, and why."""
     found: dict[tuple[str, str], set[str]] = {}
-    for entry in run["cases"]:
-        for name, variant in entry.get("variants", {}).items():
+    for entry in measured(run):
+        for name, variant in entry["variants"].items():
             if variant["status"] == "absent":
                 reason = variant["reason"].split(" cannot run: ")[-1]
                 found.setdefault((name, reason), set()).add(entry["case"]["group"])
@@ -123,11 +127,8 @@ def stages(run: dict) -> str:
 
 def busy(run: dict) -> list[str]:
     """A warning where other work held the cores."""
-    if run["load"] < 0.25 * run["cores"]:
-        return []
-    return [
-        f"**Other work kept this machine busy** (load {run['load']} on {run['cores']} cores): no time is its own.\n"
-    ]
+    line = f"**Other work kept this machine busy** (load {run['load']} on {run['cores']} cores): no time is its own.\n"
+    return [line] * (run["load"] >= 0.25 * run["cores"])
 
 
 def noise(run: dict, earlier: dict | None) -> str:
@@ -151,9 +152,9 @@ def noise(run: dict, earlier: dict | None) -> str:
 def all_ratios(run: dict) -> dict[str, float]:
     """Time over the baseline's of every case and variant."""
     out = {}
-    for entry in run["cases"]:
+    for entry in measured(run):
         base = baseline(entry)
-        for name, variant in entry.get("variants", {}).items():
+        for name, variant in entry["variants"].items():
             if variant["status"] == "ok" and base and variant is not base:
                 out[f"{entry['name']}, {name}"] = ratios(variant["samples"], base["samples"])[0]
     return out
@@ -161,8 +162,7 @@ def all_ratios(run: dict) -> dict[str, float]:
 
 def baseline(entry: dict) -> dict | None:
     """The variant that ratios are taken over: the plain DiT of a model, else the straightforward operators."""
-    variants = entry.get("variants", {})
-    base = variants.get("DiT/2") or variants.get("plain")
+    base = entry["variants"].get("DiT/2") or entry["variants"].get("plain")
     return base if base and base["status"] == "ok" else None
 
 
