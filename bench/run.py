@@ -48,9 +48,14 @@ def main(argv: list[str] | None = None) -> int:
             break
         print(f"{result['current']}: crashed, status {status}", flush=True)
         result["cases"].append({"name": result["current"], "crashed": f"the process ended with status {status}"})
-        write(output, {**result, "current": None})
+        result["current"] = None
+        write(output, result)
         if status == "timeout":
             break
+    done = {entry["name"] for entry in result["cases"]}
+    cut = [case.name for case in select(args.device, args.groups, args.quick) if case.name not in done]
+    if cut:
+        write(output, {**result, "cut": cut})
     print(output)
     return 0 if status == 0 else 1
 
@@ -86,8 +91,7 @@ def work(args: argparse.Namespace) -> None:
         if case.name in done:
             continue
         if time.time() > deadline:
-            result.setdefault("cut", []).append(case.name)
-            continue
+            break
         write(args.output, {**result, "current": case.name})
         begin = time.time()
         compiled = args.compile and compiled_too(case, args.device)
