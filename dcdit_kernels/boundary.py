@@ -52,7 +52,7 @@ def boundary_cosine(
     *,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Dissimilarity to the neighbourhood, p = (1 - q·k') / 2 with q and k l2-normalised, ends forced to 1.
+    """Dissimilarity to the neighbourhood, p = clamp((1 - q·k') / 2, 0, 1), q and k l2-normalised, ends forced to 1.
 
     1D (H-Net, arXiv 2507.07955 eq. 4): k' is the previous cell's k. 2D (arXiv 2603.06351 v1): k' is the depthwise
     3×3 average of k with zero padding, weighted by `kernel`.
