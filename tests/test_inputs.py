@@ -26,10 +26,16 @@ def attend(q, k, v, plan):
     return K.varlen_attention(q, k, v, plan.cu_seqlens, plan.cu_seqlens, plan.max_seqlen, plan.max_seqlen)
 
 
-def case(capacity=None, **options):
+def case(capacity=None, batch=2, **options):
     torch.manual_seed(0)
-    plan = K.plan_chunks(torch.rand(2, 16), (4, 4), capacity=capacity)
-    shapes = {"h": (2, 16, 8), "x": (plan.capacity, 8), "prob": (2, 16), "gate": (2, 8), "pos_embed": (16, 8)}
+    plan = K.plan_chunks(torch.rand(batch, 16), (4, 4), capacity=capacity)
+    shapes = {
+        "h": (batch, 16, 8),
+        "x": (plan.capacity, 8),
+        "prob": (batch, 16),
+        "gate": (batch, 8),
+        "pos_embed": (16, 8),
+    }
     return {name: torch.rand(shape, **options) for name, shape in shapes.items()}, plan
 
 
@@ -68,6 +74,33 @@ def test_outputs_may_be_changed_in_place(operator, backend):
             grads.append([t.grad for t in tensors.values() if t.grad is not None])
     for got, want in zip(*grads, strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_order_in_memory_changes_nothing(operator, backend):
+    """A kernel that is handed addresses takes no dense tensor for one in raster order, boundary_prob included."""
+    results = []
+    with K.use_backend(backend):
+        for order in (lambda t: t, lambda t: t.mT.contiguous().mT):
+            tensors, plan = case()
+            leaves = {name: order(t).requires_grad_() for name, t in tensors.items()}
+            out = OPERATORS[operator][1](leaves, plan)
+            (out * torch.linspace(-1, 2, out.numel()).view(out.shape)).sum().backward()
+            results.append([out, *(t.grad for t in leaves.values() if t.grad is not None)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
+@pytest.mark.parametrize("capacity", [None, 3])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_batch_may_be_without_samples(operator, capacity, backend):
+    with K.use_backend(backend):
+        tensors, plan = case(capacity, batch=0, requires_grad=True)
+        out = OPERATORS[operator][1](tensors, plan)
+        out.sum().backward()
+    assert not out.any() and not any(t.grad.any() for t in tensors.values() if t.grad is not None)
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])

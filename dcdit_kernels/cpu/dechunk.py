@@ -89,7 +89,7 @@ class PlugBack(torch.autograd.Function):
         rows, prob = ctx.saved_tensors
         plan = ctx.plan
         dense = grad.contiguous()
-        grad_rows, through = torch.empty_like(rows), torch.zeros_like(prob)
+        grad_rows, through = torch.empty_like(rows), prob.new_zeros(prob.shape)  # contiguous, whatever p is
         kernel("plug_backward", rows.dtype)(
             plan.member_offsets.data_ptr(), plan.member_index.data_ptr(), *rows.shape,
             dense.data_ptr(), rows.data_ptr(), grad_rows.data_ptr(), through.data_ptr(), torch.get_num_threads(),

@@ -21,7 +21,7 @@ def varlen_attention(
     dtype = accumulate_dtype(q)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     ends_q, ends_k = cu_seqlens_q[1:].tolist(), cu_seqlens_k[1:].tolist()
-    parts, start_q, start_k = [], 0, 0
+    parts, start_q, start_k = [q[:0].to(dtype)], 0, 0
     for end_q, end_k in zip(ends_q, ends_k, strict=True):
         own_q, own_k = slice(start_q, end_q), slice(start_k, end_k)
         score = torch.einsum("ihd,jhd->hij", q[own_q].to(dtype), k[own_k].to(dtype)) * scale

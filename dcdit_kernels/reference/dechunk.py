@@ -25,7 +25,7 @@ def dechunk(
         rows = gaussian_smooth(rows, prob, plan, sigma)
     elif smoothing == "ema":
         rows = ema_smooth(rows, prob, plan)
-    plugged = take_rows(rows, plan.nearest).view(plan.batch_size, plan.cells, -1)
+    plugged = take_rows(rows, plan.nearest).view(plan.batch_size, plan.cells, x.shape[1])
     confidence = torch.maximum(prob, 1 - prob)[..., None]
     y = plugged * (1 + confidence - confidence.detach())  # 1 forward, the gradient reaches the confidence
     if residual is not None:

@@ -19,7 +19,7 @@ def ema_smooth(x: torch.Tensor, boundary_prob: torch.Tensor, plan: ChunkPlan) ->
     # Rows of one step are one per sample, so the loop runs over positions and not over tokens.
     position = torch.arange(plan.capacity, device=x.device) - take_start(plan)
     state = torch.zeros(plan.batch_size, x.shape[1], dtype=dtype, device=x.device)
-    smoothed, order = [], []
+    smoothed, order = [rows[:0]], [position[:0]]
     for step in range(plan.max_seqlen):
         row = ((position == step) & live[:, 0]).nonzero().squeeze(1)
         sample = plan.sample_index[row].long()
@@ -28,10 +28,7 @@ def ema_smooth(x: torch.Tensor, boundary_prob: torch.Tensor, plan: ChunkPlan) ->
         state = state.index_copy(0, sample, value)
         smoothed.append(value)
         order.append(row)
-    out = torch.zeros_like(rows)
-    if order:
-        out = out.index_copy(0, torch.cat(order), torch.cat(smoothed))
-    return out.to(x.dtype)
+    return torch.zeros_like(rows).index_copy(0, torch.cat(order), torch.cat(smoothed)).to(x.dtype)
 
 
 def take_start(plan: ChunkPlan) -> torch.Tensor:

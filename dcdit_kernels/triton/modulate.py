@@ -176,7 +176,7 @@ def _forward(x, y, gate, shift, scale, plan, eps):
         modulate_forward[(cdiv(x.shape[0], rows),)](
             x, y, gate, shift, scale, mixed, out, None if plan is None else plan.sample_index,
             *(0 if t is None else t.stride(0) for t in (x, y, gate, shift, scale)),
-            x.shape[0] // batch, x.shape[0], eps,
+            x.shape[0] // max(batch, 1), x.shape[0], eps,
             GATE=gate is not None, NORM=scale is not None, PACKED=plan is not None,
             ROWS=rows, WIDTH=width, **split, num_warps=min(split["COLUMNS"] // 64, 32),
         )  # fmt: skip
