@@ -24,12 +24,9 @@ def pack_rows(x: torch.Tensor, index: torch.Tensor, *, backend: str | None = Non
     Returns (T, ...). Raises IndexError for an index out of range, on a CPU ValueError for a row taken twice; on a GPU,
     which the host does not wait for, the launch fails where the index is out of range.
     """
-    _check("pack_rows", x, index, x.shape[0])
-    if x.requires_grad and torch.is_grad_enabled() and index.device.type == "cpu" and not traced(index):
-        times = torch.bincount(index + 1)[1:]  # -1 may come often
-        if (times > 1).any():
-            row = int(times.argmax())
-            raise ValueError(f"pack_rows: where x needs a gradient a row is taken once, got {row} {times[row]} times")
+    _check("pack_rows", x, index)
+    if x.requires_grad and torch.is_grad_enabled():
+        _once("pack_rows: where x needs a gradient a row is taken once", index)
     return _run("pack_rows", backend, x, index)
 
 
@@ -41,10 +38,11 @@ def unpack_rows(x: torch.Tensor, index: torch.Tensor, rows: int, *, backend: str
         index: (T,) int32 or int64 in [-1, rows), each row once.
         rows: rows of the result.
 
-    Returns (rows, ...). Raises IndexError as `pack_rows` does.
+    Returns (rows, ...). Raises IndexError as `pack_rows` does, and on a CPU ValueError for a row filled twice.
     """
     _check("unpack_rows", x, index, rows)
     shaped("unpack_rows", "index", index, x.shape[0])
+    _once("unpack_rows: a row is filled once", index)
     return _run("unpack_rows", backend, x, index, rows)
 
 
@@ -55,8 +53,18 @@ def _run(op: str, backend: str | None, *args: Any) -> torch.Tensor:
     return _dispatch.call(op, name, *args)
 
 
-def _check(op: str, x: torch.Tensor, index: torch.Tensor, rows: int) -> None:
+def _once(rule: str, index: torch.Tensor) -> None:
+    """Raise where a row comes twice; looked at on a CPU alone."""
+    if index.device.type == "cpu" and not traced(index):
+        times = torch.bincount(index + 1)[1:]  # -1 may come often
+        if (times > 1).any():
+            row = int(times.argmax())
+            raise ValueError(f"{rule}, got {row} {times[row]} times")
+
+
+def _check(op: str, x: torch.Tensor, index: torch.Tensor, rows: int | None = None) -> None:
     require(x.dim() >= 1, "{}: x must have rows, got a scalar", op)
+    rows = x.shape[0] if rows is None else rows
     shaped(op, "index", index, None)
     if index.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: index must be int32 or int64, got {index.dtype}")

@@ -69,6 +69,10 @@ def test_empty_and_bad_input(backend):
         K.unpack_rows(x, torch.zeros(5), 5, backend=backend)
     with pytest.raises(ValueError, match=r"unpack_rows: index must have shape \(5\), got \(4,\)"):
         K.unpack_rows(x, torch.arange(4), 5, backend=backend)
+    with pytest.raises(ValueError, match="unpack_rows: a row is filled once, got 1 2 times"):
+        K.unpack_rows(x[:3], torch.tensor([1, -1, 1]), 5, backend=backend)
+    with pytest.raises(ValueError, match="pack_rows: x must have rows, got a scalar"):
+        K.pack_rows(x[0, 0], torch.arange(4), backend=backend)
 
 
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32])
