@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from . import _dispatch, _ops, _triton_support
-from ._check import floating, require, shaped
+from ._check import floating, offsets, require, shaped
 from .cpu._rows import why_not as cpu_why_not
 
 
@@ -72,14 +72,14 @@ def boundary_cosine(
     )
     require(q.dim() == (3 if cu_seqlens is None else 2),
             f"boundary_cosine: q must be (B, L, D), or (T, D) with cu_seqlens, got {tuple(q.shape)}")  # fmt: skip
+    if cu_seqlens is not None:
+        offsets("boundary_cosine", "cu_seqlens", cu_seqlens, q.shape[0])
     if kernel is not None:
         if cu_seqlens is not None or grid is None:
             raise ValueError("boundary_cosine: kernel needs grid=(H, W) and dense q, k")
         shaped("boundary_cosine", "kernel", kernel, q.shape[-1], 3, 3)
-        require(
-            grid[0] * grid[1] == q.shape[1],
-            f"boundary_cosine: grid {grid} does not hold L = {q.shape[1]} cells",
-        )
+        fits = len(grid) == 2 and min(grid) >= 1 and grid[0] * grid[1] == q.shape[1]
+        require(fits, "boundary_cosine: grid must be (H, W) with H·W = L = {}, got {}", q.shape[1], grid)
     return _ops.run("boundary_cosine", backend, q=q, k=k, kernel=kernel, cu_seqlens=cu_seqlens, grid=grid)
 
 
@@ -105,20 +105,19 @@ def boundary_predictability(
 
     Returns p (B, H·W) in float32 (float64 for float64 input). The forced first and last cell pass no gradient.
     """
-    floating("boundary_predictability", features=features, norm_weight=norm_weight, score_weight=score_weight)
+    vectors = {"norm_weight": norm_weight, "norm_bias": norm_bias, "score_weight": score_weight}
+    floating("boundary_predictability", features=features, **vectors, score_bias=score_bias)
     shaped("boundary_predictability", "features", features, None, None, None, None)
     channels = features.shape[1]
-    for name, tensor in (
-        ("norm_weight", norm_weight),
-        ("norm_bias", norm_bias),
-        ("score_weight", score_weight),
-    ):
+    for name, tensor in vectors.items():
         shaped("boundary_predictability", name, tensor, channels)
     require(
         score_bias.numel() == 1,
         f"boundary_predictability: score_bias must hold one number, got {score_bias.shape}",
     )
-    require(channels % groups == 0, f"boundary_predictability: {channels} channels do not fit {groups} groups")
+    fits = groups >= 1 and channels % groups == 0
+    require(fits, "boundary_predictability: {} channels do not fit {} groups", channels, groups)
+    require(eps >= 0, "boundary_predictability: eps must not be negative, got {}", eps)
     return _ops.run(
         "boundary_predictability",
         backend,

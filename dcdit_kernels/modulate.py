@@ -67,6 +67,7 @@ def gate_residual(
 ) -> torch.Tensor:
     """x + gate_b · y, in x's dtype (adaLN-Zero, arXiv 2212.09748). Shapes as in `adaln_modulate`; y as x."""
     _check("gate_residual", plan, x, gate=gate)
+    floating("gate_residual", y=y)
     require(y.shape == x.shape, "gate_residual: y must have x's shape {}, got {}", tuple(x.shape), tuple(y.shape))
     return _ops.run("gate_residual", backend, x=x, y=y, gate=gate, plan=plan)
 
@@ -84,6 +85,7 @@ def gate_residual_modulate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x', adaln_modulate(x', shift, scale)) with x' = gate_residual(x, y, gate), reading x and y once."""
     _check("gate_residual_modulate", plan, x, gate=gate, shift=shift, scale=scale)
+    floating("gate_residual_modulate", y=y)
     require(eps >= 0, "gate_residual_modulate: eps must not be negative, got {}", eps)
     shapes = tuple(x.shape), tuple(y.shape)
     require(y.shape == x.shape, "gate_residual_modulate: y must have x's shape {}, got {}", *shapes)

@@ -160,6 +160,12 @@ def test_plans_travel_and_are_compared_as_objects():
     assert plan == plan and again != plan and torch.equal(again.token_index, plan.token_index)
 
 
+def predictability(prob, norm_bias=None, **options):
+    vector = prob[0]
+    norm_bias = vector if norm_bias is None else norm_bias
+    return K.boundary_predictability(prob[..., None, None], vector, norm_bias, vector, vector[:1], **options)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -176,9 +182,28 @@ def test_plans_travel_and_are_compared_as_objects():
             "sigma must be .* inf",
         ),
         (lambda prob, plan: K.explain("dechunk"), r"explain\('dechunk', …\) needs the operator's arguments"),
+        (
+            lambda prob, plan: K.boundary_cosine(prob, prob, cu_seqlens=torch.tensor([0, 3])),
+            r"boundary_cosine: cu_seqlens must rise from 0 to at most 2, got \[0, 3\]",
+        ),
+        (
+            lambda prob, plan: K.boundary_cosine(*[prob[None].mT] * 2, torch.ones(2, 3, 3), (4, 4, 1)),
+            r"boundary_cosine: grid must be \(H, W\) with H·W = L = 16, got \(4, 4, 1\)",
+        ),
+        (lambda prob, plan: predictability(prob, groups=0), "16 channels do not fit 0 groups"),
+        (lambda prob, plan: predictability(prob, eps=-1.0), "predictability: eps must not be negative, got -1.0"),
+        (lambda prob, plan: predictability(prob, norm_bias=prob[0].int()), "norm_bias must be float16, .* got .*int32"),
+        (
+            lambda prob, plan: K.gate_residual(prob[None], prob[None].cfloat(), prob[:1]),
+            "y must be .* got torch.complex64",
+        ),
+        (
+            lambda prob, plan: K.gate_residual_modulate(prob[None], prob[None] > 0, *[prob[:1]] * 3),
+            "gate_residual_modulate: y must be float16, .* got torch.bool",
+        ),
     ],
 )
 def test_bad_arguments_are_named(call, message):
     tensors, plan = case()
-    with pytest.raises((ValueError, K.BackendError), match=message):
+    with pytest.raises((TypeError, ValueError, K.BackendError), match=message):
         call(tensors["prob"], plan)
