@@ -334,7 +334,7 @@ def test_operators_name_what_came():
 
 
 def test_reference_gradients_are_derivatives():
-    """gradcheck, by finite differences. The straight-through confidence of dechunk is no derivative, so p is fixed."""
+    """By finite differences, twice, and in forward mode. dechunk's straight-through confidence is none: p is fixed."""
     prob, plan = make((3, 4), "quarter", batch=2)
     cells, width = plan.cells, 3
     draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, requires_grad=True)  # noqa: E731
@@ -364,4 +364,5 @@ def test_reference_gradients_are_derivatives():
         ),
     }
     for name, (function, inputs) in cases.items():
-        assert torch.autograd.gradcheck(function, inputs), name
+        assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True), name
+        assert torch.autograd.gradgradcheck(function, inputs), name
