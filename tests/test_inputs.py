@@ -103,6 +103,17 @@ def test_a_batch_may_be_without_samples(operator, capacity, backend):
     assert not out.any() and not any(t.grad.any() for t in tensors.values() if t.grad is not None)
 
 
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
+def test_a_gradient_is_rounded_to_its_own_dtype(backend):
+    """That of a float32 shift keeps its bits beside a scale in half precision."""
+    tensors, plan = case()
+    shift, scale = tensors["gate"].clone().requires_grad_(), tensors["gate"].half()
+    out = K.adaln_modulate(tensors["x"], shift, scale, plan, backend=backend)
+    weight = torch.linspace(-1, 2, out.numel()).view(out.shape)
+    (out * weight).sum().backward()
+    torch.testing.assert_close(shift.grad, torch.stack([rows.sum(0) for rows in weight.split(plan.lengths.tolist())]))
+
+
 @pytest.mark.parametrize("backend", ["native", "triton"])
 @pytest.mark.parametrize(("operator", "name"), [("chunk", "h"), ("dechunk", "h"), ("gate_residual", "x")])
 def test_what_no_gradient_reads_is_not_kept(operator, name, backend):

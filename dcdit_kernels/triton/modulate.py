@@ -183,13 +183,13 @@ def _forward(x, y, gate, shift, scale, plan, eps):
     return mixed, out
 
 
-def _backward(grad_mixed, grad_out, x, y, gate, scale, plan, eps):
+def _backward(grad_mixed, grad_out, x, y, gate, shift, scale, plan, eps):
     """Gradients of x and y in their shapes, and of gate, shift, scale (B, D); None where the input is None. Without a
     scale only shape and dtype of x are looked at."""
     shape, width, dtype = x.shape, x.shape[-1], x.dtype
     device = (grad_out if grad_mixed is None else grad_mixed).device
     batch = (scale if gate is None else gate).shape[0]
-    dtypes = [None if t is None else t.dtype for t in (gate, scale, scale)]
+    dtypes = [None if t is None else t.dtype for t in (gate, shift, scale)]
     total = x.numel() // max(width, 1)
     x = None if scale is None else x
     x, y, gate, scale, grad_mixed, grad_out = (pointer_rows(t) for t in (x, y, gate, scale, grad_mixed, grad_out))
@@ -224,7 +224,7 @@ class AdalnModulate:
 
     @staticmethod
     def backward(grad, needs, x, shift, scale, plan, eps):
-        grad_x, _, _, *modulators = _backward(None, grad, x, None, None, scale, plan, eps)
+        grad_x, _, _, *modulators = _backward(None, grad, x, None, None, shift, scale, plan, eps)
         return grad_x, *modulators
 
 
@@ -237,7 +237,7 @@ class GateResidual:
 
     @staticmethod
     def backward(grad, needs, x, y, gate, plan):
-        return _backward(grad, None, x, y, gate, None, plan, 0.0)[:3]
+        return _backward(grad, None, x, y, gate, None, None, plan, 0.0)[:3]
 
 
 class GateResidualModulate:
@@ -249,4 +249,4 @@ class GateResidualModulate:
 
     @staticmethod
     def backward(grad_mixed, grad_out, needs, x, y, gate, shift, scale, plan, eps):
-        return _backward(grad_mixed, grad_out, x, y, gate, scale, plan, eps)
+        return _backward(grad_mixed, grad_out, x, y, gate, shift, scale, plan, eps)
