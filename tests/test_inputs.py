@@ -114,6 +114,18 @@ def test_a_gradient_is_rounded_to_its_own_dtype(backend):
     torch.testing.assert_close(shift.grad, torch.stack([rows.sum(0) for rows in weight.split(plan.lengths.tolist())]))
 
 
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
+def test_scores_learn_from_channels_last_features_without_gradient(backend):
+    features, grads = torch.rand(2, 8, 3, 4), []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        vectors = torch.ones(4, 8, requires_grad=True)
+        K.boundary_predictability(
+            features.contiguous(memory_format=layout), *vectors[:3], vectors[3, :1], backend=backend
+        ).square().sum().backward()
+        grads.append(vectors.grad)
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("backend", ["native", "triton"])
 @pytest.mark.parametrize(("operator", "name"), [("chunk", "h"), ("dechunk", "h"), ("gate_residual", "x")])
 def test_what_no_gradient_reads_is_not_kept(operator, name, backend):

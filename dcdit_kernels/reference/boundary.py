@@ -57,6 +57,9 @@ def boundary_predictability(
 ) -> torch.Tensor:
     """See `dcdit_kernels.boundary_predictability`."""
     dtype = accumulate_dtype(features)
-    normed = F.group_norm(features.to(dtype), groups, norm_weight.to(dtype), norm_bias.to(dtype), eps)
+    features = features.to(dtype)
+    if torch.is_grad_enabled() and not features.requires_grad:
+        features = features.contiguous()  # on channels_last ones PyTorch's backward writes to a gradient nobody made
+    normed = F.group_norm(features, groups, norm_weight.to(dtype), norm_bias.to(dtype), eps)
     logit = F.conv2d(F.silu(normed), score_weight.to(dtype)[None, :, None, None], score_bias.to(dtype).view(1))
     return force_ends(torch.sigmoid(logit).flatten(1))
