@@ -177,9 +177,10 @@ def save_release(path: str | Path, model: DCDiT, extra: dict[str, Any] | None = 
     try:
         torch.save(release_content(tensors, model.config, extra or {}), temporary)
         os.replace(temporary, path)
-    except BaseException:
+    except RuntimeError as error:  # torch's writer, where the disk is full
+        raise OSError(f"cannot write {path}, is the disk full? {str(error).splitlines()[0]}") from error
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def _write(file: Path, data: bytes) -> None:

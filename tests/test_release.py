@@ -5,6 +5,7 @@ import builtins
 import dataclasses
 import os
 import pickle
+import resource
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -318,6 +319,20 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         save_release(tmp_path / "a.pt", DCDiT(TINY))
     assert (tmp_path / "a.pt").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_full_disk_is_one_line(tmp_path, capsys):
+    """A limit on the size of files fails a write as a full disk does; torch's writer calls it something else."""
+    save_checkpoint(tmp_path / "a", DCDiT(TINY))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+        assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b.pt")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err
+    assert "b.pt, is the disk full?" in error and error.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
 
 
 def test_pretrained_round_trip(tmp_path):
