@@ -63,7 +63,8 @@ def boundary_cosine(
         cu_seqlens: int32 (B + 1,) of packed samples.
 
     Returns p in float32 (float64 for float64 input), (B, L) or (T,); 0 past the last live row. The forced first
-    and last cell of each sample pass no gradient. Raises ValueError where the shapes do not fit.
+    and last cell of each sample pass no gradient. Raises ValueError where the shapes or, on a CPU, the offsets do not
+    fit.
     """
     floating("boundary_cosine", q=q, k=k, kernel=kernel)
     require(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 
 import torch
 
@@ -46,7 +47,7 @@ def plan_chunks(
     """
     grid = tuple(grid)
     require(nearest in NEAREST, "plan_chunks: nearest must be one of {}, got {!r}", NEAREST, nearest)
-    fits = len(grid) in (1, 2, 3) and min(grid) >= 1
+    fits = len(grid) in (1, 2, 3) and all(isinstance(n, Integral | torch.SymInt) and n >= 1 for n in grid)
     require(fits, "plan_chunks: grid must be (L,), (H, W) or (F, H, W), got {}", grid)
     if nearest in ("2d", "3d"):
         fits = len(grid) == int(nearest[0])
@@ -63,6 +64,8 @@ def plan_chunks(
             bad = drop_fraction[~((drop_fraction >= 0) & (drop_fraction < 1))].tolist()
             require(not bad, "plan_chunks: drop_fraction must be in [0, 1), got {}", *bad[:1])
     else:
+        fits = isinstance(drop_fraction, Real)
+        require(fits, "plan_chunks: drop_fraction must be a number or a tensor, got {!r}", drop_fraction)
         require(0 <= drop_fraction < 1, "plan_chunks: drop_fraction must be in [0, 1), got {}", drop_fraction)
     if not compiling:
         return _dispatch.run("plan_chunks", backend, boundary_prob, grid, drop_fraction, threshold, nearest, capacity)

@@ -131,6 +131,11 @@ def test_bad_input_is_named(backend, capacity):
     for drop in (1.0, -0.1, math.nan, torch.tensor([0.0, 0.5, 1.0])):
         with pytest.raises(ValueError, match=r"drop_fraction must be in \[0, 1\), got (1.0|-0.1|nan|tensor)"):
             K.plan_chunks(torch.rand(3, 6), (2, 3), drop, backend=backend)
+    for drop in ([0.0, 0.5, 0.9], "0.5", None):
+        with pytest.raises(ValueError, match=r"drop_fraction must be a number or a tensor, got (\[0.0, |'0.5'|None)"):
+            K.plan_chunks(torch.rand(3, 6), (2, 3), drop, backend=backend)
+    with pytest.raises(ValueError, match=r"grid must be \(L,\), \(H, W\) or \(F, H, W\), got \(2.0, 3.0\)"):
+        K.plan_chunks(torch.rand(3, 6), (4 / 2, 6 / 2), backend=backend)
 
 
 def test_a_missing_extension_says_what_to_do(monkeypatch):
