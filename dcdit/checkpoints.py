@@ -68,6 +68,7 @@ def save_checkpoint(directory: str | Path, model: DCDiT, extra: dict[str, Any] |
 
     directory = Path(directory)
     check_place(directory)
+    directory = directory.resolve() if directory.is_symlink() else directory  # a link stays, what it names is replaced
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
@@ -97,6 +98,8 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
     from safetensors.torch import load_file
 
     path = Path(path)
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file, expected a folder of {' and '.join(FILES)}; dcdit convert makes one")
     config_file, weights = (path / name for name in FILES)
     for file in (config_file, weights):
         if not file.is_file():

@@ -41,13 +41,19 @@ class DCDiTConfig:
         size = self.input_size
         if isinstance(size, int):
             size = (size, size)
-        object.__setattr__(self, "input_size", tuple(int(n) for n in size))
-        if len(self.input_size) != 2 or min(self.input_size) < 1:
+        if not isinstance(size, tuple | list) or len(size) != 2 or not all(isinstance(n, int) and n >= 1 for n in size):
             raise ConfigError(f"input_size must be two positive integers (H, W), got {size!r}")
+        object.__setattr__(self, "input_size", tuple(size))
         for name in ("in_channels", "num_classes", "hidden_size", "depth", "num_heads", "encoder_width"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+        for name in ("mlp_ratio", "target_ratio", "sigma"):
+            if not isinstance(getattr(self, name), int | float):
+                raise ConfigError(f"{name} must be a number, got {getattr(self, name)!r}")
+        for name in ("learn_sigma", "cond_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.hidden_size % self.num_heads:
             raise ConfigError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.hidden_size % 32 or self.encoder_width % 32:
@@ -125,6 +131,7 @@ def check_keys(given, known, what: str) -> None:
     known = list(known)
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+            names = {name.lower(): name for name in known}
+            near = difflib.get_close_matches(str(key).lower(), names, n=1, cutoff=0.4)
+            hint = f"; did you mean {names[near[0]]!r}?" if near else f"; known: {', '.join(known)}"
             raise ConfigError(f"unknown {what} {'name' if what == 'preset' else 'key'} {key!r}{hint}")

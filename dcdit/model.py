@@ -120,8 +120,9 @@ class DCDiT(nn.Module):
         shape = (self.config.in_channels, *self.config.input_size)
         if x.dim() != 4 or tuple(x.shape[1:]) != shape:
             raise ValueError(f"x must have shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise ValueError(f"x must be floating point, got {x.dtype}")
+        wanted = self.stem.weight.dtype
+        if not x.is_floating_point() or (x.dtype != wanted and not torch.is_autocast_enabled(x.device.type)):
+            raise ValueError(f"x must be {wanted} as the model is, got {x.dtype}")
         for name, tensor in (("t", t), ("y", y)):
             if tuple(tensor.shape) != (x.shape[0],):
                 raise ValueError(f"{name} must have shape ({x.shape[0]},), got {tuple(tensor.shape)}")

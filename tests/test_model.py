@@ -175,7 +175,8 @@ def test_fresh_router_keeps_few(model):
     ("change", "message"),
     [
         ({"x": torch.zeros(3, 4, 7, 9)}, r"x must have shape \(B, 3, 7, 9\), got \(3, 4, 7, 9\)"),
-        ({"x": torch.zeros(3, 3, 7, 9).long()}, "x must be floating point"),
+        ({"x": torch.zeros(3, 3, 7, 9).long()}, "x must be torch.float32 as the model is, got torch.int64"),
+        ({"x": torch.zeros(3, 3, 7, 9).half()}, "x must be torch.float32 as the model is, got torch.float16"),
         ({"t": torch.zeros(2)}, r"t must have shape \(3,\), got \(2,\)"),
         ({"y": torch.tensor([0, 1, 6])}, r"class ids must be in \[0, 5\], got 0 to 6"),
         ({"y": torch.zeros(3)}, "y must hold integer class ids, got torch.float32"),
@@ -196,7 +197,13 @@ def test_bad_input(model, change, message):
         ({"preset": "DC-DiT-M/N4"}, "unknown preset name 'DC-DiT-M/N4'; did you mean 'DC-DiT-"),
         ({"num_heads": 5}, "hidden_size 384 is not a multiple of num_heads 5"),
         ({"router": "magic"}, "router must be one of"),
+        ({"preset": "dc-dit-xl/n4"}, "did you mean 'DC-DiT-XL/N4'"),
         ({"input_size": (4, 4, 4)}, "input_size must be two positive integers"),
+        ({"input_size": "32"}, "input_size must be two positive integers"),
+        ({"input_size": [8.5, 8]}, "input_size must be two positive integers"),
+        ({"mlp_ratio": "4"}, "mlp_ratio must be a number, got '4'"),
+        ({"sigma": None}, "sigma must be a number, got None"),
+        ({"learn_sigma": "no"}, "learn_sigma must be true or false, got 'no'"),
         ({"depth": 0}, "depth must be a positive integer"),
         ({"target_ratio": 1}, "target_ratio N must be greater than 1"),
     ],
@@ -215,6 +222,10 @@ def test_checkpoint_round_trip(model, tmp_path):
         torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
     )
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    (tmp_path / "link").symlink_to("a")
+    save_checkpoint(tmp_path / "link", model)
+    assert load_checkpoint(tmp_path / "a")[1] == {} and (tmp_path / "link").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "link"]
 
 
 def test_failed_write_leaves_the_old_checkpoint(model, tmp_path, monkeypatch):
@@ -236,6 +247,8 @@ def test_bad_checkpoints(model, tmp_path):
         load_checkpoint(tmp_path / "none")
     save_checkpoint(tmp_path / "a", model)
     weights, config = tmp_path / "a" / "model.safetensors", tmp_path / "a" / "config.json"
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is a file, expected a folder of config\.json and"):
+        load_checkpoint(weights)
     whole, values = weights.read_bytes(), json.loads(config.read_text())
     weights.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
