@@ -11,6 +11,7 @@ from torch import nn
 from dcdit_kernels import ChunkPlan, chunk, dechunk, plan_chunks
 
 from .config import DCDiTConfig
+from .errors import ConfigError
 from .model import Routing
 from .router import PredictabilityRouter
 
@@ -104,6 +105,8 @@ def run_in_turn(blocks: Iterable[nn.Module], tokens: torch.Tensor, plan: ChunkPl
 
 
 def _keep_all_router(width: int, plane: tuple[int, int]) -> PredictabilityRouter:
+    if width % 32:
+        raise ConfigError(f"width must be a multiple of 32 where no router is given, got {width}")
     router = PredictabilityRouter(DCDiTConfig(input_size=plane, hidden_size=width, num_heads=1))
     nn.init.constant_(router.score.bias, KEEP_ALL)
     return router

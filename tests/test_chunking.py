@@ -11,6 +11,7 @@ from torch import nn
 
 import dcdit
 from dcdit.diffusion import ratio_loss
+from dcdit.errors import ConfigError
 from dcdit_kernels import varlen_attention
 
 GRIDS = [(9,), (4, 5), (2, 3, 4)]
@@ -140,6 +141,12 @@ def test_under_autocast_the_router_stays_in_float32():
 def test_a_grid_that_is_none(grid):
     with pytest.raises(ValueError, match=r"grid must be \(L,\), \(H, W\) or \(F, H, W\)"):
         build(grid)
+
+
+def test_a_width_that_the_router_cannot_have():
+    with pytest.raises(ConfigError, match="width must be a multiple of 32 where no router is given, got 36"):
+        build((4, 5), width=36)
+    build((4, 5), width=36, router=Fixed(torch.ones(2, 20).double()))
 
 
 def test_an_input_of_another_shape():
