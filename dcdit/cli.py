@@ -36,9 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     module.configure(parsers[args.command])
     # By itself: a parser with sub-commands does not take key=value on both sides of an option.
     parsers[args.command].parse_intermixed_args(argv[1:], args)
+    from dcdit_kernels import BackendError  # here, lest torch be imported to complain of an option
+
     try:
         module.run(args)
-    except (DCDiTError, OSError) as error:
+    except (DCDiTError, BackendError, OSError) as error:
         print(f"dcdit {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

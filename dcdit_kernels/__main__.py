@@ -56,7 +56,13 @@ def gpus() -> list[str]:
 def operators(device: str) -> list[str]:
     """Each operator's back-ends for small tensors on this device: which one is taken, and why not the others."""
     x = torch.zeros(1, 1, 8, dtype=torch.bfloat16 if device == "cuda" else torch.float32, device=device)
-    return [_dispatch.explain(op, x, x, x) for op in sorted(_dispatch._registry)]
+    lines = []
+    for op in sorted(_dispatch._registry):
+        try:
+            lines.append(_dispatch.explain(op, x, x, x))
+        except _dispatch.BackendError as error:  # DCDIT_BACKEND names one that cannot run
+            lines.append(str(error))
+    return lines
 
 
 def main() -> None:

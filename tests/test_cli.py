@@ -222,6 +222,11 @@ def test_options_that_cannot_be_used(good, tmp_path, capsys, command, words, men
     assert [file.name for file in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "kept"
 
 
+def test_a_backend_that_is_none(good, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DCDIT_BACKEND", "cuda")
+    rejected(capsys, ["sample", good, "--cpu", "--output", tmp_path / "out"], "unknown backend 'cuda'", "native")
+
+
 def test_sample_refuses_what_only_it_takes(good, tmp_path, capsys):
     cases = {"--batch-size 0": "batch size", "--per-class 0": "one image", "--per-class 3 --num 3": "not allowed with"}
     for words, mention in cases.items():

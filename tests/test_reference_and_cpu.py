@@ -8,6 +8,7 @@ import torch
 
 import dcdit_kernels as K
 from dcdit_kernels import reference
+from dcdit_kernels.__main__ import operators
 
 GRIDS = [(7, 9), (1, 13), (5, 1)]
 SHARES = ["all", "one", "quarter", "empty"]
@@ -321,6 +322,11 @@ def test_backend_choice_is_explicit():
         assert K.explain("dechunk", x, prob, plan).startswith("dechunk: reference (asked for: reference)")
     with K.use_backend("triton"):  # speaks to the operators that have Triton kernels
         assert K.plan_chunks(prob, (7, 9)).capacity == plan.capacity
+
+
+def test_the_diagnosis_survives_what_it_diagnoses(monkeypatch):
+    monkeypatch.setenv("DCDIT_BACKEND", "cuda")
+    assert set(operators("cpu")) == {"unknown backend 'cuda'; expected one of auto, native, triton, reference"}
 
 
 def test_operators_name_what_came():
