@@ -16,6 +16,7 @@ import torch
 
 from .config import DCDiTConfig
 from .errors import CheckpointError, ConfigError
+from .files import replacing, sync
 from .model import DCDiT
 from .release import from_release, infer_config, read_state, release_content, release_key, stored_use
 
@@ -72,21 +73,19 @@ def save_checkpoint(directory: str | Path, model: DCDiT, extra: dict[str, Any] |
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
-        _write(temporary / "model.safetensors", save(tensors))
+        (temporary / "model.safetensors").write_bytes(save(_tensors(model)))
         config = {"model": model.config.to_dict(), **(extra or {})}
-        _write(temporary / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for name in FILES:
+            sync(temporary / name)
         temporary.chmod(0o755)
-        old = None
+        old = temporary.with_name(temporary.name + ".old")
         if directory.exists():
-            old = temporary.with_name(temporary.name + ".old")
             os.rename(directory, old)
         os.rename(temporary, directory)
-        if old is not None:
-            shutil.rmtree(old)
-    except BaseException:
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tuple[DCDiT, dict[str, Any]]:
@@ -107,9 +106,9 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
     try:
         extra = json.loads(config_file.read_text())
         config = DCDiTConfig.from_dict(extra.pop("model"))
+    except ConfigError as error:
+        raise CheckpointError(f"{config_file}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, ConfigError):
-            raise CheckpointError(f"{config_file}: {error}") from error
         raise CheckpointError(f"{config_file} is not a dcdit config: {error!r}") from error
     try:
         state = load_file(weights)
@@ -127,11 +126,10 @@ def from_pretrained(name: str | Path, device: str | torch.device = "cpu", **hub:
     """
     if not Path(name).exists():
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
             name = snapshot_download(str(name), allow_patterns=list(FILES), **hub)
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(
                 f"{name} is neither a directory nor a repository that can be read: {reason}"
@@ -175,22 +173,15 @@ def save_release(path: str | Path, model: DCDiT, extra: dict[str, Any] | None = 
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
     try:
-        torch.save(release_content(tensors, model.config, extra or {}), temporary)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            torch.save(release_content(_tensors(model), model.config, extra or {}), temporary)
     except RuntimeError as error:  # torch's writer, where the disk is full
         raise OSError(f"cannot write {path}, is the disk full? {str(error).splitlines()[0]}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def _write(file: Path, data: bytes) -> None:
-    with open(file, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
+def _tensors(model: DCDiT) -> dict[str, torch.Tensor]:
+    return {key: tensor.cpu().contiguous() for key, tensor in model.state_dict().items()}
 
 
 def _some(keys, most: int = 4) -> str:

@@ -88,13 +88,13 @@ class ImageFolder:
         return len(self.files)
 
     def load(self, index: int, flip: bool) -> tuple[np.ndarray, int]:
-        from PIL import Image, ImageOps, UnidentifiedImageError
+        from PIL import Image, ImageOps
 
         file, label = self.files[index]
         try:
             with Image.open(file) as image:
                 image = ImageOps.fit(image.convert("RGB"), (self.size, self.size), Image.Resampling.BICUBIC)
-        except (OSError, UnidentifiedImageError) as error:
+        except OSError as error:
             raise DataError(f"{file} is not a readable image: {error}") from error
         pixels = np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
         return _flipped(pixels, flip), label

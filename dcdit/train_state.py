@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from .errors import CheckpointError, ConfigError
+from .files import replacing
 
 # Keys of a configuration that may differ between a run and its resumption: they change no number of it.
 FREE_KEYS = ("output", "log_every", "save_every", "max_minutes", "tensorboard")
@@ -33,20 +33,6 @@ class EMA:
         return dict(zip(self.names, self.values, strict=True))
 
 
-def write_atomically(file: Path, data: bytes) -> None:
-    """Replace `file` by `data`, or leave it as it was: temporary sibling, fsync, rename."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        with open(temporary, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def save_state(
     file: Path, step: int, config: dict[str, Any], model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer
 ) -> None:
@@ -59,7 +45,8 @@ def save_state(
         tensors |= {f"optim.{name}.{key}": value for key, value in optimizer.state[p].items()}
     tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
     header = {"step": step, "config": config}
-    write_atomically(file, save(tensors, metadata={"dcdit_training": json.dumps(header)}))
+    with replacing(file) as temporary:
+        temporary.write_bytes(save(tensors, metadata={"dcdit_training": json.dumps(header)}))
 
 
 def load_state(file: Path, config: dict[str, Any], model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> int:
@@ -121,7 +108,8 @@ class Metrics:
         self.file = directory / "metrics.jsonl"
         if self.file.exists():
             kept = [line for line in self.file.read_bytes().splitlines(keepends=True) if _step_of(line) <= step]
-            write_atomically(self.file, b"".join(kept))
+            with replacing(self.file) as temporary:
+                temporary.write_bytes(b"".join(kept))
         self.board = None
         if tensorboard:
             try:
