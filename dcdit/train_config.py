@@ -13,15 +13,14 @@ from typing import Any, Literal
 from .config import DCDiTConfig, check_keys
 from .errors import ConfigError
 
-NOT_NEGATIVE = (
-    "seed",
-    "ratio_weight",
-    "max_minutes",
-    "data.workers",
-    "optim.lr",
-    "optim.weight_decay",
-    "optim.grad_clip",
-    "upcycle.distill_weight",
+# Which numbers the keys take, and how to say so.
+LIMITS = (
+    ("steps batch_size log_every save_every data.size", lambda value: value >= 1, "be at least 1"),
+    ("seed ratio_weight max_minutes data.workers", lambda value: value >= 0, "not be negative"),
+    ("optim.lr optim.weight_decay optim.grad_clip", lambda value: value >= 0, "not be negative"),
+    ("upcycle.distill_weight", lambda value: value >= 0, "not be negative"),
+    ("upcycle.output_share optim.ema_decay", lambda value: 0 <= value <= 1, "be in [0, 1]"),
+    ("label_drop optim.beta2", lambda value: 0 <= value < 1, "be in [0, 1)"),
 )
 
 
@@ -106,12 +105,11 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "save_every", "data.size"):
-            if attrgetter(name)(self) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {attrgetter(name)(self)}")
-        for name in NOT_NEGATIVE:
-            if not attrgetter(name)(self) >= 0:
-                raise ConfigError(f"{name} must not be negative, got {attrgetter(name)(self)}")
+        for names, fits, words in LIMITS:
+            for name in names.split():
+                value = attrgetter(name)(self)
+                if not fits(value):
+                    raise ConfigError(f"{name} must {words}, got {value}")
         if self.seed >= 2**63:  # NumPy makes keys of int64
             raise ConfigError(f"seed must be below 2**63, got {self.seed}")
         for rho in self.drop_fractions:
@@ -119,12 +117,6 @@ class TrainConfig:
                 raise ConfigError(f"drop_fractions must lie in [0, 1), got {rho}")
         if not self.drop_fractions:
             raise ConfigError("drop_fractions needs at least one value; [0] trains without dropping")
-        for name in ("upcycle.output_share", "optim.ema_decay"):
-            if not 0 <= attrgetter(name)(self) <= 1:
-                raise ConfigError(f"{name} must be in [0, 1], got {attrgetter(name)(self)}")
-        for name in ("label_drop", "optim.beta2"):
-            if not 0 <= attrgetter(name)(self) < 1:
-                raise ConfigError(f"{name} must be in [0, 1), got {attrgetter(name)(self)}")
         if self.data.kind != "digits" and not self.data.path:
             raise ConfigError(f"data.kind={self.data.kind} needs data.path")
         if self.objective == "flow" and self.model.learn_sigma:
@@ -169,13 +161,10 @@ def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:
 
 
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    known = [*hints, "preset"] if cls is DCDiTConfig else list(hints)
-    check_keys(values, known, (prefix or "config").rstrip("."))
-    given = {key: _convert(hints[key], value, prefix + key) for key, value in values.items() if key in hints}
-    if cls is DCDiTConfig:
-        return cls.from_dict({**given, **{k: v for k, v in values.items() if k == "preset"}})
-    return cls(**given)
+    hints = typing.get_type_hints(cls) | ({"preset": str} if cls is DCDiTConfig else {})
+    check_keys(values, hints, (prefix or "config").rstrip("."))
+    given = {key: _convert(hints[key], value, prefix + key) for key, value in values.items()}
+    return cls.from_dict(given) if cls is DCDiTConfig else cls(**given)
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
@@ -191,9 +180,8 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
             raise ConfigError(f"{name} must be one of {', '.join(args)}, got {value!r}")
         return value
     if origin is tuple:
-        items = [value] if isinstance(value, (int, float)) and Ellipsis in args else value
-        if name.endswith("input_size") and isinstance(value, int):
-            items = [value, value]
+        # One number stands for a list of it, a size for both sides.
+        items = [value] * (1 if Ellipsis in args else len(args)) if isinstance(value, (int, float)) else value
         if not isinstance(items, (list, tuple)):
             raise ConfigError(f"{name} must be a list, got {value!r}")
         return tuple(_convert(args[0], item, name) for item in items)

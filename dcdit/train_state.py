@@ -13,7 +13,8 @@ from .errors import CheckpointError, ConfigError
 from .files import replacing
 
 # Keys of a configuration that may differ between a run and its resumption: they change no number of it.
-FREE_KEYS = ("output", "log_every", "save_every", "max_minutes", "tensorboard")
+FREE_KEYS = ("output", "log_every", "save_every", "max_minutes", "tensorboard", "data.workers")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, next to its step
 
 
 class EMA:
@@ -67,33 +68,28 @@ def load_state(file: Path, config: dict[str, Any], model: nn.Module, ema: EMA, o
     for name, p in model.named_parameters():
         shapes = {f"model.{name}": p.shape, f"ema.{name}": p.shape}
         if p.requires_grad:
-            moments = {f"optim.{name}.exp_avg": p.shape, f"optim.{name}.exp_avg_sq": p.shape}
-            shapes |= moments | {f"optim.{name}.step": torch.Size()}
+            shapes |= {f"optim.{name}.{key}": p.shape for key in MOMENTS} | {f"optim.{name}.step": torch.Size()}
         for key, shape in shapes.items():
             if key not in tensors:
                 raise CheckpointError(f"{file} has no tensor {key}")
-            if tensors[key].shape != shape:
-                raise CheckpointError(
-                    f"{file}: {key}: expected shape {tuple(shape)}, found {tuple(tensors[key].shape)}"
-                )
+            found = tensors[key].shape
+            if found != shape:
+                raise CheckpointError(f"{file}: {key}: expected shape {tuple(shape)}, found {tuple(found)}")
     with torch.no_grad():
         for (name, p), average in zip(model.named_parameters(), ema.values, strict=True):
             p.copy_(tensors[f"model.{name}"])
             average.copy_(tensors[f"ema.{name}"])
-            prefix = f"optim.{name}."
-            state = {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-            # Moments take their parameter's strides: fused AdamW walks through the memory of all of them alike.
-            optimizer.state[p] = {
-                key: torch.empty_like(p).copy_(tensor) if tensor.shape == p.shape else tensor.to(p.device)
-                for key, tensor in state.items()
-            }
+            if p.requires_grad:
+                # Moments take their parameter's strides: fused AdamW walks through the memory of all of them alike.
+                moments = {key: torch.empty_like(p).copy_(tensors[f"optim.{name}.{key}"]) for key in MOMENTS}
+                optimizer.state[p] = moments | {"step": tensors[f"optim.{name}.step"].to(p.device)}
     return step
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = ""):
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)
-        if prefix + key in (*FREE_KEYS, "data.workers") or a == b:
+        if prefix + key in FREE_KEYS or a == b:
             continue
         if isinstance(a, dict) and isinstance(b, dict):
             yield from _differences(a, b, f"{prefix}{key}.")
