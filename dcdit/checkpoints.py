@@ -18,7 +18,8 @@ from .config import DCDiTConfig
 from .errors import CheckpointError, ConfigError
 from .files import replacing, sync
 from .model import DCDiT
-from .release import from_release, infer_config, read_state, release_content, release_key, stored_use
+from .release import from_release, infer_config, release_content, release_key, stored_use
+from .state_dict import read_state
 
 __all__ = [
     "from_pretrained",

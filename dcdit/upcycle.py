@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 
 import torch
@@ -14,24 +13,18 @@ from .config import DCDiTConfig
 from .errors import CheckpointError, ConfigError
 from .model import DCDiT, Routing
 from .plain_dit import PlainDiT
-from .release import read_state, shape_of
+from .release import PARTS
+from .state_dict import inverse, read_state, shape_of, swap_parts, swap_prefix
 from .train_config import TrainConfig
 from .training import Trainer
 
-# Names of the original DiT and ours.
+# Prefixes of the original DiT and ours; the blocks are the release's.
 _OUTER = (
     ("x_embedder.proj.", "stem."),
     ("t_embedder.", "time_embed."),
     ("y_embedder.embedding_table.", "class_embed."),
     ("final_layer.linear.", "head."),
     ("final_layer.adaLN_modulation.", "adaln."),
-)
-_INNER = (
-    ("attn.qkv", "qkv"),
-    ("attn.proj", "proj"),
-    ("mlp.fc1", "fc1"),
-    ("mlp.fc2", "fc2"),
-    ("adaLN_modulation.1", "adaln.1"),
 )
 # Layers of a diffusers block and ours; its q, k and v are three.
 _DIFFUSERS = (
@@ -44,13 +37,7 @@ _DIFFUSERS = (
 
 def from_dit(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """PlainDiT's state dict from that of the original DiT, such as DiT-XL-2-256x256.pt. Raises CheckpointError."""
-    ours = {}
-    for key, tensor in state.items():
-        name = re.sub(r"(blocks\.\d+\.)(.+)(\.\w+)", lambda m: m[1] + dict(_INNER).get(m[2], m[2]) + m[3], key)
-        for theirs, mine in _OUTER:
-            if key.startswith(theirs):
-                name = mine + key[len(theirs) :]
-        ours[name] = tensor
+    ours = {swap_prefix(key, _OUTER) or swap_parts(key, PARTS): tensor for key, tensor in state.items()}
     if "pos_embed" in ours:
         ours["pos_embed"] = ours["pos_embed"].squeeze(0)
     return _reorder_head(ours, to_ours=True)
@@ -58,14 +45,10 @@ def from_dit(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def to_dit(model: PlainDiT) -> dict[str, torch.Tensor]:
     """The inverse of `from_dit`: `model` in the names and shapes of the original DiT."""
-    inner, theirs = {mine: name for name, mine in _INNER}, {}
-    for key, tensor in _reorder_head(model.state_dict(), to_ours=False).items():
-        name = re.sub(r"(blocks\.\d+\.)(.+)(\.\w+)", lambda m: m[1] + inner[m[2]] + m[3], key)
-        for their_name, mine in _OUTER:
-            if key.startswith(mine):
-                name = their_name + key[len(mine) :]
-        theirs[name] = tensor[None] if key == "pos_embed" else tensor
-    return theirs
+    outer, parts = inverse(_OUTER), inverse(PARTS)
+    state = _reorder_head(model.state_dict(), to_ours=False)
+    state["pos_embed"] = state["pos_embed"][None]
+    return {swap_prefix(key, outer) or swap_parts(key, parts): tensor for key, tensor in state.items()}
 
 
 def from_diffusers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

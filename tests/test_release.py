@@ -20,7 +20,8 @@ from dcdit.cli import main
 from dcdit.config import DCDiTConfig
 from dcdit.errors import CheckpointError, ConfigError
 from dcdit.model import DCDiT
-from dcdit.release import RELEASE_USE, Record, from_release, infer_heads, read_pickle, to_release
+from dcdit.release import RELEASE_USE, from_release, infer_heads, to_release
+from dcdit.state_dict import Record, read_pickle
 
 DATA = Path(__file__).parent / "data"
 RELEASE = DATA / "dcdit_tiny_release.pt"
