@@ -82,8 +82,9 @@ class DynamicChunking(nn.Module):
         out = self.run(self.blocks, tokens, plan, *args, **kwargs)
         if out.shape != tokens.shape:
             raise ValueError(f"run must return tokens of shape {tuple(tokens.shape)}, got {tuple(out.shape)}")
-        smoothing = {} if self.sigma is None else {"sigma": self.sigma}
-        return dechunk(out - tokens, boundary_prob, plan, h, smoothing="gaussian" if smoothing else None, **smoothing)
+        if self.sigma is None:
+            return dechunk(out - tokens, boundary_prob, plan, h, smoothing=None)
+        return dechunk(out - tokens, boundary_prob, plan, h, self.sigma)
 
     def _score(self, h: torch.Tensor) -> torch.Tensor:
         if not self._folds:

@@ -18,8 +18,6 @@ class FlowMatching:
     σ is logit-normal (arXiv 2403.03206 eq. 19, location 0, scale 1) and every σ has weight 1.
     """
 
-    name = "flow"
-
     def draw_time(self, rng: np.random.Generator) -> float:
         """One time in (0, 1000)."""
         return 1000 / (1 + math.exp(-rng.standard_normal()))
@@ -43,7 +41,6 @@ class DDPM:
     λ = 0.001 times 1000 steps gives the bound of one drawn step the weight 1.
     """
 
-    name = "ddpm"
     steps = 1000
 
     def __init__(self, learn_sigma: bool) -> None:

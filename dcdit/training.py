@@ -106,15 +106,12 @@ class Trainer:
         return DCDiT(self.config.model)
 
     def teach(
-        self,
-        diffusion: torch.Tensor,
-        x: torch.Tensor,
-        t: torch.Tensor,
-        y: torch.Tensor,
-        output: torch.Tensor,
-        routing: Routing,
+        self, diffusion: torch.Tensor, inputs: tuple[torch.Tensor, ...], output: torch.Tensor, routing: Routing
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """What this step minimises next to the ratio loss, and its further parts by their names in metrics.jsonl."""
+        """What this step minimises next to the ratio loss, and its further parts by their names in metrics.jsonl.
+
+        `inputs` are those of the model: x_t, t and y.
+        """
         return diffusion, {}
 
     def run(self) -> Path:
@@ -174,7 +171,7 @@ class Trainer:
         output = output.float()
         diffusion = self.objective.loss(output, x0, noise, t).mean()
         ratio = ratio_loss(routing.boundary_prob, routing.natural_mask, config.model.target_ratio, SUB_BATCH)
-        taught, parts = self.teach(diffusion, x, t, y, output, routing)
+        taught, parts = self.teach(diffusion, (x, t, y), output, routing)
         loss = taught + config.ratio_weight * ratio
 
         lr = learning_rate(config.optim, self.step, config.steps)

@@ -209,13 +209,7 @@ class Upcycler(Trainer):
         return net
 
     def teach(
-        self,
-        diffusion: torch.Tensor,
-        x: torch.Tensor,
-        t: torch.Tensor,
-        y: torch.Tensor,
-        output: torch.Tensor,
-        routing: Routing,
+        self, diffusion: torch.Tensor, inputs: tuple[torch.Tensor, ...], output: torch.Tensor, routing: Routing
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         config, loss, parts = self.config.upcycle, diffusion, {}
         by_block = self.step < config.distill_steps
@@ -225,7 +219,7 @@ class Upcycler(Trainer):
             self.teacher = None
             return loss, parts
         with torch.no_grad(), self.accelerator.autocast():
-            known = self.teacher(x, t, y).float()
+            known = self.teacher(*inputs).float()
         if config.output_share:
             # Where one of them learns a variance, its channels are the second half.
             channels = self.config.model.in_channels

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from .config import DCDiTConfig
 from .flops import dit_flops
@@ -79,8 +80,6 @@ def chunk_map(image: np.ndarray, mask: np.ndarray, source: np.ndarray, side: int
 
 def draw_chunk_maps(file: Path, samples: Samples, snapshots: list[Snapshot], codec) -> None:
     """For every sample x_t over its chunk map, one column per snapshot and the result at the right."""
-    from matplotlib.figure import Figure
-
     # Inches: a picture is `side` wide and `tall` high; two of them and a line of text make a block.
     side, gap, text, margin = 1.2, 0.07, 0.3, 0.12
     tall = side * samples.latents.shape[2] / samples.latents.shape[3]
@@ -119,8 +118,6 @@ def draw_poster(file: Path, samples: Samples, last: Snapshot, codec) -> None:
 
 def draw_budgets(file: Path, images: dict[str, np.ndarray], columns: int = 20) -> None:
     """One row of pictures (N, H, W, 3) for each name, the same samples under each other."""
-    from matplotlib.figure import Figure
-
     rows = [enlarge(row[:columns], 84) for row in images.values()]
     sheet = grid(np.concatenate(rows), len(rows[0]), gap=4)
     figure = Figure(figsize=(12, 11 * sheet.shape[0] / sheet.shape[1] + 0.1), facecolor=PAPER, layout="constrained")
@@ -136,8 +133,6 @@ def draw_budgets(file: Path, images: dict[str, np.ndarray], columns: int = 20) -
 
 def draw_curves(file: Path, traces: dict[str, Trace], config: DCDiTConfig) -> None:
     """Tokens kept, GFLOP and milliseconds of each step, from noise to image, one colour for each named trace."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(13, 3.5), facecolor=PAPER, layout="constrained")
     kept, flops, seconds = figure.subplots(1, 3)
     cells = math.prod(config.input_size)
