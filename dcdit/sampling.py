@@ -18,16 +18,12 @@ import torch
 from .checkpoints import load_checkpoint
 from .codecs import make_codec
 from .config import DCDiTConfig, check_keys
+from .drop_fraction import DropFraction, drop_table
 from .errors import CheckpointError, ConfigError, DCDiTError
 from .flops import dcdit_flops
 from .model import DCDiT, Routing
 from .precision import float32_products
-
-# The objective that each scheduler integrates; the first of an objective is what "auto" takes.
-SCHEDULERS = {"flow-euler": "flow", "ddpm": "ddpm", "ddim": "ddpm", "dpm-solver++": "ddpm"}
-TRAIN_STEPS = 1000
-
-DropFraction = float | torch.Tensor | Sequence[float] | Callable[[float], float]
+from .schedulers import SCHEDULERS, make_scheduler
 
 
 @dataclass(frozen=True)
@@ -77,48 +73,6 @@ def image_generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 0x9E3779B1 + index) % 2**32)
 
 
-def make_scheduler(name: str, objective: str, steps: int, learn_sigma: bool = False, clip: bool = False):
-    """A diffusers scheduler set to `steps`, and the model's timestep of each step (float32, S).
-
-    "auto" is flow-euler or ddpm. Raises ConfigError for an unknown name, or one that integrates another objective.
-
-    For noise prediction the linear 1000-step schedule is respaced as in DiT (steps evenly spread from 0 to 999;
-    arXiv 2102.09672 section 4): the scheduler gets the betas of the steps that are left, and counts them 0 to S − 1.
-    All three then step between exactly these times, also where S does not divide 1000.
-    """
-    import diffusers
-
-    check_keys([objective], set(SCHEDULERS.values()), "objective")
-    if name == "auto":
-        name = next(key for key, value in SCHEDULERS.items() if value == objective)
-    check_keys([name], ["auto", *SCHEDULERS], "scheduler")
-    if SCHEDULERS[name] != objective:
-        fitting = " or ".join(key for key, value in SCHEDULERS.items() if value == objective)
-        raise ConfigError(
-            f"scheduler {name} integrates {SCHEDULERS[name]}, this model was trained by {objective}: use {fitting}"
-        )
-    if not 1 <= steps <= TRAIN_STEPS:
-        raise ConfigError(f"steps must be in [1, {TRAIN_STEPS}], got {steps}")
-    if objective == "flow":
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-        # Its own grid ends at σ = 0.001 and spends a whole step on the rest; this one has S equal steps.
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
-        return scheduler, scheduler.timesteps
-    kept = np.unique(np.linspace(TRAIN_STEPS - 1, 0, steps).round().astype(int))
-    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, TRAIN_STEPS))[kept]
-    betas = 1 - alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]])
-    shared = {"num_train_timesteps": steps, "trained_betas": betas, "timestep_spacing": "trailing"}
-    if name == "ddpm":
-        variance = "learned_range" if learn_sigma else "fixed_small"
-        scheduler = diffusers.DDPMScheduler(**shared, variance_type=variance, clip_sample=clip)
-    elif name == "ddim":
-        scheduler = diffusers.DDIMScheduler(**shared, clip_sample=clip)
-    else:
-        scheduler = diffusers.DPMSolverMultistepScheduler(**shared)
-    scheduler.set_timesteps(steps)
-    return scheduler, torch.from_numpy(kept[::-1].copy()).float()
-
-
 @torch.no_grad()
 def sample(
     model: DCDiT,
@@ -156,7 +110,7 @@ def sample(
     DCDiTError where the router's probabilities are NaN.
     """
     config = model.config
-    classes = _class_ids(classes, config.num_classes)
+    classes = class_ids(classes, config.num_classes)
     count = len(classes)
     indices = torch.arange(count) if indices is None else torch.as_tensor(indices)
     if len(indices) != count:
@@ -228,7 +182,7 @@ class _Batch:
                     raise
                 hint = f"are the weights finite, is guidance {self.guidance:g} too large?"
                 raise DCDiTError(f"sampling diverged at t = {t:g}: {error}; {hint}") from error
-        self.output = self._guide(out.float())
+        self.output = out.float() if self.halves == 1 else guide(out.float(), self.guidance, self.x.shape[1])
         batch = len(self.x)
         masks = (routing.boundary_prob, routing.boundary_mask, routing.natural_mask)
         return Routing(*(mask[:batch] for mask in masks), routing.plan)
@@ -243,16 +197,9 @@ class _Batch:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _guide(self, out: torch.Tensor) -> torch.Tensor:
-        if self.halves == 1:
-            return out
-        channels = self.x.shape[1]
-        cond, uncond = out.chunk(2)
-        mean = uncond[:, :channels] + self.guidance * (cond[:, :channels] - uncond[:, :channels])
-        return torch.cat([mean, cond[:, channels:]], dim=1)
 
-
-def _class_ids(classes: Sequence[int] | torch.Tensor, num_classes: int) -> torch.Tensor:
+def class_ids(classes: Sequence[int] | torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Ids (N,), int64, of classes in [0, num_classes). Raises ConfigError."""
     try:
         classes = torch.as_tensor(classes)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -266,58 +213,14 @@ def _class_ids(classes: Sequence[int] | torch.Tensor, num_classes: int) -> torch
     return classes.long()
 
 
-def drop_table(drop: DropFraction, timesteps: torch.Tensor, count: int) -> torch.Tensor:
-    """ρ of every step and image (S, N), float32, for `timesteps` (S,) from 1000 (noise) to 0 (data) and N = `count`.
+def guide(out: torch.Tensor, guidance: float, channels: int) -> torch.Tensor:
+    """Classifier-free guidance of `out` (2B, C or 2C, H, W), the conditional half first, on the first `channels`.
 
-    `drop` is a number; a tensor (N,), one for each image; a list of at most S numbers, each for an equal share of the
-    steps (S of them: one for each step); or a function of the timestep. Raises ConfigError.
+    A learned variance, the channels after them, is the conditional one.
     """
-    steps = len(timesteps)
-    if isinstance(drop, torch.Tensor) and drop.dim() == 1:
-        if len(drop) != count:
-            raise ConfigError(f"a drop fraction for each image needs {count} values, got {len(drop)}")
-        table = drop.float().cpu().expand(steps, count)
-    else:
-        if callable(drop):
-            drop = [drop(t) for t in timesteps.tolist()]
-        try:
-            values = torch.as_tensor(drop, dtype=torch.float32).cpu()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"drop fractions must be numbers, got {drop!r}") from error
-        if values.dim() > 1 or not 1 <= values.numel() <= steps:
-            raise ConfigError(
-                f"drop fractions over {steps} steps must be 1 to {steps} numbers, got shape {tuple(values.shape)}"
-            )
-        share = torch.arange(steps) * values.numel() // steps
-        table = values.reshape(-1, 1)[share].expand(steps, count)
-    wrong = table[~((table >= 0) & (table < 1))]
-    if len(wrong):
-        raise ConfigError(f"drop fractions must be in [0, 1), got {wrong[0]:g}")
-    return table
-
-
-def parse_classes(text: str, num_classes: int) -> list[int]:
-    """Class ids from text such as "0-9" or "1,3,5-7". Raises ConfigError."""
-    ids = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ConfigError(f"classes must look like 0-9 or 1,3,5, got {text!r}")
-        low, high = int(first), int(last or first)
-        if low > high:
-            raise ConfigError(f"classes {part.strip()!r} run backwards")
-        _class_ids([low, high], num_classes)
-        ids.extend(range(low, high + 1))
-    return ids
-
-
-def parse_drop_fraction(text: str) -> float | list[float]:
-    """ρ from text such as "0.3", or "0,0.3,0.6" for a list over the steps. Raises ConfigError."""
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"a drop fraction must look like 0.3 or 0,0.3,0.6, got {text!r}") from error
-    return values if len(values) > 1 else values[0]
+    cond, uncond = out.chunk(2)
+    mean = uncond[:, :channels] + guidance * (cond[:, :channels] - uncond[:, :channels])
+    return torch.cat([mean, cond[:, channels:]], dim=1)
 
 
 def open_checkpoint(path: str | Path, device: str | torch.device = "cpu"):

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcdit.checkpoints import save_checkpoint
 from dcdit.cli import main
+from dcdit.commands.options import parse_classes, parse_drop_fraction
 from dcdit.config import DCDiTConfig
 from dcdit.errors import ConfigError
 from dcdit.model import DCDiT
@@ -20,8 +21,6 @@ from dcdit.sampling import (
     drop_table,
     image_generator,
     make_scheduler,
-    parse_classes,
-    parse_drop_fraction,
     sample,
 )
 

@@ -9,9 +9,11 @@ import torch
 from tqdm import tqdm
 
 from ..demo import DIGITS, LATE, run_budget, table, time_plain_dit
+from ..drop_fraction import drop_table
 from ..errors import ConfigError
 from ..pictures import check_output, output_folder
-from ..sampling import drop_table, make_scheduler, open_checkpoint
+from ..sampling import open_checkpoint
+from ..schedulers import make_scheduler
 from ..visualize import draw_budgets, draw_chunk_maps, draw_curves, draw_poster, record
 
 

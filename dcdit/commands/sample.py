@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..codecs import PixelUnshuffle
 from ..errors import ConfigError, DataError
 from ..pictures import check_output, enlarge, grid, output_folder, save_png, to_uint8
 from ..ranks import cpu_ranks
-from ..sampling import SCHEDULERS, open_checkpoint, parse_classes, parse_drop_fraction, sample
+from ..sampling import open_checkpoint, sample
+from .options import add_sampling_options, parse_classes, sampling_arguments
 
 FORMATS = ("grid", "png", "npz")
 
@@ -35,44 +35,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """The options that every command that samples has."""
-    parser.add_argument("--classes", metavar="IDS", help="such as 0-9 or 1,3,5 (all)")
-    parser.add_argument("--steps", type=int, default=50, help="steps from noise to image (50)")
-    parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance; 1 is none (2)")
-    parser.add_argument(
-        "--drop-fraction",
-        default="0",
-        metavar="RHO",
-        help="share of tokens to drop (0); 0.6,0.3,0 gives each an equal share of the steps, noise first",
-    )
-    parser.add_argument(
-        "--uncond-drop-fraction",
-        metavar="RHO",
-        help="the same for the unconditional half, Lite-CFG (as --drop-fraction)",
-    )
-    parser.add_argument("--scheduler", default="auto", help=f"auto, {', '.join(SCHEDULERS)}")
-    parser.add_argument("--seed", type=int, default=0, help="image I draws its noise from (seed, I) (0)")
-    parser.add_argument("--bf16", action="store_true", help="run the model under bfloat16 autocast")
-    parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
-
-
-def sampling_arguments(args: argparse.Namespace, objective: str, codec) -> dict:
-    """Keywords of `sample` from the options above."""
-    uncond = args.uncond_drop_fraction
-    return {
-        "objective": objective,
-        "scheduler": args.scheduler,
-        "steps": args.steps,
-        "guidance": args.guidance,
-        "drop_fraction": parse_drop_fraction(args.drop_fraction),
-        "uncond_drop_fraction": uncond if uncond is None else parse_drop_fraction(uncond),
-        "seed": args.seed,
-        "clip": isinstance(codec, PixelUnshuffle),
-        "precision": torch.bfloat16 if args.bf16 else None,
-    }
-
-
 def run(args: argparse.Namespace) -> None:
     """Sample, gather on the first process, write."""
     from accelerate import PartialState
@@ -82,12 +44,12 @@ def run(args: argparse.Namespace) -> None:
     state = PartialState(cpu=args.cpu or cpu_ranks())
     check_output(args.output)
     model, objective, codec = open_checkpoint(args.checkpoint, state.device)
-    ids = parse_classes(args.classes, model.config.num_classes) if args.classes else range(model.config.num_classes)
+    ids = parse_classes(args.classes, model.config.num_classes)
     count = args.num if args.num is not None else len(ids) * args.per_class
     if count < 1 or args.batch_size < 1:
         raise ConfigError(f"expected at least one image and a batch size of at least 1, got {count}, {args.batch_size}")
     # The classes take turns, so that the first images stay the same when more are asked for.
-    labels = np.resize(np.asarray(ids), count)
+    labels = np.resize(ids, count)
     if "png" in args.format:
         check_mixture(args.output, labels)
     options = {**sampling_arguments(args, objective, codec), "batch_size": args.batch_size}

@@ -6,13 +6,14 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ..config import DCDiTConfig
 from ..errors import ConfigError
 from ..pictures import check_output, output_folder
-from ..sampling import open_checkpoint, parse_classes
+from ..sampling import open_checkpoint
 from ..visualize import draw_chunk_maps, draw_curves, record
-from .sample import add_sampling_options, sampling_arguments
+from .options import add_sampling_options, parse_classes, sampling_arguments
 
 # What the cost of a forward and the levels in curves.png depend on.
 SIZES = ("input_size", "hidden_size", "depth", "encoder_width", "mlp_ratio", "router", "target_ratio")
@@ -29,8 +30,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write chunks-NAME.png for each checkpoint and one curves.png."""
-    import torch
-
     if args.num < 1 or args.times < 1:
         raise ConfigError(f"expected at least one sample and one timestep, got {args.num} and {args.times}")
     check_output(args.output)
@@ -41,9 +40,7 @@ def run(args: argparse.Namespace) -> None:
     with output_folder(args.output) as folder:
         traces = {}
         for name, (model, objective, codec) in opened.items():
-            classes = model.config.num_classes
-            ids = parse_classes(args.classes, classes) if args.classes else range(classes)
-            labels = np.resize(np.asarray(ids), args.num)
+            labels = np.resize(parse_classes(args.classes, model.config.num_classes), args.num)
             options = sampling_arguments(args, objective, codec)
             record(model, labels, 1, **{**options, "steps": 2})  # the first steps also pay for imports and allocations
             samples, snapshots = record(model, labels, args.times, **options)

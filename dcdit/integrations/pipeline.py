@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -13,9 +12,11 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..drop_fraction import DropFraction, drop_table
 from ..errors import ConfigError
 from ..precision import float32_products
-from ..sampling import DropFraction, drop_table
+from ..sampling import class_ids, guide
+from ..schedulers import set_equal_steps
 from .transformer import DCDiTTransformer2DModel
 
 
@@ -71,7 +72,7 @@ class DCDiTPipeline(DiffusionPipeline):
         Args:
             guidance_scale: uncond + guidance_scale·(cond − uncond); 1 or less runs no unconditional half.
             drop_fraction: ρ in [0, 1): a number; a tensor (N,), one for each image; a list over the steps; or a
-                function of the timestep; see `dcdit.sampling.drop_table`.
+                function of the timestep; see `dcdit.drop_fraction.drop_table`.
             uncond_drop_fraction: the same for the unconditional half (Lite-CFG, arXiv 2603.06351); None: the same.
             generator: one, or one for each image. latents: (N, C, H, W), the noise to start from.
             output_type: "pil", "np", "pt", or "latent" for (N, C, H, W) before the vae.
@@ -107,9 +108,7 @@ class DCDiTPipeline(DiffusionPipeline):
                 x = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
                 noise_pred = self.transformer(x, t.expand(len(x)), y, table[i], return_dict=False)[0]
                 if self.do_classifier_free_guidance:
-                    cond, uncond = noise_pred.chunk(2)
-                    mean = uncond[:, :channels] + guidance_scale * (cond[:, :channels] - uncond[:, :channels])
-                    noise_pred = torch.cat([mean, cond[:, channels:]], dim=1)
+                    noise_pred = guide(noise_pred, guidance_scale, channels)
                 if not whole:
                     noise_pred = noise_pred[:, :channels]
                 latents = self.scheduler.step(noise_pred, t, latents, **options, return_dict=False)[0]
@@ -140,20 +139,15 @@ class DCDiTPipeline(DiffusionPipeline):
             raise ConfigError("drop_fraction must be a number, a tensor, a list or a function, got None")
 
     def _labels(self, class_labels: list[int] | torch.Tensor, device: torch.device) -> torch.Tensor:
-        classes = self.transformer.model.config.num_classes
-        wrong = ConfigError(f"class_labels must be a list of ids in [0, {classes - 1}], got {class_labels!r}")
+        count = self.transformer.model.config.num_classes
         try:
-            y = torch.as_tensor(class_labels)
-        except (TypeError, ValueError, RuntimeError):
-            raise wrong from None
-        if y.dim() != 1 or y.is_floating_point() or not len(y) or not 0 <= int(y.min()) <= int(y.max()) < classes:
-            raise wrong
-        return y.to(device, torch.long)
+            return class_ids(class_labels, count).to(device)
+        except ConfigError:
+            raise ConfigError(f"class_labels must be a list of ids in [0, {count - 1}], got {class_labels!r}") from None
 
     def _timesteps(self, steps: int, device: torch.device) -> torch.Tensor:
         if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
-            # Its own grid ends at σ = 0.001 and spends a whole step on the rest; this one has equal steps.
-            self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist(), device=device)
+            set_equal_steps(self.scheduler, steps, device)
         else:
             self.scheduler.set_timesteps(steps, device=device)
         return self.scheduler.timesteps

@@ -10,9 +10,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 
 from ..config import DCDiTConfig
+from ..drop_fraction import DropFraction
 from ..errors import ConfigError
 from ..model import DCDiT
-from ..sampling import DropFraction
 
 # DiTPipeline's id of 'no label', whatever the number of classes.
 DIT_NULL = 1000

@@ -1,0 +1,59 @@
+"""diffusers' schedulers, over the steps that DC-DiT takes from noise to image."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from .config import check_keys
+from .errors import ConfigError
+
+# The objective that each scheduler integrates; the first of an objective is what "auto" takes.
+SCHEDULERS = {"flow-euler": "flow", "ddpm": "ddpm", "ddim": "ddpm", "dpm-solver++": "ddpm"}
+TRAIN_STEPS = 1000
+
+
+def make_scheduler(name: str, objective: str, steps: int, learn_sigma: bool = False, clip: bool = False):
+    """A diffusers scheduler set to `steps`, and the model's timestep of each step (float32, S).
+
+    "auto" is flow-euler or ddpm. Raises ConfigError for an unknown name, or one that integrates another objective.
+
+    For noise prediction the linear 1000-step schedule is respaced as in DiT (steps evenly spread from 0 to 999;
+    arXiv 2102.09672 section 4): the scheduler gets the betas of the steps that are left, and counts them 0 to S − 1.
+    All three then step between exactly these times, also where S does not divide 1000.
+    """
+    import diffusers
+
+    check_keys([objective], set(SCHEDULERS.values()), "objective")
+    check_keys([name], ["auto", *SCHEDULERS], "scheduler")
+    fitting = [key for key, value in SCHEDULERS.items() if value == objective]
+    name = fitting[0] if name == "auto" else name
+    if name not in fitting:
+        raise ConfigError(
+            f"scheduler {name} integrates {SCHEDULERS[name]}, this model was trained by {objective}: "
+            f"use {' or '.join(fitting)}"
+        )
+    if not 1 <= steps <= TRAIN_STEPS:
+        raise ConfigError(f"steps must be in [1, {TRAIN_STEPS}], got {steps}")
+    if objective == "flow":
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+        set_equal_steps(scheduler, steps)
+        return scheduler, scheduler.timesteps
+    kept = np.unique(np.linspace(TRAIN_STEPS - 1, 0, steps).round().astype(int))
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, TRAIN_STEPS))[kept]
+    betas = 1 - alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]])
+    shared = {"num_train_timesteps": steps, "trained_betas": betas, "timestep_spacing": "trailing"}
+    if name == "ddpm":
+        variance = "learned_range" if learn_sigma else "fixed_small"
+        scheduler = diffusers.DDPMScheduler(**shared, variance_type=variance, clip_sample=clip)
+    elif name == "ddim":
+        scheduler = diffusers.DDIMScheduler(**shared, clip_sample=clip)
+    else:
+        scheduler = diffusers.DPMSolverMultistepScheduler(**shared)
+    scheduler.set_timesteps(steps)
+    return scheduler, torch.from_numpy(kept[::-1].copy()).float()
+
+
+def set_equal_steps(scheduler, steps: int, device: torch.device | None = None) -> None:
+    """Set a FlowMatchEulerDiscreteScheduler: its own grid ends at σ = 0.001 and spends a whole step on the rest."""
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist(), device=device)
