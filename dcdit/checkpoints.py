@@ -185,6 +185,6 @@ def _tensors(model: DCDiT) -> dict[str, torch.Tensor]:
     return {key: tensor.cpu().contiguous() for key, tensor in model.state_dict().items()}
 
 
-def _some(keys, most: int = 4) -> str:
+def _some(keys) -> str:
     keys = sorted(keys)
-    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+    return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")

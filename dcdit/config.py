@@ -73,6 +73,11 @@ class DCDiTConfig:
             raise ConfigError(f"sigma must be positive and finite, got {self.sigma}")
 
     @property
+    def cells(self) -> int:
+        """Cells of the latent grid, H·W."""
+        return math.prod(self.input_size)
+
+    @property
     def out_channels(self) -> int:
         """Channels of the prediction: 2C with a learned variance, else C."""
         return self.in_channels * (2 if self.learn_sigma else 1)

@@ -42,7 +42,7 @@ class Budget:
 def run_budget(model: DCDiT, codec, classify, drop_fraction: float, classes: np.ndarray, **options) -> Budget:
     """Sample `classes` (N,) at ρ and measure. `options` are those of `sample`; `classify` maps uint8 (N, 28, 28) to
     digits (N,)."""
-    cells = model.config.input_size[0] * model.config.input_size[1]
+    cells = model.config.cells
     kept = torch.zeros(len(classes), cells)
     late_steps = 0
 

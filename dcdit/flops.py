@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from .config import DCDiTConfig
 
 
@@ -13,8 +11,7 @@ def dcdit_flops(config: DCDiTConfig, tokens: float) -> dict[str, float]:
     `total` adds up what the paper counts (arXiv 2603.06351): encoder, router, main, dechunk and decoder.
     `uncounted` is what it leaves out: stem, embedders, the residual projection and the output layer.
     """
-    width, narrow = config.hidden_size, config.encoder_width
-    cells = math.prod(config.input_size)
+    width, narrow, cells = config.hidden_size, config.encoder_width, config.cells
     conv_stack = 9 * narrow * narrow * 3 + 9 * narrow * width
     if narrow != width:
         conv_stack += narrow * width

@@ -37,7 +37,7 @@ def make_scheduler(name: str, objective: str, steps: int, learn_sigma: bool = Fa
         raise ConfigError(f"steps must be in [1, {TRAIN_STEPS}], got {steps}")
     if objective == "flow":
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-        set_equal_steps(scheduler, steps)
+        set_timesteps(scheduler, steps)
         return scheduler, scheduler.timesteps
     kept = np.unique(np.linspace(TRAIN_STEPS - 1, 0, steps).round().astype(int))
     alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, TRAIN_STEPS))[kept]
@@ -54,6 +54,12 @@ def make_scheduler(name: str, objective: str, steps: int, learn_sigma: bool = Fa
     return scheduler, torch.from_numpy(kept[::-1].copy()).float()
 
 
-def set_equal_steps(scheduler, steps: int, device: torch.device | None = None) -> None:
-    """Set a FlowMatchEulerDiscreteScheduler: its own grid ends at σ = 0.001 and spends a whole step on the rest."""
-    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist(), device=device)
+def set_timesteps(scheduler, steps: int, device: torch.device | None = None) -> None:
+    """Set a scheduler to `steps`; of flow matching all are equal."""
+    import diffusers
+
+    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+        # Its own grid ends at σ = 0.001 and spends a whole step on the rest.
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist(), device=device)
+    else:
+        scheduler.set_timesteps(steps, device=device)

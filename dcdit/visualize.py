@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +40,7 @@ class Snapshot:
         return cls(step.timestep, step.x.cpu(), *grids)
 
 
-def record(model: DCDiT, classes, count: int = 6, **options) -> tuple[Samples, list[Snapshot]]:
+def record(model: DCDiT, classes, count: int, **options) -> tuple[Samples, list[Snapshot]]:
     """`sample(model, classes, **options)`, all images in one batch, with `count` snapshots evenly spread over it."""
     steps = options.get("steps", 50)
     wanted = set(np.linspace(0, steps - 1, min(count, steps)).round().astype(int).tolist())
@@ -116,9 +115,9 @@ def draw_poster(file: Path, samples: Samples, last: Snapshot, codec) -> None:
     save_png(file, grid(np.concatenate([images, np.stack(maps)]), len(images), gap=6))
 
 
-def draw_budgets(file: Path, images: dict[str, np.ndarray], columns: int = 20) -> None:
-    """One row of pictures (N, H, W, 3) for each name, the same samples under each other."""
-    rows = [enlarge(row[:columns], 84) for row in images.values()]
+def draw_budgets(file: Path, images: dict[str, np.ndarray]) -> None:
+    """One row of 20 pictures of (N, H, W, 3) for each name, the same samples under each other."""
+    rows = [enlarge(row[:20], 84) for row in images.values()]
     sheet = grid(np.concatenate(rows), len(rows[0]), gap=4)
     figure = Figure(figsize=(12, 11 * sheet.shape[0] / sheet.shape[1] + 0.1), facecolor=PAPER, layout="constrained")
     axis = figure.subplots()
@@ -135,22 +134,21 @@ def draw_curves(file: Path, traces: dict[str, Trace], config: DCDiTConfig) -> No
     """Tokens kept, GFLOP and milliseconds of each step, from noise to image, one colour for each named trace."""
     figure = Figure(figsize=(13, 3.5), facecolor=PAPER, layout="constrained")
     kept, flops, seconds = figure.subplots(1, 3)
-    cells = math.prod(config.input_size)
     halves = 1
     for (name, trace), colour in zip(traces.items(), COLOURS * len(traces), strict=False):
         way = np.linspace(0, 100, len(trace.timesteps))
-        share = 100 * trace.tokens / cells
+        share = 100 * trace.tokens / config.cells
         low, high = np.quantile(share, [0.1, 0.9], axis=1)
         kept.fill_between(way, low, high, color=colour, alpha=0.18, linewidth=0)
         kept.plot(way, share.mean(1), color=colour, label=name)
         if trace.uncond_tokens is not None:
             halves = 2
-            other = 100 * trace.uncond_tokens.mean(1) / cells
+            other = 100 * trace.uncond_tokens.mean(1) / config.cells
             if (other - share.mean(1)).abs().mean() > 1:  # else the two lines would cover each other
                 kept.plot(way, other, color=colour, linestyle=":", label=f"{name}, without class")
         flops.plot(way, trace.gflops(config), color=colour)
         seconds.plot(way, 1000 * trace.seconds / trace.tokens.shape[1], color=colour)
-    target, plain = 100 / config.target_ratio, halves * dit_flops(config, cells / 4)
+    target, plain = 100 / config.target_ratio, halves * dit_flops(config, config.cells / 4)
     _level(kept, target, f"1/N = {target:.0f} %")
     _level(flops, plain, "plain DiT, 2×2 patches")
     titles = ("Tokens kept, % of cells", "GFLOP per step and image", "Milliseconds per step and image")

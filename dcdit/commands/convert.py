@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..checkpoints import load_checkpoint, read_release, save_checkpoint, save_release
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `dcdit convert`."""
@@ -17,11 +19,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Convert. Tensors are copied bit by bit."""
-    from ..checkpoints import load_checkpoint, read_release, save_checkpoint, save_release
-
     if Path(args.source).is_dir():
         save_release(args.target, *load_checkpoint(args.source))
     else:
-        options = {"num_heads": args.num_heads, "sigma": args.sigma, "which": args.which}
-        save_checkpoint(args.target, *read_release(args.source, **options))
+        release = read_release(args.source, num_heads=args.num_heads, sigma=args.sigma, which=args.which)
+        save_checkpoint(args.target, *release)
     print(f"{args.source} → {args.target}")

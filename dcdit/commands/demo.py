@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"It recognises {classifier.accuracy:.1%} of 500 real digits that it has not seen.", flush=True)
     options = {"objective": objective, "steps": args.steps, "guidance": args.guidance, "seed": args.seed}
     config, classes = model.config, np.arange(args.samples) % 10
-    cells, halves = config.input_size[0] * config.input_size[1], 1 if args.guidance == 1 else 2
+    halves = 1 if args.guidance == 1 else 2
 
     # The first steps of a batch size also pay for imports and allocations.
     batch = min(args.batch_size, args.samples)
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
         draw_chunk_maps(folder / "trajectory.png", *some, codec)
         draw_budgets(folder / "budgets.png", {f"ρ = {b.drop_fraction:g}": b.images for b in budgets})
         draw_curves(folder / "curves.png", {f"ρ = {b.drop_fraction:g}": b.samples.trace for b in budgets}, config)
-        text = table(budgets, plain, cells)
+        text = table(budgets, plain, config.cells)
         (folder / "table.txt").write_text(text + "\n")
 
     print(f"\n{text}\n")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
 import torch
 
+from ..checkpoints import load_checkpoint
 from ..config import PRESETS, DCDiTConfig, preset
 from ..flops import dcdit_flops, dit_flops
+from ..model import DCDiT
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -21,10 +22,8 @@ def run(args: argparse.Namespace) -> None:
     """Print the tables."""
     config = _config(args.preset)
     trainable, table = count_parameters(config)
-    cells = math.prod(config.input_size)
-    print(
-        f"{args.preset}: grid {config.input_size[0]}×{config.input_size[1]} = {cells} cells, width {config.hidden_size}"
-    )
+    (height, width), cells = config.input_size, config.cells
+    print(f"{args.preset}: grid {height}×{width} = {cells} cells, width {config.hidden_size}")
     print(
         f"  depth {config.depth}, {config.num_heads} heads, encoder width {config.encoder_width}, "
         f"N {config.target_ratio:g}"
@@ -48,8 +47,6 @@ def run(args: argparse.Namespace) -> None:
 
 def count_parameters(config: DCDiTConfig) -> tuple[int, int]:
     """(trainable parameters, numbers in the position table), without allocating the model."""
-    from ..model import DCDiT
-
     with torch.device("meta"):
         model = DCDiT(config)
     return sum(p.numel() for p in model.parameters()), model.pos_embed.numel()
@@ -57,7 +54,5 @@ def count_parameters(config: DCDiTConfig) -> tuple[int, int]:
 
 def _config(name: str) -> DCDiTConfig:
     if Path(name).is_dir():
-        from ..checkpoints import load_checkpoint
-
         return load_checkpoint(name)[0].config
     return preset(name)

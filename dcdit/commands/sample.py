@@ -101,12 +101,11 @@ def write(directory: str, formats: list[str], images: np.ndarray, labels: np.nda
 
 def summary(traces, config) -> str:
     """One line about the tokens, FLOPs and time of this process's images."""
-    cells = config.input_size[0] * config.input_size[1]
     tokens = torch.cat([trace.tokens for trace in traces], dim=1)
-    text = f"{tokens.mean() / cells:.1%} of {cells} cells kept"
+    text = f"{tokens.mean() / config.cells:.1%} of {config.cells} cells kept"
     if traces[0].uncond_tokens is not None:
         uncond = torch.cat([trace.uncond_tokens for trace in traces], dim=1)
-        text += f" ({uncond.mean() / cells:.1%} without class)"
+        text += f" ({uncond.mean() / config.cells:.1%} without class)"
     weights = [trace.tokens.shape[1] / tokens.shape[1] for trace in traces]
     gflops = sum(w * float(trace.gflops(config).sum()) for w, trace in zip(weights, traces, strict=True))
     seconds = sum(float(trace.seconds.sum()) for trace in traces)

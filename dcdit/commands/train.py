@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from ..train_config import load_config
+from ..training import train
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `dcdit train`."""
@@ -13,9 +16,4 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train or resume."""
-    from ..train_config import load_config
-
-    config = load_config(args.config, args.overrides)
-    from ..training import train
-
-    train(config)
+    train(load_config(args.config, args.overrides))

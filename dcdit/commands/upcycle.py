@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from ..train_config import load_config
+from ..training import train
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `dcdit upcycle`."""
@@ -20,9 +23,4 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Upcycle, or resume."""
-    from ..train_config import load_config
-
-    config = load_config(args.config, [*args.overrides, f"upcycle.source={args.source}"])
-    from ..training import train
-
-    train(config)
+    train(load_config(args.config, [*args.overrides, f"upcycle.source={args.source}"]))

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import SchedulerMixin
@@ -16,7 +16,7 @@ from ..drop_fraction import DropFraction, drop_table
 from ..errors import ConfigError
 from ..precision import float32_products
 from ..sampling import class_ids, guide
-from ..schedulers import set_equal_steps
+from ..schedulers import set_timesteps
 from .transformer import DCDiTTransformer2DModel
 
 
@@ -89,7 +89,8 @@ class DCDiTPipeline(DiffusionPipeline):
 
         y = self._labels(class_labels, device)
         channels, count = model.config.in_channels, len(y)
-        timesteps = self._timesteps(num_inference_steps, device)
+        set_timesteps(self.scheduler, num_inference_steps, device)
+        timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
         table = drop_table(drop_fraction, timesteps.float(), count)
         if self.do_classifier_free_guidance:
@@ -144,13 +145,6 @@ class DCDiTPipeline(DiffusionPipeline):
             return class_ids(class_labels, count).to(device)
         except ConfigError:
             raise ConfigError(f"class_labels must be a list of ids in [0, {count - 1}], got {class_labels!r}") from None
-
-    def _timesteps(self, steps: int, device: torch.device) -> torch.Tensor:
-        if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
-            set_equal_steps(self.scheduler, steps, device)
-        else:
-            self.scheduler.set_timesteps(steps, device=device)
-        return self.scheduler.timesteps
 
     def _noise(self, count: int, generator, latents: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         config, dtype = self.transformer.model.config, self.transformer.dtype

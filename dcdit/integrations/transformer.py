@@ -105,11 +105,10 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin):
             return self.budgets[0]
         rho = torch.zeros(len(unlabelled), device=unlabelled.device)
         for budget, rows in zip(self.budgets, (~unlabelled, unlabelled), strict=True):
-            values = torch.as_tensor(_at(budget, timestep[rows]), dtype=torch.float32, device=rho.device)
-            count = int(rows.sum())
-            if values.dim() and len(values) != count and count:
-                raise ConfigError(f"a drop fraction for each row needs {count} values, got {len(values)}")
-            if count:
+            if count := int(rows.sum()):
+                values = torch.as_tensor(_at(budget, timestep[rows]), dtype=torch.float32, device=rho.device)
+                if values.dim() and len(values) != count:
+                    raise ConfigError(f"a drop fraction for each row needs {count} values, got {len(values)}")
                 rho[rows] = values
         if not bool(((rho >= 0) & (rho < 1)).all()):
             raise ConfigError(f"drop fractions must be in [0, 1), got {rho.tolist()}")
