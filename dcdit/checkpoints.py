@@ -18,20 +18,9 @@ from .config import DCDiTConfig
 from .errors import CheckpointError, ConfigError
 from .files import replacing, sync
 from .model import DCDiT
-from .release import from_release, infer_config, release_content, release_key, stored_use
+from .release import from_release, infer_config, release_content, stored_use
+from .release import release_key as release_key
 from .state_dict import read_state
-
-__all__ = [
-    "from_pretrained",
-    "from_release",
-    "load_checkpoint",
-    "load_release",
-    "load_state",
-    "read_release",
-    "release_key",
-    "save_checkpoint",
-    "save_release",
-]
 
 FILES = ("config.json", "model.safetensors")
 

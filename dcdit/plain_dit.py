@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .blocks import TimestepEmbedding, gelu_tanh, sincos_2d
+from .blocks import DiTBlock, TimestepEmbedding, sincos_2d
 from .config import DCDiTConfig
 
 
@@ -36,22 +36,16 @@ class PlainDiT(nn.Module):
         return F.pixel_shuffle(h.transpose(1, 2).unflatten(2, self.grid), self.patch)
 
 
-class _Block(nn.Module):
-    """An adaLN-Zero block on (B, M, D)."""
+class _Block(DiTBlock):
+    """The whole of an adaLN-Zero block on (B, M, D)."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
-        super().__init__()
-        hidden = int(width * mlp_ratio)
-        self.heads = heads
+        super().__init__(width, heads, mlp_ratio)
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, h: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c)[:, None].chunk(6, dim=2)
         q, k, v = self.qkv(self.norm(h) * (1 + scale1) + shift1).unflatten(2, (3, self.heads, -1)).unbind(2)
         out = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)))
         h = h + gate1 * self.proj(out.transpose(1, 2).flatten(2))
-        inner = gelu_tanh(self.fc1(self.norm(h) * (1 + scale2) + shift2))
-        return h + gate2 * self.fc2(inner)
+        return h + gate2 * self.mlp(self.norm(h) * (1 + scale2) + shift2)

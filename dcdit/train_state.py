@@ -40,9 +40,9 @@ def save_state(
     """Write weights, EMA and AdamW moments as one safetensors file; step and configuration are JSON in its header."""
     from safetensors.torch import save
 
-    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    tensors |= {f"ema.{name}": value for name, value in ema.state_dict().items()}
+    tensors = {f"ema.{name}": value for name, value in ema.state_dict().items()}
     for name, p in model.named_parameters():
+        tensors[f"model.{name}"] = p.detach()
         tensors |= {f"optim.{name}.{key}": value for key, value in optimizer.state[p].items()}
     tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
     header = {"step": step, "config": config}

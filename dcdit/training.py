@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import shutil
 import time
@@ -122,8 +121,7 @@ class Trainer:
         rank, workers = self.accelerator.process_index, config.data.workers
         start, since, since_step = time.monotonic(), time.monotonic(), self.step
         bar = tqdm(initial=self.step, total=config.steps, unit="step", disable=not main, dynamic_ncols=True)
-        products = float32_products("high" if config.precision == "bf16" else None)
-        with contextlib.closing(bar), products:
+        with bar, float32_products("high" if config.precision == "bf16" else None):
             for batch in batches(self.stream, self.step, config.steps, rank, self.ranks, workers):
                 values = self._guarded_step(batch)
                 self.step += 1

@@ -13,6 +13,7 @@ from ..config import DCDiTConfig
 from ..drop_fraction import DropFraction
 from ..errors import ConfigError
 from ..model import DCDiT
+from ..schedulers import TRAIN_STEPS
 
 # DiTPipeline's id of 'no label', whatever the number of classes.
 DIT_NULL = 1000
@@ -121,5 +122,5 @@ def _at(budget: DropFraction, timesteps: torch.Tensor) -> float | torch.Tensor |
         return [budget(t) for t in timesteps.tolist()]
     if isinstance(budget, Sequence):
         last = len(budget) - 1
-        return [budget[min(int((DIT_NULL - t) / DIT_NULL * len(budget)), last)] for t in timesteps.tolist()]
+        return [budget[min(int((TRAIN_STEPS - t) / TRAIN_STEPS * len(budget)), last)] for t in timesteps.tolist()]
     return budget
