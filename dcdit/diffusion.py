@@ -11,6 +11,8 @@ import math
 import numpy as np
 import torch
 
+SUB_BATCH = 16  # samples, of the ratio loss
+
 
 class FlowMatching:
     """Velocity of the straight path x_t = (1−σ)·x_0 + σ·noise, t = 1000·σ (SiT, arXiv 2401.08740).
@@ -96,7 +98,7 @@ def make_objective(name: str, learn_sigma: bool) -> FlowMatching | DDPM:
 
 
 def ratio_loss(
-    boundary_prob: torch.Tensor, natural_mask: torch.Tensor, target_ratio: float, sub_batch: int = 16
+    boundary_prob: torch.Tensor, natural_mask: torch.Tensor, target_ratio: float, sub_batch: int = SUB_BATCH
 ) -> torch.Tensor:
     """N/(N−1)·((N−1)·F·G + (1−F)(1−G)), averaged over sub-batches: 1 when a share 1/N is kept (H-Net eq. 10).
 

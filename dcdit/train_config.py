@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import typing
@@ -182,14 +183,12 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if origin is tuple:
         # One number stands for a list of it, a size for both sides.
         items = [value] * (1 if Ellipsis in args else len(args)) if isinstance(value, (int, float)) else value
-        if not isinstance(items, (list, tuple)):
+        if not isinstance(items, list):
             raise ConfigError(f"{name} must be a list, got {value!r}")
         return tuple(_convert(args[0], item, name) for item in items)
-    if hint is float and (isinstance(value, (int, str)) and not isinstance(value, bool)):
-        try:
+    if hint is float and type(value) in (int, str):
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if type(value) is hint:
         if hint is float and not math.isfinite(value):
             raise ConfigError(f"{name} must be finite, got {value}")

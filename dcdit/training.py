@@ -12,7 +12,7 @@ import torch
 from .checkpoints import check_place, save_checkpoint
 from .codecs import make_codec
 from .data import make_source
-from .diffusion import make_objective, ratio_loss
+from .diffusion import SUB_BATCH, make_objective, ratio_loss
 from .errors import ConfigError, DataError, DCDiTError
 from .model import DCDiT, Routing
 from .precision import float32_products
@@ -20,8 +20,6 @@ from .ranks import cpu_ranks
 from .stream import TrainingStream, batches, draw_drop_fraction
 from .train_config import OptimConfig, TrainConfig
 from .train_state import EMA, Metrics, load_state, save_state
-
-SUB_BATCH = 16  # of the ratio loss
 
 
 def train(config: TrainConfig) -> Path:
@@ -168,7 +166,7 @@ class Trainer:
         output, routing = self.model(x, t, y, drop_fraction=drop, return_routing=True)
         output = output.float()
         diffusion = self.objective.loss(output, x0, noise, t).mean()
-        ratio = ratio_loss(routing.boundary_prob, routing.natural_mask, config.model.target_ratio, SUB_BATCH)
+        ratio = ratio_loss(routing.boundary_prob, routing.natural_mask, config.model.target_ratio)
         taught, parts = self.teach(diffusion, (x, t, y), output, routing)
         loss = taught + config.ratio_weight * ratio
 

@@ -50,8 +50,7 @@ def record(model: DCDiT, classes, count: int, **options) -> tuple[Samples, list[
         if step.number in wanted:
             snapshots.append(Snapshot.of(step))
 
-    options = {**options, "batch_size": len(classes)}
-    return sample(model, classes, callback=keep, **options), snapshots
+    return sample(model, classes, callback=keep, batch_size=len(classes), **options), snapshots
 
 
 def chunk_map(image: np.ndarray, mask: np.ndarray, source: np.ndarray, side: int = 168) -> np.ndarray:
@@ -60,13 +59,12 @@ def chunk_map(image: np.ndarray, mask: np.ndarray, source: np.ndarray, side: int
     image uint8 (H, W, 3); mask bool and source integer, both (h, w) cells: kept or not, and the cell that refills it.
     Returns uint8, H enlarged to about `side`.
     """
-    factor = max(1, side // image.shape[0])
-    scale = image.shape[0] * factor // mask.shape[0], image.shape[1] * factor // mask.shape[1]
+    picture = enlarge(image[None], side)[0].astype(np.float64)
+    height, width = picture.shape[0] // mask.shape[0], picture.shape[1] // mask.shape[1]
 
     def grow(cells: np.ndarray) -> np.ndarray:
-        return cells.repeat(scale[0], axis=0).repeat(scale[1], axis=1)
+        return cells.repeat(height, axis=0).repeat(width, axis=1)
 
-    picture = image.repeat(factor, axis=0).repeat(factor, axis=1).astype(np.float64)
     picture = np.where(grow(mask)[..., None], 0.35 * picture + 0.65 * TINT, 0.75 * picture)
     chunks = grow(source)
     edge = np.zeros(chunks.shape, dtype=bool)
