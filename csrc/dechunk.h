@@ -13,7 +13,7 @@ struct WindowArgs {
 };
 
 // out[i] = Σ_j k_ij weight[j] x[j] and total[i] = Σ_j k_ij weight[j], k_ij = exp(-|u_i - u_j|²/2σ²), over the retained
-// cells j of i's sample at most `radius` away on each axis. With features = 0 the totals alone.
+// cells j ≠ i of i's sample at most `radius` away on each axis. With features = 0 the totals alone.
 template <class Real>
 void window_sum(const WindowArgs&, const Real* x, const Real* weight, Real* out, Real* total, int threads);
 

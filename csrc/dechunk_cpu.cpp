@@ -80,6 +80,7 @@ void window_sum(const WindowArgs& a, const Real* x, const Real* weight, Real* ou
                     const int* token = std::lower_bound(begin, end, line + std::max(column - radius, 0));
                     for (; token < end && *token <= stop; ++token) {
                         const int64_t j = token - a.token;
+                        if (j == r) continue;
                         const Real w = across * falloff[std::abs(*token - line - column)] * weight[j];
                         sum += w;
                         near.push_back(x + j * a.features);

@@ -94,6 +94,18 @@ def ema_by_token(x, prob, plan):
     return torch.stack(rows) if rows else x
 
 
+def test_smoothing_leaves_a_row_on_its_own():
+    """Out of reach of the others a row is its own average, to the bit, and its p has no part in it."""
+    prob, plan = make((7, 9), "quarter")
+    prob, x = prob.float(), 10 + torch.randn(plan.capacity, 384)
+    alone, plain = (
+        gradients(lambda x, p, s=s: K.dechunk(x, p, plan, sigma=0.05, smoothing=s, backend="native"), x, prob)
+        for s in ("gaussian", None)
+    )
+    assert torch.equal(alone[0], plain[0])
+    torch.testing.assert_close(alone[1:], plain[1:], rtol=3e-7, atol=0)
+
+
 @pytest.mark.parametrize("share", SHARES)
 def test_ema(share):
     prob, plan = make((7, 9), share, spare=4)

@@ -40,31 +40,37 @@ def dechunk(
 
 
 class Smooth(torch.autograd.Function):
-    """p̃ x + (1 - p̃) s, s = Σ w x / (Σ w + 1e-8), on live rows (T, D). Gradients as derived in `triton/smooth.py`."""
+    """p̃ x + (1 - p̃) s, s = Σ w x / (Σ w + 1e-8), on live rows (T, D). Gradients as derived in `triton/smooth.py`.
+
+    A row's own term, the largest, is left out of the sums and added exactly: where nothing else is near, s is x.
+    """
 
     @staticmethod
     def forward(ctx, rows, prob, plan, sigma):
         cell = plan.token_index[: rows.shape[0]].long()
         own = prob.flatten().index_select(0, cell)
         confidence = own.clamp(1e-4, 1 - 1e-4)
-        smoothed, total = window_sum(rows, confidence, plan, sigma)
-        smoothed /= (total + 1e-8)[:, None]
-        ctx.save_for_backward(rows, own, confidence, smoothed, total)
+        mixed, others = window_sum(rows, confidence, plan, sigma)
+        total = others + 1e-8 + confidence
+        share = (1 - confidence) / total
+        mixed.addcmul_(rows, (others + 1e-8)[:, None], value=-1)  # (s - x) times the total
+        ctx.save_for_backward(rows, own, confidence, mixed, total, share)
         ctx.plan, ctx.sigma, ctx.cell, ctx.prob_shape = plan, sigma, cell, prob.shape
-        return torch.lerp(smoothed, rows, confidence[:, None])
+        return torch.addcmul(rows, mixed, share[:, None])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        rows, own, confidence, smoothed, total = ctx.saved_tensors
-        share = (1 - confidence) / (total + 1e-8)
+        rows, own, confidence, mixed, total, share = ctx.saved_tensors
         spread, _ = window_sum(grad.contiguous(), share, ctx.plan, ctx.sigma)
-        along = torch.linalg.vecdot(grad, smoothed)
+        direct = -torch.linalg.vecdot(grad, mixed) / total  # G·(x - s)
+        along = torch.linalg.vecdot(grad, rows) - direct
         _, lost = window_sum(grad[:, :0], share * along, ctx.plan, ctx.sigma)
-        moved = torch.linalg.vecdot(grad, rows) - along + torch.linalg.vecdot(spread, rows) - lost
+        once_more = 1 + share
+        moved = once_more * direct + torch.linalg.vecdot(spread, rows) - lost
         moved = torch.where((own >= 1e-4) & (own <= 1 - 1e-4), moved, 0.0)
         grad_prob = rows.new_zeros(math.prod(ctx.prob_shape)).index_copy(0, ctx.cell, moved).view(ctx.prob_shape)
-        return spread.add_(grad).mul_(confidence[:, None]), grad_prob, None, None
+        return spread.addcmul_(grad, once_more[:, None]).mul_(confidence[:, None]), grad_prob, None, None
 
 
 class PlugBack(torch.autograd.Function):
@@ -101,7 +107,7 @@ class PlugBack(torch.autograd.Function):
 def window_sum(
     x: torch.Tensor, weight: torch.Tensor, plan: ChunkPlan, sigma: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(Σ_j k_ij weight_j x_j, Σ_j k_ij weight_j) over the sample's cells j within 6σ (9σ in float64) on each axis."""
+    """(Σ_j k_ij weight_j x_j, Σ_j k_ij weight_j), j ≠ i, over the sample's cells within 6σ (9σ in float64) an axis."""
     out, total = torch.empty_like(x), torch.empty_like(weight)
     radius = min(math.ceil((9 if x.dtype == torch.float64 else 6) * sigma), plan.cells)
     kernel("window_sum", weight.dtype)(
