@@ -26,8 +26,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one sub-command. Returns 0; 2 after one line about input that cannot be used; 130 when interrupted."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run one sub-command. Returns 0; 2 after one line about input that cannot be used or a package that is not there;
+    130 when interrupted."""
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except ModuleNotFoundError as error:
+        print(f"dcdit: {error}; pip install 'dcdit[demo]' brings what all commands need", file=sys.stderr)
+        return 2
+
+
+def _run(argv: list[str]) -> int:
     parser = _Parser(prog="dcdit", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {name: commands.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}

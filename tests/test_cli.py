@@ -5,6 +5,7 @@ import json
 import pickle
 import resource
 import shutil
+import sys
 
 import pytest
 import torch
@@ -59,6 +60,14 @@ def test_unknown_commands_and_options(capsys):
     rejected(capsys, [], "COMMAND")
     rejected(capsys, ["sample", "x", "--steps", "many"], "--steps", "many")
     rejected(capsys, ["sample", "x", "--format", "gif"], "gif", "png")
+
+
+def test_a_package_that_is_missing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    (tmp_path / "config.yaml").touch()
+    assert main(["train", str(tmp_path / "config.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert "yaml" in error and "pip install 'dcdit[demo]'" in error and error.count("\n") == 1
 
 
 def test_positionals_on_both_sides_of_an_option(good, tmp_path, capsys):
