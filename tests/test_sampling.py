@@ -228,6 +228,17 @@ def test_products_in_float32_may_be_tf32_beside_half_precision(flow):
     assert seen == ["highest", "high", "high"] and torch.get_float32_matmul_precision() == "highest"
 
 
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_tf32_may_be_asked_for_by_its_newer_name(flow, precision):
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        sample(flow, [0], objective="flow", steps=1, precision=precision)
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_a_short_list_gives_each_number_an_equal_share_of_the_steps():
     timesteps = torch.linspace(1000, 100, 5)
     table = drop_table([0.6, 0.0], timesteps, 2)
