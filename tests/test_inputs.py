@@ -11,6 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dcdit_kernels as K
 
+
+@pytest.fixture(autouse=True)
+def device(request):
+    """Triton's kernels take tensors of the GPU where there is one, as no interpreter runs then."""
+    with torch.device("cuda" if "triton" in request.node.name and torch.cuda.is_available() else "cpu"):
+        yield
+
+
 OPERATORS = {
     "chunk": (("h", "pos_embed"), lambda t, plan: K.chunk(t["h"], plan, t["pos_embed"])),
     "dechunk": (("x", "prob", "h"), lambda t, plan: K.dechunk(t["x"], t["prob"], plan, t["h"])),
