@@ -52,7 +52,7 @@ def adaln_modulate(
 
     Returns x's shape and dtype; statistics in float32.
     """
-    _check("adaln_modulate", plan, x, shift=shift, scale=scale)
+    _check("adaln_modulate", plan, x, None, shift=shift, scale=scale)
     require(eps >= 0, "adaln_modulate: eps must not be negative, got {}", eps)
     return _ops.run("adaln_modulate", backend, x=x, shift=shift, scale=scale, plan=plan, eps=eps)
 
@@ -66,9 +66,7 @@ def gate_residual(
     backend: str | None = None,
 ) -> torch.Tensor:
     """x + gate_b · y, in x's dtype (adaLN-Zero, arXiv 2212.09748). Shapes as in `adaln_modulate`; y as x."""
-    _check("gate_residual", plan, x, gate=gate)
-    floating("gate_residual", y=y)
-    require(y.shape == x.shape, "gate_residual: y must have x's shape {}, got {}", tuple(x.shape), tuple(y.shape))
+    _check("gate_residual", plan, x, y, gate=gate)
     return _ops.run("gate_residual", backend, x=x, y=y, gate=gate, plan=plan)
 
 
@@ -84,18 +82,17 @@ def gate_residual_modulate(
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x', adaln_modulate(x', shift, scale)) with x' = gate_residual(x, y, gate), reading x and y once."""
-    _check("gate_residual_modulate", plan, x, gate=gate, shift=shift, scale=scale)
-    floating("gate_residual_modulate", y=y)
+    _check("gate_residual_modulate", plan, x, y, gate=gate, shift=shift, scale=scale)
     require(eps >= 0, "gate_residual_modulate: eps must not be negative, got {}", eps)
-    shapes = tuple(x.shape), tuple(y.shape)
-    require(y.shape == x.shape, "gate_residual_modulate: y must have x's shape {}, got {}", *shapes)
     return _ops.run(
         "gate_residual_modulate", backend, x=x, y=y, gate=gate, shift=shift, scale=scale, plan=plan, eps=eps
     )
 
 
-def _check(op: str, plan: ChunkPlan | None, x: torch.Tensor, **modulators: torch.Tensor) -> None:
-    floating(op, x=x, **modulators)
+def _check(
+    op: str, plan: ChunkPlan | None, x: torch.Tensor, y: torch.Tensor | None, **modulators: torch.Tensor
+) -> None:
+    floating(op, x=x, y=y, **modulators)
     if plan is None:
         shaped(op, "x", x, None, None, None)
     else:
@@ -103,3 +100,5 @@ def _check(op: str, plan: ChunkPlan | None, x: torch.Tensor, **modulators: torch
     batch = x.shape[0] if plan is None else plan.batch_size
     for name, tensor in modulators.items():
         shaped(op, name, tensor, batch, x.shape[-1])
+    if y is not None:
+        require(y.shape == x.shape, "{}: y must have x's shape {}, got {}", op, tuple(x.shape), tuple(y.shape))
