@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> None:
                 traces.append(result.trace)
                 part = to_uint8(codec.decode(result.latents.to(state.device)))
             images += [part for part in gather_object([part]) if part is not None and state.is_main_process]
+    # At exit gloo's threads abort a process that is still in a group; nothing is exchanged from here on.
+    state.destroy_process_group()
     if state.is_main_process:
         write(args.output, args.format, np.concatenate(images), labels, columns=len(ids))
         print(f"{count} images in {args.output}/: {summary(traces, model.config)}")
