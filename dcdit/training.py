@@ -139,6 +139,8 @@ class Trainer:
             self._save()
         self.accelerator.wait_for_everyone()
         self.accelerator.print(f"EMA model after step {self.step}: {self.output / 'model'}")
+        # Not after a failure: where the other ranks wait for this one, NCCL would wait for them.
+        self.accelerator.end_training()
         return self.output / "model"
 
     def save_interrupted(self) -> None:
@@ -147,10 +149,9 @@ class Trainer:
             self._save()
 
     def close(self) -> None:
-        """Close the metrics and leave the process group."""
+        """Close the metrics."""
         if self.metrics:
             self.metrics.close()
-        self.accelerator.end_training()
 
     def train_step(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | float]:
         """One optimiser step on this rank's slice of the batch; returns what metrics.jsonl records."""
