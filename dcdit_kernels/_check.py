@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -16,6 +17,14 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def traced(tensor: torch.Tensor) -> bool:
     """Whether a call is compiled, or its tensors are fake: those have no memory for a kernel and no values to see."""
     return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
+
+
+def first_tensor(args: Iterable[Any]) -> torch.Tensor:
+    """The first of an operator's arguments that is a tensor."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            return arg
+    raise TypeError("expected a tensor among the arguments, got none")
 
 
 def require(condition: bool, message: str, *values: object) -> None:
@@ -36,12 +45,12 @@ def floating(op: str, **tensors: torch.Tensor | None) -> None:
 
 def shaped(op: str, name: str, tensor: torch.Tensor, *shape: int | None) -> None:
     """`tensor` must have this shape; None matches any size."""
-    fits = tensor.dim() == len(shape) and all(
-        want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
-    )
+    fits = tensor.dim() == len(shape)
+    for want, have in zip(shape, tensor.shape, strict=False):  # a generator would take three times as long
+        fits = fits and (want is None or want == have)
     if not fits:
-        want = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ")"
-        raise ValueError(f"{op}: {name} must have shape {want}, got {tuple(tensor.shape)}")
+        wanted = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ")"
+        raise ValueError(f"{op}: {name} must have shape {wanted}, got {tuple(tensor.shape)}")
 
 
 def offsets(op: str, name: str, cu_seqlens: torch.Tensor, rows: int) -> None:

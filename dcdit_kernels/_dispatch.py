@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from ._check import first_tensor
+
 BACKENDS = ("native", "triton", "reference")
 CHOICES = ("auto", *BACKENDS)
 
@@ -78,11 +80,12 @@ def run(op: str, backend: str | None, *args: Any, **kwargs: Any) -> Any:
 
 def call(op: str, name: str, *args: Any, **kwargs: Any) -> Any:
     """Call the implementation of `op` on the back-end `name`."""
-    device = next(a.device.type for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
+    implementation, device = load(op, name), first_tensor((*args, *kwargs.values())).device.type
+    if not torch.is_autocast_enabled(device):
+        return implementation(*args, **kwargs)
     # Every operator states its own precision; autocast would turn float32 accumulation into bfloat16.
-    off = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
-    with off:
-        return load(op, name)(*args, **kwargs)
+    with torch.autocast(device, enabled=False):
+        return implementation(*args, **kwargs)
 
 
 def load(op: str, name: str) -> Any:

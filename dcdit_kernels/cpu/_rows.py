@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from .. import native
+from .._check import first_tensor
 from ..chunk_plan import ChunkPlan
 
 
 def why_not(*args: Any, **kwargs: Any) -> str | None:
     """Reason why the CPU back-end cannot take these arguments: their first tensor lies elsewhere."""
-    device = next(a.device for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
+    device = first_tensor((*args, *kwargs.values())).device
     return None if device.type == "cpu" else f"this formulation is for CPU tensors, got {device}"
 
 
@@ -24,7 +25,7 @@ def why_no_extension(*args: Any, **kwargs: Any) -> str | None:
 
 def live_count(plan: ChunkPlan) -> int:
     """Rows that hold a token; the rest of the capacity is zero."""
-    return int(plan.cu_seqlens[-1])
+    return plan.capacity if plan.exact else int(plan.cu_seqlens[-1])
 
 
 def with_tail(live_rows: torch.Tensor, capacity: int) -> torch.Tensor:

@@ -1,9 +1,12 @@
-"""varlen_attention by PyTorch's fused attention, sample after sample: on a CPU faster than padding at any size.
+"""varlen_attention by PyTorch's fused attention, sample after sample: on a CPU faster than padding, but for samples of
+a few dozen rows.
 
 On a GPU too, for what no FlashAttention takes; the lengths are read there, one synchronisation.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +25,19 @@ def varlen_attention(
     softmax_scale: float | None = None,
 ) -> torch.Tensor:
     """See `dcdit_kernels.varlen_attention`."""
-    lengths_q, lengths_k = torch.stack([cu_seqlens_q, cu_seqlens_k]).diff().tolist()
+    lengths_q = _lengths(cu_seqlens_q)
+    lengths_k = lengths_q if cu_seqlens_k is cu_seqlens_q else _lengths(cu_seqlens_k)
     parts = zip(_samples(q, lengths_q), _samples(k, lengths_k), _samples(v, lengths_k), strict=True)
-    outs = [F.scaled_dot_product_attention(*part, scale=softmax_scale)[0].transpose(0, 1) for part in parts]
+    outs = [F.scaled_dot_product_attention(*part, scale=softmax_scale).squeeze(0).transpose(0, 1) for part in parts]
     return with_tail(torch.cat([q[:0], *outs]), q.shape[0])
+
+
+def _lengths(cu_seqlens: torch.Tensor) -> list[int]:
+    return [stop - start for start, stop in itertools.pairwise(cu_seqlens.tolist())]
 
 
 def _samples(x: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
     """(T, heads, d) → one (1, heads, M_b, d) for each sample."""
     # split, not slices: its backward is one concatenation, that of a slice fills a tensor as large as x.
     parts = x.split([*lengths, x.shape[0] - sum(lengths)])[:-1]
-    return [part.transpose(0, 1)[None] for part in parts]
+    return [part.transpose(0, 1).unsqueeze(0) for part in parts]
