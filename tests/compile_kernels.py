@@ -66,9 +66,9 @@ def record(function, *args, grid, warmup, **kwargs):
     )  # fmt: skip
 
 
-def launch_everything(dtype, grid, width, share):
+def launch_everything(dtype, grid, width, share, batch=2):
     """Forward and backward of every operator that has kernels, on tensors nobody reads."""
-    batch, cells = 2, grid[0] * grid[1]
+    cells = grid[0] * grid[1]
     prob = torch.where(torch.rand(batch, cells) < share, 0.9, 0.1)
     plan = plan_chunks(prob, grid, backend="reference")
     new = lambda *shape, **kw: torch.empty(*shape, **{"dtype": dtype, **kw})  # noqa: E731
@@ -82,7 +82,7 @@ def launch_everything(dtype, grid, width, share):
         new(channels, dtype=torch.float32),
     )
     q, kernel = new(batch, cells, width, dtype=torch.float32), new(width, 3, 3, dtype=torch.float32)
-    cu = torch.tensor([0, cells, 2 * cells], dtype=torch.int32)
+    cu = torch.arange(batch + 1, dtype=torch.int32) * cells
     packed_q = q.view(-1, width)
     cases = [
         ("chunk", {"h": h, "pos_embed": new(cells, width), "plan": plan}, [x]),

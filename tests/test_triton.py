@@ -257,14 +257,13 @@ def test_reasons(monkeypatch):
 AOT = "bfloat16,32,32,1152,.25", "float32,7,9,72,.25"
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    """What tests/compile_kernels.py says of every launch at AOT."""
+def lines_of(name, *args):
+    """What a script beside this one prints; Triton's compiler is not to be had where its interpreter is."""
     if sys.platform != "linux":
         pytest.skip("Triton's compiler runs on Linux only")
-    script = Path(__file__).parent / "compile_kernels.py"
+    script = Path(__file__).parent / name
     done = subprocess.run(
-        [sys.executable, script, *AOT],
+        [sys.executable, script, *args],
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(script.parents[1])},
         capture_output=True,
         text=True,
@@ -272,6 +271,18 @@ def compiled():
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """What tests/compile_kernels.py says of every launch at AOT."""
+    return lines_of("compile_kernels.py", *AOT)
+
+
+def test_no_step_after_the_first_meets_a_compiler():
+    """Whatever becomes of the batch and its tokens; none is among them."""
+    first, *later = lines_of("count_compilations.py")
+    assert first > 30 and len(later) == 9 and not any(later)
 
 
 def test_every_launch_compiles_ahead_of_time(compiled):

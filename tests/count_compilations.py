@@ -1,0 +1,33 @@
+"""What Triton's own launcher would compile as batch and tokens change from one step to the next, a number a step.
+
+A process of its own, as compile_kernels is. Needs no GPU: what it would compile is counted, and nothing is launched.
+"""
+
+from types import SimpleNamespace
+
+import compile_kernels  # before triton, whose interpreter it turns off
+import torch
+import triton
+from triton.runtime.jit import JITFunction
+
+# (samples, share of cells kept); from 4096 cells on, boundary_cosine takes larger tiles.
+STEPS = ((4, 0.3), (4, 0.31), (4, 0.5), (4, 1.0), (4, 0.004), (4, 0.0), (1, 0.3), (1, 0.0), (2, 0.25), (15, 0.1))
+
+keys = set()
+
+
+def note(function, key, *rest):
+    """Stands in for JITFunction._do_compile; without a kernel nothing is launched, nor kept for the next time."""
+    keys.add((function.__name__, key))
+
+
+if __name__ == "__main__":
+    gpu = {"get_current_device": 0, "get_current_target": compile_kernels.TARGETS["sm_90"], "get_current_stream": 0}
+    triton.runtime.driver.set_active(
+        SimpleNamespace(**{name: lambda *_, value=value: value for name, value in gpu.items()})
+    )
+    JITFunction._do_compile = note
+    for batch, share in STEPS:
+        before = len(keys)
+        compile_kernels.launch_everything(torch.bfloat16, (16, 16), 1152, share, batch)
+        print(len(keys) - before)
