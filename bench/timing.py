@@ -17,15 +17,16 @@ import torch
 
 from .problem import Problem, Tensors, Variant, as_tuple
 
+LEAST_ROUNDS = 5  # the median of three moved by 4 % from run to run
 SAMPLE_SECONDS = 10e-3  # of a CPU sample, above the turns in which a busy machine deals out its cores
 
 
 def interleave(clocks: dict[str, Callable[[], float]], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds per call of each variant, up to `rounds` samples (at least 3) within about `seconds`."""
+    """Seconds per call of each variant, up to `rounds` samples (at least LEAST_ROUNDS) within about `seconds`."""
     samples: dict[str, list[float]] = {name: [] for name in clocks}
     names, begin = list(clocks), time.perf_counter()
     for number in range(rounds if clocks else 0):
-        if number >= 3 and time.perf_counter() - begin > seconds:
+        if number >= LEAST_ROUNDS and time.perf_counter() - begin > seconds:
             break
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:

@@ -185,9 +185,9 @@ def test_a_case_has_the_dtype_that_it_says(group, device):
 def test_interleaving():
     order = []
     clocks = {name: lambda name=name: order.append(name) or float(len(order)) for name in "abc"}
-    samples = timing.interleave(clocks, rounds=4, seconds=0.0)
-    assert "".join(order) == "abcbcacab"  # three rounds at least, each begun by another
-    assert samples == {"a": [1, 6, 8], "b": [2, 4, 9], "c": [3, 5, 7]}
+    samples = timing.interleave(clocks, rounds=6, seconds=0.0)
+    assert "".join(order) == "abcbcacababcbca"  # five rounds at least, each begun by the next
+    assert samples == {"a": [1, 6, 8, 10, 15], "b": [2, 4, 9, 11, 13], "c": [3, 5, 7, 12, 14]}
     assert timing.ratios([2.0, 6.0, 3.0], [1.0, 2.0, 1.0]) == (3.0, 2.5, 3.0)
     assert timing.interleave({}, rounds=4, seconds=0.0) == {}  # where the gate refused all
 
