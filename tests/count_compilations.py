@@ -22,10 +22,12 @@ def note(function, key, *rest):
 
 
 if __name__ == "__main__":
-    gpu = {"get_current_device": 0, "get_current_target": compile_kernels.TARGETS["sm_90"], "get_current_stream": 0}
-    triton.runtime.driver.set_active(
-        SimpleNamespace(**{name: lambda *_, value=value: value for name, value in gpu.items()})
+    driver = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: compile_kernels.TARGETS["sm_90"],
     )
+    triton.runtime.driver.set_active(driver)
     JITFunction._do_compile = note
     for batch, share in STEPS:
         before = len(keys)

@@ -6,8 +6,6 @@ On a GPU too, for what no FlashAttention takes; the lengths are read there, one 
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import torch.nn.functional as F
 
@@ -25,15 +23,10 @@ def varlen_attention(
     softmax_scale: float | None = None,
 ) -> torch.Tensor:
     """See `dcdit_kernels.varlen_attention`."""
-    lengths_q = _lengths(cu_seqlens_q)
-    lengths_k = lengths_q if cu_seqlens_k is cu_seqlens_q else _lengths(cu_seqlens_k)
+    lengths_q, lengths_k = torch.stack([cu_seqlens_q, cu_seqlens_k]).diff().tolist()
     parts = zip(_samples(q, lengths_q), _samples(k, lengths_k), _samples(v, lengths_k), strict=True)
     outs = [F.scaled_dot_product_attention(*part, scale=softmax_scale).squeeze(0).transpose(0, 1) for part in parts]
     return with_tail(torch.cat([q[:0], *outs]), q.shape[0])
-
-
-def _lengths(cu_seqlens: torch.Tensor) -> list[int]:
-    return [stop - start for start, stop in itertools.pairwise(cu_seqlens.tolist())]
 
 
 def _samples(x: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
