@@ -12,6 +12,7 @@ from .dechunk import dechunk
 from .ema import ema_smooth
 from .modulate import adaln_modulate, gate_residual, gate_residual_modulate
 from .pack import pack_rows, unpack_rows
+from .packing import Packing
 from .plan import plan_chunks
 from .varlen import pad_input, unpad_input
 
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "ChunkPlan",
+    "Packing",
     "adaln_modulate",
     "boundary_cosine",
     "boundary_predictability",

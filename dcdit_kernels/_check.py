@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .chunk_plan import ChunkPlan
+if TYPE_CHECKING:
+    from .packing import Packing
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -71,8 +72,8 @@ def one_device(op: str, first: torch.Tensor, others: Mapping[str, torch.Tensor |
             raise ValueError(f"{op}: {name} must be on {device} as the first tensor is, got {tensor.device}")
 
 
-def packed(op: str, name: str, tensor: torch.Tensor, plan: ChunkPlan) -> None:
-    """`tensor` must be packed features of this plan, (capacity, D)."""
+def packed(op: str, name: str, tensor: torch.Tensor, plan: Packing) -> None:
+    """`tensor` must be packed features of this packing, (capacity, D)."""
     shaped(op, name, tensor, plan.capacity, None)
 
 

@@ -174,7 +174,8 @@ def _named(op: str, args: tuple[Any, ...]) -> dict[str, Any]:
     if parts:
         tensors = dict(zip(PLAN_TENSORS, parts, strict=True))
         batch, capacity = tensors["cu_seqlens"].shape[0] - 1, tensors["token_index"].shape[0]
-        plan = ChunkPlan(tuple(sizes[1:]), batch, capacity, sizes[0], **tensors)
+        known = {"grid": tuple(sizes[1:]), "batch_size": batch, "capacity": capacity, "max_seqlen": sizes[0]}
+        plan = ChunkPlan.unchecked(**known, **tensors, exact=False)
     named = dict(zip((*spec.tensors, *spec.constants), (*args[:count], *args[count + 2 : -1]), strict=True))
     return {**named, "plan": plan} if spec.plan else named
 

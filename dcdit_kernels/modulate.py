@@ -8,8 +8,8 @@ import torch
 
 from . import _dispatch, _ops, _triton_support
 from ._check import floating, require, shaped
-from .chunk_plan import ChunkPlan
 from .cpu._rows import why_no_extension
+from .packing import Packing
 
 
 def _like_x(x: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -39,7 +39,7 @@ def adaln_modulate(
     x: torch.Tensor,
     shift: torch.Tensor,
     scale: torch.Tensor,
-    plan: ChunkPlan | None = None,
+    plan: Packing | None = None,
     eps: float = 1e-6,
     *,
     backend: str | None = None,
@@ -61,7 +61,7 @@ def gate_residual(
     x: torch.Tensor,
     y: torch.Tensor,
     gate: torch.Tensor,
-    plan: ChunkPlan | None = None,
+    plan: Packing | None = None,
     *,
     backend: str | None = None,
 ) -> torch.Tensor:
@@ -76,7 +76,7 @@ def gate_residual_modulate(
     gate: torch.Tensor,
     shift: torch.Tensor,
     scale: torch.Tensor,
-    plan: ChunkPlan | None = None,
+    plan: Packing | None = None,
     eps: float = 1e-6,
     *,
     backend: str | None = None,
@@ -89,9 +89,7 @@ def gate_residual_modulate(
     )
 
 
-def _check(
-    op: str, plan: ChunkPlan | None, x: torch.Tensor, y: torch.Tensor | None, **modulators: torch.Tensor
-) -> None:
+def _check(op: str, plan: Packing | None, x: torch.Tensor, y: torch.Tensor | None, **modulators: torch.Tensor) -> None:
     floating(op, x=x, y=y, **modulators)
     if plan is None:
         shaped(op, "x", x, None, None, None)

@@ -148,7 +148,7 @@ def _plan_chunks(boundary_prob, grid, drop_fraction, threshold, nearest, capacit
         sample_index.data_ptr(), nearest_row.data_ptr(), member_offsets.data_ptr(), member_index.data_ptr(),
         scratch.data_ptr(), where,
     )  # fmt: skip
-    return ChunkPlan(
+    return ChunkPlan.unchecked(
         grid=tuple(grid),
         batch_size=batch,
         capacity=capacity,

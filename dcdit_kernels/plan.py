@@ -10,6 +10,7 @@ import torch
 from . import _dispatch, _ops, native
 from ._check import floating, require, shaped, traced
 from .chunk_plan import ChunkPlan
+from .packing import kept_for_backward
 
 NEAREST = ("2d", "3d", "1d", "previous")
 
@@ -68,14 +69,17 @@ def plan_chunks(
         require(fits, "plan_chunks: drop_fraction must be a number or a tensor, got {!r}", drop_fraction)
         require(0 <= drop_fraction < 1, "plan_chunks: drop_fraction must be in [0, 1), got {}", drop_fraction)
     if not compiling:
-        return _dispatch.run("plan_chunks", backend, boundary_prob, grid, drop_fraction, threshold, nearest, capacity)
+        with kept_for_backward():
+            args = (boundary_prob, grid, drop_fraction, threshold, nearest, capacity)
+            return _dispatch.run("plan_chunks", backend, *args)
     if not isinstance(drop_fraction, torch.Tensor):  # a number would be compiled in, each of them anew
         drop_fraction = torch.full((), drop_fraction, dtype=torch.float32, device=boundary_prob.device)
     tensors = torch.ops.dcdit.plan_chunks(boundary_prob, drop_fraction, grid, threshold, nearest, capacity, backend)
     parts = dict(zip(_ops.PLAN_TENSORS, tensors, strict=True))
     # A graph does not know the longest sample before it runs; max_seqlen may be an upper bound.
     rows = parts["token_index"].shape[0]
-    return ChunkPlan(grid, boundary_prob.shape[0], rows, math.prod(grid), **parts, exact=capacity is None)
+    sizes = {"batch_size": boundary_prob.shape[0], "capacity": rows, "max_seqlen": math.prod(grid)}
+    return ChunkPlan.unchecked(grid=grid, **sizes, **parts, exact=capacity is None)
 
 
 def _plan_tensors(prob, drop_fraction, grid, threshold, nearest, capacity, backend):

@@ -9,7 +9,7 @@ import torch
 
 from .. import native
 from .._check import first_tensor
-from ..chunk_plan import ChunkPlan
+from ..packing import Packing
 
 
 def why_not(*args: Any, **kwargs: Any) -> str | None:
@@ -23,9 +23,9 @@ def why_no_extension(*args: Any, **kwargs: Any) -> str | None:
     return why_not(*args, **kwargs) or native.missing(torch.device("cpu"))
 
 
-def live_count(plan: ChunkPlan) -> int:
+def live_count(packing: Packing) -> int:
     """Rows that hold a token; the rest of the capacity is zero."""
-    return plan.capacity if plan.exact else int(plan.cu_seqlens[-1])
+    return packing.capacity if packing.exact else int(packing.cu_seqlens[-1])
 
 
 def with_tail(live_rows: torch.Tensor, capacity: int) -> torch.Tensor:

@@ -9,19 +9,19 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .. import native
-from ..chunk_plan import ChunkPlan
+from ..packing import Packing
 from ..reference._packed import accumulate_dtype
 from ._rows import kernel, live_count, with_tail
 
 
 def adaln_modulate(
-    x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, plan: ChunkPlan | None = None, eps: float = 1e-6
+    x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, plan: Packing | None = None, eps: float = 1e-6
 ) -> torch.Tensor:
     """See `dcdit_kernels.adaln_modulate`."""
     return _run(plan, x, None, None, shift, scale, eps)[1]
 
 
-def gate_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, plan: ChunkPlan | None = None) -> torch.Tensor:
+def gate_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, plan: Packing | None = None) -> torch.Tensor:
     """See `dcdit_kernels.gate_residual`."""
     return _run(plan, x, y, gate, None, None, 0.0)[0]
 
@@ -32,7 +32,7 @@ def gate_residual_modulate(
     gate: torch.Tensor,
     shift: torch.Tensor,
     scale: torch.Tensor,
-    plan: ChunkPlan | None = None,
+    plan: Packing | None = None,
     eps: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `dcdit_kernels.gate_residual_modulate`."""

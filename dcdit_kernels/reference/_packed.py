@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..chunk_plan import ChunkPlan
+from ..packing import Packing
 
 
 def accumulate_dtype(*tensors: torch.Tensor) -> torch.dtype:
@@ -15,9 +15,9 @@ def accumulate_dtype(*tensors: torch.Tensor) -> torch.dtype:
     return dtype
 
 
-def live_rows(plan: ChunkPlan) -> torch.Tensor:
+def live_rows(packing: Packing) -> torch.Tensor:
     """bool (capacity, 1): rows that hold a token."""
-    return (plan.token_index >= 0)[:, None]
+    return (packing.sample_index >= 0)[:, None]
 
 
 def take_rows(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

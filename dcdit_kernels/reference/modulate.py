@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..chunk_plan import ChunkPlan
+from ..packing import Packing
 from ._packed import accumulate_dtype, live_rows, take_rows
 
 
-def per_row(modulator: torch.Tensor, plan: ChunkPlan | None) -> torch.Tensor:
+def per_row(modulator: torch.Tensor, plan: Packing | None) -> torch.Tensor:
     """The modulator (B, D) of each row: (capacity, D) packed, or (B, 1, D) for a dense batch."""
     return modulator[:, None] if plan is None else take_rows(modulator, plan.sample_index)
 
@@ -18,7 +18,7 @@ def adaln_modulate(
     x: torch.Tensor,
     shift: torch.Tensor,
     scale: torch.Tensor,
-    plan: ChunkPlan | None = None,
+    plan: Packing | None = None,
     eps: float = 1e-6,
 ) -> torch.Tensor:
     """See `dcdit_kernels.adaln_modulate`."""
@@ -28,7 +28,7 @@ def adaln_modulate(
     return _live(out, plan).to(x.dtype)
 
 
-def gate_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, plan: ChunkPlan | None = None) -> torch.Tensor:
+def gate_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, plan: Packing | None = None) -> torch.Tensor:
     """See `dcdit_kernels.gate_residual`."""
     dtype = accumulate_dtype(x, y)
     out = _live(x, plan).to(dtype) + per_row(gate, plan).to(dtype) * _live(y, plan).to(dtype)
@@ -41,7 +41,7 @@ def gate_residual_modulate(
     gate: torch.Tensor,
     shift: torch.Tensor,
     scale: torch.Tensor,
-    plan: ChunkPlan | None = None,
+    plan: Packing | None = None,
     eps: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `dcdit_kernels.gate_residual_modulate`."""
@@ -49,5 +49,5 @@ def gate_residual_modulate(
     return x, adaln_modulate(x, shift, scale, plan, eps)
 
 
-def _live(x: torch.Tensor, plan: ChunkPlan | None) -> torch.Tensor:
+def _live(x: torch.Tensor, plan: Packing | None) -> torch.Tensor:
     return x if plan is None else torch.where(live_rows(plan), x, 0.0)

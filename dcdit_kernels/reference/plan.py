@@ -51,7 +51,7 @@ def plan_chunks(
     counts = torch.bincount(nearest_row[nearest_row >= 0], minlength=capacity)
     member_offsets = torch.zeros(capacity + 1, dtype=torch.int32, device=device)
     member_offsets[1:] = counts.cumsum(0)
-    return ChunkPlan(
+    return ChunkPlan.unchecked(
         grid=tuple(grid),
         batch_size=batch,
         capacity=capacity,
