@@ -12,6 +12,7 @@ COMMANDS = {
     "info": "parameters and FLOPs of a preset or checkpoint",
     "train": "train from a YAML config",
     "upcycle": "train from a pretrained DiT's weights",
+    "data": "check a folder of pictures or latents before training, or encode pictures to latents",
     "convert": "turn a checkpoint of the public release into a directory, or back",
     "sample": "sample images from a checkpoint",
     "visualize": "draw chunk maps and the compute spent along a trajectory",
@@ -26,8 +27,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one sub-command. Returns 0; 2 after one line about input that cannot be used or a package that is not there;
-    130 when interrupted."""
+    """Run one sub-command. Returns 0, or 1 where `dcdit data check` found bad files; 2 after one line about input that
+    cannot be used or a package that is not there; 130 when interrupted."""
     try:
         return _run(sys.argv[1:] if argv is None else argv)
     except ModuleNotFoundError as error:
@@ -47,14 +48,13 @@ def _run(argv: list[str]) -> int:
     from dcdit_kernels import BackendError  # here, lest torch be imported to complain of an option
 
     try:
-        module.run(args)
+        return module.run(args) or 0
     except (DCDiTError, BackendError, OSError) as error:
         print(f"dcdit {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"dcdit {args.command}: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,44 +28,77 @@ class PixelUnshuffle:
         return F.pixel_unshuffle(images, self.factor)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """The inverse of `encode`."""
+        """The inverse of `encode`. Raises DataError when the channels do not divide."""
+        if latents.shape[-3] % self.factor**2:
+            raise DataError(
+                f"latents of {latents.shape[-3]} channels do not divide into {self.factor}×{self.factor} squares"
+            )
         return F.pixel_shuffle(latents, self.factor)
 
 
 class AutoencoderKL:
-    """A diffusers `AutoencoderKL`, frozen; latents are the posterior's mean times `scale`, in float32."""
+    """An autoencoder of diffusers, frozen, in float32: AutoencoderKL, AutoencoderDC, AutoencoderTiny, Wan's, Qwen's.
+
+    Latents are (z − offset)·factor, z the posterior's mean. The weights' own configuration gives both: offset is
+    `latents_mean` (per channel) or `shift_factor`, and factor is `scaling_factor` / `latents_std`, as diffusers'
+    pipelines use them. `scale` replaces `scaling_factor`.
+    """
 
     def __init__(self, pretrained: str = "stabilityai/sd-vae-ft-ema", scale: float | None = None) -> None:
-        try:
-            import diffusers
-        except ImportError as error:
-            raise ConfigError("codec autoencoder_kl needs diffusers: pip install diffusers") from error
-        try:
-            self.vae = diffusers.AutoencoderKL.from_pretrained(pretrained).eval().requires_grad_(False)
-        except OSError as error:
-            raise ConfigError(f"codec.pretrained {pretrained!r} cannot be loaded: {error}") from error
-        self.scale = scale or self.vae.config.scaling_factor
+        self.vae = _load_vae(pretrained)
+        config = self.vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        offset = mean if mean is not None else config.get("shift_factor") or 0.0
+        scale = scale or config.get("scaling_factor") or 1.0
+        self.offset = torch.tensor(offset).view(-1, 1, 1)
+        self.factor = scale / torch.tensor(1.0 if std is None else std).view(-1, 1, 1)
+        # Autoencoders of video take an axis of frames, of which a picture is one.
+        self.frames = any(isinstance(module, torch.nn.Conv3d) for module in self.vae.modules())
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) → (B, 4, H/8, W/8) for the usual weights."""
         with torch.autocast(images.device.type, enabled=False):
-            return self.vae.to(images.device).encode(images).latent_dist.mode() * self.scale
+            out = self.vae.to(images.device).encode(images.unsqueeze(2) if self.frames else images)
+            z = out.latent_dist.mode() if hasattr(out, "latent_dist") else out[0]
+            z = z.squeeze(2) if self.frames else z
+            return (z - self.offset.to(z)) * self.factor.to(z)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images in about [-1, 1]."""
         with torch.autocast(latents.device.type, enabled=False):
-            return self.vae.to(latents.device).decode(latents / self.scale).sample
+            z = latents / self.factor.to(latents) + self.offset.to(latents)
+            images = self.vae.to(latents.device).decode(z.unsqueeze(2) if self.frames else z).sample
+            return images.squeeze(2) if self.frames else images
 
 
 CODECS = {"pixel_unshuffle": PixelUnshuffle, "autoencoder_kl": AutoencoderKL}
 
 
-def make_codec(kind: str, **options: Any) -> PixelUnshuffle | AutoencoderKL:
+def make_codec(kind: str = "", **options: Any) -> PixelUnshuffle | AutoencoderKL:
     """A codec by name, with the options of its class. Raises ConfigError for an unknown name or option."""
     check_keys([kind], CODECS, "codec")
     try:
         return CODECS[kind](**options)
     except TypeError as error:
         raise ConfigError(f"codec {kind}: {error}") from error
+
+
+def _load_vae(pretrained: str):
+    """The autoencoder of a folder or Hub repository, its own or that of a whole pipeline."""
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ConfigError("codec autoencoder_kl needs diffusers: pip install diffusers") from error
+    folder = Path(pretrained).expanduser()
+    source = str(folder) if folder.exists() else pretrained
+    subfolder = "vae" if (folder / "vae").is_dir() else None
+    try:
+        vae = diffusers.AutoModel.from_pretrained(source, subfolder=subfolder)
+        if not (hasattr(vae, "encode") and hasattr(vae, "decode")):
+            raise ValueError(f"{type(vae).__name__} is no autoencoder")
+        return vae.eval().requires_grad_(False).float()
+    except (OSError, ValueError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"codec.pretrained {pretrained!r} cannot be loaded: {reason}") from error

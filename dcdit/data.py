@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from .config import DCDiTConfig
 from .errors import ConfigError, DataError
+from .image_folder import ImageFolder
 from .train_config import DataConfig
 
 HELD_OUT = 50  # of each digit, the last ones
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+DATASET = "dataset.json"  # beside latents: what `dcdit data encode` made them with
 
 
 class Source(Protocol):
@@ -21,11 +24,18 @@ class Source(Protocol):
 
     encoded: bool  # already latents: no codec before the model
     classes: int | None  # None: not known before reading
+    class_names: list[str] | None
 
     def __len__(self) -> int: ...
 
     def load(self, index: int, flip: bool) -> tuple[np.ndarray, int]:
         """Item `index`, mirrored on request: ((C, H, W) float32, images in [-1, 1]; class id)."""
+
+    def describe(self) -> str:
+        """One line for the head of a run."""
+
+    def fingerprint(self) -> str:
+        """A short hash that stays when the data is moved and changes when files or classes do."""
 
 
 @functools.cache
@@ -51,63 +61,34 @@ class Digits:
     def __init__(self) -> None:
         images, labels, held_out = load_digits()
         self.images, self.labels = images[~held_out], labels[~held_out]
-        self.classes = 10
+        self.classes, self.class_names = 10, [str(digit) for digit in range(10)]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def load(self, index: int, flip: bool) -> tuple[np.ndarray, int]:
         image = self.images[index][None].astype(np.float32) / 127.5 - 1
-        return _flipped(image, flip), int(self.labels[index])
+        return (image[..., ::-1] if flip else image), int(self.labels[index])
 
+    def describe(self) -> str:
+        return f"{len(self)} MNIST digits of 28×28 pixels, 10 classes"
 
-class ImageFolder:
-    """A folder with one sub-folder of images per class; centre-cropped, resized to `size`, RGB: (3, size, size).
-
-    Names that begin with a dot, such as .ipynb_checkpoints, count neither as classes nor as images.
-    """
-
-    encoded = False
-
-    def __init__(self, path: str, size: int) -> None:
-        root = Path(path)
-        if not root.is_dir():
-            raise DataError(f"no image folder at {root}")
-        names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        self.files = [
-            (file, label)
-            for label, name in enumerate(names)
-            for file in sorted((root / name).rglob("*"))
-            if file.suffix.lower() in SUFFIXES and "/." not in file.relative_to(root).as_posix()
-        ]
-        if not self.files:
-            raise DataError(f"{root} has no images: expected a sub-folder per class with {', '.join(SUFFIXES)} files")
-        self.size, self.classes = size, len(names)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def load(self, index: int, flip: bool) -> tuple[np.ndarray, int]:
-        from PIL import Image, ImageOps
-
-        file, label = self.files[index]
-        try:
-            with Image.open(file) as image:
-                image = ImageOps.fit(image.convert("RGB"), (self.size, self.size), Image.Resampling.BICUBIC)
-        except OSError as error:
-            raise DataError(f"{file} is not a readable image: {error}") from error
-        pixels = np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
-        return _flipped(pixels, flip), label
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()[:16]
 
 
 class Latents:
     """The release's layout: PATH/imagenet256_features/K.npy, (C, H, W) or (1, C, H, W), already scaled, and the class
-    id in PATH/imagenet256_labels/K.npy. The names before `_features` and `_labels` may be others."""
+    id in PATH/imagenet256_labels/K.npy. The names before `_features` and `_labels` may be others.
+
+    Latents of `dcdit data encode` have the names of their classes and their codec in dataset.json.
+    """
 
     encoded = True
 
-    def __init__(self, path: str, shape: tuple[int, int, int]) -> None:
-        root = Path(path)
+    def __init__(self, path: str | Path, shape: tuple[int, int, int]) -> None:
+        self.root = root = Path(path).expanduser()
+        self.class_names, self.codec = _read_dataset(root)
         folders = sorted(root.glob("*_features"))
         if len(folders) != 1:
             raise DataError(
@@ -124,32 +105,49 @@ class Latents:
             where = self.label_dir if example in names else self.features
             raise DataError(f"features and labels must pair up by name: {where / example} is missing")
         self.names = sorted(names, key=lambda name: (len(name), name))
-        self.shape, self.classes = shape, None
+        self.shape, self.classes = shape, None if self.class_names is None else len(self.class_names)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def load(self, index: int, flip: bool) -> tuple[np.ndarray, int]:
         name = self.names[index]
-        latent, label = _load_npy(self.features / name), _load_npy(self.label_dir / name)
+        latent, label = load_npy(self.features / name), load_npy(self.label_dir / name)
         if latent.shape not in (self.shape, (1, *self.shape)):
             raise DataError(f"{self.features / name}: expected shape {self.shape}, found {latent.shape}")
         if label.size != 1:
             raise DataError(f"{self.label_dir / name}: expected one class id, found shape {label.shape}")
         if label.item() % 1:  # NaN and infinity leave a NaN
             raise DataError(f"{self.label_dir / name}: expected a whole class id, found {label.item()}")
+        if latent.dtype.kind != "f":
+            raise DataError(
+                f"{self.features / name}: expected floating-point latents, found {latent.dtype}; bfloat16 that was "
+                "stored as integers must be saved again as float32"
+            )
         latent = latent.reshape(self.shape).astype(np.float32)
         if not np.isfinite(latent).all():
             raise DataError(f"{self.features / name}: expected finite float32, found NaN or infinity")
         return latent, int(label.item())
 
+    def describe(self) -> str:
+        classes = f", {self.classes} classes" if self.classes else ""
+        return f"{len(self)} latents of {'×'.join(map(str, self.shape))} in {self.root}{classes}"
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for name in self.names:
+            label = load_npy(self.label_dir / name).tobytes()
+            digest.update(f"{name}\0{(self.features / name).stat().st_size}\0".encode() + label)
+        return digest.hexdigest()[:16]
+
 
 def make_source(data: DataConfig, model: DCDiTConfig) -> Source:
     """The images or latents that a configuration names. Raises DataError when there are none or too many classes."""
+    source: Source
     if data.kind == "digits":
         source = Digits()
     elif data.kind == "folder":
-        source = ImageFolder(data.path, data.size)
+        source = ImageFolder(data.path, data.size, data.background)
     else:
         if data.flip:
             raise ConfigError("data.flip works on images: mirror them before they are encoded to latents")
@@ -159,15 +157,29 @@ def make_source(data: DataConfig, model: DCDiTConfig) -> Source:
     return source
 
 
-def _load_npy(file: Path) -> np.ndarray:
+def _read_dataset(root: Path) -> tuple[list[str] | None, dict[str, Any] | None]:
+    """(class names, codec) of a folder that `dcdit data encode` wrote; (None, None) of another."""
+    file = root / DATASET
+    if not file.is_file():
+        return None, None
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        names, codec, finished = list(map(str, values["class_names"])), dict(values["codec"]), values["finished"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{file} is not what dcdit data encode writes: {error!r}") from error
+    if not finished:
+        raise DataError(f"the encoding of {root} is unfinished: run the same dcdit data encode again")
+    return names, codec
+
+
+def load_npy(file: Path) -> np.ndarray:
+    """The numbers of an .npy file, nothing of it run. Raises DataError that names the file."""
     try:
         array = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, RecursionError, SyntaxError) as error:
         raise DataError(f"{file} is not a readable .npy file: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"{file} is not a readable .npy file: it is an .npz archive")
     if array.dtype.kind not in "iuf":
         raise DataError(f"{file}: expected numbers, found {array.dtype}")
     return array
-
-
-def _flipped(image: np.ndarray, flip: bool) -> np.ndarray:
-    return image[..., ::-1] if flip else image

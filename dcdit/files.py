@@ -1,4 +1,4 @@
-"""Files that are on the disk whole, or not at all."""
+"""Files that are on the disk whole, or not at all; folders that one run at a time writes to."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .errors import DataError
+
 
 @contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `file` at the end; after an error `file` is as it was."""
+def replacing(file: Path, durable: bool = True) -> Iterator[Path]:
+    """A path to write to, which becomes `file` at the end; after an error `file` is as it was.
+
+    `durable` waits for the disk: then a loss of power leaves a whole file too, not only a kill.
+    """
     temporary = file.with_name(f".{file.name}.tmp")
     try:
         yield temporary
-        sync(temporary)
+        if durable:
+            sync(temporary)
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
@@ -24,3 +30,27 @@ def sync(file: Path) -> None:
     """Wait until what was written is on the disk."""
     with open(file, "rb") as stream:
         os.fsync(stream.fileno())
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; the operating system frees it when the process ends. Raises DataError.
+
+    A file system or operating system without locks on folders lets everyone in.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"another run is writing to {directory}: wait for it, or give another output") from error
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)

@@ -5,6 +5,7 @@ Nothing random is saved with a checkpoint, and splitting a batch over processes 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -35,7 +36,8 @@ class TrainingStream(Dataset):
     """An endless training set: item step·batch_size + position is a sample with its noise, time and label.
 
     Every item is {"image": (C, H, W), "noise": latent shape, "t": (), "y": ()}, a function of (seed, step, position)
-    only. Each epoch is a permutation of the source.
+    only. Each epoch is a permutation of the source. With `skip_broken` the next readable picture of the permutation
+    stands in the place of an unreadable one, which is named once on stderr.
     """
 
     def __init__(
@@ -49,9 +51,11 @@ class TrainingStream(Dataset):
         batch_size: int,
         label_drop: float = 0.0,
         flip: bool = False,
+        skip_broken: bool = False,
     ) -> None:
         self.source, self.objective, self.latent_shape, self.null_label = source, objective, latent_shape, null_label
         self.seed, self.batch_size, self.label_drop, self.flip = seed, batch_size, label_drop, flip
+        self.skip_broken, self.broken = skip_broken, set[int]()
         self.epoch, self.order = -1, np.empty(0, dtype=np.int64)
 
     def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
@@ -62,7 +66,7 @@ class TrainingStream(Dataset):
         t = self.objective.draw_time(rng)
         drop_label, flip = rng.random(2) < (self.label_drop, 0.5 * self.flip)
         noise = rng.standard_normal(self.latent_shape, dtype=np.float32)
-        image, label = self.source.load(int(self.order[place]), bool(flip))
+        image, label = self._load(place, bool(flip))
         if not 0 <= label < self.null_label:
             raise DataError(f"class id {label} of item {self.order[place]} is outside [0, {self.null_label})")
         return {
@@ -71,6 +75,19 @@ class TrainingStream(Dataset):
             "t": torch.tensor(t, dtype=torch.float32),
             "y": torch.tensor(self.null_label if drop_label else label),
         }
+
+    def _load(self, place: int, flip: bool) -> tuple[np.ndarray, int]:
+        for shift in range(len(self.source)):
+            index = int(self.order[(place + shift) % len(self.source)])
+            try:
+                return self.source.load(index, flip)
+            except DataError as error:
+                if not self.skip_broken:
+                    raise
+                if index not in self.broken:
+                    print(f"skipped: {error}", file=sys.stderr)
+                self.broken.add(index)
+        raise DataError("none of the data's items can be read")
 
 
 def batches(

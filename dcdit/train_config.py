@@ -27,12 +27,17 @@ LIMITS = (
 
 @dataclass(frozen=True)
 class DataConfig:
-    """`kind` digits, folder (`path`, `size` pixels) or latents (`path`)."""
+    """`kind` digits, folder (`path`, `size` pixels, transparency on `background`) or latents (`path`).
+
+    `skip_broken` takes the next picture of the epoch in the place of an unreadable one; all others keep their places.
+    """
 
     kind: Literal["digits", "folder", "latents"] = "digits"
     path: str = ""
     size: int = 256
     flip: bool = False
+    background: str = "white"
+    skip_broken: bool = False
     workers: int = 0
 
 
@@ -120,6 +125,11 @@ class TrainConfig:
             raise ConfigError("drop_fractions needs at least one value; [0] trains without dropping")
         if self.data.kind != "digits" and not self.data.path:
             raise ConfigError(f"data.kind={self.data.kind} needs data.path")
+        if self.data.kind == "latents" and self.codec.kind == "pixel_unshuffle":
+            raise ConfigError(
+                "data.kind=latents needs the autoencoder that made them, for sampling: "
+                "codec.kind=autoencoder_kl codec.pretrained=…"
+            )
         if self.objective == "flow" and self.model.learn_sigma:
             raise ConfigError("objective flow has no variance to learn: set model.learn_sigma=false or objective=ddpm")
 

@@ -6,12 +6,13 @@ import math
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .checkpoints import check_place, save_checkpoint
 from .codecs import make_codec
-from .data import make_source
+from .data import Source, make_source
 from .diffusion import SUB_BATCH, make_objective, ratio_loss
 from .errors import ConfigError, DataError, DCDiTError
 from .model import DCDiT, Routing
@@ -55,6 +56,7 @@ class Trainer:
         check_split(config.batch_size, self.ranks)
         self.objective = make_objective(config.objective, config.model.learn_sigma)
         source = make_source(config.data, config.model)
+        _check_encoded(source, config.codec.options())
         self.codec = None if source.encoded else make_codec(**config.codec.options())
         self.stream = TrainingStream(
             source,
@@ -65,6 +67,7 @@ class Trainer:
             batch_size=config.batch_size,
             label_drop=config.label_drop,
             flip=config.data.flip,
+            skip_broken=config.data.skip_broken,
         )
         self._check_latents()
 
@@ -249,6 +252,13 @@ class Trainer:
                 f"the data gives latents of shape {tuple(latent[0].shape)}, "
                 f"the model takes {tuple(item['noise'].shape)} (model.in_channels, model.input_size)"
             )
+
+
+def _check_encoded(source: Source, codec: dict[str, Any]) -> None:
+    """Raise ConfigError where latents say that another codec made them."""
+    made_by = getattr(source, "codec", None)
+    if made_by not in (None, codec):
+        raise ConfigError(f"the latents were made by codec {made_by}, the configuration says {codec}")
 
 
 def check_split(batch_size: int, ranks: int) -> None:

@@ -7,9 +7,10 @@ from PIL import Image
 
 from dcdit.codecs import make_codec
 from dcdit.config import DCDiTConfig
-from dcdit.data import Digits, ImageFolder, Latents, load_digits, make_source
+from dcdit.data import Digits, Latents, load_digits, make_source
 from dcdit.diffusion import DDPM, FlowMatching
 from dcdit.errors import ConfigError, DataError
+from dcdit.image_folder import ImageFolder
 from dcdit.stream import TrainingStream, batches, draw_drop_fraction
 from dcdit.train_config import DataConfig
 
@@ -153,16 +154,51 @@ def test_pixel_unshuffle_is_lossless():
         codec.encode(torch.randn(1, 1, 14, 12))
 
 
+def test_video_autoencoders_encode_one_frame_with_their_mean_and_deviation(tmp_path):
+    from diffusers import AutoencoderKLQwenImage
+
+    torch.manual_seed(0)
+    mean, std = [0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0]
+    sizes = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False]}
+    vae = AutoencoderKLQwenImage(**sizes, latents_mean=mean, latents_std=std).eval()
+    vae.save_pretrained(tmp_path)
+    codec, images = make_codec("autoencoder_kl", pretrained=str(tmp_path)), torch.rand(2, 3, 16, 16) * 2 - 1
+    latents = codec.encode(images)
+    with torch.no_grad():
+        z = vae.encode(images[:, :, None]).latent_dist.mode()
+        torch.testing.assert_close(
+            latents * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1), z[:, :, 0]
+        )
+        torch.testing.assert_close(codec.decode(latents), vae.decode(z).sample[:, :, 0])
+
+
+def test_autoencoders_without_a_posterior(tmp_path):
+    from diffusers import AutoencoderTiny, UNet2DModel
+
+    torch.manual_seed(0)
+    sizes = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "num_encoder_blocks": (1, 1)}
+    vae = AutoencoderTiny(**sizes, num_decoder_blocks=(1, 1), scaling_factor=3.0).eval()
+    vae.save_pretrained(tmp_path / "vae")
+    codec, images = make_codec("autoencoder_kl", pretrained=str(tmp_path)), torch.rand(2, 3, 8, 8)  # as of a pipeline
+    with torch.no_grad():
+        torch.testing.assert_close(codec.encode(images), 3 * vae.encode(images).latents)
+    UNet2DModel(
+        8, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
+    ).save_pretrained(tmp_path / "unet")
+    with pytest.raises(ConfigError, match="UNet2DModel is no autoencoder"):
+        make_codec("autoencoder_kl", pretrained=str(tmp_path / "unet"))
+
+
 def test_autoencoder_kl_scales_the_posterior_mean(tmp_path):
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(32,), latent_channels=4, sample_size=8).eval()
+    vae = AutoencoderKL(block_out_channels=(32,), latent_channels=4, sample_size=8, shift_factor=0.4).eval()
     vae.save_pretrained(tmp_path)
     codec, images = make_codec("autoencoder_kl", pretrained=str(tmp_path)), torch.rand(2, 3, 8, 8) * 2 - 1
     latents = codec.encode(images)
     mean = vae.quant_conv(vae.encoder(images)).chunk(2, dim=1)[0]
-    torch.testing.assert_close(latents, mean.detach() * vae.config.scaling_factor)
+    torch.testing.assert_close(latents, (mean.detach() - 0.4) * vae.config.scaling_factor)
     torch.testing.assert_close(codec.decode(latents), vae.decoder(vae.post_quant_conv(mean)).detach())
     doubled = make_codec("autoencoder_kl", pretrained=str(tmp_path), scale=2 * vae.config.scaling_factor)
     torch.testing.assert_close(doubled.encode(images), 2 * latents)

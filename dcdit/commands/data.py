@@ -1,0 +1,110 @@
+"""`dcdit data`: look at a training set before the training, or encode it to latents once."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..data import Latents, load_npy
+from ..errors import ConfigError, DataError
+from ..image_folder import ImageFolder, looks
+from ..picture_files import read_picture
+
+ACTIONS = ("check", "encode")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of `dcdit data`."""
+    parser.add_argument("action", choices=ACTIONS, help="check: read every file; encode: write latents to OUT")
+    parser.add_argument("folder", help="a folder with a sub-folder of pictures per class; check also takes latents")
+    parser.add_argument("out", nargs="?", metavar="OUT", help="the folder of latents to write, or to go on with")
+    parser.add_argument("--codec", metavar="VAE", help="an autoencoder of diffusers: a folder or Hub repository")
+    parser.add_argument("--scale", type=float, default=0.0, help="of the latents (0: the autoencoder's own)")
+    parser.add_argument("--size", type=int, default=256, help="pixels of a picture's side when encoded (256)")
+    parser.add_argument("--background", default="white", help="colour under transparent pixels (white)")
+    parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time (8)")
+    parser.add_argument("--skip-broken", action="store_true", help="leave out pictures that cannot be read")
+    parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check or encode; 1 where `check` found files that cannot be read."""
+    if args.size < 1 or args.batch_size < 1 or args.scale < 0:
+        raise ConfigError(f"expected a size and a batch size of at least 1, got {args.size} and {args.batch_size}")
+    if args.action == "check":
+        return check(args)
+    if not args.out or not args.codec:
+        raise ConfigError("dcdit data encode needs a folder to write and --codec, such as stabilityai/sd-vae-ft-ema")
+    encode(args)
+    return 0
+
+
+def check(args: argparse.Namespace) -> int:
+    """Read every file; print what is there and each file that cannot be read."""
+    from tqdm import tqdm
+
+    root = Path(args.folder).expanduser()
+    if any(root.glob("*_features")):
+        return check_latents(root)
+    source = ImageFolder(root, args.size, args.background)
+    bad, counts = [], [0] * source.classes
+    for file, label in tqdm(source.files, unit="picture", disable=None, leave=False):
+        try:
+            read_picture(file, args.background)
+            counts[label] += 1
+        except DataError as error:
+            bad.append(str(error))
+    print(source.describe())
+    print(f"all files: {looks([file for file, _ in source.files])}")
+    for name, count in zip(source.class_names, counts, strict=True):
+        print(f"  {name}: {count}")
+    return _report(bad, len(source))
+
+
+def check_latents(root: Path) -> int:
+    """The same for latents; the first file's shape is what all others must have."""
+    folder = min(root.glob("*_features"))
+    first = next(iter(sorted(folder.glob("*.npy"))), None)
+    shape = load_npy(first).shape[-3:] if first else (1, 1, 1)
+    source = Latents(root, shape)
+    print(source.describe())
+    bad, labels = [], set()
+    for index in range(len(source)):
+        try:
+            labels.add(source.load(index, flip=False)[1])
+        except DataError as error:
+            bad.append(str(error))
+    if labels:
+        print(f"class ids from {min(labels)} to {max(labels)}, {len(labels)} different")
+    return _report(bad, len(source))
+
+
+def encode(args: argparse.Namespace) -> None:
+    """Write latents; a second call goes on."""
+    import torch
+    from tqdm import tqdm
+
+    from ..codecs import AutoencoderKL
+    from ..encode import encode_folder
+    from ..files import locked
+
+    source = ImageFolder(args.folder, args.size, args.background)
+    print(source.describe(), flush=True)
+    use = {"kind": "autoencoder_kl", "pretrained": args.codec, "scale": args.scale or None}
+    codec = AutoencoderKL(args.codec, args.scale or None)
+    target = Path(args.out).expanduser()
+    target.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
+    with locked(target), tqdm(total=len(source), unit="picture", disable=None, leave=False) as bar:
+        options = {"batch_size": args.batch_size, "device": device, "skip_broken": args.skip_broken}
+        broken = encode_folder(source, target, codec, use, progress=bar.update, **options)
+    for line in broken:
+        print(f"left out: {line}")
+    print(f"{len(source) - len(broken)} latents in {target}: data.kind=latents data.path={target}")
+
+
+def _report(bad: list[str], count: int) -> int:
+    for line in bad:
+        print(f"bad: {line}")
+    print(f"{count - len(bad)} of {count} can be read" + ("; data.skip_broken=true trains on these" if bad else ""))
+    return 1 if bad else 0
