@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dcdit import model as model_module
+from dcdit import routing as routing_module
 from dcdit.flops import dcdit_flops
 
 from .cases import Case
@@ -119,8 +119,8 @@ def marked(net: torch.nn.Module, marks: list, device: str) -> Iterator[None]:
         for module in modules:
             handles += [module.register_forward_pre_hook(mark("rest")), module.register_forward_hook(mark(name))]
     operators = {"plan": "plan_chunks", "chunk": "chunk", "dechunk": "dechunk"}
-    replaced = {function: wrapped(name, getattr(model_module, function)) for name, function in operators.items()}
-    with patch.multiple(model_module, **replaced):
+    replaced = {function: wrapped(name, getattr(routing_module, function)) for name, function in operators.items()}
+    with patch.multiple(routing_module, **replaced):
         yield
     for handle in handles:
         handle.remove()

@@ -40,8 +40,8 @@ class FixedRouter(nn.Module):
         self.inner = inner
         self.prob = prob  # not a buffer: it stays in float32 whatever the model is cast to
 
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        return self.fix(self.inner(h))
+    def forward(self, h: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        return self.fix(self.inner(h, c))
 
     def fix(self, prob: torch.Tensor) -> torch.Tensor:
         repeats = prob.shape[0] // self.prob.shape[0]  # guidance runs two halves in one batch

@@ -38,7 +38,7 @@ def training_parts(case: Case, device: str, step_s: float, rounds: int = 5) -> d
 
     @torch.autocast(device, enabled=False)
     def score() -> tuple[torch.Tensor, torch.Tensor]:
-        return net.router.inner(wide), net.residual_proj(wide)
+        return net.router.inner(wide, c), net.residual_proj(wide)
 
     parts = {
         "encoder": lambda: net.encoder(net.stem(x), c),

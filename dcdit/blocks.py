@@ -1,57 +1,19 @@
-"""The layers around and inside the backbone: embedders, residual conv blocks, DiT blocks on packed tokens."""
+"""The layers around and inside the backbone: residual conv blocks, DiT blocks on packed tokens."""
 
 from __future__ import annotations
 
+import functools
 import itertools
-import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from dcdit_kernels import ChunkPlan, adaln_modulate, gate_residual, gate_residual_modulate, varlen_attention
 
-
-def sincos_2d(width: int, grid: tuple[int, int], patch: int = 1) -> torch.Tensor:
-    """2D sin-cos position table (H·W, width): the column's code in the first half, the row's in the second.
-
-    With `patch` a cell's place is given in units of patch×patch cells, 0 at the middle of the first patch.
-    """
-    places = [(torch.arange(n, dtype=torch.float64) - (patch - 1) / 2) / patch for n in grid]
-    rows, columns = torch.meshgrid(*places, indexing="ij")
-    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = [axis.reshape(-1, 1) * frequency for axis in (columns, rows)]
-    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float()
-
-
-def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    """GELU, tanh form (arXiv 1606.08415). Takes x over: where no gradient needs it, the result stands in its place."""
-    return F.gelu(x, approximate="tanh") if x.requires_grad else torch.ops.aten.gelu_(x, approximate="tanh")
-
-
-def silu(x: torch.Tensor) -> torch.Tensor:
-    """SiLU. Takes x over, as `gelu_tanh` does."""
-    return F.silu(x, inplace=not x.requires_grad)
-
-
-class TimestepEmbedding(nn.Module):
-    """Sinusoid of t (scale 0 to 1000), 256 numbers → MLP → D (DiT, arXiv 2212.09748)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, t: torch.Tensor) -> torch.Tensor:
-        frequency = torch.exp(-math.log(10000) * torch.arange(128, device=t.device, dtype=torch.float32) / 128)
-        angle = t.float()[:, None] * frequency
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.mlp[0].weight.dtype))
-
-
-class RMSNorm(nn.RMSNorm):
-    """In its input's dtype: under autocast the weight is wider, and PyTorch's fused kernel takes one dtype only."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+from .layers import RMSNorm, gelu_tanh, silu
 
 
 class ResidualConvBlock(nn.Module):
@@ -90,8 +52,31 @@ class ConvStack(nn.Module):
         return self.norm(x.flatten(2).transpose(1, 2))
 
 
+class Stream(NamedTuple):
+    """The hidden states between two halves of DiT blocks, x + gate·y, before they are added up.
+
+    The sum is left to whoever comes next, because the kernel that adds also normalises and modulates.
+
+    x, y: (T, D) packed; gate: (B, D). Without y the hidden states are x.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor | None = None
+    gate: torch.Tensor | None = None
+
+    def hidden(self, packing: ChunkPlan) -> torch.Tensor:
+        """The hidden states (T, D)."""
+        return self.x if self.y is None else gate_residual(self.x, self.y, self.gate, packing)
+
+    def modulate(self, shift: torch.Tensor, scale: torch.Tensor, packing: ChunkPlan) -> tuple[torch.Tensor, ...]:
+        """The hidden states (T, D), and LayerNorm of them · (1 + scale) + shift, with shift and scale (B, D)."""
+        if self.y is None:
+            return self.x, adaln_modulate(self.x, shift, scale, packing)
+        return gate_residual_modulate(self.x, self.y, self.gate, shift, scale, packing)
+
+
 class DiTBlock(nn.Module):
-    """The two halves of an adaLN-Zero block on packed tokens; `MainNetwork` fuses what stands between them."""
+    """An adaLN-Zero block on packed tokens (DiT, arXiv 2212.09748 section 3.2)."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -103,56 +88,54 @@ class DiTBlock(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
         self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def attend(self, x: torch.Tensor, plan: ChunkPlan) -> torch.Tensor:
+    def forward(self, stream: Stream, c: torch.Tensor, packing: ChunkPlan) -> Stream:
+        """Stream of (T, D), c (B, D) → Stream; `stream.hidden(packing)` gives the block's output itself.
+
+        c comes through the SiLU of adaLN-Zero already, which `MainNetwork` computes once for all blocks.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln[1](c).chunk(6, dim=1)
+        x, normed = stream.modulate(shift1, scale1, packing)
+        stream = Stream(x, self.attend(normed, packing), gate1)
+        x, normed = stream.modulate(shift2, scale2, packing)
+        return Stream(x, self.mlp(normed), gate2)
+
+    def attend(self, x: torch.Tensor, packing: ChunkPlan) -> torch.Tensor:
+        """(T, D) → (T, D): attention within each sample."""
         q, k, v = self.qkv(x).unflatten(1, (3, self.heads, x.shape[1] // self.heads)).unbind(1)
-        lengths = (plan.cu_seqlens, plan.cu_seqlens, plan.max_seqlen, plan.max_seqlen)
-        out = varlen_attention(q, k, v, *lengths, exact=plan.exact)
+        lengths = (packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen)
+        out = varlen_attention(q, k, v, *lengths, exact=packing.exact)
         return self.proj(out.reshape(x.shape))
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(gelu_tanh(self.fc1(x)))
+        """(…, D) → (…, D)."""
+        return self.fc2(gelu_tanh(self.fc1(x), self.fc1))
 
 
 class MainNetwork(nn.Module):
-    """DiT blocks, then RMSNorm, on packed tokens (T, D). Each gated residual is fused with the next modulation.
+    """The backbone: DiT blocks, then RMSNorm, on packed tokens. The next block's kernel adds each gated residual.
 
-    Where `record` is a list, a forward appends the output of each block to it.
+    Where `record` is a list, a forward appends each block's output (T, D) to it, at the price of one more pass over x
+    per block. With `gradient_checkpointing` a backward computes each block again instead of keeping its activations.
     """
 
     record: list[torch.Tensor] | None = None
+    gradient_checkpointing = False
+    _gradient_checkpointing_func = staticmethod(functools.partial(checkpoint, use_reentrant=False))  # diffusers' name
 
     def __init__(self, width: int, depth: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio) for _ in range(depth))
         self.norm = RMSNorm(width, eps=1e-5)
 
-    def forward(self, x: torch.Tensor, c: torch.Tensor, plan: ChunkPlan) -> torch.Tensor:
-        # Per block: shift, scale, gate of attention, then of the MLP. Each adaln begins with the same SiLU.
-        active = F.silu(c)
-        modulators = [block.adaln[1](active).chunk(6, dim=1) for block in self.blocks]
-        normed = adaln_modulate(x, modulators[0][0], modulators[0][1], plan)
-        for i, block in enumerate(self.blocks):
-            _, _, gate1, shift2, scale2, gate2 = modulators[i]
-            x, normed = gate_residual_modulate(x, block.attend(normed, plan), gate1, shift2, scale2, plan)
-            y = block.mlp(normed)
-            if i + 1 < len(self.blocks):
-                shift1, scale1 = modulators[i + 1][:2]
-                x, normed = gate_residual_modulate(x, y, gate2, shift1, scale1, plan)
+    def forward(self, x: torch.Tensor, c: torch.Tensor, packing: ChunkPlan) -> torch.Tensor:
+        """x (T, D) packed, c (B, D) → (T, D)."""
+        stream, active = Stream(x), F.silu(c)
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                stream = self._gradient_checkpointing_func(block, stream, active, packing)
             else:
-                x = gate_residual(x, y, gate2, plan)
+                stream = block(stream, active, packing)
             if self.record is not None:
-                self.record.append(x)
-        return self.norm(x)
-
-
-class FinalLayer(nn.Module):
-    """adaLN, then a linear map to the prediction. (B, L, e) → (B, L, channels)."""
-
-    def __init__(self, width: int, width_cond: int, channels: int) -> None:
-        super().__init__()
-        self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(width_cond, 2 * width))
-        self.linear = nn.Linear(width, channels)
-
-    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        shift, scale = self.adaln(c).chunk(2, dim=1)
-        return self.linear(adaln_modulate(x, shift, scale))
+                stream = Stream(stream.hidden(packing))
+                self.record.append(stream.x)
+        return self.norm(stream.hidden(packing))

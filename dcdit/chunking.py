@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from dcdit_kernels import ChunkPlan, chunk, dechunk, plan_chunks
+from dcdit_kernels import ChunkPlan
 
 from .config import DCDiTConfig
 from .errors import ConfigError
-from .model import Routing
 from .router import PredictabilityRouter
+from .routing import Routing
 
 # Bias of a fresh router's score: p ≈ 0.95, so that a wrapped model still computes what it did before.
 KEEP_ALL = 3.0
@@ -76,22 +76,19 @@ class DynamicChunking(nn.Module):
             raise ValueError(
                 f"router must return boundary_prob of shape {(batch, cells)}, got {tuple(boundary_prob.shape)}"
             )
-        plan = plan_chunks(boundary_prob, self.grid, self.drop_fraction, nearest=f"{len(self.grid)}d")
-        self.routing = Routing(boundary_prob, plan.boundary_mask, boundary_prob > 0.5, plan)
-        tokens = chunk(h, plan)
-        out = self.run(self.blocks, tokens, plan, *args, **kwargs)
+        self.routing = routing = Routing.of(boundary_prob, self.grid, self.drop_fraction)
+        tokens = routing.chunk(h)
+        out = self.run(self.blocks, tokens, routing.plan, *args, **kwargs)
         if out.shape != tokens.shape:
             raise ValueError(f"run must return tokens of shape {tuple(tokens.shape)}, got {tuple(out.shape)}")
-        if self.sigma is None:
-            return dechunk(out - tokens, boundary_prob, plan, h, smoothing=None)
-        return dechunk(out - tokens, boundary_prob, plan, h, self.sigma)
+        return routing.dechunk(out - tokens, h, self.sigma)
 
     def _score(self, h: torch.Tensor) -> torch.Tensor:
         if not self._folds:
             return self.router(h)
         with torch.autocast(h.device.type, enabled=False):
             planes = h.reshape(-1, math.prod(self.plane), h.shape[2])
-            return self.router(planes.to(self.router.score.weight.dtype)).view(h.shape[:2])
+            return self.router(planes.to(torch.promote_types(h.dtype, torch.float32))).view(h.shape[:2])
 
     def __getstate__(self) -> dict:
         # The routing belongs to one forward: its graph cannot be copied, and its tensors are no state of the module.

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import torch
+from torch import nn
+
 from .config import DCDiTConfig
+from .errors import ConfigError
+from .router import make_router
 
 
-def dcdit_flops(config: DCDiTConfig, tokens: float) -> dict[str, float]:
+def dcdit_flops(config: DCDiTConfig, tokens: float, router: nn.Module | None = None) -> dict[str, float]:
     """GFLOP of one image by component, `tokens` being the retained tokens of that image.
 
     `total` adds up what the paper counts (arXiv 2603.06351): encoder, router, main, dechunk and decoder.
     `uncounted` is what it leaves out: stem, embedders, the residual projection and the output layer.
+    A `router` of your own says its multiply-adds by `macs(cells)`; raises ConfigError where it does not.
     """
     width, narrow, cells = config.hidden_size, config.encoder_width, config.cells
     conv_stack = 9 * narrow * narrow * 3 + 9 * narrow * width
     if narrow != width:
         conv_stack += narrow * width
-    quarter = width // 4
-    if config.router == "predictability":
-        router = width * quarter + 2 * 9 * quarter**2 + quarter
-    else:
-        router = 2 * width**2 + 10 * width
+    if router is None:
+        with torch.device("meta"):
+            router = make_router(config)
+    if not hasattr(router, "macs"):
+        raise ConfigError(f"the FLOPs of {type(router).__name__} are unknown: give it macs(cells), see dcdit.router")
     outside = 9 * config.in_channels * narrow + width**2 + narrow * config.out_channels
     embedders = 256 * width + width**2 + 2 * narrow * width
     macs = {
         "encoder": cells * conv_stack + 2 * narrow * width,
-        "router": cells * router,
+        "router": router.macs(cells),
         "main": _blocks(config, tokens),
         "dechunk": tokens**2 * width,
         "decoder": cells * conv_stack + 2 * narrow * width,

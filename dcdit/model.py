@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from dcdit_kernels import ChunkPlan, chunk, dechunk, plan_chunks
+from dcdit_kernels import ChunkPlan
 
-from .blocks import ConvStack, FinalLayer, MainNetwork, TimestepEmbedding, sincos_2d
+from .blocks import ConvStack, MainNetwork
 from .config import DCDiTConfig
+from .embedders import TimestepEmbedding, sincos_2d
+from .final_layer import FinalLayer
+from .layers import WideLinear
 from .router import make_router
-
-
-@dataclass(frozen=True)
-class Routing:
-    """What the router decided: `boundary_prob` float32, `boundary_mask` after the tail drop and `natural_mask`
-    before it (bool), each (B, L); `plan`, the ChunkPlan that the operators used."""
-
-    boundary_prob: torch.Tensor
-    boundary_mask: torch.Tensor
-    natural_mask: torch.Tensor
-    plan: ChunkPlan
+from .routing import Routing
 
 
 class DCDiT(nn.Module):
-    """A Dynamic Chunking Diffusion Transformer on (B, C, H, W) latents, one token per latent cell."""
+    """A Dynamic Chunking Diffusion Transformer on (B, C, H, W) latents, one token per latent cell.
+
+    A forward is five steps: `condition`, `encode`, `route`, `backbone`, `decode`. Each can be called alone, and
+    overridden.
+
+    Args:
+        config: the sizes.
+        router: a module of your own in place of the router that the configuration names; see `dcdit.router`.
+        backbone: a module of your own in place of the DiT blocks, called as backbone(tokens, c, packing, **inputs) with
+            packed tokens (capacity, D), c (B, D) and the plan; it returns tokens of that shape. `inputs` are further
+            arguments of the model's forward.
+    """
 
     pos_embed: torch.Tensor
 
-    def __init__(self, config: DCDiTConfig) -> None:
+    def __init__(
+        self, config: DCDiTConfig, *, router: nn.Module | None = None, backbone: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         width, narrow = config.hidden_size, config.encoder_width
@@ -42,18 +47,32 @@ class DCDiT(nn.Module):
         # Pretrained embedders have a scale of their own; the fresh layers around the backbone see it normalised.
         self.cond_norm = nn.LayerNorm(width, eps=1e-6) if config.cond_norm else nn.Identity()
         self.encoder = ConvStack((narrow, narrow, width), width)
-        self.residual_proj = nn.Linear(width, width)
-        self.router = make_router(config)
-        self.main = MainNetwork(width, config.depth, config.num_heads, config.mlp_ratio)
+        self.residual_proj = WideLinear(width, width)
+        self.router = make_router(config) if router is None else router
+        self.main = backbone or MainNetwork(width, config.depth, config.num_heads, config.mlp_ratio)
         self.decoder = ConvStack((width, narrow, narrow), width)
         self.final = FinalLayer(narrow, width, config.out_channels)
         self.register_buffer("pos_embed", sincos_2d(width, config.input_size))
-        self.init_weights()
+        self._foreign = [name for name, given in (("router", router), ("main", backbone)) if given is not None]
+        self._init_linears()
 
     def init_weights(self) -> None:
+        """The weights of a fresh model, for one made on the meta device and given memory by `to_empty`.
+
+        Modules of your own are asked for their `reset_parameters`, where they have it.
+        """
+        for module in self.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        if "router" not in self._foreign:
+            self.router.init_weights()
+        self.pos_embed.copy_(sincos_2d(self.config.hidden_size, self.config.input_size))
+        self._init_linears()
+
+    def _init_linears(self) -> None:
         """Xavier linears, zero adaLN and output (DiT), zero residual projection (H-Net)."""
         for name, module in self.named_modules():
-            if not isinstance(module, nn.Linear) or name.startswith("router"):
+            if not isinstance(module, nn.Linear) or name.split(".")[0] in ("router", *self._foreign):
                 continue
             if name.endswith(("adaln.1", "final.linear", "residual_proj")):
                 nn.init.zeros_(module.weight)
@@ -77,6 +96,11 @@ class DCDiT(nn.Module):
 
         save_checkpoint(directory, self)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of inputs and outputs. Router and residual path compute in their own."""
+        return self.pos_embed.dtype
+
     def forward(
         self,
         x: torch.Tensor,
@@ -85,6 +109,9 @@ class DCDiT(nn.Module):
         drop_fraction: float | torch.Tensor = 0.0,
         return_routing: bool = False,
         capacity: int | None = None,
+        *,
+        routing: Routing | None = None,
+        **backbone_inputs: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, Routing]:
         """Predict noise (and variance) or velocity.
 
@@ -96,31 +123,73 @@ class DCDiT(nn.Module):
             capacity: rows for the retained tokens of the whole batch. None: as many as there are, for which the host
                 waits once; a number: nothing waits, as CUDA graphs need, and what has no room is dropped from the end
                 of the batch and counted in `routing.plan.overflow`.
+            routing: an earlier call's, for a batch of this size, to use in place of the router's. It has a budget
+                already: drop_fraction and capacity must be left out.
+            backbone_inputs: what a backbone of your own takes beside tokens, c and packing.
 
-        Returns (B, C, H, W), or (B, 2C, H, W) with config.learn_sigma; with `return_routing` also a Routing.
-        Raises ValueError for a wrong shape, dtype, class id or ρ.
+        Returns (B, C, H, W), or (B, 2C, H, W) with config.learn_sigma; with `return_routing` also the Routing.
+        Raises ValueError for a wrong shape, dtype, class id, ρ or routing.
         """
         self._check(x, t, y)
-        c = self.time_embed(t) + self.class_embed(y)
-        outer = self.cond_norm(c)
-        h = self.encoder(self.stem(x), outer)
-        with torch.autocast(x.device.type, enabled=False):
-            residual = self.residual_proj(h.to(self.residual_proj.weight.dtype))
-            boundary_prob = self.router(h.to(self.residual_proj.weight.dtype))
-        plan = plan_chunks(boundary_prob, self.config.input_size, drop_fraction, capacity=capacity)
-        tokens = self.main(chunk(h, plan, self.pos_embed), c, plan)
-        y_grid = dechunk(tokens, boundary_prob, plan, residual, self.config.sigma)
-        out = self.decoder(y_grid.transpose(1, 2).unflatten(2, self.config.input_size), outer)
-        out = self.final(out, outer).transpose(1, 2).unflatten(2, self.config.input_size)
-        if not return_routing:
-            return out
-        return out, Routing(boundary_prob, plan.boundary_mask, boundary_prob > 0.5, plan)
+        if routing is not None:
+            self._check_routing(routing, len(x), drop_fraction, capacity)
+        c, outer = self.condition(t, y)
+        h = self.encode(x, outer)
+        # Router and residual path are at least float32, whatever autocast makes of the rest; h is copied once for both.
+        wide = h.to(torch.promote_types(h.dtype, torch.float32))
+        if routing is None:
+            routing = self.route(wide, c, drop_fraction, capacity)
+        tokens = self.backbone(routing.chunk(h, self.pos_embed), c, routing.plan, **backbone_inputs)
+        out = self.decode(tokens, wide, routing, outer)
+        return (out, routing) if return_routing else out
+
+    def condition(self, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """t, y (B,) → the conditioning (B, D) of the backbone, and that of encoder and decoder."""
+        c = self.time_embed(t, self.dtype) + self.class_embed(y)
+        return c, self.cond_norm(c)
+
+    def encode(self, x: torch.Tensor, outer: torch.Tensor) -> torch.Tensor:
+        """x (B, C, H, W), outer (B, D) → h (B, L, D), a feature of each cell in raster order."""
+        return self.encoder(self.stem(x), outer)
+
+    def route(
+        self,
+        h: torch.Tensor,
+        c: torch.Tensor,
+        drop_fraction: float | torch.Tensor = 0.0,
+        capacity: int | None = None,
+    ) -> Routing:
+        """h (B, L, D), c (B, D) → which cells the backbone gets. The router sees both in h's dtype, never autocast."""
+        with torch.autocast(h.device.type, enabled=False):
+            boundary_prob = self.router(h, c.to(h.dtype))
+        return Routing.of(boundary_prob, self.config.input_size, drop_fraction, capacity=capacity)
+
+    def backbone(self, tokens: torch.Tensor, c: torch.Tensor, packing: ChunkPlan, **inputs: Any) -> torch.Tensor:
+        """Packed tokens (capacity, D), c (B, D) → tokens (capacity, D)."""
+        return self.main(tokens, c, packing, **inputs)
+
+    def decode(self, tokens: torch.Tensor, h: torch.Tensor, routing: Routing, outer: torch.Tensor) -> torch.Tensor:
+        """Tokens (capacity, D) back on the grid, with h (B, L, D) beside them → the prediction (B, C or 2C, H, W)."""
+        grid = routing.plan.grid
+        refilled = routing.dechunk(tokens, self.residual_proj(h), self.config.sigma)
+        out = self.decoder(refilled.transpose(1, 2).unflatten(2, grid), outer)
+        return self.final(out, outer).transpose(1, 2).unflatten(2, grid)
+
+    def _check_routing(
+        self, routing: Routing, batch: int, drop_fraction: float | torch.Tensor, capacity: int | None
+    ) -> None:
+        if capacity is not None or isinstance(drop_fraction, torch.Tensor) or drop_fraction != 0.0:
+            raise ValueError("drop_fraction and capacity must be left out beside a routing, which has its own budget")
+        grid, plan = self.config.input_size, routing.plan
+        if plan.grid != grid or not len(routing.boundary_prob) == plan.batch_size == batch:
+            samples = f"{len(routing.boundary_prob)} of {plan.batch_size} samples"
+            raise ValueError(f"routing must be for {batch} samples of {grid} cells, got {samples} of {plan.grid} cells")
 
     def _check(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> None:
         shape = (self.config.in_channels, *self.config.input_size)
         if x.dim() != 4 or tuple(x.shape[1:]) != shape:
             raise ValueError(f"x must have shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
-        wanted = self.stem.weight.dtype
+        wanted = self.dtype
         if not x.is_floating_point() or (x.dtype != wanted and not torch.is_autocast_enabled(x.device.type)):
             raise ValueError(f"x must be {wanted} as the model is, got {x.dtype}")
         for name, tensor in (("t", t), ("y", y)):

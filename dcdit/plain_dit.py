@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .blocks import DiTBlock, TimestepEmbedding, sincos_2d
+from .blocks import DiTBlock
 from .config import DCDiTConfig
+from .embedders import TimestepEmbedding, sincos_2d
 
 
 class PlainDiT(nn.Module):
@@ -27,7 +28,8 @@ class PlainDiT(nn.Module):
         self.register_buffer("pos_embed", sincos_2d(width, self.grid))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        c = self.time_embed(t) + self.class_embed(y)
+        """x (B, C, H, W), t and y (B,) → (B, C, H, W), or (B, 2C, H, W) with config.learn_sigma."""
+        c = self.time_embed(t, self.pos_embed.dtype) + self.class_embed(y)
         h = self.stem(x).flatten(2).transpose(1, 2) + self.pos_embed
         for block in self.blocks:
             h = block(h, c)
@@ -44,6 +46,7 @@ class _Block(DiTBlock):
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
 
     def forward(self, h: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        """h (B, M, D), c (B, D) → (B, M, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c)[:, None].chunk(6, dim=2)
         q, k, v = self.qkv(self.norm(h) * (1 + scale1) + shift1).unflatten(2, (3, self.heads, -1)).unbind(2)
         out = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)))

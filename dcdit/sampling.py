@@ -21,8 +21,9 @@ from .config import DCDiTConfig, check_keys
 from .drop_fraction import DropFraction, drop_table
 from .errors import CheckpointError, ConfigError, DCDiTError
 from .flops import dcdit_flops
-from .model import DCDiT, Routing
+from .model import DCDiT
 from .precision import float32_products
+from .routing import Routing
 from .schedulers import SCHEDULERS, make_scheduler
 
 
@@ -184,8 +185,7 @@ class _Batch:
                 raise DCDiTError(f"sampling diverged at t = {t:g}: {error}; {hint}") from error
         self.output = out.float() if self.halves == 1 else guide(out.float(), self.guidance, self.x.shape[1])
         batch = len(self.x)
-        masks = (routing.boundary_prob, routing.boundary_mask, routing.natural_mask)
-        return Routing(*(mask[:batch] for mask in masks), routing.plan)
+        return Routing(routing.boundary_prob[:batch], routing.plan)
 
     def update(self, i: int) -> None:
         """Let the scheduler take step i."""

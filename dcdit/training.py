@@ -15,9 +15,10 @@ from .codecs import make_codec
 from .data import Source, make_source
 from .diffusion import SUB_BATCH, make_objective, ratio_loss
 from .errors import ConfigError, DataError, DCDiTError
-from .model import DCDiT, Routing
+from .model import DCDiT
 from .precision import float32_products
 from .ranks import cpu_ranks
+from .routing import Routing
 from .stream import TrainingStream, batches, draw_drop_fraction
 from .train_config import OptimConfig, TrainConfig
 from .train_state import EMA, Metrics, load_state, save_state

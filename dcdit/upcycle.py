@@ -6,13 +6,14 @@ import dataclasses
 
 import torch
 
-from .blocks import sincos_2d
 from .config import DCDiTConfig
+from .embedders import sincos_2d
 from .errors import ConfigError
-from .model import DCDiT, Routing
+from .model import DCDiT
 from .plain_dit import PlainDiT
 from .pretrained_dit import load_dit
 from .pretrained_dit import to_dit as to_dit
+from .routing import Routing
 from .train_config import TrainConfig
 from .training import Trainer
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dcdit.blocks import RMSNorm, gelu_tanh, silu
 from dcdit.checkpoints import load_checkpoint, save_checkpoint
 from dcdit.commands.info import count_parameters
 from dcdit.config import PRESETS, DCDiTConfig, preset
 from dcdit.errors import CheckpointError, ConfigError
 from dcdit.flops import dcdit_flops, dit_flops
+from dcdit.layers import RMSNorm, gelu_tanh, silu
 from dcdit.model import DCDiT
 
 TINY = DCDiTConfig(

@@ -1,0 +1,54 @@
+"""Layers and activations that mind two things: the dtype of their input, and who else may hold it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules import module as hooks
+
+
+class RMSNorm(nn.RMSNorm):
+    """In its input's dtype: under autocast the weight is wider, and PyTorch's fused kernel takes one dtype only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, D) → (…, D)."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class WideLinear(nn.Linear):
+    """A linear map in its weight's dtype, under autocast too: the method computes it in float32 in any model."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, in) of any dtype → (…, out) in the weight's."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class WideConv2d(nn.Conv2d):
+    """A convolution that takes any dtype and computes in its weight's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in, H, W) of any dtype → (B, out, H, W) in the weight's."""
+        return super().forward(x.to(self.weight.dtype))
+
+
+def gelu_tanh(x: torch.Tensor, source: nn.Module | None = None) -> torch.Tensor:
+    """GELU, tanh form (arXiv 1606.08415). May overwrite x: see `may_overwrite`."""
+    if may_overwrite(x, source):
+        return torch.ops.aten.gelu_(x, approximate="tanh")
+    return F.gelu(x, approximate="tanh")
+
+
+def silu(x: torch.Tensor, source: nn.Module | None = None) -> torch.Tensor:
+    """SiLU. May overwrite x, as `gelu_tanh` does."""
+    return F.silu(x, inplace=may_overwrite(x, source))
+
+
+def may_overwrite(x: torch.Tensor, source: nn.Module | None) -> bool:
+    """Whether x may be computed in place: no gradient needs it, and no hook of `source`, the layer that made it, holds
+    it. An adapter or a quantised layer in the place of `source` may hold its output as well."""
+    if x.requires_grad or source is None:
+        return not x.requires_grad
+    plain = type(source) in (nn.Linear, nn.Conv2d, nn.GroupNorm)
+    return plain and not (source._forward_hooks or source._backward_hooks or hooks._global_forward_hooks)

@@ -1,0 +1,55 @@
+"""Routing: what a router decided for a batch, and the way of its cells to packed tokens and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dcdit_kernels import ChunkPlan, chunk, dechunk, plan_chunks
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a router decided.
+
+    - `boundary_prob` (B, L), float32 or float64: of each cell, the probability that it starts a chunk; that of the
+      plan's first B samples where the batch holds further ones.
+    - `plan`: the ChunkPlan made of it.
+    """
+
+    boundary_prob: torch.Tensor
+    plan: ChunkPlan
+
+    @classmethod
+    def of(
+        cls,
+        boundary_prob: torch.Tensor,
+        grid: tuple[int, ...],
+        drop_fraction: float | torch.Tensor = 0.0,
+        **options: Any,
+    ) -> Routing:
+        """The routing of boundary_prob (B, L) on a grid of L cells; `options` are those of `plan_chunks`."""
+        return cls(boundary_prob, plan_chunks(boundary_prob, grid, drop_fraction, nearest=f"{len(grid)}d", **options))
+
+    @property
+    def natural_mask(self) -> torch.Tensor:
+        """The router's boundaries before the tail drop, bool (B, L)."""
+        return self.boundary_prob > 0.5
+
+    @property
+    def boundary_mask(self) -> torch.Tensor:
+        """The retained cells, bool (B, L)."""
+        return self.plan.boundary_mask[: len(self.boundary_prob)]
+
+    def chunk(self, h: torch.Tensor, pos_embed: torch.Tensor | None = None) -> torch.Tensor:
+        """The retained cells of h (B, L, D), each with its row of pos_embed (L, D): packed tokens (capacity, D)."""
+        return chunk(h, self.plan, pos_embed)
+
+    def dechunk(self, tokens: torch.Tensor, residual: torch.Tensor, sigma: float | None) -> torch.Tensor:
+        """Tokens (capacity, D) smoothed over `sigma` cells (None: not), put back on the grid and added to
+        residual (B, L, D)."""
+        if sigma is None:
+            return dechunk(tokens, self.boundary_prob, self.plan, residual, smoothing=None)
+        return dechunk(tokens, self.boundary_prob, self.plan, residual, sigma)
