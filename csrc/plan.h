@@ -33,11 +33,11 @@ struct CountArgs {
     int64_t capacity;  // -1: as many rows as are retained
     int mode;
     int* prefix;       // (batch, cells): retained cells up to and with this one
-    int* info;         // (batch, 3): retained cells, the first of them, NaN probabilities
+    int* info;         // (batch, 3): retained cells, the first of them, numbers that are no probability
     int* member_base;  // (batch + 1,): refilled cells of the samples before
     int* cu_seqlens;   // (batch + 1,)
     int* overflow;     // ()
-    int* status;       // (2,): retained cells of the batch, or -1 where a probability is NaN; longest sample
+    int* status;       // (2,): retained cells of the batch, or -1 where a number is outside [0, 1]; longest sample
 };
 
 struct FillArgs {
@@ -64,21 +64,19 @@ struct Shared {
     int64_t values[Size];
     int64_t carry;
     int histogram[256];
-    int count, nans, digit, before, first, longest;
+    int count, improper, digit, before, first, longest;
 };
 
-// Unsigned integers in the order of the floats; -0 becomes +0 first.
+// The bits of a number above 0, as an unsigned integer, are in the order of the numbers.
 HD uint32_t ordered(float p) {
-    p += 0.0f;
     uint32_t bits;
     memcpy(&bits, &p, sizeof bits);
-    return bits >> 31 ? ~bits : bits | 0x80000000u;
+    return bits;
 }
 HD uint64_t ordered(double p) {
-    p += 0.0;
     uint64_t bits;
     memcpy(&bits, &p, sizeof bits);
-    return bits >> 63 ? ~bits : bits | 0x8000000000000000ull;
+    return bits;
 }
 
 // store(i, sum of load(0 .. i)) for i < n; returns the whole sum.
@@ -148,12 +146,15 @@ HD void count_sample(Exec& exec, Block& shared, const CountArgs& a, int b) {
     const Real threshold = Real(a.threshold);
     using Key = decltype(ordered(Real()));
 
-    exec.each([&](int t) { if (t == 0) shared.count = shared.nans = 0, shared.first = -1; });
+    exec.each([&](int t) { if (t == 0) shared.count = shared.improper = 0, shared.first = -1; });
     exec.each([&](int t) {
-        int count = 0, nans = 0;
-        for (int64_t i = t; i < a.cells; i += Exec::size) count += prob[i] > threshold, nans += prob[i] != prob[i];
+        int count = 0, improper = 0;
+        for (int64_t i = t; i < a.cells; i += Exec::size) {
+            count += prob[i] > threshold;
+            improper += !((prob[i] >= 0) & (prob[i] <= 1));  // NaN is not below 1 either
+        }
         if (count) exec.add(&shared.count, count);
-        if (nans) exec.add(&shared.nans, nans);
+        if (improper) exec.add(&shared.improper, improper);
     });
     const int count = shared.count;
     const float dropped = float(count) * (a.fraction ? a.fraction[b] : a.fraction_all);
@@ -186,7 +187,7 @@ HD void count_sample(Exec& exec, Block& shared, const CountArgs& a, int b) {
         if (t == 0) {
             a.info[3 * b] = keep;
             a.info[3 * b + 1] = shared.first;
-            a.info[3 * b + 2] = shared.nans;
+            a.info[3 * b + 2] = shared.improper;
         }
     });
 }
@@ -194,14 +195,14 @@ HD void count_sample(Exec& exec, Block& shared, const CountArgs& a, int b) {
 // Where each sample's rows and refilled cells start, and the two integers the host waits for.
 template <class Exec, class Block>
 HD void place_samples(Exec& exec, Block& shared, const CountArgs& a) {
-    exec.each([&](int t) { if (t == 0) shared.longest = shared.nans = 0, a.cu_seqlens[0] = a.member_base[0] = 0; });
+    exec.each([&](int t) { if (t == 0) shared.longest = shared.improper = 0, a.cu_seqlens[0] = a.member_base[0] = 0; });
     const int64_t capacity = a.capacity < 0 ? a.batch * a.cells : a.capacity;
     auto fits = [&](int64_t rows) { return int(rows < capacity ? rows : capacity); };
     const int64_t total = scan(
         exec, shared, a.batch,
         [&](int64_t b) {
             exec.max(&shared.longest, a.info[3 * b]);
-            exec.max(&shared.nans, a.info[3 * b + 2]);
+            exec.max(&shared.improper, a.info[3 * b + 2]);
             return int64_t(a.info[3 * b]);
         },
         [&](int64_t b, int64_t sum) { a.cu_seqlens[b + 1] = fits(sum); });
@@ -215,7 +216,7 @@ HD void place_samples(Exec& exec, Block& shared, const CountArgs& a) {
     exec.each([&](int t) {
         if (t == 0) {
             *a.overflow = int(total - fits(total));
-            a.status[0] = shared.nans ? -1 : int(total);
+            a.status[0] = shared.improper ? -1 : int(total);
             a.status[1] = shared.longest;
         }
     });

@@ -98,18 +98,32 @@ def make_objective(name: str, learn_sigma: bool) -> FlowMatching | DDPM:
 
 
 def ratio_loss(
-    boundary_prob: torch.Tensor, natural_mask: torch.Tensor, target_ratio: float, sub_batch: int = SUB_BATCH
+    boundary_prob: torch.Tensor,
+    natural_mask: torch.Tensor,
+    target_ratio: float,
+    sub_batch: int = SUB_BATCH,
+    valid: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """N/(N−1)·((N−1)·F·G + (1−F)(1−G)), averaged over sub-batches: 1 when a share 1/N is kept (H-Net eq. 10).
 
-    `boundary_prob` (B, L) float and `natural_mask` (B, L) bool; F is the mean of the mask, G of the probabilities.
-    Each `sub_batch` samples in a row form one sub-batch; the last may be smaller. Returns a scalar.
+    `boundary_prob` (B, L) float and `natural_mask` (B, L) bool; F is the mean of the mask, G of the probabilities, both
+    over the cells that `valid` bool (B, L) marks, by default all. Each `sub_batch` samples in a row form one sub-batch;
+    the last may be smaller. Returns a scalar. Raises ValueError for shapes that differ.
     """
+    given = (natural_mask,) if valid is None else (natural_mask, valid)
+    if boundary_prob.dim() != 2 or any(mask.shape != boundary_prob.shape for mask in given):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (boundary_prob, *given))
+        raise ValueError(f"ratio_loss: boundary_prob and its masks must have one shape (B, L), got {shapes}")
     losses = []
-    for mask, prob in zip(natural_mask.split(sub_batch), boundary_prob.split(sub_batch), strict=True):
-        kept, mean = mask.to(prob.dtype).mean(), prob.mean()
+    parts = (tensor.split(sub_batch) for tensor in (boundary_prob, *given))
+    for prob, mask, *cells in zip(*parts, strict=True):
+        kept, mean = (_mean(values, *cells) for values in (mask.to(prob.dtype), prob))
         losses.append((target_ratio - 1) * kept * mean + (1 - kept) * (1 - mean))
     return target_ratio / (target_ratio - 1) * torch.stack(losses).mean()
+
+
+def _mean(values: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+    return values.mean() if valid is None else torch.where(valid, values, 0.0).sum() / valid.sum()
 
 
 def _discretized_nll(x: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -77,9 +77,14 @@ def packed(op: str, name: str, tensor: torch.Tensor, plan: Packing) -> None:
     shaped(op, name, tensor, plan.capacity, None)
 
 
-def reject_nan(op: str, prob: torch.Tensor) -> None:
-    """Raise where a probability (B, L) is NaN, with how many there are and the first of them."""
-    bad = prob.isnan()
-    if bad.any():
-        sample, cell = divmod(int(bad.flatten().int().argmax()), prob.shape[1])
+def probabilities(op: str, prob: torch.Tensor) -> None:
+    """Raise where a number (B, L) is outside [0, 1], with the first of them; where some are NaN, with their count."""
+    if bool(((prob >= 0) & (prob <= 1)).all()):
+        return
+    missing = prob.isnan()
+    bad = missing if missing.any() else (prob < 0) | (prob > 1)
+    sample, cell = divmod(int(bad.flatten().int().argmax()), prob.shape[1])
+    if missing.any():
         raise ValueError(f"{op}: boundary_prob has {int(bad.sum())} NaN, the first in sample {sample} at cell {cell}")
+    value = prob[sample, cell].item()
+    raise ValueError(f"{op}: boundary_prob must be in [0, 1], got {value} in sample {sample} at cell {cell}")

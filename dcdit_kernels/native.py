@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ._check import reject_nan
+from ._check import probabilities
 from ._triton_support import assume_constant, capability
 from .chunk_plan import ChunkPlan
 
@@ -92,9 +92,8 @@ def plan_chunks(
     """See `dcdit_kernels.plan_chunks`.
 
     On CUDA three launches, a block per sample; on a CPU threads over samples. Workspace in integers: B·L, and 2·B·L
-    (3 for 3D) more on a GPU, 8·L (9) per thread on a CPU. A NaN is not a boundary, and only seen where the host looks:
-    on a CPU, and on a GPU unless `capacity` is given. `block` is for tests: threads of a sample's block on the CPU,
-    1 or 64.
+    (3 for 3D) more on a GPU, 8·L (9) per thread on a CPU. Numbers outside [0, 1] are refused on a CPU, and on a
+    GPU unless `capacity` is given. `block` is for tests: threads of a sample's block on the CPU, 1 or 64.
     """
     with device_of(boundary_prob):
         return _plan_chunks(boundary_prob.detach(), grid, drop_fraction, threshold, nearest, capacity, block)
@@ -134,7 +133,7 @@ def _plan_chunks(boundary_prob, grid, drop_fraction, threshold, nearest, capacit
     if capacity is None or device.type == "cpu":
         total, longest = status.tolist()  # the one copy from the device
         if total < 0:
-            reject_nan("plan_chunks", boundary_prob)
+            probabilities("plan_chunks", boundary_prob)
         if capacity is None:
             capacity, max_seqlen = total, longest
 

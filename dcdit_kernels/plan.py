@@ -25,6 +25,7 @@ def plan_chunks(
     threshold: float = 0.5,
     nearest: str = "2d",
     capacity: int | None = None,
+    valid: torch.Tensor | None = None,
     *,
     backend: str | None = None,
 ) -> ChunkPlan:
@@ -34,7 +35,7 @@ def plan_chunks(
     lowest p are dropped (product in float32; of equal p the later cell goes first).
 
     Args:
-        boundary_prob: (B, L) floating point, without NaN.
+        boundary_prob: (B, L) floating point, in [0, 1].
         grid: (H, W), (F, H, W) or (L,), with L cells in raster order.
         drop_fraction: ρ in [0, 1), one number or a tensor () or (B,). Under torch.compile a number is compiled in;
             pass a tensor to vary it.
@@ -43,8 +44,11 @@ def plan_chunks(
             retained cell at or before it.
         capacity: rows of every packed tensor. None: exactly the retained tokens, at the price of one
             device-to-host copy. A number: no synchronisation; see `ChunkPlan.overflow`.
+        valid: bool (B, L), False at padded cells. Those are no boundaries, whatever their probability, and are
+            refilled as other cells are.
 
-    Raises ValueError for a wrong shape, grid, ρ or probability, BackendError where `backend` cannot run.
+    Raises ValueError for a wrong shape, grid, ρ, threshold or probability (on a GPU with a fixed capacity
+    probabilities are not looked at), TypeError for a wrong dtype, BackendError where `backend` cannot run.
     """
     grid = tuple(grid)
     require(nearest in NEAREST, "plan_chunks: nearest must be one of {}, got {!r}", NEAREST, nearest)
@@ -55,6 +59,13 @@ def plan_chunks(
         require(fits, "plan_chunks: nearest={!r} needs a {} grid, got {}", nearest, nearest, grid)
     floating("plan_chunks", boundary_prob=boundary_prob)
     shaped("plan_chunks", "boundary_prob", boundary_prob, None, math.prod(grid))
+    fits = isinstance(threshold, Real) and 0 <= threshold <= 1
+    require(fits, "plan_chunks: threshold must be in [0, 1], got {}", threshold)
+    if valid is not None:
+        shaped("plan_chunks", "valid", valid, *boundary_prob.shape)
+        if valid.dtype != torch.bool:
+            raise TypeError(f"plan_chunks: valid must be bool, got {valid.dtype}")
+        boundary_prob = torch.where(valid, boundary_prob.detach(), 0.0)
     fits = capacity is None or (isinstance(capacity, int | torch.SymInt) and capacity >= 0)
     require(fits, "plan_chunks: capacity must be a number of rows, 0 or more, got {!r}", capacity)
     compiling = traced(boundary_prob)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._check import require, shaped
+from ._check import require, shaped, traced
 from .pack import pack_rows, unpack_rows
 from .plan import plan_chunks
 
@@ -17,7 +17,7 @@ def unpad_input(
     Args:
         hidden_states: (batch, seqlen, ...).
         attention_mask: (batch, seqlen), bool or 0 / 1: the tokens in use.
-        unused_mask: (batch, seqlen), tokens that take room without being used.
+        unused_mask: (batch, seqlen), bool or 0 / 1: tokens that take room without being used.
 
     Returns:
         hidden_states: (total, ...), the tokens of either mask.
@@ -25,18 +25,30 @@ def unpad_input(
         cu_seqlens: int32 (batch + 1,).
         max_seqlen_in_batch: int; with `total` the only copy from the device.
         seqused: int32 (batch,), the tokens of each sequence that attention_mask marks.
+
+    Raises ValueError for a mask of another shape or with other values, such as an additive one of 0 and -10000. On a
+    GPU the values of floating point masks alone are looked at, at the price of one more copy.
     """
     shape = tuple(hidden_states.shape)
     require(len(shape) >= 2, "unpad_input: hidden_states must be (batch, seqlen, ...), got {}", shape)
-    shaped("unpad_input", "attention_mask", attention_mask, *shape[:2])
-    taken = attention_mask
+    used = taken = _marks("attention_mask", attention_mask, *shape[:2])
     if unused_mask is not None:
-        shaped("unpad_input", "unused_mask", unused_mask, *shape[:2])
-        taken = attention_mask + unused_mask
+        taken = used | _marks("unused_mask", unused_mask, *shape[:2])
     plan = plan_chunks(taken.float(), (taken.shape[1],), nearest="previous")
     indices = plan.token_index.long()
-    seqused = attention_mask.sum(-1, dtype=torch.int32)
+    seqused = used.sum(-1, dtype=torch.int32)
     return pack_rows(hidden_states.flatten(0, 1), indices), indices, plan.cu_seqlens, plan.max_seqlen, seqused
+
+
+def _marks(name: str, mask: torch.Tensor, *shape: int) -> torch.Tensor:
+    """A mask of 0 and 1 as bool."""
+    shaped("unpad_input", name, mask, *shape)
+    looked_at = mask.device.type == "cpu" or mask.is_floating_point()
+    if looked_at and mask.dtype != torch.bool and not traced(mask):
+        other = mask[(mask != 0) & (mask != 1)]
+        if other.numel():
+            raise ValueError(f"unpad_input: {name} must be bool or hold 0 and 1, got {other[0].item()}")
+    return mask.bool()
 
 
 def pad_input(hidden_states: torch.Tensor, indices: torch.Tensor, batch: int, seqlen: int) -> torch.Tensor:

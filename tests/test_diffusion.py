@@ -156,6 +156,28 @@ def test_ratio_loss_by_sub_batches(batch, cells, n, sub_batch, seed):
     assert tensor.grad.isfinite().all()
 
 
+def test_ratio_loss_leaves_padded_cells_out():
+    """Each sub-batch is worth what its own cells are, and gradients reach those alone."""
+    prob = torch.rand(5, 12, dtype=torch.float64)
+    valid = torch.rand(5, 12) < 0.6
+    poisoned = torch.where(valid, prob, math.nan).requires_grad_()
+    loss = ratio_loss(poisoned, prob > 0.5, 4.0, 2, valid)
+    parts = [prob[first : first + 2][valid[first : first + 2]][None] for first in (0, 2, 4)]
+    torch.testing.assert_close(loss, torch.stack([ratio_loss(part, part > 0.5, 4.0) for part in parts]).mean())
+    loss.backward()
+    assert torch.equal(poisoned.grad != 0, valid)
+
+
+@pytest.mark.parametrize("shapes", [((3, 4), (3, 5)), ((3, 4), (2, 4)), ((3, 4), (12,)), ((12,), (12,))])
+def test_ratio_loss_names_shapes_that_differ(shapes):
+    prob, mask = torch.rand(shapes[0]), torch.ones(shapes[1], dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"one shape \(B, L\), got \(\d+"):
+        ratio_loss(prob, mask, 4.0)
+    if len(shapes[0]) == 2:
+        with pytest.raises(ValueError, match=r"one shape \(B, L\), got \(3, 4\), \(3, 4\)"):
+            ratio_loss(prob, prob > 0.5, 4.0, valid=mask)
+
+
 @pytest.mark.parametrize("n", [4, 16])
 def test_ratio_loss_is_one_at_its_target_and_pushes_towards_it(n):
     def loss_and_slope(kept):

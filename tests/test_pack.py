@@ -96,3 +96,19 @@ def test_unpad_and_pad(mask_dtype, with_unused):
     assert torch.equal(padded, torch.where(taken[..., None, None], hidden, 0))
     padded.sum().backward()
     assert torch.equal(hidden.grad, taken[..., None, None].expand_as(hidden).float())
+
+
+@pytest.mark.parametrize("mask", [torch.tensor([[0.0, -10000.0]]), torch.tensor([[0, -10000]]), torch.tensor([[0, 2]])])
+def test_masks_other_than_0_and_1_are_refused(mask):
+    hidden = torch.randn(1, 2, 3)
+    value = mask[0, 1].item()
+    with pytest.raises(ValueError, match=f"unpad_input: attention_mask must be bool or hold 0 and 1, got {value}"):
+        K.unpad_input(hidden, mask)
+    with pytest.raises(ValueError, match=f"unpad_input: unused_mask must be bool or hold 0 and 1, got {value}"):
+        K.unpad_input(hidden, torch.ones(1, 2), mask)
+
+
+def test_a_token_may_be_marked_by_both_masks():
+    hidden, ones = torch.randn(1, 2, 3), torch.ones(1, 2)
+    tokens, *_, seqused = K.unpad_input(hidden, ones, ones)
+    assert torch.equal(tokens, hidden[0]) and seqused.tolist() == [2]

@@ -72,15 +72,43 @@ def test_bit_identical_to_the_reference(data, seed):
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_values_of_any_sign_and_size(block):
-    """Selection orders floats by their bits: both signs, both zeros, infinity, and the smallest numbers."""
-    edge = [-0.9, -1e-40, -0.0, 0.0, 1e-45, 1e-40, 0.3, 1.0, 1 + 2**-23, 3e38, math.inf]
+def test_probabilities_of_any_size(block):
+    """Selection orders floats by their bits: both zeros, the smallest numbers, and neighbours."""
+    edge = [-0.0, 0.0, 1e-45, 3e-45, 1e-40, 1.2e-38, 0.3, 0.3 + 2**-25, 0.5, 1 - 2**-24, 1.0]
     for dtype in (torch.float32, torch.float64):
         gen = torch.Generator().manual_seed(1)
         prob = torch.tensor(edge, dtype=dtype)[torch.randint(0, len(edge), (40, 60), generator=gen)]
         drop = torch.linspace(0, 0.95, 40)
-        got = native.plan_chunks(prob, (60,), drop, -0.95, "1d", block=block)
-        assert_same(got, reference.plan_chunks(prob, (60,), drop, -0.95, "1d"))
+        got = native.plan_chunks(prob, (60,), drop, 0.0, "1d", block=block)
+        assert_same(got, reference.plan_chunks(prob, (60,), drop, 0.0, "1d"))
+
+
+@pytest.mark.parametrize("value", [-1e-6, 1 + 2**-23, 3.0, -math.inf, math.inf])
+@pytest.mark.parametrize("capacity", [None, 9])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_logits_are_refused(backend, capacity, value):
+    prob = torch.full((3, 6), 0.7)
+    prob[1, 4] = prob[2, 0] = value
+    message = re.escape(f"boundary_prob must be in [0, 1], got {prob[1, 4].item()} in sample 1 at cell 4")
+    with pytest.raises(ValueError, match=message):
+        K.plan_chunks(prob, (2, 3), capacity=capacity, backend=backend)
+    for threshold in (-0.1, 1.5, math.nan):
+        with pytest.raises(ValueError, match=rf"threshold must be in \[0, 1\], got {threshold}"):
+            K.plan_chunks(torch.rand(3, 6), (2, 3), threshold=threshold, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_padded_cells_are_no_boundaries(backend):
+    """Whatever is in them; a sample's drop counts its own cells alone."""
+    prob, valid = torch.rand(3, 30), torch.rand(3, 30) < 0.6
+    valid[2] = False
+    want = K.plan_chunks(torch.where(valid, prob, 0.0), (5, 6), 0.4, backend=backend)
+    assert not want.boundary_mask[~valid].any() and want.lengths[0] < (valid & (prob > 0.5))[0].sum()
+    padded = torch.where(valid, prob, torch.tensor([math.nan, math.inf, 1.0])[:, None])
+    assert_same(K.plan_chunks(padded, (5, 6), 0.4, valid=valid, backend=backend), want)
+    for bad in (valid.float(), valid[:2], valid[:, :3]):
+        with pytest.raises((TypeError, ValueError), match=r"plan_chunks: valid must (be bool|have shape \(3, 30\))"):
+            K.plan_chunks(prob, (5, 6), valid=bad, backend=backend)
 
 
 def test_large_grids():

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .._check import reject_nan
+from .._check import probabilities
 from ..chunk_plan import ChunkPlan
 
 
@@ -19,7 +19,7 @@ def plan_chunks(
     capacity: int | None = None,
 ) -> ChunkPlan:
     """See `dcdit_kernels.plan_chunks`. Memory: one (L, M_b) distance matrix at a time."""
-    reject_nan("plan_chunks", boundary_prob)
+    probabilities("plan_chunks", boundary_prob)
     batch, cells = boundary_prob.shape
     device = boundary_prob.device
     mask = tail_drop(boundary_prob.detach(), drop_fraction, threshold)
