@@ -103,7 +103,7 @@ class DiTBlock(nn.Module):
         """(T, D) → (T, D): attention within each sample."""
         q, k, v = self.qkv(x).unflatten(1, (3, self.heads, x.shape[1] // self.heads)).unbind(1)
         lengths = (packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen)
-        out = varlen_attention(q, k, v, *lengths, exact=packing.exact)
+        out = varlen_attention(q, k, v, *lengths, packing=packing)
         return self.proj(out.reshape(x.shape))
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:

@@ -54,14 +54,18 @@ def shaped(op: str, name: str, tensor: torch.Tensor, *shape: int | None) -> None
         raise ValueError(f"{op}: {name} must have shape {wanted}, got {tuple(tensor.shape)}")
 
 
-def offsets(op: str, name: str, cu_seqlens: torch.Tensor, rows: int) -> None:
-    """(B + 1,) integers that rise from 0 to at most `rows`; their values are looked at on a CPU alone."""
+def offsets(op: str, name: str, cu_seqlens: torch.Tensor, rows: int) -> int | None:
+    """(B + 1,) integers that rise from 0 to at most `rows`. Returns the longest sample; None where the values are not
+    looked at, which is anywhere but on a CPU."""
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{op}: {name} must be integers (B + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
     if cu_seqlens.device.type == "cpu" and not traced(cu_seqlens):
         values = cu_seqlens.tolist()
-        if values[0] != 0 or values[-1] > rows or any(a > b for a, b in itertools.pairwise(values)):
+        lengths = [b - a for a, b in itertools.pairwise(values)]
+        if values[0] != 0 or values[-1] > rows or any(length < 0 for length in lengths):
             raise ValueError(f"{op}: {name} must rise from 0 to at most {rows}, got {values}")
+        return max(lengths, default=0)
+    return None
 
 
 def one_device(op: str, first: torch.Tensor, others: Mapping[str, torch.Tensor | None]) -> None:

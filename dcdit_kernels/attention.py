@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from . import _dispatch, _ops, flash
+from . import _dispatch, _ops, flash, flash_calls
 from ._check import floating, offsets, one_device, require, shaped
+from .packing import Packing
 
 
 def _native_why_not(q: torch.Tensor, *_: Any, **__: Any) -> str | None:
@@ -37,23 +38,28 @@ def varlen_attention(
     softmax_scale: float | None = None,
     *,
     exact: bool = False,
+    packing: Packing | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """softmax(q kᵀ · scale) v of each sample's own rows (FlashAttention, arXiv 2307.08691).
 
-    The native back-end is flash-attn 4, 3 or 2 or torch's varlen_attn on a GPU, in float16 or bfloat16; elsewhere
-    PyTorch's fused attention sample by sample. `explain("varlen_attention", q, k, v, …)` says which and why.
+    The native back-end is FlashAttention on a GPU in float16 or bfloat16 (flash-attn 4, 3 or 2, or PyTorch's own) and
+    PyTorch's efficient attention in float32; elsewhere PyTorch's fused attention sample by sample.
+    `explain("varlen_attention", q, k, v, …)` says which and why.
 
     Args:
         q: (Tq, heads, head_dim); k, v: (Tk, heads, head_dim); views of a fused qkv are fine.
-        cu_seqlens_q, cu_seqlens_k: int32 (B + 1,). max_seqlen_q, max_seqlen_k: upper bounds of the lengths.
+        cu_seqlens_q, cu_seqlens_k: int32 (B + 1,). max_seqlen_q, max_seqlen_k: the longest sample, or more.
         softmax_scale: head_dim ** -0.5 where None.
-        exact: promises that every row of q, k and v is live (`ChunkPlan.exact`), so that FlashAttention's tails need
-            not be zeroed: a pass over the output and one over each gradient less.
+        exact: promises that every row of q, k and v is live.
+        packing: q's rows. Its live mask then serves every block; and where no gradient is needed the output
+            past the last live row is undefined, which operators with a packing never read: a pass over it less.
 
-    Returns (Tq, heads, head_dim) in q's dtype, or autocast's; zero past the last live row. FlashAttention's gradients
-    agree bit for bit between runs under torch.use_deterministic_algorithms(True), at some cost. Raises ValueError or
-    TypeError for shapes, dtypes, devices and, on a CPU, offsets that do not fit.
+    Returns (Tq, heads, head_dim) in q's dtype, or autocast's. Past the last live row the gradients are zero, and so is
+    the output, but for `packing`. FlashAttention's gradients agree bit for bit between runs under
+    torch.use_deterministic_algorithms(True), at some cost. Raises ValueError or TypeError for shapes, dtypes and
+    devices that do not fit; on a CPU also for offsets, and for samples longer than the bound given. On a GPU, which the
+    host does not wait for, the rows past that bound are undefined.
     """
     floating("varlen_attention", q=q, k=k, v=v)
     kind = q.device.type
@@ -64,9 +70,9 @@ def varlen_attention(
     shaped("varlen_attention", "q", q, None, None, None)
     shaped("varlen_attention", "k", k, None, q.shape[1], q.shape[2])
     shaped("varlen_attention", "v", v, *k.shape)
-    offsets("varlen_attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0])
-    if cu_seqlens_k is not cu_seqlens_q or k.shape[0] != q.shape[0]:
-        offsets("varlen_attention", "cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    _lengths("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+    if cu_seqlens_k is not cu_seqlens_q or k.shape[0] != q.shape[0] or max_seqlen_k != max_seqlen_q:
+        _lengths("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
     shapes = tuple(cu_seqlens_q.shape), tuple(cu_seqlens_k.shape)
     require(
         shapes[0] == shapes[1], "varlen_attention: cu_seqlens_q {} and cu_seqlens_k {} must describe one batch", *shapes
@@ -83,4 +89,19 @@ def varlen_attention(
     if library is None:
         return _ops.run("varlen_attention", name, **inputs)
     one_device("varlen_attention", q, tensors)
-    return flash.attend(library, exact, **inputs)
+    exact = exact or (
+        packing is not None and packing.exact and cu_seqlens_k is cu_seqlens_q and k.shape[0] == q.shape[0]
+    )
+    return flash_calls.attend(library, packing, exact, **inputs)
+
+
+def _lengths(of: str, cu_seqlens: torch.Tensor, rows: int, max_seqlen: int) -> None:
+    """Raise where offsets and their bound do not fit; values of tensors are looked at on a CPU alone."""
+    fits = isinstance(max_seqlen, int | torch.SymInt) and max_seqlen >= 0
+    require(fits, "varlen_attention: max_seqlen_{} must be a number of rows, got {!r}", of, max_seqlen)
+    longest = offsets("varlen_attention", f"cu_seqlens_{of}", cu_seqlens, rows)
+    if longest is not None:
+        name = f"max_seqlen_{of}"
+        require(
+            longest <= max_seqlen, "varlen_attention: {} is {}, the longest sample has {}", name, max_seqlen, longest
+        )

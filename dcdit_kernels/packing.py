@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -105,6 +106,12 @@ class Packing:
     def lengths(self) -> torch.Tensor:
         """Rows of each sample, int32 (batch_size,)."""
         return self.cu_seqlens.diff()
+
+    @functools.cached_property
+    def live(self) -> torch.Tensor:
+        """The rows before `cu_seqlens[-1]`, bool (capacity,): made when first asked for, then kept."""
+        with kept_for_backward():
+            return self.sample_index >= 0
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """A copy with its tensors on `device`."""

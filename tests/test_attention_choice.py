@@ -1,5 +1,6 @@
 """Which FlashAttention varlen_attention takes, how each is called, and that no row past the last live one matters."""
 
+import functools
 import inspect
 import math
 import sys
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 import dcdit_kernels as K
-from dcdit_kernels import flash, reference
+from dcdit import DCDiT, DCDiTConfig
+from dcdit_kernels import Packing, flash, flash_calls, reference
 
 CU_Q, CU_K = (torch.tensor(cu, dtype=torch.int32) for cu in ([0, 4, 4, 9], [0, 2, 5, 11]))
 
@@ -75,6 +77,27 @@ def torch_2_12(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_au
     return math_of(query, key, value, cu_seq_q, cu_seq_k, scale, dirty=True)
 
 
+# Operators of PyTorch, with the parameters that `test_aten_operators_take_our_arguments` finds in the installed one.
+def aten_flash(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *,
+               scale=None):  # fmt: skip
+    assert dropout_p == 0.0 and not is_causal and not return_debug_mask
+    out = math_of(query, key, value, cum_seq_q, cum_seq_k, scale, dirty=True)
+    return out, *(torch.empty(0) for _ in range(4))
+
+
+def aten_efficient(query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+                   custom_mask_type, compute_log_sumexp=False, *, scale=None):  # fmt: skip
+    assert bias is None and dropout_p == 0.0 and custom_mask_type == 0
+    assert 1 <= max_seqlen_q <= query.shape[1] and 1 <= max_seqlen_k <= key.shape[1], "its backward demands it"
+    assert compute_log_sumexp == query.requires_grad, "the backward reads it, the forward alone does not"
+    assert all(x.dim() == 4 and x.shape[0] == 1 and x.stride(3) == 1 for x in (query, key, value))
+    assert all(step % 4 == 0 for x in (query, key, value) for step in (*x.stride()[1:3], x.storage_offset()))
+    rows = (x.squeeze(0) for x in (query, key, value))
+    out = math_of(*rows, cu_seqlens_q, cu_seqlens_k, scale, dirty=True)[None]
+    return out, *(torch.empty(0) for _ in range(3)), max_seqlen_q, max_seqlen_k
+
+
+ATEN = {"torch FlashAttention": aten_flash, "torch efficient attention": aten_efficient}
 STAND_INS = {
     "flash-attn 4": ("flash_attn.cute", "flash_attn_varlen_func", flash_4),
     "flash-attn 3": ("flash_attn_interface", "flash_attn_varlen_func", flash_3),
@@ -88,12 +111,26 @@ STAND_INS = {
 def install(monkeypatch):
     """Install stand-ins, and nothing else, on a machine where any GPU would do."""
     monkeypatch.setattr(flash, "_found", {})
+    monkeypatch.setattr(flash, "_chosen", {})
+    operators = {}
+
+    def aten(name):
+        if name not in operators:
+            raise ImportError("no kernel")
+        return operators[name], frozenset(inspect.signature(operators[name]).parameters)
+
+    monkeypatch.setattr(flash, "_aten", aten)
     monkeypatch.setattr(flash, "_refuses_device", lambda *args: None)
     for module in ("flash_attn.cute", "flash_attn_interface", "flash_attn", "torch.nn.attention.varlen"):
         monkeypatch.setitem(sys.modules, module, None)  # an ImportError
 
     def put(*names):
+        flash._found.clear()
+        flash._chosen.clear()
         for name in names:
+            if name in ATEN:
+                operators[next(x.function for x in flash.LIBRARIES if x.name == name)] = ATEN[name]
+                continue
             module, function, stand_in = STAND_INS[name]
             monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{function: stand_in}))
 
@@ -108,6 +145,10 @@ def rows(dtype=torch.float16, head_dim=8):
     return q, *kv.unbind(1)
 
 
+def dtype_of(name):
+    return torch.float32 if "efficient" in name else torch.float16
+
+
 def value_and_gradients(function, tensors):
     leaves = [t.detach().requires_grad_() for t in tensors]
     out = function(*leaves)
@@ -116,11 +157,11 @@ def value_and_gradients(function, tensors):
 
 
 @pytest.mark.parametrize("scale", [None, 0.7])
-@pytest.mark.parametrize("name", STAND_INS)
+@pytest.mark.parametrize("name", [*STAND_INS, *ATEN])
 def test_each_library_is_called_as_it_wants(name, scale, install):
     """Argument order, returned tuples, scale and rows past the last live one, for what each release takes."""
     install(name)
-    tensors = rows()
+    tensors = rows(dtype_of(name))
     attend = lambda *t: K.varlen_attention(*t, CU_Q.long(), CU_K, 5, 6, scale)  # noqa: E731
     assert f"native is {name.replace('2.10', 'varlen_attn')}" in K.explain(
         "varlen_attention", *tensors, CU_Q, CU_K, 5, 6
@@ -129,17 +170,17 @@ def test_each_library_is_called_as_it_wants(name, scale, install):
     double = [t.double() for t in tensors]
     want = value_and_gradients(lambda *t: K.varlen_attention(*t, CU_Q, CU_K, 5, 6, scale, backend="reference"), double)
     for g, w in zip(got, want, strict=True):
-        assert g.dtype == torch.float16
+        assert g.dtype == dtype_of(name)
         torch.testing.assert_close(g.double(), w, rtol=2**-9, atol=2**-9)
     assert got[0][9:].abs().max() == got[1][9:].abs().max() == got[2][11:].abs().max() == got[3][11:].abs().max() == 0
 
 
-@pytest.mark.parametrize("name", STAND_INS)
+@pytest.mark.parametrize("name", [*STAND_INS, *ATEN])
 def test_an_exact_plan_has_no_tail_to_zero(name, install, monkeypatch):
     """With every row live nothing is masked, and the numbers are those of the reference."""
     install(name)
-    monkeypatch.setattr(flash, "_live", lambda *_: pytest.fail("a mask was made"))
-    q, k, v = rows()
+    monkeypatch.setattr(flash_calls, "_live", lambda *_: pytest.fail("a mask was made"))
+    q, k, v = rows(dtype_of(name))
     tensors = q[:9], k[:11], v[:11]
     got = value_and_gradients(lambda *t: K.varlen_attention(*t, CU_Q, CU_K, 5, 6, exact=True), tensors)
     double = [t.double() for t in tensors]
@@ -155,11 +196,9 @@ def test_order_and_reasons(install):
     assert "native is SDPA sample by sample" in explain(q, k, v)
     assert "flash-attn 2: not installed" in explain(q, k, v)
     install("torch varlen_attn", "flash-attn 2")
-    flash._found.clear()
     text = explain(q, k, v)
     assert "native is flash-attn 2" in text and "torch varlen_attn: can run" in text
     install("flash-attn 3", "flash-attn 4")
-    flash._found.clear()
     assert "native is flash-attn 4" in explain(q, k, v)
     wide = rows(head_dim=192)
     assert "native is flash-attn 3" in explain(*wide) and "multiple of 8 up to 128, got 192" in explain(*wide)
@@ -167,6 +206,9 @@ def test_order_and_reasons(install):
     assert "native is SDPA" in explain(*odd) and "multiple of 8 up to 256, got 12" in explain(*odd)
     single = rows(torch.float32)
     assert "native is SDPA" in explain(*single) and "got torch.float32, torch.float32" in explain(*single)
+    install("torch FlashAttention", "torch efficient attention")
+    assert "native is torch efficient attention" in explain(*single)
+    assert "torch FlashAttention: needs q, k and v in float16 or bfloat16" in explain(*single)
     assert "there are no rows" in explain(q[:0], k, v)
 
 
@@ -188,7 +230,7 @@ def test_deterministic_algorithms_are_asked_for(install):
 
     q, k, v = rows()
     K.varlen_attention(q, k, v, CU_Q, CU_K, 5, 6)
-    flash._found["flash_attn"] = (record, frozenset())
+    flash._found["flash_attn", "flash_attn_varlen_func"] = (record, frozenset())
     K.varlen_attention(q, k, v, CU_Q, CU_K, 5, 6)
     torch.use_deterministic_algorithms(True)
     try:
@@ -219,6 +261,69 @@ def test_torch_varlen_takes_our_keywords():
     missing = [p.name for p in signature.parameters.values() if p.default is p.empty and p.name not in bound.arguments]
     assert not missing
     assert isinstance(flash._find("torch.nn.attention.varlen", "varlen_attn", flash.TORCH_KEYWORDS), tuple)
+
+
+@pytest.mark.parametrize("name", ATEN)
+def test_aten_operators_take_our_arguments(name):
+    """The installed torch, on tensors without values: its schema, and its derivative in C++."""
+    library = next(x for x in flash.LIBRARIES if x.name == name)
+    operator = getattr(torch.ops.aten, library.function).default
+    assert set(library.keywords) <= {argument.name for argument in operator._schema.arguments}
+    taken = [p.name for p in inspect.signature(ATEN[name]).parameters.values()]
+    assert taken == [*[a.name for a in operator._schema.arguments][: len(taken) - 1], "scale"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(flash._found, (library.module, library.function), (operator, frozenset()))
+        q, k, v = torch.empty(9, 3, 2, 72, dtype=dtype_of(name), device="meta", requires_grad=True).unbind(1)
+        cu = torch.empty(4, dtype=torch.int32, device="meta")
+        out = flash_calls.attend(library, None, False, q, k, v, cu, cu, 8, 8, 0.3)
+        assert out.shape == q.shape and out.dtype == q.dtype
+    nodes = [out.grad_fn]
+    for node in nodes:
+        nodes += [further for further, _ in node.next_functions if further is not None and further not in nodes]
+    derivative = library.function.replace("_forward", "_backward").replace("_", "")
+    assert any(derivative in type(node).__name__.lower() for node in nodes), nodes
+
+
+def small_net():
+    """A model whose every parameter matters, on 6×6 cells."""
+    net = DCDiT(DCDiTConfig(input_size=(6, 6), hidden_size=64, depth=2, num_heads=4, encoder_width=32))
+    for parameter in net.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    torch.nn.init.constant_(net.router.score.bias, 0.0)
+    return net, torch.randn(3, 4, 6, 6), torch.tensor([1.0, 500.0, 999.0]), torch.tensor([1, 2, 3])
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_garbage_past_the_live_rows_reaches_nobody(gradients, install, monkeypatch):
+    """The model in fixed mode, attention's tails NaN in the output and in the gradients, against the exact mode."""
+    net, *inputs = small_net()
+    install("torch efficient attention")
+    masks, live = [], Packing.live.func
+    property_ = functools.cached_property(lambda plan: masks.append(plan) or live(plan))
+    property_.__set_name__(Packing, "live")
+    monkeypatch.setattr(Packing, "live", property_)
+    results = {}
+    for capacity in (None, 108):
+        with torch.set_grad_enabled(gradients):
+            out, routing = net(*inputs, capacity=capacity, return_routing=True)
+            assert routing.plan.exact == (capacity is None) and 0 < routing.plan.cu_seqlens[-1] < 108
+            grads = torch.autograd.grad(out.square().sum(), list(net.parameters())) if gradients else ()
+        results[capacity] = (out, *grads)
+    for got, want in zip(results[108], results[None], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert len(masks) == gradients, "one live mask for all blocks, and none without gradients"
+
+
+@pytest.mark.parametrize("bound", [4, None, 40.0, -1])
+def test_a_bound_below_the_longest_sample(bound):
+    q, k, v = rows(torch.float32)
+    with pytest.raises(
+        ValueError, match=r"max_seqlen_q (is 4, the longest sample has 5|must be a number of rows, got)"
+    ):
+        K.varlen_attention(q, k, v, CU_Q, CU_K, bound, 6)
+    with pytest.raises(ValueError, match="max_seqlen_k"):
+        K.varlen_attention(q, k, v, CU_Q, CU_K, 5, 5 if bound == 4 else bound)
 
 
 def compiled_against_eager(dtype, tolerance):
@@ -283,7 +388,7 @@ def test_installed_libraries_on_the_gpu():
     for library in flash.LIBRARIES:
         if flash.why_not(library, *tensors) is None:
             leaves = [t.detach().requires_grad_() for t in tensors]
-            out = flash.attend(library, False, *leaves, cu_q, cu_k, 5, 6, None)
+            out = flash_calls.attend(library, None, False, *leaves, cu_q, cu_k, 5, 6, None)
             weight = torch.linspace(-1, 2, out.numel(), device="cuda").view(out.shape).to(out.dtype)
             got = [out, *torch.autograd.grad(out, leaves, weight)]
             for g, w in zip(got, want, strict=True):

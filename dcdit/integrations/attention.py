@@ -62,7 +62,7 @@ class PackedAttnProcessor:
         q, k, v = (part.unflatten(1, (attn.heads, -1)) for part in (q, k, v))
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)
-        out = varlen_attention(q, k, v, plan.cu_seqlens, cu_seqlens, plan.max_seqlen, max_seqlen)
+        out = varlen_attention(q, k, v, plan.cu_seqlens, cu_seqlens, plan.max_seqlen, max_seqlen, packing=plan)
         out = attn.to_out[1](attn.to_out[0](out.flatten(1)))[:, None]
         if attn.residual_connection:
             out = out + hidden_states
