@@ -10,6 +10,7 @@ from .chunk import chunk
 from .chunk_plan import ChunkPlan
 from .dechunk import dechunk
 from .ema import ema_smooth
+from .group_norm import group_norm_silu
 from .modulate import adaln_modulate, gate_residual, gate_residual_modulate
 from .pack import pack_rows, unpack_rows
 from .packing import Packing
@@ -31,6 +32,7 @@ __all__ = [
     "explain",
     "gate_residual",
     "gate_residual_modulate",
+    "group_norm_silu",
     "pack_rows",
     "pad_input",
     "plan_chunks",

@@ -204,8 +204,8 @@ def _backward(op: str, args: tuple[Any, ...]) -> list[torch.Tensor]:
 
 
 def _own(grad: torch.Tensor, memory: set[int]) -> torch.Tensor:
-    """`grad` contiguous, copied where its memory is among `memory`, which it then joins."""
-    grad = grad.contiguous()
+    """`grad` dense, copied where its memory is among `memory`, which it then joins."""
+    grad = grad.contiguous(memory_format=_layout(grad))
     if grad.untyped_storage().data_ptr() in memory:
         grad = grad.clone()
     memory.add(grad.untyped_storage().data_ptr())
@@ -230,10 +230,16 @@ def _differentiate(op: str, backend: str, grads: Any, needs: list[bool], inputs:
     return [next(own) if need else None for need in needs]
 
 
+def _layout(t: torch.Tensor) -> torch.memory_format:
+    """Channels-last features stay so: convolutions would put back what came in another layout."""
+    last = t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def _like(needs: list[bool], tensors: tuple[Any, ...]) -> list[torch.Tensor]:
     """A gradient for each input, without elements where none is needed."""
     first = tensors[0]
     return [
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else first.new_empty(0)
+        torch.empty_like(t, memory_format=_layout(t)) if need else first.new_empty(0)
         for t, need in zip(tensors, needs, strict=True)
     ]

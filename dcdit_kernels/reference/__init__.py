@@ -5,6 +5,7 @@ from .boundary import boundary_cosine, boundary_predictability
 from .chunk import chunk
 from .dechunk import dechunk
 from .ema import ema_smooth
+from .group_norm import group_norm_silu
 from .modulate import adaln_modulate, gate_residual, gate_residual_modulate
 from .pack import pack_rows, unpack_rows
 from .plan import plan_chunks
@@ -18,6 +19,7 @@ __all__ = [
     "ema_smooth",
     "gate_residual",
     "gate_residual_modulate",
+    "group_norm_silu",
     "pack_rows",
     "plan_chunks",
     "unpack_rows",

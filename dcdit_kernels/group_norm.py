@@ -1,0 +1,61 @@
+"""GroupNorm and SiLU in one pass over channels-last features, with the conditioning added in front."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import _dispatch, _ops, _triton_support
+from ._check import floating, require, shaped
+from .cpu._rows import why_not as cpu_why_not
+
+
+def _like_x(x: torch.Tensor, **_: Any) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+_ops.define(
+    "group_norm_silu",
+    "Tensor x, Tensor weight, Tensor bias, Tensor? cond",
+    "int groups, float eps",
+    _like_x,
+    plan=False,
+)
+_dispatch.register_reference("group_norm_silu")
+_dispatch.register("group_norm_silu", "native", "dcdit_kernels.reference:group_norm_silu", cpu_why_not)
+_dispatch.register("group_norm_silu", "triton", "dcdit_kernels.triton.group_norm:GroupNormSiLU", _triton_support.why_not)
+
+
+def group_norm_silu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    cond: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """SiLU(GroupNorm(x + cond)), the first half of a residual convolution block (GroupNorm: arXiv 1803.08494).
+
+    Args:
+        x: (B, C, H, W). Features that are not channels-last are copied.
+        weight, bias: (C,) of the GroupNorm with `groups` groups.
+        cond: (B, C), added to every cell of a sample.
+
+    Returns (B, C, H, W) in x's dtype, channels-last; sum and statistics in float32 (float64 for float64 input).
+    Raises ValueError where shapes or groups do not fit.
+    """
+    floating("group_norm_silu", x=x, weight=weight, bias=bias, cond=cond)
+    shaped("group_norm_silu", "x", x, None, None, None, None)
+    channels = x.shape[1]
+    shaped("group_norm_silu", "weight", weight, channels)
+    shaped("group_norm_silu", "bias", bias, channels)
+    if cond is not None:
+        shaped("group_norm_silu", "cond", cond, x.shape[0], channels)
+    fits = groups >= 1 and channels % groups == 0
+    require(fits, "group_norm_silu: {} channels do not fit {} groups", channels, groups)
+    require(eps >= 0, "group_norm_silu: eps must not be negative, got {}", eps)
+    x = x.contiguous(memory_format=torch.channels_last)
+    return _ops.run("group_norm_silu", backend, x=x, weight=weight, bias=bias, cond=cond, groups=groups, eps=eps)

@@ -1,0 +1,222 @@
+"""GroupNorm–SiLU against the reference in float64: in Triton's interpreter, or on a GPU where there is one."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dcdit_kernels as K
+from dcdit_kernels import _ops
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# (B, C, H, W), groups: groups of one, three, nine and 36 channels; one group; widths of no multiple of eight.
+CASES = [
+    ((2, 32, 5, 7), 32),
+    ((2, 96, 7, 9), 32),
+    ((1, 288, 1, 40), 32),
+    ((1, 144, 5, 7), 4),
+    ((3, 70, 9, 8), 1),
+    ((1, 72, 9, 1), 8),
+    ((2, 264, 3, 3), 2),
+    ((2, 1, 3, 3), 1),
+]
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def inputs(shape, cond=True):
+    """x far from zero and of a level for each channel; cond with rows apart, as one of several modulators."""
+    batch, channels = shape[:2]
+    level = torch.arange(channels, device=DEVICE).view(-1, 1, 1) / channels
+    x = (normal(*shape) * 2 + 5 + level).contiguous(memory_format=torch.channels_last)
+    tensors = x, 1 + normal(channels, seed=1) / 2, normal(channels, seed=2)
+    return (*tensors, normal(batch, 2 * channels, seed=3)[:, ::2]) if cond else tensors
+
+
+def value_and_gradients(backend, groups, tensors, dtype=None, eps=1e-5):
+    leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
+    x, weight, bias, *cond = leaves
+    out = K.group_norm_silu(x, weight, bias, groups, *cond, eps=eps, backend=backend)
+    # Weights grow along the tensor, so that no error cancels, and are the same numbers in every dtype.
+    grad = torch.linspace(-1, 2, out.numel(), device=DEVICE).bfloat16().to(out.dtype).view(out.shape)
+    return [out.detach(), *torch.autograd.grad((out * grad).sum(), leaves)]
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Every buffer the launchers allocate holds NaN, so that an element nobody writes is seen."""
+    empty, empty_like = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(math.nan))
+
+
+def assert_within_budget(tensors, groups, dtype=torch.float32):
+    """Within twice the reference's own error in the same dtype plus rounding of the longest sum."""
+    drawn = [t.to(dtype) for t in tensors]
+    want = value_and_gradients("reference", groups, drawn, torch.float64)
+    eager, got = (value_and_gradients(backend, groups, drawn) for backend in ("reference", "triton"))
+    terms = tensors[0][:, : tensors[0].shape[1] // groups].numel()
+    for index, (w, e, g) in enumerate(zip(want, eager, got, strict=True)):
+        budget = 2 * (e - w).abs().max() + w.abs().max().clamp(min=1) * math.sqrt(terms) * 2**-23
+        assert (g - w).abs().max() <= budget, (index, (g - w).abs().max(), budget)
+        assert g.dtype == e.dtype == dtype and g.shape == w.shape
+    for features in got[:2]:
+        assert features.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("cond", [True, False], ids=["cond", "plain"])
+@pytest.mark.parametrize(
+    ("dtype", "case"),
+    [
+        *((torch.float32, case) for case in CASES),
+        *((half, CASES[i]) for half in (torch.bfloat16, torch.float16) for i in (1, 3, 4)),
+    ],
+    ids=str,
+)
+def test_against_float64(dtype, case, cond, poisoned, launches, gpu_arithmetic):
+    """No races; every element is written."""
+    shape, groups = case
+    assert_within_budget(inputs(shape, cond), groups, dtype)
+
+
+@pytest.mark.parametrize("cond", [True, False], ids=["cond", "plain"])
+def test_slabs(cond, poisoned, launches, monkeypatch):
+    """Cells cut into slabs, the last of them short: statistics and sums have launches of their own."""
+    monkeypatch.setattr("dcdit_kernels.triton.group_norm.WHOLE", 100)
+    tensors = inputs((2, 96, 25, 27), cond)
+    assert_within_budget(tensors, 32)
+    if launches is not None:
+        names = [name for name, programs in launches]
+        assert names == [
+            "slab_moments", "group_norm_silu_forward", "slab_moments", *["group_norm_silu_backward"] * 2,
+        ]  # fmt: skip
+        assert {programs for _, programs in launches} == {2 * 2 * 3}
+
+
+def test_one_launch_forward_and_one_backward(launches):
+    if launches is None:
+        pytest.skip("launches are counted in the interpreter")
+    value_and_gradients("triton", 32, inputs((2, 96, 4, 4)))
+    assert [name for name, _ in launches] == ["group_norm_silu_forward", "group_norm_silu_backward"]
+
+
+def test_deviation_far_below_the_mean():
+    """Statistics do not cancel: a mean of 1000 deviations costs three digits of x and no more."""
+    x, *rest = inputs((1, 32, 6, 6))
+    x = x.sub(x.mean()) + 1000
+    want = value_and_gradients("reference", 4, (x, *rest), torch.float64)
+    got = value_and_gradients("triton", 4, (x, *rest))
+    for w, g in zip(want, got, strict=True):
+        torch.testing.assert_close(g.double(), w, rtol=2e-4, atol=2e-4 * float(w.abs().max()))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_nan_stays_in_its_sample_and_group(backend):
+    x, *rest = inputs((3, 24, 4, 5))
+    clean = K.group_norm_silu(x, *rest[:2], 8, rest[2], backend=backend)
+    x[1, 4, 2, 2] = math.nan
+    got = K.group_norm_silu(x, *rest[:2], 8, rest[2], backend=backend)
+    bad = torch.zeros_like(x, dtype=torch.bool)
+    bad[1, 3:6] = True
+    assert got[bad].isnan().all() and torch.equal(got[~bad], clean[~bad])
+
+
+def test_runs_agree_bit_for_bit_and_strides_change_nothing():
+    tensors = inputs((2, 96, 7, 9))
+    strided = normal(2, 96, 7, 18)[..., ::2].copy_(tensors[0])
+    runs = [value_and_gradients("triton", 32, ts) for ts in (tensors, tensors, (strided, *tensors[1:]))]
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton", None])
+def test_layout_and_value_of_every_back_end(backend):
+    """channels-last out of any layout; PyTorch's own GroupNorm and SiLU."""
+    x, weight, bias, cond = inputs((2, 12, 3, 5))
+    want = F.silu(F.group_norm(x + cond[:, :, None, None], 4, weight, bias))
+    for features in (x, x.contiguous()):
+        got = K.group_norm_silu(features, weight, bias, 4, cond, backend=backend)
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_frozen_features(backend):
+    """Parameters learn where the features need no gradient."""
+    x, *rest = inputs((2, 12, 3, 5))
+    want = value_and_gradients(backend, 4, (x, *rest))[2:]
+    leaves = [t.clone().requires_grad_() for t in rest]
+    out = K.group_norm_silu(x, *leaves[:2], 4, leaves[2], backend=backend)
+    grad = torch.linspace(-1, 2, out.numel(), device=DEVICE).bfloat16().to(out.dtype).view(out.shape)
+    for got, w in zip(torch.autograd.grad((out * grad).sum(), leaves), want, strict=True):
+        torch.testing.assert_close(got, w, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_empty_batch(backend):
+    x = torch.zeros(0, 8, 2, 3, device=DEVICE, requires_grad=True)
+    weight, cond = torch.ones(8, device=DEVICE, requires_grad=True), torch.zeros(0, 8, device=DEVICE)
+    out = K.group_norm_silu(x, weight, weight, 4, cond, backend=backend)
+    assert out.shape == x.shape
+    out.sum().backward()
+    assert x.grad.shape == x.shape and weight.grad.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("cond", [True, False], ids=["cond", "plain"])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_opcheck(backend, cond):
+    """Schemas and fakes say what the operator and its backward do, the layout of the features included."""
+    tensors = inputs((2, 12, 3, 5), cond)
+    args = (*tensors, *[None] * (not cond), [], [], 4, 1e-5, backend)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.dcdit.group_norm_silu.default, args, test_utils=tests)
+    needs, grad = [True, True, True, cond], torch.ones_like(tensors[0])
+    # The schema test runs below autograd, by which the reference makes its gradients.
+    backward = torch.ops.dcdit.group_norm_silu_backward.default
+    torch.library.opcheck(backward, (grad, needs, *args), test_utils=tests[backend == "reference" :])
+    assert backward(grad, needs, *args)[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_compiles_without_a_break(backend):
+    """One graph forward and backward, for every batch, the empty one included."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def block(x, weight, bias, cond):
+        return K.group_norm_silu(x, weight, bias, 4, cond, backend=backend)
+
+    graph = torch.compile(block, fullgraph=True, dynamic=True, backend=counter)
+    frames = []
+    for batch in (4, 2, 0):
+        leaves = [t.detach().requires_grad_() for t in inputs((batch, 12, 3, 5), cond=False)]
+        leaves.append(normal(batch, 12).requires_grad_())
+        results = []
+        for function in (graph, block):
+            out = function(*leaves)
+            results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        frames.append(counter.frame_count)
+    assert frames[-1] - frames[0] <= 1, f"graphs after each call: {frames}"
+
+
+def test_says_what_does_not_fit():
+    x, weight, bias, cond = inputs((2, 12, 3, 5))
+    for error, words, call in (
+        (ValueError, "12 channels do not fit 5 groups", lambda: K.group_norm_silu(x, weight, bias, 5)),
+        (ValueError, r"x must have shape \(any, any, any, any\), got \(2, 12, 15\)",
+         lambda: K.group_norm_silu(x.flatten(2), weight, bias, 4)),
+        (ValueError, r"weight must have shape \(12\), got \(3,\)", lambda: K.group_norm_silu(x, weight[:3], bias, 4)),
+        (ValueError, r"cond must have shape \(2, 12\), got \(1, 12\)",
+         lambda: K.group_norm_silu(x, weight, bias, 4, cond[:1])),
+        (ValueError, "eps must not be negative", lambda: K.group_norm_silu(x, weight, bias, 4, eps=-1)),
+        (TypeError, "x must be float16", lambda: K.group_norm_silu(x.long(), weight, bias, 4)),
+    ):  # fmt: skip
+        with pytest.raises(error, match=words):
+            call()
