@@ -24,7 +24,9 @@ _ops.define(
 )
 _dispatch.register_reference("group_norm_silu")
 _dispatch.register("group_norm_silu", "native", "dcdit_kernels.reference:group_norm_silu", cpu_why_not)
-_dispatch.register("group_norm_silu", "triton", "dcdit_kernels.triton.group_norm:GroupNormSiLU", _triton_support.why_not)
+_dispatch.register(
+    "group_norm_silu", "triton", "dcdit_kernels.triton.group_norm:GroupNormSiLU", _triton_support.why_not
+)
 
 
 def group_norm_silu(

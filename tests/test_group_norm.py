@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 import dcdit_kernels as K
-from dcdit_kernels import _ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # (B, C, H, W), groups: groups of one, three, nine and 36 channels; one group; widths of no multiple of eight.
