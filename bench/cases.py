@@ -22,6 +22,8 @@ class Case:
     """One row of the results. `share` of the L = side² latent cells is kept before ρ (`drop_fraction`) is applied.
 
     `backward` adds the backward pass to the time. `dtype` is that of the features; the router is always in float32.
+    `clustered` keeps the cells of one disc in place of scattered ones. `ablation` adds the variants of
+    `bench.ablation`.
     """
 
     group: str
@@ -32,6 +34,8 @@ class Case:
     drop_fraction: float = 0.0
     backward: bool = False
     dtype: str = "float32"
+    clustered: bool = False
+    ablation: bool = False
 
     @property
     def config(self) -> DCDiTConfig:
@@ -46,7 +50,8 @@ class Case:
         parts = [self.group, self.size, f"{self.side}x{self.side}", f"B{self.batch}", f"keep{self.share:g}"]
         if self.group in MODELS:
             parts.append(f"drop{self.drop_fraction:g}")
-        return "-".join([*parts, "fwdbwd" if self.backward else "fwd", self.dtype])
+        parts += ["fwdbwd" if self.backward else "fwd", self.dtype]
+        return "-".join([*parts, *["clustered"] * self.clustered, *["ablation"] * self.ablation])
 
 
 def select(device: str, groups: tuple[str, ...] = GROUPS, quick: bool = False) -> list[Case]:
@@ -60,12 +65,9 @@ def select(device: str, groups: tuple[str, ...] = GROUPS, quick: bool = False) -
 
 
 def compiled_too(case: Case, device: str) -> bool:
-    """Whether the baselines are also measured compiled: compiling costs more than the rest of a case, so only the first
-    case of each group is, and no training step and no sampling loop. Of forward passes on a GPU it is the second, lest
-    a cold compiler take the time of all other groups."""
-    if case.group in ("train", "sample"):
-        return False
-    return case == select(device, (case.group,))[case.group == "forward" and device == "cuda"]
+    """Whether the baselines are also measured compiled. Compiling costs more than the rest of a case: only the first
+    case of each group is, and no training step and no sampling loop."""
+    return case.group not in ("train", "sample") and case == select(device, (case.group,))[0]
 
 
 def _on_gpu(group: str) -> list[Case]:

@@ -81,15 +81,15 @@ def cast(inputs: Tensors, dtype: torch.dtype) -> Tensors:
 def evaluate(variant: Variant, inputs: Tensors, backward: bool) -> Tensors:
     """Outputs, and with `backward` the gradients of a weighted sum of them; integers as they are."""
     leaves = [t.detach().clone().requires_grad_(backward and t.is_floating_point()) for t in inputs]
-    with torch.set_grad_enabled(backward):
+    with torch.set_grad_enabled(backward), variant.around():
         outs = variant.result(variant.run(*variant.prepare(*leaves)))
-    if not backward:
-        return outs
-    # The weights depend on the place, so that no error cancels; float32 holds them in every dtype alike.
-    weights = [torch.linspace(-1, 2, out.numel(), device=out.device).view(out.shape) for out in outs]
-    total = sum((out * w.bfloat16().to(out.dtype)).sum() for out, w in zip(outs, weights, strict=True))
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    return *(out.detach() for out in outs), *torch.autograd.grad(total, wanted)
+        if not backward:
+            return outs
+        # The weights depend on the place, so that no error cancels; float32 holds them in every dtype alike.
+        weights = [torch.linspace(-1, 2, out.numel(), device=out.device).view(out.shape) for out in outs]
+        total = sum((out * w.bfloat16().to(out.dtype)).sum() for out, w in zip(outs, weights, strict=True))
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        return *(out.detach() for out in outs), *torch.autograd.grad(total, wanted)
 
 
 def complaint(got: Tensors, want: Tensors, yardstick: Tensors, reduction: int) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from .measure import build
 from .models import kept_tokens, products
 from .operators import OURS
 from .problem import Tensors
-from .timing import between, ratios, stamp
+from .timing import between, delay, ratios, stamp
 
 PRODUCTS = ("aten::linear", "aten::conv2d", "aten::scaled_dot_product_attention")
 COMPONENTS = ("embed", "encoder", "router", "plan", "chunk", "main", "dechunk", "decoder")
@@ -47,15 +48,24 @@ def fastest(entry: dict) -> dict | None:
 
 
 def component_times(case: Case, device: str, rounds: int = 5) -> dict[str, float]:
-    """Median seconds of each part of the forward pass of `dcdit`; "rest" is what stands between them."""
+    """Median seconds of each part of the forward pass of `dcdit`; "rest" is what stands between them.
+
+    On a GPU of device time: behind a delay as long as the host needs, with rows for exactly the tokens, so that nothing
+    waits.
+    """
     net, inputs = shipped(case, device)
+    capacity = case.batch * kept_tokens(case, case.drop_fraction) if device == "cuda" else None
+    launching = 0.0
     marks: list[tuple[str, object]] = []
     taken: list[Counter[str]] = []
     with torch.no_grad(), marked(net, marks, device), products(case.torch_dtype):
         for _ in range(rounds + 1):
             marks.clear()
+            delay(device, launching)
             marks.append(("begin", stamp(device)))
-            net(*inputs, case.drop_fraction)
+            begin = time.perf_counter()
+            net(*inputs, case.drop_fraction, capacity=capacity)
+            launching = time.perf_counter() - begin
             marks.append(("rest", stamp(device)))
             if device == "cuda":
                 torch.cuda.synchronize()

@@ -59,13 +59,13 @@ def version(module: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Short hash of HEAD, marked where tracked files differ from it; None outside a checkout."""
+    """Short hash of HEAD, marked where tracked files differ from it; outside a checkout DCDIT_COMMIT, or None."""
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
         dirty = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "dcdit", "dcdit_kernels", "csrc", "bench"])
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("DCDIT_COMMIT")
     return head.stdout.strip() + ("-modified" if dirty.returncode else "")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from . import timing
+from . import ablation, timing
 from .cases import MODELS, Case
 from .gate import check, one_line
 from .models import model_problem
@@ -22,31 +22,45 @@ from .problem import Problem
 GATE_BATCH = 4  # a model in float64 with its gradients does not fit at every batch size
 
 
-def build(case: Case, device: str, compiled: bool = False) -> Problem:
-    """The problem of any case."""
+def build(case: Case, device: str, compiled: bool = False, names: tuple[str, ...] | None = None) -> Problem:
+    """The problem of any case; with `names` only those of its variants, and what the gate holds them against."""
     torch.manual_seed(0)
-    return (model_problem if case.group in MODELS else BUILDERS[case.group])(case, device, compiled)
+    builders = {**BUILDERS, **dict.fromkeys(MODELS, model_problem), "scaffold": ablation.scaffold_problem}
+    problem = builders[case.group](case, device, compiled)
+    if case.ablation:
+        problem.variants.update(ablation.variants(case, device, problem))
+    return problem if names is None else problem.only(names)
+
+
+def gated_case(case: Case, compiled: bool) -> Case:
+    """The case whose verdicts count: that of a model at GATE_BATCH at most; compiled code is of one batch size."""
+    small = case.group in MODELS and not compiled
+    return dataclasses.replace(case, batch=min(case.batch, GATE_BATCH)) if small else case
 
 
 @functools.cache  # sizes of a group share a verdict, and all other groups come between them
-def gate(case: Case, device: str, compiled: bool) -> tuple[Case, dict[str, str | None]]:
-    """The verdicts of `check`, and the case they were reached on: that of a model at GATE_BATCH at most."""
-    if case.group in MODELS and case.batch > GATE_BATCH and not compiled:  # compiled code is of one batch size
-        return gate(dataclasses.replace(case, batch=GATE_BATCH), device, compiled)
-    return case, check(build(case, device, compiled))
+def gate(case: Case, device: str, names: tuple[str, ...] | None) -> dict[str, str | None]:
+    """The verdicts of `check` on a smaller case."""
+    return check(build(case, device, False, names))
 
 
-def measure(case: Case, device: str, compiled: bool, rounds: int, seconds: float) -> dict:
+def measure(
+    case: Case, device: str, compiled: bool, rounds: int, seconds: float, names: tuple[str, ...] | None = None
+) -> dict:
     """Samples in seconds of each variant that passed the gate, and what it moved and computed.
 
-    `compiled` adds the compiled baselines. Each entry of "variants" has a "status": ok, failed (with "reason"; no time)
-    or absent (with "reason").
+    `compiled` adds the compiled baselines; `names` are the variants to time, None for all. Each entry of "variants" has
+    a "status": ok, failed (with "reason"; no time) or absent (with "reason").
     """
-    gated, verdicts = gate(case, device, compiled)
-    problem = build(case, device, compiled)
+    gated = gated_case(case, compiled)
+    smaller = gate(gated, device, names) if gated != case else None
+    problem = build(case, device, compiled, names)
+    verdicts = smaller or check(problem)
     variants: dict[str, dict] = {name: {"status": "absent", "reason": why} for name, why in problem.absent.items()}
     counts, clocks = {}, {}
     for name, wrong in verdicts.items():
+        if names is not None and name not in names:
+            continue
         try:
             if wrong is None:
                 call = timing.make_call(problem.variants[name], problem.inputs, problem.backward)
@@ -104,10 +118,10 @@ def host_waits(call: Callable[[], object]) -> int:
     return sum("called a synchronizing" in str(w.message) for w in caught)
 
 
-def count_launches(entry: dict, compiled: bool) -> None:
+def count_launches(entry: dict, compiled: bool, names: tuple[str, ...] | None = None) -> None:
     """Add to the result of a case on a GPU what each variant launches. Apart from `measure`, because a profiler that
     has run may slow what comes after it."""
-    problem = build(Case(**entry["case"]), "cuda", compiled)
+    problem = build(Case(**entry["case"]), "cuda", compiled, names)
     for name, variant in entry["variants"].items():
         if variant["status"] == "ok":
             call = timing.make_call(problem.variants[name], problem.inputs, problem.backward)

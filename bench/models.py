@@ -125,7 +125,8 @@ def compile_parts(net: nn.Module) -> nn.Module:
 
 def model_problem(case: Case, device: str, compiled: bool) -> Problem:
     """`dcdit`, `plain` operators on its weights, and `DiT/2`, the plain DiT of the same backbone."""
-    tokens = case.batch * kept_tokens(case, case.drop_fraction)
+    task = {"forward": Forward, "train": Train, "sample": Sample}[case.group](case, device)
+    tokens = task.tokens()
     nets = Nets(make_net(DCDiT, case, device))
     master = make_net(PlainDiT, case, device)
     networks = {
@@ -135,16 +136,18 @@ def model_problem(case: Case, device: str, compiled: bool) -> Problem:
         "DiT/2": (Nets(master), predict_dit),
     }
     if compiled:
+        torch._dynamo.reset()  # what was compiled for other cases counts towards the limit of one function
         block = torch.compile(dit_block, dynamic=True)
         networks["plain compiled"] = nets, functools.partial(predict_plain, block=block)
         networks["dcdit compiled"] = Nets(nets.master, compile_parts), predict_dcdit
         networks["DiT/2 compiled"] = Nets(master, compile_parts), predict_dit
     if case.group == "forward":
         networks["plain padded"] = nets, functools.partial(predict_plain, pad=True)
-    if device == "cuda" and case.group == "forward":
-        networks["dcdit graph"] = nets, Replay(functools.partial(predict_dcdit, capacity=tokens))
-        networks["DiT/2 graph"] = networks["DiT/2"][0], Replay(predict_dit)
-    task = {"forward": Forward, "train": Train, "sample": Sample}[case.group](case, device)
+    if device == "cuda" and case.group != "train":
+        for end in ("", " compiled") if compiled else ("",):
+            ours, plain = networks["dcdit" + end][0], networks["DiT/2" + end][0]
+            networks[f"dcdit{end} graph"] = ours, Replay(functools.partial(predict_dcdit, capacity=tokens))
+            networks[f"DiT/2{end} graph"] = plain, Replay(predict_dit)
     variants = {}
     for name, network in networks.items():
         family = "DiT/2" if "DiT" in name else ""
@@ -178,6 +181,10 @@ class Forward:
 
     def step(self, nets: Nets, predict: Callable) -> Callable[[], object] | None:
         return None
+
+    def tokens(self) -> int:
+        """Packed rows of the whole batch."""
+        return self.case.batch * kept_tokens(self.case, self.case.drop_fraction)
 
     def gflop(self) -> tuple[float, float]:
         """GFLOP per image of DC-DiT and of the plain DiT, all that runs counted."""
@@ -252,6 +259,9 @@ class Sample(Forward):
             cond, uncond = out.chunk(2)
             x = x - (uncond + GUIDANCE * (cond - uncond)) / self.steps
         return x
+
+    def tokens(self) -> int:
+        return super().tokens() + self.case.batch * kept_tokens(self.case, UNCOND_DROP)
 
     def gflop(self) -> tuple[float, float]:
         halves = [gflops(self.case, drop) for drop in (self.case.drop_fraction, UNCOND_DROP)]

@@ -17,12 +17,18 @@ OURS = ("native", "triton", "reference")
 
 
 def routed_prob(case: Case, device: str) -> torch.Tensor:
-    """boundary_prob float32 (B, L) with exactly `share` of the cells above 1/2, scattered, the first and last among
-    them; all values differ, in float32 and by the same amounts, so that every dtype drops the same cells."""
+    """boundary_prob float32 (B, L) with exactly `share` of the cells above 1/2, the first and last among them; all
+    values differ, in float32 and by the same amounts, so that every dtype drops the same cells.
+
+    The others are scattered, or `clustered` around one place of each sample, so that few rows refill what is far.
+    """
     cells = case.side**2
     kept = max(2, round(case.share * cells))
     generator = torch.Generator().manual_seed(0)
     order = torch.stack([torch.randperm(cells - 2, generator=generator) + 1 for _ in range(case.batch)])
+    if case.clustered:
+        apart = [cell // case.side + 1j * (cell % case.side) for cell in (order, order[:, :1])]
+        order = order.gather(1, (apart[0] - apart[1]).abs().argsort(dim=1, stable=True))
     ends = torch.tensor([0, cells - 1]).expand(case.batch, 2)
     order = torch.cat([ends, order], dim=1)
     rank = torch.arange(cells, dtype=torch.float32)
@@ -60,8 +66,7 @@ def _problem(
     variants["plain"] = plain
     if compiled:
         variants["plain compiled"] = Variant(torch.compile(plain.run), plain.prepare, plain.result)
-    clock = "events" if case.group in ("plan", "pad") else "graph"  # an exact plan brings two numbers to the host
-    return Problem(inputs, variants, {"": Family()}, work, reduction, case.backward, absent, clock)
+    return Problem(inputs, variants, {"": Family()}, work, reduction, case.backward, absent)
 
 
 def plan_problem(case: Case, device: str, compiled: bool) -> Problem:
@@ -79,13 +84,17 @@ def plan_problem(case: Case, device: str, compiled: bool) -> Problem:
 
     tokens = int(K.plan_chunks(prob, grid, 0.5, backend="reference").cu_seqlens[-1])
     work = Work(4 * (batch * cells * 3 + 3 * tokens), 0, tokens)
-    return _problem(
+    problem = _problem(
         case, (prob,), lambda backend, p: K.plan_chunks(p, grid, 0.5, backend=backend),
         Variant(lambda p: baselines.plan(p, grid, 0.5), result=from_padded), work, 1, compiled, packed,
     )  # fmt: skip
+    if "native" in problem.variants:  # an exact plan brings two numbers to the host, one of a fixed capacity none
+        fixed = Variant(lambda p: K.plan_chunks(p, grid, 0.5, capacity=tokens, backend="native"), result=packed)
+        problem.variants["native fixed"] = fixed
+    return problem
 
 
-def _planned(case: Case, device: str) -> tuple[torch.Tensor, K.ChunkPlan, baselines.PaddedPlan]:
+def planned(case: Case, device: str) -> tuple[torch.Tensor, K.ChunkPlan, baselines.PaddedPlan]:
     """Probabilities, our plan of them, and the same in the layout of the straightforward formulation."""
     prob, grid = routed_prob(case, device), (case.side, case.side)
     return prob, K.plan_chunks(prob, grid), baselines.plan(prob, grid)
@@ -94,7 +103,7 @@ def _planned(case: Case, device: str) -> tuple[torch.Tensor, K.ChunkPlan, baseli
 def chunk_problem(case: Case, device: str, compiled: bool) -> Problem:
     """h (B, L, D) and its position table → (T, D)."""
     width, cells = case.config.hidden_size, case.side**2
-    _, plan, padded = _planned(case, device)
+    _, plan, padded = planned(case, device)
     pos = sincos_2d(width, plan.grid).to(device, case.torch_dtype)
     h = _draw(case, device, case.batch, cells, width)
     moved = plan.capacity * width * h.element_size()
@@ -112,7 +121,7 @@ def dechunk_problem(case: Case, device: str, compiled: bool) -> Problem:
     The plain formulation finds who refills whom here, by L×M distances; ours has it in the plan.
     """
     width, cells, grid = case.config.hidden_size, case.side**2, (case.side, case.side)
-    prob, plan, padded = _planned(case, device)
+    prob, plan, padded = planned(case, device)
     place = baselines.places(padded)
     refilled = lambda: padded._replace(nearest=baselines.nearest(padded.index, padded.valid, grid))  # noqa: E731
     x = _draw(case, device, plan.capacity, width)
@@ -122,7 +131,12 @@ def dechunk_problem(case: Case, device: str, compiled: bool) -> Problem:
     # kept cells where they are fewer.
     flops = x.numel() * min(4 * 13, 2 * plan.max_seqlen)
     least = moved + (moved + x.nbytes + prob.nbytes) * case.backward
-    work = Work(least, flops * (1 + 2 * case.backward), plan.capacity)
+    # What docs/kernels.md counts: smoothed rows pass through memory in float32, and the backward smooths once more.
+    smoothing, out = x.nbytes + 4 * x.numel(), residual.nbytes + residual.numel() * x.element_size()
+    both_ways = smoothing + 4 * x.numel() + out
+    if case.backward:
+        both_ways += smoothing + out + (x.nbytes + 8 * x.numel()) + (2 * x.nbytes + 4 * x.numel())
+    work = Work(least, flops * (1 + 2 * case.backward), plan.capacity, both_ways if device == "cuda" else None)
     return _problem(
         case, (x, prob, residual), lambda backend, x, p, r: K.dechunk(x, p, plan, r, backend=backend),
         Variant(
@@ -160,7 +174,7 @@ def cosine_problem(case: Case, device: str, compiled: bool) -> Problem:
 def modulate_problem(case: Case, device: str, compiled: bool) -> Problem:
     """The gated residual of one half of a block and the modulation of the next, on (T, D)."""
     width = case.config.hidden_size
-    _, plan, _ = _planned(case, device)
+    _, plan, _ = planned(case, device)
     x, y = (_draw(case, device, plan.capacity, width) for _ in range(2))
     modulators = _draw(case, device, case.batch, 6 * width)
     sample = plan.sample_index.long()
@@ -177,7 +191,7 @@ def modulate_problem(case: Case, device: str, compiled: bool) -> Problem:
 def attention_problem(case: Case, device: str, compiled: bool) -> Problem:
     """Attention inside each sample of (T, 3, heads, head_dim)."""
     config = case.config
-    _, plan, padded = _planned(case, device)
+    _, plan, padded = planned(case, device)
     qkv = _draw(case, device, plan.capacity, 3, config.num_heads, config.hidden_size // config.num_heads)
     pairs = plan.lengths.double().square().sum().item()
 

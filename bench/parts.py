@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
@@ -13,11 +14,12 @@ from .cases import Case
 from .measure import build
 from .models import products
 from .operators import routed_prob
-from .timing import between, stamp
+from .timing import between, delay, stamp
 
 
 def training_parts(case: Case, device: str, step_s: float, rounds: int = 5) -> dict[str, float]:
-    """Median seconds of each part of a training step of `dcdit` that takes `step_s`.
+    """Median seconds of each part of a training step of `dcdit` that takes `step_s`; on a GPU of device time, behind a
+    delay as long as the host needs.
 
     "encoder" has the stem, "router" the residual projection, "decoder" the output layer; "rest" is what is left of the
     step: embedders, losses, optimiser.
@@ -34,6 +36,7 @@ def training_parts(case: Case, device: str, step_s: float, rounds: int = 5) -> d
     h, wide = draw(case.batch, cells, width, dtype=case.torch_dtype), draw(case.batch, cells, width)
     prob = routed_prob(case, device).clone().requires_grad_()
     plan = plan_chunks(prob, grid, case.drop_fraction)
+    capacity = plan.capacity if device == "cuda" else None
     tokens, image = draw(plan.capacity, width, dtype=case.torch_dtype), h.transpose(1, 2).unflatten(2, grid)
 
     @torch.autocast(device, enabled=False)
@@ -43,7 +46,7 @@ def training_parts(case: Case, device: str, step_s: float, rounds: int = 5) -> d
     parts = {
         "encoder": lambda: net.encoder(net.stem(x), c),
         "router": score,
-        "plan": lambda: plan_chunks(prob, grid, case.drop_fraction),
+        "plan": lambda: plan_chunks(prob, grid, case.drop_fraction, capacity=capacity),
         "chunk": lambda: chunk(h, plan, net.pos_embed),
         "main": lambda: net.main(tokens, c, plan),
         "dechunk": lambda: dechunk(tokens, prob, plan, wide, config.sigma),
@@ -52,15 +55,19 @@ def training_parts(case: Case, device: str, step_s: float, rounds: int = 5) -> d
     leaves = [*net.parameters(), c, x, h, wide, prob, tokens]
     mixed = case.torch_dtype != torch.float32
 
+    launching: dict[Callable, float] = {}
+
     def once(part: Callable[[], object]) -> float:
         """Seconds of `part` and its backward, with casts and gradients as fresh as each step has them."""
-        before = stamp(device)
+        delay(device, launching.get(part, 0.0))
+        begin, before = time.perf_counter(), stamp(device)
         with torch.autocast(device, torch.bfloat16, enabled=mixed):
             out = part()
         outs = [o for o in (out if isinstance(out, tuple) else (out,)) if isinstance(o, torch.Tensor)]
         if outs:
             torch.autograd.backward(outs, [torch.ones_like(o) for o in outs])
         after = stamp(device)
+        launching[part] = time.perf_counter() - begin
         if device == "cuda":
             torch.cuda.synchronize()
         for leaf in leaves:

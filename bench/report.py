@@ -61,7 +61,7 @@ def newest(folder: Path) -> list[tuple[dict, Path, dict | None]]:
     latest: dict[str, tuple[dict, Path, dict | None]] = {}
     for run, path in runs:
         before = [r for r, _ in runs if r["machine"] == run["machine"] and r["date"] < run["date"]]
-        same = [r for r in before if r["commit"] == run["commit"]]
+        same = [r for r in before if r["commit"] and r["commit"] == run["commit"]]
         latest[run["machine"]] = run, path, same[-1] if same else None
     return list(latest.values())
 

@@ -7,7 +7,10 @@ takes the process with it) the case is recorded as crashed and the rest goes on 
 from __future__ import annotations
 
 import argparse
+import faulthandler
+import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,10 +19,31 @@ from pathlib import Path
 
 import torch
 
-from .cases import GROUPS, compiled_too, select
+from .cases import GROUPS, Case, compiled_too, select
+from .lists import LISTS, at_hand
 from .machine import ROOT, describe, rates
 
 RESULTS = ROOT / "bench" / "results"
+
+
+Task = tuple[Case, tuple[str, ...] | None, bool]  # a case, the variants to time (None: all), and whether to compile
+
+
+def tasks(args: argparse.Namespace) -> list[Task]:
+    """What to measure, in order. What Inductor compiles comes last, as a second pass over its cases."""
+    if args.cases:
+        wanted = [item for name in args.cases for item in at_hand(LISTS[name](), args.device)]
+        found = [(case, names, any("compiled" in name for name in names)) for case, names in wanted]
+    else:
+        cases = select(args.device, args.groups, args.quick)
+        found = [(case, None, False) for case in cases]
+        found += [(case, None, True) for case in cases if compiled_too(case, args.device)]
+    return [task for task in found if args.compile or not task[2]]
+
+
+def key(case: Case, compiled: bool) -> str:
+    """What a task is called while it runs."""
+    return case.name + " compiled" * compiled
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,32 +56,41 @@ def main(argv: list[str] | None = None) -> int:
     before = json.loads(output.read_text()) if output.exists() else {}
     if before.get("stages"):  # of `bench.gpu`, whose own stages are not the work of others
         header["load"] = before["load"]
-    write(output, {**header, "stages": before.get("stages"), "rates": None, "current": None, "cases": []})
-    deadline = args.deadline or time.time() + args.budget
+    kept = {"stages": before.get("stages"), "rates": before.get("rates"), "cases": before.get("cases", [])}
+    write(output, {**header, **kept, "current": None})
+    deadline = args.deadline or min(time.time() + args.budget, (args.end or math.inf) - args.grace)
     command = [sys.executable, "-m", "bench.run", *(argv if argv is not None else sys.argv[1:])]
     command += ["--worker", "--output", str(output), "--deadline", str(deadline)]
     while True:
         # A case that has begun may finish; one that hangs may not.
+        begin = time.time()
         try:
-            limit = max(1, deadline + args.grace - time.time())
+            limit = max(1, deadline + args.grace - begin)
             status = subprocess.run(command, cwd=ROOT, timeout=limit, env=quiet()).returncode
         except subprocess.TimeoutExpired:
             status = "timeout"
         result = json.loads(output.read_text())
         if result["current"] is None:
             break
-        print(f"{result['current']}: crashed, status {status}", flush=True)
-        result["cases"].append({"name": result["current"], "crashed": f"the process ended with status {status}"})
+        name, since = result["current"], result.pop("since", begin)
+        reason = f"the process ended with status {status} after {time.time() - since:.0f} s"
+        print(f"{name}: crashed, {reason}", flush=True)
+        result["cases"].append({"name": name, "crashed": reason})
         result["current"] = None
         write(output, result)
         if status == "timeout":
             break
-    done = {entry["name"] for entry in result["cases"]}
-    cut = [case.name for case in select(args.device, args.groups, args.quick) if case.name not in done]
-    if cut:
-        write(output, {**result, "cut": cut})
+    done = finished(result)
+    cut = [key(case, compiled) for case, _, compiled in tasks(args) if key(case, compiled) not in done]
+    write(output, {**result, "cut": cut} if cut else result)
     print(output)
     return 0 if status == 0 else 1
+
+
+def finished(result: dict) -> set[str]:
+    """The tasks that the file has a result of, crashes among them."""
+    names = {entry["name"] for entry in result["cases"]}
+    return names | {f"{entry['name']} compiled" for entry in result["cases"] if entry.get("compiled")}
 
 
 def unused(header: dict) -> Path:
@@ -83,20 +116,21 @@ def work(args: argparse.Namespace) -> None:
 
     deadline = args.deadline
     if args.device == "cuda":  # the cases take all that they get, and their launches are counted afterwards
-        deadline -= 0.1 * (deadline - time.time())
+        deadline -= min(0.1 * (deadline - time.time()), 12)
     result = json.loads(args.output.read_text())
     result["rates"] = faster(result["rates"], rates(args.device))
-    done = {entry["name"] for entry in result["cases"]}
-    for case in select(args.device, args.groups, args.quick):
-        if case.name in done:
+    done, todo = finished(result), tasks(args)
+    for case, names, compiled in todo:
+        if key(case, compiled) in done:
             continue
         if time.time() > deadline:
             break
-        write(args.output, {**result, "current": case.name})
+        write(args.output, {**result, "current": key(case, compiled), "since": time.time()})
+        # Says where it hangs, and ends the process.
+        faulthandler.dump_traceback_later(args.limit, exit=True)
         begin = time.time()
-        compiled = args.compile and compiled_too(case, args.device)
-        entry = measure(case, args.device, compiled, args.rounds, args.seconds)
-        if case.group == "forward":
+        entry = measure(case, args.device, compiled, args.rounds, args.seconds, names)
+        if case.group == "forward" and not compiled:
             entry["components_s"] = component_times(case, args.device)
             if args.device == "cpu":
                 entry["outside_products"] = outside_products(case)
@@ -104,16 +138,30 @@ def work(args: argparse.Namespace) -> None:
             entry["components_s"] = training_parts(case, args.device, entry["variants"]["dcdit"]["seconds"])
         if args.device == "cuda":
             torch.cuda.synchronize()  # a fault ends the process here at the latest, lest the next case be blamed
+            gc.collect()
+            torch.cuda.empty_cache()
+        faulthandler.cancel_dump_traceback_later()
         entry["wall_s"] = round(time.time() - begin, 2)
-        result["cases"].append(entry)
+        merge(result["cases"], entry | {"compiled": compiled})
         write(args.output, result)
         print(summary(entry), flush=True)
     measured = {entry["name"]: entry for entry in result["cases"] if "variants" in entry}
-    for case in select("cuda", args.groups, quick=True) if args.device == "cuda" else []:
-        if case.name in measured and time.time() < args.deadline:
-            count_launches(measured[case.name], args.compile and compiled_too(case, "cuda"))
+    counted: set[str] = set()
+    for case, names, compiled in todo if args.device == "cuda" else []:
+        if case.name in measured and case.group not in counted and time.time() < args.deadline:
+            counted.add(case.group)
+            count_launches(measured[case.name], compiled, names)
             write(args.output, result)
     write(args.output, {**result, "rates": faster(result["rates"], rates(args.device))})
+
+
+def merge(entries: list[dict], entry: dict) -> None:
+    """Add an entry, in the place of an earlier one of the case, whose further findings it keeps."""
+    for number, earlier in enumerate(entries):
+        if earlier["name"] == entry["name"]:
+            entries[number] = {**earlier, **entry}
+            return
+    entries.append(entry)
 
 
 def faster(old: dict | None, new: dict) -> dict:
@@ -151,19 +199,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--groups", type=lambda s: tuple(s.split(",")), default=GROUPS, help="of " + ",".join(GROUPS))
+    parser.add_argument(
+        "--cases", type=lambda s: s.split(","), help="named lists in place of groups: " + ",".join(LISTS)
+    )
     parser.add_argument("--quick", action="store_true", help="the first case of each group only")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out what Inductor compiles")
     parser.add_argument("--budget", type=float, default=540, help="seconds; cases that would begin later are cut")
     parser.add_argument("--grace", type=float, default=60, help="seconds past the budget for a case that has begun")
+    parser.add_argument("--limit", type=float, default=120, help="seconds of one case; a fresh process goes on")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=2.0, help="of the rounds of one case")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--end", type=float, help="seconds since 1970 at which all is over, whatever the budget")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--deadline", type=float, help="the end of the budget as seconds since 1970")
+    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     unknown = set(args.groups) - set(GROUPS)
     if unknown:
         parser.error(f"unknown group {', '.join(sorted(unknown))}; known: {', '.join(GROUPS)}")
+    unknown = set(args.cases or ()) - set(LISTS)
+    if unknown:
+        parser.error(f"unknown list {', '.join(sorted(unknown))}; known: {', '.join(LISTS)}")
     return args
 
 

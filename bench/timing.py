@@ -18,6 +18,7 @@ import torch
 from .problem import Problem, Tensors, Variant, as_tuple
 
 LEAST_ROUNDS = 5  # the median of three moved by 4 % from run to run
+CYCLES_PER_SECOND = 2e9  # of a GPU, about; a delay that is a little longer or shorter does no harm
 SAMPLE_SECONDS = 10e-3  # of a CPU sample, above the turns in which a busy machine deals out its cores
 
 
@@ -42,13 +43,19 @@ def make_call(variant: Variant, inputs: Tensors, backward: bool) -> Callable[[],
     if not backward:
 
         def forward() -> object:
-            with torch.no_grad():
+            with torch.no_grad(), variant.around():
                 return variant.run(*own)
 
         return forward
     leaves = [t.requires_grad_() for t in own if t.is_floating_point()]
-    weights = [torch.randn_like(out) for out in as_tuple(variant.run(*own))]
-    return lambda: torch.autograd.grad(as_tuple(variant.run(*own)), leaves, weights)
+    with variant.around():
+        weights = [torch.randn_like(out) for out in as_tuple(variant.run(*own))]
+
+    def both() -> object:
+        with variant.around():
+            return torch.autograd.grad(as_tuple(variant.run(*own)), leaves, weights)
+
+    return both
 
 
 def cpu_clock(call: Callable[[], object]) -> Callable[[], float]:
@@ -87,9 +94,13 @@ def gpu_event_clock(calls: list[Callable[[], object]], graph: bool) -> Callable[
     be captured."""
     go = captured(calls) if graph else functools.partial(one_pass, calls)
     go()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    go()
+    launching = time.perf_counter() - begin
 
     def sample() -> float:
-        torch.cuda._sleep(1_000_000)  # the host gets ahead, so that no launch is waited for
+        delay("cuda", launching)
         start = stamp("cuda")
         go()
         end = stamp("cuda")
@@ -102,6 +113,12 @@ def gpu_event_clock(calls: list[Callable[[], object]], graph: bool) -> Callable[
 def one_pass(calls: list[Callable[[], object]]) -> list[object]:
     """What all calls return, alive together: each writes to memory of its own, which like its inputs is not cached."""
     return [call() for call in calls]
+
+
+def delay(device: str, seconds: float) -> None:
+    """Keep a GPU busy while the host takes so long to launch what is timed, so that no launch is waited for."""
+    if device == "cuda":
+        torch.cuda._sleep(int(CYCLES_PER_SECOND * min(1.5 * seconds + 0.5e-3, 0.2)))
 
 
 def stamp(device: str) -> Any:

@@ -18,6 +18,20 @@ def pytest_report_teststatus(report):
         return "failed", f"F\n{report.nodeid}: {reason}\n", "FAILED"
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """After a fault of the GPU nothing runs in its process any more: where pytest-xdist has others, this one ends."""
+    report = yield
+    if report.failed and torch.cuda.is_available() and os.environ.get("PYTEST_XDIST_WORKER"):
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            reason = next((line for line in report.longreprtext.splitlines() if line.startswith("E ")), "")
+            os.write(2, f"\n{report.nodeid}: {reason}\n".encode())
+            os._exit(1)
+    return report
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test draws the same numbers whatever ran before it."""

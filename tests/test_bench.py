@@ -166,7 +166,6 @@ def test_selection(device):
     assert sorted(compiled) == sorted(("forward", *OPERATORS))
     assert {0.1, 0.25, 0.5, 1.0} <= {case.share for case in cases}
     if device == "cuda":
-        assert not compiled_too(cases[0], device)  # a run that is cut short would have nothing else
         for group in (*OPERATORS, "forward"):
             mine = [case for case in cases if case.group == group]
             assert {1, 4, 16, 64} <= {case.batch for case in mine}
@@ -197,6 +196,7 @@ def test_calls_of_a_pass_write_to_memory_of_their_own(monkeypatch):
     event = SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 8.0)
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     written = []
 
     def call():
@@ -209,7 +209,7 @@ def test_calls_of_a_pass_write_to_memory_of_their_own(monkeypatch):
 
 
 def test_launches_are_counted_of_what_ran(monkeypatch):
-    monkeypatch.setattr(measuring, "build", lambda case, device, compiled: build(case, "cpu", compiled))
+    monkeypatch.setattr(measuring, "build", lambda case, device, *rest: build(case, "cpu", *rest))
     monkeypatch.setattr(measuring, "kernels", lambda call: call() is not None and 7)
     variants = {"native": {"status": "ok", "launches": None}, "triton": {"status": "absent"}}
     entry = {"case": dataclasses.asdict(small("chunk")), "variants": variants}

@@ -62,7 +62,8 @@ def test_cases_without_time_are_listed(tmp_path, grace):
     options = ["--device", "cpu", "--quick", "--groups", "plan,chunk", "--budget", "0.1", "--grace", grace]
     assert run.main([*options, "--output", str(tmp_path / "r.json")]) == (grace == "0")
     result = json.loads((tmp_path / "r.json").read_text())
-    assert result["cut"] == [case.name for case in select("cpu", ("plan", "chunk"), quick=True)]
+    names = [case.name for case in select("cpu", ("plan", "chunk"), quick=True)]
+    assert result["cut"] == [*names, *(f"{name} compiled" for name in names)]
     assert result["cases"] == [] and (result["rates"] is None) == (grace == "0")
 
 

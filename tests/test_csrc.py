@@ -11,6 +11,8 @@ from pathlib import Path
 import pybind11
 import pytest
 
+from bench.gpu import check_plan_command
+
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
@@ -101,12 +103,26 @@ def test_sanitizers(tmp_path):
 
 
 @pytest.mark.skipif(CXX is None or sys.platform != "linux", reason="needs g++ on Linux")
-def test_no_races_in_a_block(tmp_path):
-    """The block algorithms on real threads that meet only at the executor's barriers, as CUDA's do."""
-    program, sources = tmp_path / "race_check", [ROOT / "tests/race_check.cpp", CSRC / "plan_cpu.cpp"]
-    run_compiler("-std=c++17", "-O1", "-g1", "-pthread", "-fsanitize=thread", f"-I{CSRC}", *sources, "-o", program)
+def test_plans_of_blocks_agree(tmp_path):
+    """The block algorithms in any order of their threads, and on real threads that meet only at the barriers."""
+    program, sources = tmp_path / "check_plan", [ROOT / "tests/check_plan.cpp", CSRC / "plan_cpu.cpp"]
+    run_compiler(
+        "-std=c++17", "-O1", "-g1", "-pthread", "-fsanitize=thread", f"-I{CSRC}", *sources, "-o", program, "-ldl"
+    )
     env = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
     run = subprocess.run([program], capture_output=True, text=True, env=env)
     if "unexpected memory mapping" in run.stderr:
         pytest.skip("this g++'s ThreadSanitizer cannot place its shadow under this kernel")
-    assert run.returncode == 0 and run.stdout == "clean\n", run.stdout + run.stderr[-6000:]
+    assert run.returncode == 0 and run.stdout.startswith("clean: "), run.stdout + run.stderr[-6000:]
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is neither on PATH nor in /usr/local/cuda")
+def test_plan_check_builds_for_a_gpu(tmp_path):
+    """As `python -m bench.gpu` builds it; without a GPU it says so."""
+    program = tmp_path / "check_plan"
+    build = subprocess.run(
+        [*check_plan_command("90", nvcc=NVCC), "-o", program], cwd=ROOT, capture_output=True, text=True
+    )
+    assert build.returncode == 0, build.stderr
+    run = subprocess.run([program], capture_output=True, text=True)
+    assert (run.returncode, run.stdout[:6]) in ((0, "clean:"), (2, "CUDA: ")), run.stdout

@@ -1,0 +1,93 @@
+"""Choices inside an operator, timed side by side: `bench.run --cases ablation`. One entry of a table is one variant.
+
+A variant is the shipped operator under a context that changes one constant (`under`), or a function of the case's
+inputs. Each passes the gate of its group before it is timed. A choice that this tree or this machine lacks fails alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+
+import dcdit_kernels as K
+from dcdit import DCDiT
+from dcdit_kernels import flash
+
+from .cases import Case
+from .operators import planned
+from .problem import Family, Problem, Variant, Work
+
+
+def under(target: str, value: object) -> Callable:
+    """The context in which `target`, such as "dcdit_kernels.triton._rows.FILL", is `value`."""
+    return functools.partial(patch, target, value)
+
+
+# group → variant → context of the shipped Triton operator.
+CONTEXTS: dict[str, dict[str, Callable]] = {
+    "modulate": {f"FILL {n}": under("dcdit_kernels.triton._rows.FILL", n) for n in (264, 528, 1024)},
+}
+# group → variants that are functions of their own.
+FUNCTIONS = {"attention": ("spare rows", "max_seqlen 1024", *(library.name for library in flash.LIBRARIES))}
+
+
+def attention(case: Case, device: str) -> dict[str, Callable]:
+    """name → attention of qkv (T, 3, heads, head_dim) by each library, with a loose bound, with rows to spare."""
+    _, plan, _ = planned(case, device)
+    cu = plan.cu_seqlens
+
+    def attend(qkv, longest=plan.max_seqlen, exact=True, library=None):
+        q, k, v = qkv.unbind(1)
+        if library is None:
+            return K.varlen_attention(q, k, v, cu, cu, longest, longest, exact=exact, backend="native")
+        wrong = flash.why_not(library, q, k, v)
+        if wrong:
+            raise K.BackendError(wrong)
+        return flash.attend(library, True, q, k, v, cu, cu, longest, longest, None)
+
+    named = {library.name: functools.partial(attend, library=library) for library in flash.LIBRARIES}
+    loose = {"max_seqlen 1024": functools.partial(attend, longest=1024)}
+    return {"spare rows": functools.partial(attend, exact=False), **loose, **named}
+
+
+def variants(case: Case, device: str, problem: Problem) -> dict[str, Variant]:
+    """The variants of the case's group, beside the shipped one and in its family."""
+    shipped = problem.variants.get("triton", problem.variants.get("dcdit"))
+    contexts = CONTEXTS.get(case.group, {})
+    found = {name: dataclasses.replace(shipped, around=around) for name, around in contexts.items() if shipped}
+    if case.group == "attention":
+        found |= {name: Variant(run) for name, run in attention(case, device).items()}
+    return found
+
+
+def scaffold_problem(case: Case, device: str, compiled: bool) -> Problem:
+    """The model's encoder and its decoder on the latent grid, (B, e, H, W) and the conditioning (B, D) → (B, L, e)."""
+    from .models import Nets, make_net
+
+    nets, config = Nets(make_net(DCDiT, case, device)), case.config
+    x = torch.randn(case.batch, config.encoder_width, case.side, case.side, device=device).to(case.torch_dtype)
+    c = torch.randn(case.batch, config.hidden_size, device=device).to(case.torch_dtype)
+
+    def chain(stack: Callable, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        net = nets[x.dtype]
+        h = stack(net.encoder, x, c).transpose(1, 2).unflatten(2, config.input_size)
+        return stack(net.decoder, h, c)
+
+    def plain(layout: torch.memory_format, stack, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        """A ConvStack in PyTorch's own layers."""
+        x = x.contiguous(memory_format=layout)
+        for block in stack.blocks:
+            h = block.conv1(F.silu(block.norm1(x))) + block.cond(c)[:, :, None, None]
+            x = block.conv2(F.silu(block.norm2(h))) + block.skip(x)
+        return stack.norm(x.flatten(2).transpose(1, 2))
+
+    layouts = {"plain": torch.contiguous_format, "plain channels-last": torch.channels_last}
+    variants = {n: Variant(functools.partial(chain, functools.partial(plain, f))) for n, f in layouts.items()}
+    variants["dcdit"] = Variant(functools.partial(chain, lambda stack, x, c: stack(x, c)))
+    least = Work(2 * x.nbytes * (1 + case.backward), 0, 0)
+    return Problem((x, c), variants, {"": Family("plain", "plain")}, least, case.side**2 * 32, case.backward)

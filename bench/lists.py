@@ -1,0 +1,81 @@
+"""Named lists of cases with the variants that are timed, for a GPU that is there for minutes: `bench.run --cases NAME`.
+
+Most important first: a run that is cut short loses the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .ablation import CONTEXTS, FUNCTIONS
+from .cases import OPERATORS, ROUTER, Case, select
+
+Wanted = tuple[Case, tuple[str, ...]]  # a case, and the names of its variants to time
+
+SERVED = ("dcdit", "dcdit graph", "DiT/2", "DiT/2 graph")
+COMPILED = ("dcdit compiled", "dcdit compiled graph", "DiT/2 compiled", "DiT/2 compiled graph")
+KERNELS = ("native", "native fixed", "triton", "plain")
+
+
+def forward(size: str, batch: int) -> Case:
+    """A forward pass at 256 px in bfloat16 that keeps an eighth of the cells, half of the plain DiT's tokens."""
+    return Case("forward", size, 32, batch, drop_fraction=0.5, dtype="bfloat16")
+
+
+def largest(group: str, backward: bool = False, **changes) -> Case:
+    """An operator at XL, batch 64, 256 px, a quarter of the cells kept."""
+    dtype = "float32" if group in ROUTER else "bfloat16"
+    return replace(Case(group, "XL", 32, 64, backward=backward, dtype=dtype), **changes)
+
+
+def both(group: str) -> list[Case]:
+    """Without and with the backward pass."""
+    return [largest(group, backward) for backward in (False, True)]
+
+
+def decisive() -> list[Wanted]:
+    """What decides between designs, then the table of the README, then the centre of every group."""
+    passes = [forward(*at) for at in (("XL", 64), ("B", 16), ("XL", 1), ("S", 1))]
+    kernels = [*both("dechunk"), *both("modulate"), *both("boundary"), *both("attention"), *both("chunk")]
+    kernels += [largest("plan"), largest("plan", side=64), largest("dechunk", clustered=True)]
+    step = Case("train", "B", 32, 16, drop_fraction=0.5, backward=True, dtype="bfloat16")
+    more = [forward(size, batch) for batch in (64, 8, 1) for size in ("S", "B", "XL")]
+    centres = select("cuda", OPERATORS, quick=True)
+    loop = select("cuda", ("sample",), quick=True)
+    wanted = [*((case, SERVED) for case in passes), *((case, KERNELS) for case in kernels), (step, ("dcdit", "DiT/2"))]
+    wanted += [
+        *((case, SERVED) for case in more),
+        *((case, KERNELS) for case in centres),
+        *((case, SERVED) for case in loop),
+    ]
+    return list(dict(wanted).items())
+
+
+def compiled() -> list[Wanted]:
+    """What Inductor makes of the plain DiT, of the model and of the straightforward operators."""
+    sizes = [("XL", 64), ("S", 64), ("B", 64), ("XL", 8), ("XL", 1), ("S", 1), ("B", 1), ("S", 8), ("B", 8)]
+    models = [forward(*at) for at in sizes]
+    operators = [largest(group, backward=True) for group in ("modulate", "dechunk", "boundary")]
+    wanted: list[Wanted] = [(case, SERVED + COMPILED) for case in models]
+    wanted[3:3] = [(case, (*KERNELS, "plain compiled")) for case in operators]
+    return wanted
+
+
+def choices() -> list[Wanted]:
+    """The tables of `bench.ablation`, beside what is shipped and the plain formulation."""
+    shipped = ("triton", "native", "dcdit", "plain", "plain channels-last")
+    cases = [largest("modulate", True), *both("scaffold"), *both("attention")]
+    cases += [largest("attention", dtype="float32"), *both("dechunk")]
+    extra = [(*CONTEXTS.get(case.group, {}), *FUNCTIONS.get(case.group, ())) for case in cases]
+    return [(replace(case, ablation=True), (*shipped, *names)) for case, names in zip(cases, extra, strict=True)]
+
+
+def at_hand(wanted: list[Wanted], device: str) -> list[Wanted]:
+    """The list as a device can run it: on a CPU, where it is rehearsed, at the size of the digits model."""
+    if device == "cuda":
+        return wanted
+    small = {"size": "digits", "side": 14, "batch": 2}
+    return list({replace(case, **small): names for case, names in wanted}.items())
+
+
+LISTS = {"decisive": decisive, "compiled": compiled, "ablation": choices}

@@ -1,0 +1,68 @@
+"""python -m bench.profile step | kernels: operator by operator through a training step; our kernels alone, for ncu."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from .cases import select
+from .lists import at_hand, largest
+from .measure import build
+from .timing import make_call
+
+
+def step(device: str, trace: str | None) -> None:
+    """The operators of one warm training step by their time on the device; all events as a Chrome trace."""
+    case = select(device, ("train",))[0 if device == "cuda" else -1]
+    call = build(case, device).variants["dcdit"].timed
+    for _ in range(3):
+        call()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    with profile(activities=activities) as prof:
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    print(case.name)
+    key = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
+    print(prof.key_averages().table(sort_by=key, row_limit=30, max_name_column_width=50))
+    if trace:
+        prof.export_chrome_trace(trace)
+
+
+def kernels(device: str) -> None:
+    """One call of each operator at XL, batch 64, between the marks that a profiler of kernels waits for."""
+    for group, backward in (
+        ("plan", False),
+        ("modulate", True),
+        ("dechunk", True),
+        ("cosine", False),
+        ("boundary", True),
+    ):
+        ((case, _),) = at_hand([(largest(group, backward), ())], device)
+        problem = build(case, device)
+        name = "native" if group == "plan" or device == "cpu" else "triton"
+        call = make_call(problem.variants.get(name, problem.variants["reference"]), problem.inputs, problem.backward)
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.profiler.start()
+            call()
+            torch.cuda.synchronize()
+            torch.cuda.profiler.stop()
+        print(f"{case.name}: {name}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.profile", description=__doc__)
+    parser.add_argument("what", choices=["step", "kernels"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--trace", help="file of the trace, .json or .json.gz")
+    args = parser.parse_args()
+    step(args.device, args.trace) if args.what == "step" else kernels(args.device)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
