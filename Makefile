@@ -29,9 +29,9 @@ bench: $(VENV)/installed-test
 	$(PY) -m bench.run
 	$(PY) -m bench.report
 
-# On a machine with a GPU: build in place, test, sanitise, measure, with the packages that PYTHON has. QUICK=1: 2 minutes.
+# On a machine with a GPU: build in place, test, sanitise, measure, with the packages that PYTHON has; 12 minutes.
 gpu:
-	$(PYTHON) -m bench.gpu $(if $(QUICK),--quick)
+	$(PYTHON) -m bench.gpu first; $(PYTHON) -m bench.gpu second
 
 # make bench-compare BASE=main: the operators of this tree against those of another commit.
 bench-compare: $(VENV)/installed-test

@@ -28,6 +28,7 @@ def under(target: str, value: object) -> Callable:
     return functools.partial(patch, target, value)
 
 
+SHIPPED = ("triton", "dcdit")
 # group → variant → context of the shipped Triton operator.
 CONTEXTS: dict[str, dict[str, Callable]] = {
     "modulate": {f"FILL {n}": under("dcdit_kernels.triton._rows.FILL", n) for n in (264, 528, 1024)},
@@ -57,9 +58,9 @@ def attention(case: Case, device: str) -> dict[str, Callable]:
 
 def variants(case: Case, device: str, problem: Problem) -> dict[str, Variant]:
     """The variants of the case's group, beside the shipped one and in its family."""
-    shipped = problem.variants.get("triton", problem.variants.get("dcdit"))
-    contexts = CONTEXTS.get(case.group, {})
-    found = {name: dataclasses.replace(shipped, around=around) for name, around in contexts.items() if shipped}
+    shipped = next((problem.variants[name] for name in SHIPPED if name in problem.variants), None)
+    contexts = CONTEXTS.get(case.group, {}) if shipped else {}
+    found = {name: dataclasses.replace(shipped, around=around) for name, around in contexts.items()}
     if case.group == "attention":
         found |= {name: Variant(run) for name, run in attention(case, device).items()}
     return found

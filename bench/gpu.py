@@ -38,7 +38,7 @@ FOLDER = ROOT / "build" / "gpu"  # ignored by git; the second call finds the fir
 RESULT = FOLDER / "result.json"
 PYTHON = (sys.executable, "-m")
 SECTIONS = ("SpeedOfLight", "Occupancy", "MemoryWorkloadAnalysis", "WarpStateStats")
-PROFILED = "modulate_forward|modulate_backward|smooth|plug|cosine|predictability|plan_fill|group_norm"
+PROFILED = "modulate_forward|modulate_backward|smooth|plug|cosine|predictability|plan_fill"
 CLOCKS = "timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active,utilization.gpu"
 
 

@@ -4,14 +4,13 @@ import dataclasses
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
-from bench import compare, gpu, replay, run
+from bench import compare, replay, run
 from bench import measure as measuring
 from bench.cases import Case, select
 from bench.machine import version
@@ -56,6 +55,32 @@ def test_a_crash_costs_one_case(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out" / "r.json").read_text()) == result
 
 
+def test_a_case_that_hangs_costs_its_limit(tmp_path, monkeypatch):
+    """The process ends, having said where it hung; a fresh one goes on."""
+    hang = CRASH.replace("import os; os._exit(77)", "import time; time.sleep(600)")
+    (tmp_path / "sitecustomize.py").write_text(hang)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    options = ["--device", "cpu", "--quick", "--no-compile", "--seconds", "0.2", "--output", str(tmp_path / "r.json")]
+    assert run.main([*options, "--groups", "chunk,pad", "--limit", "5"]) == 0
+    crashed, measured = json.loads((tmp_path / "r.json").read_text())["cases"]
+    assert crashed["name"].startswith("chunk") and "after 5 s" in crashed["crashed"]
+    assert measured["name"].startswith("pad") and measured["variants"]["plain"]["status"] == "ok"
+
+
+def test_a_list_is_measured_by_name_and_its_compiled_cases_later(tmp_path, monkeypatch):
+    """A second run goes on with the file of the first: what it adds to a case stands in its place."""
+    chunk, pad = Case("chunk", "digits", 14, 2), Case("pad", "digits", 14, 2)
+    first = [(chunk, ("native", "plain")), (pad, ("plain",))]
+    monkeypatch.setitem(run.LISTS, "decisive", lambda: [*first, (chunk, ("plain", "plain compiled"))])
+    args = run.parse(["--device", "cuda", "--cases", "decisive"])
+    assert [task[2] for task in run.tasks(args)] == [False, False, True]
+    assert run.tasks(run.parse(["--device", "cuda", "--cases", "decisive", "--no-compile"])) == run.tasks(args)[:2]
+    entries = [{"name": chunk.name, "variants": 1, "launches": 5}, {"name": pad.name, "crashed": "at once"}]
+    run.merge(entries, {"name": chunk.name, "variants": 2, "compiled": True})
+    assert entries[0] == {"name": chunk.name, "variants": 2, "launches": 5, "compiled": True}
+    assert run.finished({"cases": entries}) == {chunk.name, pad.name, f"{chunk.name} compiled"}
+
+
 @pytest.mark.parametrize("grace", ["0", "60"])
 def test_cases_without_time_are_listed(tmp_path, grace):
     """Also where the process was still at an earlier one, and was ended."""
@@ -79,7 +104,7 @@ def gpu_worker(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "time", SimpleNamespace(time=lambda: now[0]))
     monkeypatch.setattr(run, "rates", lambda device: {"copy_bytes_per_s": 1.0, "matmul_flops_per_s": {}})
     monkeypatch.setattr(measuring, "measure", measure)
-    monkeypatch.setattr(measuring, "count_launches", lambda entry, compiled: entry.update(launches=compiled))
+    monkeypatch.setattr(measuring, "count_launches", lambda entry, compiled, names: entry.update(launches=compiled))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     output = tmp_path / "r.json"
     run.write(output, {"rates": None, "current": None, "cases": []})
@@ -144,56 +169,6 @@ def test_replay_copies_its_inputs_and_captures_once(monkeypatch):
         with torch.no_grad():
             torch.testing.assert_close(again(net, *inputs, 0.5), predict(net, *inputs, 0.5))
     assert len(made) == 1
-
-
-def test_gpu_stages_in_order_of_importance(monkeypatch):
-    monkeypatch.setattr(gpu, "architecture", lambda: "90")
-    stages = gpu.plan("cuda", False, Path("r.json"))
-    assert [stage.name for stage in stages] == ["build", "tests", "memcheck", "racecheck", "bench", "profile"]
-    assert sum(stage.limit for stage in stages) < 8 * 60
-    assert not any("pip" in part for stage in stages for part in stage.command)
-    assert all("PYTORCH_NO_CUDA_MEMORY_CACHING=1" in stage.command for stage in stages[2:4])
-    assert sum(stage.limit for stage in gpu.plan("cuda", True, Path("r.json"))) < 100  # and the benches the rest
-
-
-def test_gpu_rehearsal(tmp_path, monkeypatch):
-    """A stage that fails, one that hangs and one that is missing are recorded, and the rest goes on."""
-    sleep = [sys.executable, "-c", "import time; print('begun'); time.sleep(60)"]
-    bench = [sys.executable, "-m", "bench.run", "--device", "cpu", "--quick", "--no-compile", "--groups", "chunk"]
-    output = tmp_path / "r.json"
-    stages = [
-        gpu.Stage("tests", sleep, 1.0),
-        gpu.Stage("memcheck", ["/nowhere/compute-sanitizer"], 5),
-        gpu.Stage("racecheck", [sys.executable, "-m", "bench.exercise", "--device", "cpu"], 30),
-        gpu.Stage("bench", [*bench, "--output", str(output)], 0),
-        gpu.Stage("profile", [sys.executable, "-c", "raise SystemExit(5)"], 5),
-    ]
-    monkeypatch.setattr(gpu, "plan", lambda *_: stages)
-    monkeypatch.setattr(os, "getloadavg", lambda: (7.0, 7.0, 7.0))  # before the first stage; the benches see another
-    assert gpu.main(["--device", "cpu", "--quick", "--output", str(output)]) == 1
-    result = json.loads(output.read_text())
-    status = {stage["name"]: stage["status"] for stage in result["stages"]}
-    assert status.pop("racecheck") in (0, 3)  # 3: the extension is not built
-    assert status.pop("memcheck").startswith("[Errno 2]")
-    assert status == {"tests": "timeout", "bench": 0, "profile": 5} and result["load"] == 7.0
-    assert result["stages"][0]["tail"].startswith("begun")
-    assert [entry["case"]["group"] for entry in result["cases"]] == ["chunk"]
-
-
-def test_gpu_limit_counts_from_the_start(tmp_path, monkeypatch):
-    """What was spent before the first stage is not given to it; nor is a result of the same day overwritten."""
-    monkeypatch.setattr(run, "RESULTS", tmp_path)
-    monkeypatch.setattr(gpu, "plan", lambda *_: [gpu.Stage("tests", [sys.executable, "-c", ""], 30)])
-    assert gpu.main(["--device", "cpu", "--quick"], begin=time.time() - 1000) == 1
-    assert gpu.main(["--device", "cpu", "--quick"]) == 0
-    first, second = sorted(tmp_path.iterdir(), key=lambda path: len(path.name))
-    assert [json.loads(path.read_text())["stages"][0]["status"] for path in (first, second)] == ["cut", 0]
-
-
-def test_gpu_says_that_there_is_none(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main([]) == 2
-    assert capsys.readouterr().err == "make gpu: this Python's torch sees no GPU\n"
 
 
 SLOW = """
