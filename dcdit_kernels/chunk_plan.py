@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .packing import Packing, Rule
+from ._check import require
+from ._rules import Rule
+from .packing import Packing, take_rows
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -49,41 +51,66 @@ class ChunkPlan(Packing):
         tokens = torch.cat([self.token_index, self.token_index.new_full((1,), -1)])  # the last is for no row, -1
         return (tokens[self.nearest] == cell).view(self.batch_size, self.cells)
 
+    @property
+    def cell_index(self) -> torch.Tensor:
+        """The cell of each packed row within its sample, int32 (capacity,); -1 past the last live row."""
+        return torch.where(self.token_index < 0, -1, self.token_index % self.cells)
+
+    def rows(self, table: torch.Tensor, per: str | None = None) -> torch.Tensor:
+        """The entry of `table` for each packed row: rotary tables, position ids, embeddings of a sample's time.
+
+        Args:
+            table: any dtype, with one entry for each cell of each sample (B, L, …), for each cell (L, …), or for each
+                sample (B, …).
+            per: "token", "cell" or "sample" says which of the three; None: the first that fits the shape.
+
+        Returns (capacity, …), zero past the last live row. Raises ValueError where the table does not fit, and where
+        B = L leaves open which is meant.
+        """
+        shape, batch, cells = table.shape, self.batch_size, self.cells
+        fits = {
+            "token": tuple(shape[:2]) == (batch, cells),
+            "cell": shape[:1] == (cells,),
+            "sample": shape[:1] == (batch,),
+        }
+        if per is None:
+            require(batch != cells or not any(fits.values()), "rows: with B = L = {}, say per=", cells)
+            per = next((name for name, good in fits.items() if good), None)
+        if not fits.get(per, False):
+            message = "rows: table must be (B, L, …), (L, …) or (B, …) with B = {} and L = {}, got {}"
+            raise ValueError(message.format(batch, cells, tuple(shape)))
+        if per == "token":
+            return take_rows(table.flatten(0, 1), self.token_index)
+        return take_rows(table, self.cell_index if per == "cell" else self.sample_index)
+
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         cells = self.batch_size * self.cells
         rows = {"token_index": (self.capacity,), "member_offsets": (self.capacity + 1,)}
         return {**super()._shapes(), **rows, "nearest": (cells,), "member_index": (cells,), "overflow": ()}
 
     def _rules(self) -> list[Rule]:
-        token, nearest, live = self.token_index, self.nearest, self.cu_seqlens[-1]
-        row = torch.arange(self.capacity, device=token.device)
+        token, nearest, capacity, live = self.token_index, self.nearest, self.capacity, self.cu_seqlens[-1]
+        row = torch.arange(capacity, device=token.device)
         cell = torch.arange(nearest.numel(), device=token.device)
-        before = torch.cat([token.new_full((1,), -1), token[:-1]])[: self.capacity]
-        ascending = (row >= live) | (token > before)
-        mine = torch.div(token, self.cells, rounding_mode="floor") == self.sample_index
-        # A bad index is replaced before it is followed, and fails a rule of its own.
-        own_row = cell.new_full((nearest.numel() + 1,), -1)
-        own_row[torch.where((token >= 0) & (token < nearest.numel()), token, -1)] = row
-        own_row = own_row[:-1]
-        refilled = (nearest >= 0) & (nearest < live)
-        samples = torch.cat([self.sample_index, token.new_full((1,), -1)])
-        sample = samples[torch.where(refilled, nearest, -1)]
-        local = (nearest == -1) | (refilled & (sample == cell // self.cells))
-        counts = cell.new_zeros(self.capacity + 1).index_add(
-            0, torch.where(refilled, nearest, -1) % (self.capacity + 1), torch.ones_like(cell)
+        # An index that is out of range fails its own rule; the others follow a spare entry in its place.
+        before = torch.cat([token.new_full((1,), -1), token])[:-1]
+        placed = ((token > before) | (row >= live)) & (
+            token.div(self.cells, rounding_mode="floor") == self.sample_index
         )
-        ends = torch.cat([counts.new_zeros(1), counts[:-1].cumsum(0)])
-        order = torch.argsort(torch.where(refilled, nearest, self.capacity), stable=True)
-        members = torch.where(cell < ends[-1], order, -1)
+        refill = torch.where((nearest >= 0) & (nearest < live), nearest, capacity)
+        sample = torch.cat([self.sample_index, token.new_full((1,), -1)])[refill]
+        local = (nearest == -1) | (sample == cell // self.cells)
+        own_row = torch.full((cell.numel() + 1,), -1, device=token.device)
+        own_row[torch.where((token >= 0) & (token < cell.numel()), token, -1)] = row
+        counts = torch.zeros_like(own_row[:1]).expand(capacity + 1).index_add(0, refill, torch.ones_like(cell))
+        ends = torch.cat([counts[:1] * 0, counts[:capacity].cumsum(0)])
+        members = torch.where(cell < ends[-1], refill.argsort(stable=True), -1)
+        own = (own_row[:-1] < 0) | (nearest == own_row[:-1])
         return [
             *super()._rules(),
-            Rule(
-                "token_index",
-                ascending & mine,
-                "a cell of the row's sample after the row before's, or -1 past the live rows",
-            ),
+            Rule("token_index", placed, "a cell of the row's sample past the row before's, or -1 in a spare row"),
             Rule("nearest", local, "a live row of the cell's sample, or -1"),
-            Rule("nearest", (own_row < 0) | (nearest == own_row), "a retained cell's own row"),
+            Rule("nearest", own, "a retained cell's own row"),
             Rule("member_offsets", self.member_offsets == ends, "the members of the rows before, of nearest inverted"),
             Rule(
                 "member_index", self.member_index == members, "the next cell of nearest inverted, or -1 past the last"

@@ -44,6 +44,33 @@ def test_rows_are_packed_and_put_back():
         assert torch.equal(torch.autograd.grad(out.sum(), x)[0], 2.0 * taken[..., None].expand_as(x))
 
 
+def attend_with_text(h, prob, text, cu_text):
+    """Joint attention to text: a packing made, joined, cut into segments and looked up inside the graph."""
+    plan = K.plan_chunks(prob, grid=(8, 8))
+    words = K.Packing.from_cu_seqlens(cu_text, max_seqlen=7, capacity=text.shape[0])
+    joined = plan.join(words)
+    x = joined.cat(K.chunk(h, plan) + plan.rows(h[0]) + plan.rows(h[:, 0]), text)
+    heads = x.unflatten(1, (2, 16))
+    lengths = joined.cu_seqlens, joined.cu_seqlens, joined.max_seqlen, joined.max_seqlen
+    x = x + K.varlen_attention(heads, heads, heads, *lengths).flatten(1)
+    own, words = joined.split(x)
+    return own.sum(0), words
+
+
+def test_streams_are_joined():
+    compiled = whole(attend_with_text)
+    for batch, lengths in ((2, [3, 0]), (3, [7, 1, 2]), (2, [0, 0]), (5, [1, 2, 3, 4, 5])):
+        h, prob = torch.randn(batch, 64, 32, requires_grad=True), torch.rand(batch, 64)
+        text = torch.randn(sum(lengths) + 2, 32, requires_grad=True)
+        cu_text = K.Packing.from_lengths(lengths).cu_seqlens
+        results = []
+        for function in (compiled, attend_with_text):
+            outs = function(h, prob, text, cu_text)
+            results.append([*outs, *torch.autograd.grad(sum(o.square().sum() for o in outs), (h, text))])
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_model_takes_every_batch():
     torch.manual_seed(0)
     net = DCDiT(DCDiTConfig(input_size=(8, 8), hidden_size=64, depth=1, num_heads=2, encoder_width=32)).eval()
