@@ -3,7 +3,8 @@
 Every operator has a plain PyTorch twin of the same name in `dcdit_kernels.reference`.
 """
 
-from ._dispatch import BackendError, explain, use_backend
+from ._dispatch import BackendError, use_backend
+from ._explain import explain
 from .attention import varlen_attention
 from .boundary import boundary_cosine, boundary_predictability
 from .chunk import chunk

@@ -8,7 +8,10 @@ import sys
 
 import torch
 
-from . import __version__, _dispatch, native
+from . import __version__, native
+from ._dispatch import BackendError
+from ._explain import explain
+from ._ops import OPERATORS
 
 # Distributions, each with what it is for.
 PACKAGES = {
@@ -53,24 +56,30 @@ def gpus() -> list[str]:
     ]
 
 
-def operators(device: str) -> list[str]:
-    """Each operator's back-ends for small tensors on this device: which one is taken, and why not the others."""
+def operators(device: str) -> tuple[list[str], bool]:
+    """Each operator's back-ends for small tensors on this device, and whether each operator can run.
+
+    An operator cannot run where DCDIT_BACKEND names a back-end that is none, or that cannot.
+    """
     x = torch.zeros(1, 1, 8, dtype=torch.bfloat16 if device == "cuda" else torch.float32, device=device)
-    lines = []
-    for op in sorted(_dispatch._registry):
+    lines, run = [], True
+    for op in sorted(OPERATORS):
         try:
-            lines.append(_dispatch.explain(op, x, x, x))
-        except _dispatch.BackendError as error:  # DCDIT_BACKEND names one that cannot run
+            lines.append(explain(op, x))
+        except BackendError as error:
             lines.append(str(error))
-    return lines
+            run = False
+    return lines, run
 
 
-def main() -> None:
-    """Print all of it."""
+def main() -> int:
+    """Print all of it; 1 where an operator cannot run."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    lines = [*versions(), *extension(), *gpus(), "", f"Operators on {device}:", *operators(device)]
+    lines, run = operators(device)
+    lines = [*versions(), *extension(), *gpus(), "", f"Operators on {device}:", *lines]
     sys.stdout.write("\n".join(lines) + "\n")
+    return 0 if run else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

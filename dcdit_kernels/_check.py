@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 if TYPE_CHECKING:
     from .packing import Packing
 
+PROXY = torch._C._TorchDispatchModeKey.PROXY
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def traced(tensor: torch.Tensor) -> bool:
-    """Whether a call is compiled, or its tensors are fake: those have no memory for a kernel and no values to see."""
-    return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
+    """Whether a call is compiled or recorded: a kernel may not run then, or would not be seen."""
+    if torch.compiler.is_compiling():
+        return True
+    if type(tensor) not in PLAIN and isinstance(tensor, FakeTensor | FunctionalTensor):
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 and torch._C._get_dispatch_mode(PROXY) is not None
 
 
-def first_tensor(args: Iterable[Any]) -> torch.Tensor:
-    """The first of an operator's arguments that is a tensor."""
-    for arg in args:
-        if isinstance(arg, torch.Tensor):
-            return arg
-    raise TypeError("expected a tensor among the arguments, got none")
+def with_memory(op: str, tensors: Mapping[str, torch.Tensor | None]) -> None:
+    """Kernels are handed addresses, which a subclass that wraps other tensors (DTensor, say) does not have."""
+    for name, tensor in tensors.items():
+        if tensor is not None and type(tensor).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+            raise TypeError(
+                f"{op}: {name} is a {type(tensor).__name__}, whose memory no kernel can read; pass its local tensor "
+                f'({name}.to_local()) or run under use_backend("reference")'
+            )
 
 
 def require(condition: bool, message: str, *values: object) -> None:
@@ -46,8 +55,9 @@ def floating(op: str, **tensors: torch.Tensor | None) -> None:
 
 def shaped(op: str, name: str, tensor: torch.Tensor, *shape: int | None) -> None:
     """`tensor` must have this shape; None matches any size."""
-    fits = tensor.dim() == len(shape)
-    for want, have in zip(shape, tensor.shape, strict=False):  # a generator would take three times as long
+    sizes = tensor.shape
+    fits = len(sizes) == len(shape)
+    for want, have in zip(shape, sizes, strict=False):  # a generator would take three times as long
         fits = fits and (want is None or want == have)
     if not fits:
         wanted = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ")"

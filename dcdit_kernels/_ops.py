@@ -1,245 +1,231 @@
-"""torch.library operators `dcdit::NAME` and `dcdit::NAME_backward`: what torch.compile and opcheck see.
+"""One `Operator` for each public operator: its back-ends and, where it has gradients, its schema and its fake.
 
-Every operator is a function of its inputs, and its backward one of the gradients and the same inputs: nothing else is
-saved. A plan travels as its tensors and sizes. Eager calls do without these operators, which cost the host more than a
-small kernel takes. Inside one, the reference and native back-ends recompute the forward to differentiate it: the price
-of torch.compile on a CPU.
+Who calls whom, where the back-end is a class with `forward` and `backward`, and where it is a function:
+
+    eager, forward      class      `forward`; as a `_Node` where a gradient is wanted
+                        function   the function, which PyTorch differentiates
+    eager, backward     class      `_Node.backward` → `backward`; the gradient of a gradient raises
+                        function   PyTorch's graph
+    traced, forward     `_library.call` → dcdit::NAME → `forward` or the function
+    traced, backward    class      dcdit::NAME_backward → `backward`
+                        function   dcdit::NAME_backward → the function once more, and PyTorch's graph of it
+
+A call is traced where torch.compile, torch.export or make_fx records it. Eager calls do without torch.library, which
+costs the host more than a small kernel takes, and look a back-end up by the devices and dtypes that led to it before.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
-from . import _dispatch
-from ._check import one_device, traced
-from .chunk_plan import ChunkPlan
-from .native import device_of
-
-PLAN_TENSORS = (
-    "cu_seqlens",
-    "token_index",
-    "sample_index",
-    "nearest",
-    "member_offsets",
-    "member_index",
-    "overflow",
-)
-
-_library = torch.library.Library("dcdit", "DEF")
+from . import _library
+from ._autograd import KernelFunction, connect
+from ._check import floating, one_device, traced, with_memory
+from ._dispatch import BACKENDS, BackendError, current, requested_backend
+from ._triton_support import assume_constant, elsewhere
 
 
 @dataclass(frozen=True)
-class _Operator:
-    tensors: tuple[str, ...]  # in the order of the schema; those that are not floating point get no gradient
-    constants: tuple[str, ...]
-    outputs: int
-    plan: bool
-    unread: tuple[str, ...]  # tensors of which a backward needs no more than shape and dtype
+class Backend:
+    """Where an operator is implemented, and why it cannot run.
 
-
-_operators: dict[str, _Operator] = {}
-
-
-def define(
-    op: str,
-    tensors: str,
-    constants: str,
-    fake: Callable[..., Any],
-    outputs: int = 1,
-    plan: bool = True,
-    unread: tuple[str, ...] = (),
-) -> None:
-    """Make `dcdit::op` and its backward from schema fragments such as "Tensor x, Tensor? residual", "float sigma".
-
-    `fake(**inputs)` gets the operator's arguments by name and returns its outputs (a tuple where there are several).
-    `plan` says whether the operator takes one; `unread` names the large tensors whose values no backward needs.
+    `target` is "module:name", imported on first use: a function that PyTorch differentiates, or a class with `forward`
+    and `backward`. `why_not(device, dtypes)` is a reason, or None where the back-end can run.
     """
-    names, constant_names = (tuple(part.split()[-1] for part in s.split(",") if part) for s in (tensors, constants))
-    _operators[op] = _Operator(names, constant_names, outputs, plan, unread)
-    tail = ", ".join(filter(None, (tensors, "Tensor[] plan, SymInt[] sizes", constants, "str backend")))
-    returns = "Tensor" if outputs == 1 else "(" + ", ".join(["Tensor"] * outputs) + ")"
-    gradients = ", ".join(f"Tensor grad{i}" for i in range(outputs))
-    implement(f"{op}({tail}) -> {returns}", lambda *args: _forward(op, args), lambda *args: fake(**_named(op, args)))
-    implement(
-        f"{op}_backward({gradients}, bool[] needs, {tail}) -> Tensor[]",
-        lambda *args: _backward(op, args),
-        lambda *args: _like(args[outputs], args[outputs + 1 : outputs + 1 + len(names)]),
-    )
+
+    target: str
+    why_not: Callable[[torch.device, tuple[torch.dtype, ...]], str | None] = lambda device, dtypes: None
+
+    @functools.cached_property
+    def implementation(self) -> Any:
+        """The function or class."""
+        module, name = self.target.split(":")
+        return getattr(importlib.import_module(module), name)
 
 
-def implement(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Define `dcdit::schema` with its implementation on every device and what it returns for fake tensors."""
-    name = schema.split("(")[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    # Where a graph breaks at an operator, torch.compile would go on inside it.
-    _library.impl(name, torch._disable_dynamo(function), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"dcdit::{name}", fake, lib=_library)
+class Operator:
+    """A name and its back-ends; `dcdit_kernels.reference` has every operator, and `backends` are the others.
+
+    `describe(*tensors)` returns the lines that `explain` adds about a choice inside of a back-end.
+    """
+
+    def __init__(self, name: str, *, describe: Callable[..., list[str]] | None = None, **backends: Backend) -> None:
+        self.name, self.describe = name, describe
+        self.backends = {"reference": Backend(f"dcdit_kernels.reference:{name}"), **backends}
+        OPERATORS[name] = self
+
+    def choose(self, backend: str | None, *tensors: torch.Tensor | None) -> str:
+        """Name of the back-end that runs tensors like these; BackendError where the one asked for cannot."""
+        given = [t for t in tensors if t is not None]
+        return _chosen(self.name, requested_backend(backend), backend is None, given[0].device,
+                       tuple([t.dtype for t in given]))  # fmt: skip
+
+    def why_not(self, backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+        """Reason why `backend` cannot run tensors like these, or None where it can."""
+        if backend not in self.backends:
+            return f"{self.name} has no {backend} implementation"
+        return self.backends[backend].why_not(device, dtypes)
+
+    def run(self, backend: str | None, tensor: torch.Tensor, *args: Any) -> Any:
+        """Call the function of the back-end asked for, chosen by its first argument, with autocast off."""
+        chosen = self.choose(backend, tensor)
+        if chosen != "reference":
+            with_memory(self.name, {"the first tensor": tensor})
+        function = self.backends[chosen].implementation
+        return _full_precision(function, tensor.device, tensor, *args)
 
 
-def run(op: str, backend: str | None, **inputs: Any) -> Any:
-    """Call `op` on the back-end asked for; what is traced goes through torch.library."""
-    named = {name: inputs[name] for name in _operators[op].tensors}
-    plan, tensors = inputs.get("plan"), list(named.values())
-    one_device(op, tensors[0], named if plan is None else {**named, "plan": plan.cu_seqlens})
-    name = _dispatch.choose(op, backend, **inputs)
-    if traced(tensors[0]):
-        return _trace(op, name, inputs)
-    if name != "triton":
-        return _dispatch.call(op, name, **inputs)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _Launch.apply(op, inputs, *tensors)
-    return _launch(op, inputs)
+OPERATORS: dict[str, Operator] = {}
+# (operator, request, devices and dtypes) → the implementation that is chosen for tensors that have passed the checks.
+_known: dict[tuple[Any, ...], Any] = {}
 
 
-def _launch(op: str, inputs: dict[str, Any]) -> Any:
-    with device_of(inputs[_operators[op].tensors[0]]):
-        return _dispatch.load(op, "triton").forward(**inputs)
+@assume_constant
+def _chosen(op: str, asked: str, everywhere: bool, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
+    """`everywhere`: asked of all operators, so that one without such a back-end takes another."""
+    operator, reason = OPERATORS[op], None
+    if everywhere and asked not in operator.backends:
+        asked = "auto"
+    for name in BACKENDS if asked == "auto" else (asked,):
+        reason = operator.why_not(name, device, dtypes)
+        if asked == "auto" and name == "triton" and device.type != "cuda":
+            reason = "the interpreter is for tests"
+        if reason is None:
+            return name
+    raise BackendError(f"{op}: backend {asked!r} cannot run: {reason}")
 
 
-def _launch_backward(op: str, grads: Any, needs: Any, inputs: dict[str, Any]) -> Any:
-    with device_of(grads[0]):
-        return _dispatch.load(op, "triton").backward(*grads, needs, **inputs)
+def _full_precision(function: Callable[..., Any], device: torch.device, *args: Any, **kwargs: Any) -> Any:
+    """Call it with autocast off: operators state their precision, and autocast would accumulate in half of it."""
+    if not torch.is_autocast_enabled(device.type):
+        return function(*args, **kwargs)
+    with torch.autocast(device.type, enabled=False):
+        return function(*args, **kwargs)
 
 
-class _Launch(torch.autograd.Function):
-    """An eager call of the Triton back-end, straight to its launchers."""
+def _on_device(function: Callable[..., Any], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Call it with the tensor's GPU as the current one."""
+    if not elsewhere(tensor):
+        return function(*args, **kwargs)
+    with torch.cuda.device(tensor.device):
+        return function(*args, **kwargs)
 
-    @staticmethod
-    def forward(ctx, op, inputs, *tensors):
-        spec, ctx.op = _operators[op], op
-        ctx.rest = {name: value for name, value in inputs.items() if name not in spec.tensors}
-        kept = (
-            torch.empty_like(t, device="meta") if name in spec.unread and t is not None else t
-            for name, t in zip(spec.tensors, tensors, strict=True)
+
+class Differentiable(Operator):
+    """An operator with gradients, which torch.compile sees as `dcdit::NAME`.
+
+    `tensors` and `constants` are fragments of its schema, such as "Tensor x, Tensor? residual" and "float sigma".
+    `fake(**inputs)` gets all arguments by name and returns the outputs, a tuple where `outputs` is above 1. `plan` says
+    whether it takes one. `integers` are the tensors that have no gradient, `unread` the large ones of which a backward
+    needs no more than shape and dtype.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tensors: str,
+        constants: str,
+        fake: Callable[..., Any],
+        *,
+        outputs: int = 1,
+        plan: bool = True,
+        integers: tuple[str, ...] = (),
+        unread: tuple[str, ...] = (),
+        **options: Any,
+    ) -> None:
+        super().__init__(name, **options)
+        self.fake, self.outputs, self.plan, self.integers, self.unread = fake, outputs, plan, integers, unread
+        self.tensors, self.constants = (
+            tuple(part.split()[-1] for part in schema.split(",") if part) for schema in (tensors, constants)
         )
+        _library.define(self, tensors, constants)
+
+    def __call__(self, backend: str | None, /, **inputs: Any) -> Any:
+        """Run the back-end asked for on the arguments by name."""
+        tensors = [inputs[name] for name in self.tensors]
+        if traced(tensors[0]):
+            self._check(inputs)
+            return _library.call(self, self.choose(backend, *tensors), inputs)
+        key: list[Any] = [self.name, backend, current.eager]
+        graph = False
+        for tensor in tensors:
+            if tensor is None:
+                key.append(None)
+            else:
+                key += (type(tensor), tensor.dtype, tensor.device)
+                graph = graph or tensor.requires_grad
+        plan = inputs["plan"] if self.plan else None
+        key.append(plan and plan.cu_seqlens.device)
+        known = tuple(key)
+        implementation = _known.get(known)
+        if implementation is None:
+            self._check(inputs)
+            chosen = self.choose(backend, *tensors)
+            if chosen != "reference":
+                with_memory(self.name, {name: inputs[name] for name in self.tensors})
+            implementation = _known[known] = self.backends[chosen].implementation
+        if not hasattr(implementation, "backward"):
+            return _full_precision(implementation, tensors[0].device, **inputs)
+        if (graph and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
+            return _Node.apply(self, implementation, inputs, *tensors)
+        return _on_device(implementation.forward, tensors[0], **inputs)
+
+    def _check(self, inputs: dict[str, Any]) -> None:
+        """Raise unless all tensors are of dtypes that operators take, and on one device."""
+        named = {name: inputs[name] for name in self.tensors}
+        floating(self.name, **{name: tensor for name, tensor in named.items() if name not in self.integers})
+        plan = inputs["plan"] if self.plan else None
+        one_device(self.name, named[self.tensors[0]], named if plan is None else {**named, "plan": plan.cu_seqlens})
+
+    def has_backward(self, backend: str) -> bool:
+        """Whether this back-end brings its own backward."""
+        return hasattr(self.backends[backend].implementation, "backward")
+
+    def forward(self, backend: str, inputs: dict[str, Any]) -> Any:
+        """Run this back-end, and leave no node where it brings its own backward."""
+        implementation, first = self.backends[backend].implementation, inputs[self.tensors[0]]
+        if self.has_backward(backend):
+            return _on_device(implementation.forward, first, **inputs)
+        return _full_precision(implementation, first.device, **inputs)
+
+    def backward(self, backend: str, grads: tuple[torch.Tensor, ...], needs: Any, inputs: dict[str, Any]) -> Any:
+        """The gradients of the tensors, by a back-end that brings its own backward."""
+        return _on_device(self.backends[backend].implementation.backward, grads[0], *grads, needs, **inputs)
+
+
+class _Node(KernelFunction):
+    """An eager call of a back-end that brings its own backward."""
+
+    @staticmethod
+    def forward(ctx, operator, implementation, inputs, *tensors):
+        ctx.operator, ctx.implementation, ctx.unread = operator, implementation, {}
+        ctx.rest = {name: inputs[name] for name in operator.constants}
+        if operator.plan:
+            ctx.rest["plan"] = inputs["plan"]
+        kept = list(tensors)
+        for name in operator.unread:
+            place = operator.tensors.index(name)
+            if tensors[place] is not None:
+                kept[place], ctx.unread[name] = None, (tensors[place].shape, tensors[place].dtype)
         ctx.save_for_backward(*kept)
-        return _launch(op, inputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        inputs = dict(zip(_operators[ctx.op].tensors, ctx.saved_tensors, strict=True))
-        needs = ctx.needs_input_grad[2:]
-        got = _launch_backward(ctx.op, grads, needs, inputs | ctx.rest)
-        return None, None, *(grad if need else None for grad, need in zip(got, needs, strict=True))
-
-
-def _trace(op: str, name: str, inputs: dict[str, Any]) -> Any:
-    spec, plan = _operators[op], inputs.get("plan")
-    parts = [] if plan is None else [getattr(plan, part) for part in PLAN_TENSORS]
-    sizes = [] if plan is None else [plan.max_seqlen, *plan.grid]
-    constants = (parts and sizes, *(inputs[c] for c in spec.constants), name)
-    tensors = [inputs[t] for t in spec.tensors]
-    tensors = [_distinct(tensor, tensors[:i]) for i, tensor in enumerate(tensors)]
-    return _Call.apply(op, constants, *tensors, *parts)
-
-
-def _distinct(tensor: torch.Tensor | None, before: list[torch.Tensor | None]) -> torch.Tensor | None:
-    """A view where the tensor came before: torch.compile wants no input of an autograd.Function twice."""
-    return tensor.view_as(tensor) if tensor is not None and any(tensor is other for other in before) else tensor
-
-
-class _Call(torch.autograd.Function):
-    """The operator and its backward, each one call."""
-
-    @staticmethod
-    def forward(ctx, op, constants, *tensors):
-        ctx.op, ctx.constants = op, constants
-        ctx.save_for_backward(*tensors)
-        count = len(_operators[op].tensors)
-        return getattr(torch.ops.dcdit, op)(*tensors[:count], list(tensors[count:]), *constants)
+        return _on_device(implementation.forward, tensors[0], **inputs)
 
     @staticmethod
     def backward(ctx, *grads):
-        tensors = ctx.saved_tensors
-        count = len(_operators[ctx.op].tensors)
-        needs = [bool(need) for need in ctx.needs_input_grad[2 : 2 + count]]
-        operator = getattr(torch.ops.dcdit, f"{ctx.op}_backward")
-        got = operator(*grads, needs, *tensors[:count], list(tensors[count:]), *ctx.constants)
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        inputs = dict(zip(ctx.operator.tensors, saved, strict=True)) | ctx.rest
+        for name, (shape, dtype) in ctx.unread.items():
+            inputs[name] = torch.empty(shape, dtype=dtype, device="meta")
+        with torch.no_grad():
+            got = _on_device(ctx.implementation.backward, grads[0], *grads, needs, **inputs)
         got = [grad if need else None for grad, need in zip(got, needs, strict=True)]
-        return None, None, *got, *[None] * (len(tensors) - count)
-
-
-def _named(op: str, args: tuple[Any, ...]) -> dict[str, Any]:
-    """The operator's own arguments by name, with the plan put together again; without `backend`."""
-    spec = _operators[op]
-    count = len(spec.tensors)
-    parts, sizes = args[count], args[count + 1]
-    plan = None
-    if parts:
-        tensors = dict(zip(PLAN_TENSORS, parts, strict=True))
-        batch, capacity = tensors["cu_seqlens"].shape[0] - 1, tensors["token_index"].shape[0]
-        known = {"grid": tuple(sizes[1:]), "batch_size": batch, "capacity": capacity, "max_seqlen": sizes[0]}
-        plan = ChunkPlan.unchecked(**known, **tensors, exact=False)
-    named = dict(zip((*spec.tensors, *spec.constants), (*args[:count], *args[count + 2 : -1]), strict=True))
-    return {**named, "plan": plan} if spec.plan else named
-
-
-def _forward(op: str, args: tuple[Any, ...]) -> Any:
-    inputs, backend = _named(op, args), args[-1]
-    if backend == "triton":
-        return _launch(op, inputs)
-    # An operator must not return one of its inputs.
-    out = _dispatch.call(op, backend, **inputs)
-    return out.clone() if any(out is arg for arg in args) else out
-
-
-def _backward(op: str, args: tuple[Any, ...]) -> list[torch.Tensor]:
-    spec = _operators[op]
-    grads, needs, args = args[: spec.outputs], args[spec.outputs], args[spec.outputs + 1 :]
-    inputs, backend = _named(op, args), args[-1]
-    if backend == "triton":
-        got = _launch_backward(op, grads, needs, inputs)
-    else:
-        got = _differentiate(op, backend, grads, needs, inputs)
-    like = _like(needs, args[: len(needs)])
-    # Nor may its outputs share memory, with one another or with what came in.
-    memory = {grad.untyped_storage().data_ptr() for grad in grads}
-    return [_own(have, memory) if need else none for have, need, none in zip(got, needs, like, strict=True)]
-
-
-def _own(grad: torch.Tensor, memory: set[int]) -> torch.Tensor:
-    """`grad` dense, copied where its memory is among `memory`, which it then joins."""
-    grad = grad.contiguous(memory_format=_layout(grad))
-    if grad.untyped_storage().data_ptr() in memory:
-        grad = grad.clone()
-    memory.add(grad.untyped_storage().data_ptr())
-    return grad
-
-
-def _differentiate(op: str, backend: str, grads: Any, needs: list[bool], inputs: dict[str, Any]) -> list[Any]:
-    names = _operators[op].tensors
-    # A compiled graph may run its operators below autograd; here it is needed.
-    autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
-    with autograd, torch.enable_grad():
-        leaves = {n: inputs[n].detach().requires_grad_() for n, need in zip(names, needs, strict=True) if need}
-        out = _dispatch.call(op, backend, **{**inputs, **leaves})
-        outs = out if isinstance(out, tuple) else (out,)
-        # Without a token an output may depend on nothing.
-        pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if o.requires_grad]
-        got = tuple(torch.zeros_like(leaf) for leaf in leaves.values())
-        if pairs:
-            used, weights = zip(*pairs, strict=True)
-            got = torch.autograd.grad(used, list(leaves.values()), weights, allow_unused=True, materialize_grads=True)
-    own = iter(got)
-    return [next(own) if need else None for need in needs]
-
-
-def _layout(t: torch.Tensor) -> torch.memory_format:
-    """Channels-last features stay so: convolutions would put back what came in another layout."""
-    last = t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
-
-
-def _like(needs: list[bool], tensors: tuple[Any, ...]) -> list[torch.Tensor]:
-    """A gradient for each input, without elements where none is needed."""
-    first = tensors[0]
-    return [
-        torch.empty_like(t, memory_format=_layout(t)) if need else first.new_empty(0)
-        for t, need in zip(tensors, needs, strict=True)
-    ]
+        if torch.is_grad_enabled():
+            got = connect(got, (*grads, *saved))
+        return None, None, None, *got

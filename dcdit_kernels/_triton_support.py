@@ -13,16 +13,15 @@ import torch
 INTERPRETED_WRONGLY = (torch.bfloat16,)
 
 
-def why_not(*args: Any, **kwargs: Any) -> str | None:
-    """Reason why the Triton back-end cannot take these arguments, or None."""
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
-    if any(t.dtype == torch.float64 for t in tensors):
+def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Reason why the Triton back-end cannot take tensors like these, or None."""
+    if torch.float64 in dtypes:
         return "float64 is computed by the reference only"
-    if tensors[0].is_cuda:
-        return _no_triton() or _old_gpu(tensors[0].device.index)
+    if device.type == "cuda":
+        return _no_triton() or _old_gpu(device.index)
     if not _interpreted():
-        return f"Triton's kernels need a GPU, got {tensors[0].device} (TRITON_INTERPRET=1 interprets them for tests)"
-    if any(t.dtype in INTERPRETED_WRONGLY for t in tensors):
+        return f"Triton's kernels need a GPU, got {device} (TRITON_INTERPRET=1 interprets them for tests)"
+    if any(dtype in INTERPRETED_WRONGLY for dtype in dtypes):
         return "Triton's interpreter computes bfloat16 wrongly"
     return _no_triton()
 
@@ -37,6 +36,11 @@ def assume_constant(function: Callable[..., Any]) -> Callable[..., Any]:
 def capability(index: int | None) -> tuple[int, int]:
     """Compute capability of a GPU; asking PyTorch each time would take a tenth of a small operator's time."""
     return torch.cuda.get_device_capability(index)
+
+
+def elsewhere(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is on a GPU that is not the current one."""
+    return tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
 
 
 @assume_constant

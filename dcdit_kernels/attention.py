@@ -6,25 +6,26 @@ from typing import Any
 
 import torch
 
-from . import _dispatch, _ops, flash, flash_calls
+from . import flash, flash_calls
 from ._check import floating, offsets, one_device, require, shaped
+from ._ops import Backend, Differentiable
 from .packing import Packing
 
 
-def _native_why_not(q: torch.Tensor, *_: Any, **__: Any) -> str | None:
-    return None if q.device.type in ("cpu", "cuda") else f"needs CPU or CUDA tensors, got {q.device}"
+def _why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    return None if device.type in ("cpu", "cuda") else f"needs CPU or CUDA tensors, got {device}"
 
 
-_ops.define(
+OPERATOR = Differentiable(
     "varlen_attention",
     "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k",
     "SymInt max_seqlen_q, SymInt max_seqlen_k, float? softmax_scale",
     lambda q, **_: torch.empty_like(q, memory_format=torch.contiguous_format),
     plan=False,
+    integers=("cu_seqlens_q", "cu_seqlens_k"),
+    describe=flash.describe,
+    native=Backend("dcdit_kernels.cpu.attention:varlen_attention", _why_not),
 )
-_dispatch.register_reference("varlen_attention")
-_dispatch.register("varlen_attention", "native", "dcdit_kernels.cpu.attention:varlen_attention", _native_why_not)
-_dispatch.register_details("varlen_attention", flash.describe)
 
 
 def varlen_attention(
@@ -84,10 +85,10 @@ def varlen_attention(
         "max_seqlen_k": max_seqlen_k,
         "softmax_scale": softmax_scale,
     }
-    name = _dispatch.choose("varlen_attention", backend, **inputs)
+    name = OPERATOR.choose(backend, q, k, v)
     library = flash.choose(q, k, v) if name == "native" else None
     if library is None:
-        return _ops.run("varlen_attention", name, **inputs)
+        return OPERATOR(name, **inputs)
     one_device("varlen_attention", q, tensors)
     exact = exact or (
         packing is not None and packing.exact and cu_seqlens_k is cu_seqlens_q and k.shape[0] == q.shape[0]

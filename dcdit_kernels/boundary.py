@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from . import _dispatch, _ops, _triton_support
-from ._check import floating, offsets, require, shaped
-from .cpu._rows import why_not as cpu_why_not
+from . import _triton_support
+from ._check import offsets, require, shaped
+from ._ops import Backend, Differentiable
 
 
 def _score_of(x: torch.Tensor, *shape: int) -> torch.Tensor:
@@ -20,27 +20,23 @@ def _fake_predictability(features: torch.Tensor, **_: Any) -> torch.Tensor:
     return _score_of(features, batch, height * width)
 
 
-_ops.define(
+BOUNDARY_COSINE = Differentiable(
     "boundary_cosine",
     "Tensor q, Tensor k, Tensor? kernel, Tensor? cu_seqlens",
     "SymInt[]? grid",
     lambda q, k, **_: _score_of(q if q.dtype == torch.float64 else k, *q.shape[:-1]),
     plan=False,
+    integers=("cu_seqlens",),
+    triton=Backend("dcdit_kernels.triton.boundary_cosine:BoundaryCosine", _triton_support.why_not),
 )
-_ops.define(
+BOUNDARY_PREDICTABILITY = Differentiable(
     "boundary_predictability",
     "Tensor features, Tensor norm_weight, Tensor norm_bias, Tensor score_weight, Tensor score_bias",
     "int groups, float eps",
     _fake_predictability,
     plan=False,
+    triton=Backend("dcdit_kernels.triton.boundary_predictability:BoundaryPredictability", _triton_support.why_not),
 )
-for _op, _kernels in (
-    ("boundary_cosine", "boundary_cosine:BoundaryCosine"),
-    ("boundary_predictability", "boundary_predictability:BoundaryPredictability"),
-):
-    _dispatch.register_reference(_op)
-    _dispatch.register(_op, "native", f"dcdit_kernels.reference:{_op}", cpu_why_not)
-    _dispatch.register(_op, "triton", f"dcdit_kernels.triton.{_kernels}", _triton_support.why_not)
 
 
 def boundary_cosine(
@@ -66,7 +62,6 @@ def boundary_cosine(
     and last cell of each sample pass no gradient. Raises ValueError where the shapes or, on a CPU, the offsets do not
     fit.
     """
-    floating("boundary_cosine", q=q, k=k, kernel=kernel)
     require(
         q.shape == k.shape,
         f"boundary_cosine: q and k must have one shape, got {tuple(q.shape)}, {tuple(k.shape)}",
@@ -81,7 +76,7 @@ def boundary_cosine(
         shaped("boundary_cosine", "kernel", kernel, q.shape[-1], 3, 3)
         fits = len(grid) == 2 and min(grid) >= 1 and grid[0] * grid[1] == q.shape[1]
         require(fits, "boundary_cosine: grid must be (H, W) with H·W = L = {}, got {}", q.shape[1], grid)
-    return _ops.run("boundary_cosine", backend, q=q, k=k, kernel=kernel, cu_seqlens=cu_seqlens, grid=grid)
+    return BOUNDARY_COSINE(backend, q=q, k=k, kernel=kernel, cu_seqlens=cu_seqlens, grid=grid)
 
 
 def boundary_predictability(
@@ -107,7 +102,6 @@ def boundary_predictability(
     Returns p (B, H·W) in float32 (float64 for float64 input). The forced first and last cell pass no gradient.
     """
     vectors = {"norm_weight": norm_weight, "norm_bias": norm_bias, "score_weight": score_weight}
-    floating("boundary_predictability", features=features, **vectors, score_bias=score_bias)
     shaped("boundary_predictability", "features", features, None, None, None, None)
     channels = features.shape[1]
     for name, tensor in vectors.items():
@@ -119,8 +113,7 @@ def boundary_predictability(
     fits = groups >= 1 and channels % groups == 0
     require(fits, "boundary_predictability: {} channels do not fit {} groups", channels, groups)
     require(eps >= 0, "boundary_predictability: eps must not be negative, got {}", eps)
-    return _ops.run(
-        "boundary_predictability",
+    return BOUNDARY_PREDICTABILITY(
         backend,
         features=features,
         norm_weight=norm_weight,

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from . import _dispatch, _ops, _triton_support
-from ._check import floating, shaped
+from . import _triton_support
+from ._check import shaped
+from ._ops import Backend, Differentiable
 from .chunk_plan import ChunkPlan
-from .cpu._rows import why_not as cpu_why_not
 
-_ops.define(
+OPERATOR = Differentiable(
     "chunk",
     "Tensor h, Tensor? pos_embed",
     "",
     lambda h, pos_embed, plan: h.new_empty(plan.capacity, h.shape[2]),
     unread=("h",),
+    triton=Backend("dcdit_kernels.triton.chunk:Chunk", _triton_support.why_not),
 )
-_dispatch.register_reference("chunk")
-_dispatch.register("chunk", "native", "dcdit_kernels.reference:chunk", cpu_why_not)
-_dispatch.register("chunk", "triton", "dcdit_kernels.triton.chunk:Chunk", _triton_support.why_not)
 
 
 def chunk(
@@ -33,8 +31,7 @@ def chunk(
     Returns (capacity, D) in h's dtype, zero past the last live row. Raises ValueError where the shapes do not fit.
     Source: arXiv 2603.06351 section 3.
     """
-    floating("chunk", h=h, pos_embed=pos_embed)
     shaped("chunk", "h", h, plan.batch_size, plan.cells, None)
     if pos_embed is not None:
         shaped("chunk", "pos_embed", pos_embed, plan.cells, h.shape[2])
-    return _ops.run("chunk", backend, h=h, pos_embed=pos_embed, plan=plan)
+    return OPERATOR(backend, h=h, pos_embed=pos_embed, plan=plan)

@@ -6,23 +6,23 @@ import math
 
 import torch
 
-from . import _dispatch, _ops, _triton_support
-from ._check import floating, packed, require, shaped
+from . import _triton_support
+from ._check import packed, require, shaped
+from ._ops import Backend, Differentiable
 from .chunk_plan import ChunkPlan
-from .cpu._rows import why_no_extension
+from .cpu import _rows
 
 SMOOTHING = ("gaussian", "ema", None)
 
-_ops.define(
+OPERATOR = Differentiable(
     "dechunk",
     "Tensor x, Tensor boundary_prob, Tensor? residual",
     "float sigma, str? smoothing",
     lambda x, plan, **_: x.new_empty(plan.batch_size, plan.cells, x.shape[1]),
     unread=("residual",),
+    native=Backend("dcdit_kernels.cpu.dechunk:dechunk", _rows.why_not),
+    triton=Backend("dcdit_kernels.triton.dechunk:Dechunk", _triton_support.why_not),
 )
-_dispatch.register_reference("dechunk")
-_dispatch.register("dechunk", "native", "dcdit_kernels.cpu.dechunk:dechunk", why_no_extension)
-_dispatch.register("dechunk", "triton", "dcdit_kernels.triton.dechunk:Dechunk", _triton_support.why_not)
 
 
 def dechunk(
@@ -48,7 +48,6 @@ def dechunk(
     Returns (B, L, D) in x's dtype, accumulated in float32; a cell that no token refills gets the residual alone.
     Raises ValueError where the shapes do not fit. Source: arXiv 2603.06351 section 3.
     """
-    floating("dechunk", x=x, boundary_prob=boundary_prob, residual=residual)
     packed("dechunk", "x", x, plan)
     shaped("dechunk", "boundary_prob", boundary_prob, plan.batch_size, plan.cells)
     if residual is not None:
@@ -56,4 +55,4 @@ def dechunk(
     require(smoothing in SMOOTHING, "dechunk: smoothing must be one of {}, got {!r}", SMOOTHING, smoothing)
     require(0 < sigma < math.inf, "dechunk: sigma must be positive and finite, got {}", sigma)
     inputs = {"x": x, "boundary_prob": boundary_prob, "residual": residual}
-    return _ops.run("dechunk", backend, **inputs, plan=plan, sigma=sigma, smoothing=smoothing)
+    return OPERATOR(backend, **inputs, plan=plan, sigma=sigma, smoothing=smoothing)

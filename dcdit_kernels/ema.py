@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from . import _dispatch, _ops, _triton_support
-from ._check import floating, packed, shaped
+from . import _triton_support
+from ._check import packed, shaped
+from ._ops import Backend, Differentiable
 from .chunk_plan import ChunkPlan
-from .cpu._rows import why_not as cpu_why_not
 
-_ops.define(
+OPERATOR = Differentiable(
     "ema_smooth",
     "Tensor x, Tensor boundary_prob",
     "",
     lambda x, **_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    triton=Backend("dcdit_kernels.triton.ema:EmaSmooth", _triton_support.why_not),
 )
-_dispatch.register_reference("ema_smooth")
-_dispatch.register("ema_smooth", "native", "dcdit_kernels.reference:ema_smooth", cpu_why_not)
-_dispatch.register("ema_smooth", "triton", "dcdit_kernels.triton.ema:EmaSmooth", _triton_support.why_not)
 
 
 def ema_smooth(
@@ -30,7 +28,6 @@ def ema_smooth(
 
     Returns (capacity, D) in x's dtype, accumulated in float32. Source: H-Net, arXiv 2507.07955 eq. 5.
     """
-    floating("ema_smooth", x=x, boundary_prob=boundary_prob)
     packed("ema_smooth", "x", x, plan)
     shaped("ema_smooth", "boundary_prob", boundary_prob, plan.batch_size, plan.cells)
-    return _ops.run("ema_smooth", backend, x=x, boundary_prob=boundary_prob, plan=plan)
+    return OPERATOR(backend, x=x, boundary_prob=boundary_prob, plan=plan)

@@ -143,8 +143,9 @@ def _first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Library | None:
     return None
 
 
-def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> list[str]:
-    """For `explain`: what native takes, and why not the others."""
+def describe(q: torch.Tensor, k: torch.Tensor | None = None, v: torch.Tensor | None = None, *_: Any) -> list[str]:
+    """For `explain`: what native takes, and why not the others. Without k and v they are like q."""
+    k, v = (q if part is None else part for part in (k, v))
     chosen = choose(q, k, v)
     name = "SDPA sample by sample" if chosen is None else chosen.name
     sync = ", which reads the lengths: one synchronisation" if chosen is None and q.is_cuda else ""

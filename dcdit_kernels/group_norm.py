@@ -6,26 +6,22 @@ from typing import Any
 
 import torch
 
-from . import _dispatch, _ops, _triton_support
-from ._check import floating, require, shaped
-from .cpu._rows import why_not as cpu_why_not
+from . import _triton_support
+from ._check import require, shaped
+from ._ops import Backend, Differentiable
 
 
 def _like_x(x: torch.Tensor, **_: Any) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
-_ops.define(
+OPERATOR = Differentiable(
     "group_norm_silu",
     "Tensor x, Tensor weight, Tensor bias, Tensor? cond",
     "int groups, float eps",
     _like_x,
     plan=False,
-)
-_dispatch.register_reference("group_norm_silu")
-_dispatch.register("group_norm_silu", "native", "dcdit_kernels.reference:group_norm_silu", cpu_why_not)
-_dispatch.register(
-    "group_norm_silu", "triton", "dcdit_kernels.triton.group_norm:GroupNormSiLU", _triton_support.why_not
+    triton=Backend("dcdit_kernels.triton.group_norm:GroupNormSiLU", _triton_support.why_not),
 )
 
 
@@ -49,7 +45,6 @@ def group_norm_silu(
     Returns (B, C, H, W) in x's dtype, channels-last; sum and statistics in float32 (float64 for float64 input).
     Raises ValueError where shapes or groups do not fit.
     """
-    floating("group_norm_silu", x=x, weight=weight, bias=bias, cond=cond)
     shaped("group_norm_silu", "x", x, None, None, None, None)
     channels = x.shape[1]
     shaped("group_norm_silu", "weight", weight, channels)
@@ -60,4 +55,4 @@ def group_norm_silu(
     require(fits, "group_norm_silu: {} channels do not fit {} groups", channels, groups)
     require(eps >= 0, "group_norm_silu: eps must not be negative, got {}", eps)
     x = x.contiguous(memory_format=torch.channels_last)
-    return _ops.run("group_norm_silu", backend, x=x, weight=weight, bias=bias, cond=cond, groups=groups, eps=eps)
+    return OPERATOR(backend, x=x, weight=weight, bias=bias, cond=cond, groups=groups, eps=eps)

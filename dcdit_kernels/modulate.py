@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from . import _dispatch, _ops, _triton_support
-from ._check import floating, require, shaped
-from .cpu._rows import why_no_extension
+from . import _triton_support
+from ._check import require, shaped
+from ._ops import Backend, Differentiable
+from .cpu import _rows
 from .packing import Packing
 
 
@@ -16,23 +17,36 @@ def _like_x(x: torch.Tensor, **_: Any) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-_ops.define("adaln_modulate", "Tensor x, Tensor shift, Tensor scale", "float eps", _like_x)
-_ops.define("gate_residual", "Tensor x, Tensor y, Tensor gate", "", _like_x, unread=("x",))
-_ops.define(
+def _backends(op: str, kernels: str) -> dict[str, Backend]:
+    return {
+        "native": Backend(f"dcdit_kernels.cpu.modulate:{op}", _rows.why_not),
+        "triton": Backend(f"dcdit_kernels.triton.modulate:{kernels}", _triton_support.why_not),
+    }
+
+
+ADALN_MODULATE = Differentiable(
+    "adaln_modulate",
+    "Tensor x, Tensor shift, Tensor scale",
+    "float eps",
+    _like_x,
+    **_backends("adaln_modulate", "AdalnModulate"),
+)
+GATE_RESIDUAL = Differentiable(
+    "gate_residual",
+    "Tensor x, Tensor y, Tensor gate",
+    "",
+    _like_x,
+    unread=("x",),
+    **_backends("gate_residual", "GateResidual"),
+)
+GATE_RESIDUAL_MODULATE = Differentiable(
     "gate_residual_modulate",
     "Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale",
     "float eps",
     lambda **inputs: (_like_x(**inputs), _like_x(**inputs)),
     outputs=2,
+    **_backends("gate_residual_modulate", "GateResidualModulate"),
 )
-for _op, _kernels in (
-    ("adaln_modulate", "AdalnModulate"),
-    ("gate_residual", "GateResidual"),
-    ("gate_residual_modulate", "GateResidualModulate"),
-):
-    _dispatch.register_reference(_op)
-    _dispatch.register(_op, "native", f"dcdit_kernels.cpu.modulate:{_op}", why_no_extension)
-    _dispatch.register(_op, "triton", f"dcdit_kernels.triton.modulate:{_kernels}", _triton_support.why_not)
 
 
 def adaln_modulate(
@@ -54,7 +68,7 @@ def adaln_modulate(
     """
     _check("adaln_modulate", plan, x, None, shift=shift, scale=scale)
     require(eps >= 0, "adaln_modulate: eps must not be negative, got {}", eps)
-    return _ops.run("adaln_modulate", backend, x=x, shift=shift, scale=scale, plan=plan, eps=eps)
+    return ADALN_MODULATE(backend, x=x, shift=shift, scale=scale, plan=plan, eps=eps)
 
 
 def gate_residual(
@@ -67,7 +81,7 @@ def gate_residual(
 ) -> torch.Tensor:
     """x + gate_b · y, in x's dtype (adaLN-Zero, arXiv 2212.09748). Shapes as in `adaln_modulate`; y as x."""
     _check("gate_residual", plan, x, y, gate=gate)
-    return _ops.run("gate_residual", backend, x=x, y=y, gate=gate, plan=plan)
+    return GATE_RESIDUAL(backend, x=x, y=y, gate=gate, plan=plan)
 
 
 def gate_residual_modulate(
@@ -84,13 +98,10 @@ def gate_residual_modulate(
     """(x', adaln_modulate(x', shift, scale)) with x' = gate_residual(x, y, gate), reading x and y once."""
     _check("gate_residual_modulate", plan, x, y, gate=gate, shift=shift, scale=scale)
     require(eps >= 0, "gate_residual_modulate: eps must not be negative, got {}", eps)
-    return _ops.run(
-        "gate_residual_modulate", backend, x=x, y=y, gate=gate, shift=shift, scale=scale, plan=plan, eps=eps
-    )
+    return GATE_RESIDUAL_MODULATE(backend, x=x, y=y, gate=gate, shift=shift, scale=scale, plan=plan, eps=eps)
 
 
 def _check(op: str, plan: Packing | None, x: torch.Tensor, y: torch.Tensor | None, **modulators: torch.Tensor) -> None:
-    floating(op, x=x, y=y, **modulators)
     if plan is None:
         shaped(op, "x", x, None, None, None)
     else:

@@ -60,11 +60,9 @@ def cuda_name(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}" if version else "none"
 
 
-def plan_why_not(boundary_prob: torch.Tensor, *args: Any, **kwargs: Any) -> str | None:
-    """Reason why `plan_chunks` cannot run here, or None."""
-    if boundary_prob.numel() >= 2**31:
-        return f"cells are counted in int32, got {boundary_prob.numel()} of them"
-    return missing(boundary_prob.device)
+def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Reason why the extension cannot run on tensors like these, or None."""
+    return missing(device)
 
 
 def place(device: torch.device, items: int, block: int = 1) -> Any:
@@ -107,7 +105,8 @@ def _plan_chunks(boundary_prob, grid, drop_fraction, threshold, nearest, capacit
     mode = MODES.index(nearest)
     prob = boundary_prob
     if prob.dtype in (torch.float16, torch.bfloat16):
-        threshold = torch.tensor(threshold, dtype=prob.dtype).item()  # PyTorch compares in the tensor's type
+        # PyTorch compares in the tensor's type.
+        threshold = torch.tensor(threshold, dtype=prob.dtype, device="cpu").item()
         prob = prob.float()
     prob = prob.contiguous()
     fractions = None
@@ -171,11 +170,6 @@ def pack_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def unpack_rows(x: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tensor:
     """See `dcdit_kernels.unpack_rows`."""
     return _Unpack.apply(x, index, rows)
-
-
-def rows_why_not(x: torch.Tensor, *args: Any, **kwargs: Any) -> str | None:
-    """Reason why rows cannot be moved here, or None."""
-    return "torch.compile traces the reference" if torch.compiler.is_compiling() else missing(x.device)
 
 
 class _Pack(torch.autograd.Function):

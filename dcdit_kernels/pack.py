@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
-from . import _dispatch, native, reference
+from . import native, reference
 from ._check import require, shaped, traced
+from ._ops import Backend, Operator
 
-for _op in ("pack_rows", "unpack_rows"):
-    _dispatch.register_reference(_op)
-    _dispatch.register(_op, "native", f"dcdit_kernels.native:{_op}", native.rows_why_not)
+PACK_ROWS, UNPACK_ROWS = (
+    Operator(name, native=Backend(f"dcdit_kernels.native:{name}", native.why_not))
+    for name in ("pack_rows", "unpack_rows")
+)
 
 
 def pack_rows(x: torch.Tensor, index: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
@@ -27,7 +29,7 @@ def pack_rows(x: torch.Tensor, index: torch.Tensor, *, backend: str | None = Non
     _check("pack_rows", x, index)
     if x.requires_grad and torch.is_grad_enabled():
         _once("pack_rows: where x needs a gradient a row is taken once", index)
-    return _run("pack_rows", backend, x, index)
+    return _run(PACK_ROWS, backend, x, index)
 
 
 def unpack_rows(x: torch.Tensor, index: torch.Tensor, rows: int, *, backend: str | None = None) -> torch.Tensor:
@@ -43,14 +45,13 @@ def unpack_rows(x: torch.Tensor, index: torch.Tensor, rows: int, *, backend: str
     _check("unpack_rows", x, index, rows)
     shaped("unpack_rows", "index", index, x.shape[0])
     _once("unpack_rows: a row is filled once", index)
-    return _run("unpack_rows", backend, x, index, rows)
+    return _run(UNPACK_ROWS, backend, x, index, rows)
 
 
-def _run(op: str, backend: str | None, *args: Any) -> torch.Tensor:
-    name = _dispatch.choose(op, backend, *args)
-    if traced(args[0]):  # a graph takes the reference in, and cannot import it
-        return getattr(reference, op)(*args)
-    return _dispatch.call(op, name, *args)
+def _run(operator: Operator, backend: str | None, x: torch.Tensor, *args: Any) -> torch.Tensor:
+    if traced(x):  # a graph takes the reference in
+        return getattr(reference, operator.name)(x, *args)
+    return operator.run(backend, x, *args)
 
 
 def _once(rule: str, index: torch.Tensor) -> None:

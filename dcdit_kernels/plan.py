@@ -7,15 +7,15 @@ from numbers import Integral, Real
 
 import torch
 
-from . import _dispatch, _ops, native
+from . import _library, native
 from ._check import floating, require, shaped, traced
+from ._ops import Backend, Operator
 from .chunk_plan import ChunkPlan
 from .packing import kept_for_backward
 
 NEAREST = ("2d", "3d", "1d", "previous")
 
-_dispatch.register_reference("plan_chunks")
-_dispatch.register("plan_chunks", "native", "dcdit_kernels.native:plan_chunks", native.plan_why_not)
+OPERATOR = Operator("plan_chunks", native=Backend("dcdit_kernels.native:plan_chunks", native.why_not))
 
 
 def plan_chunks(
@@ -80,13 +80,14 @@ def plan_chunks(
         require(fits, "plan_chunks: drop_fraction must be a number or a tensor, got {!r}", drop_fraction)
         require(0 <= drop_fraction < 1, "plan_chunks: drop_fraction must be in [0, 1), got {}", drop_fraction)
     if not compiling:
+        count = boundary_prob.numel()
+        require(count < 2**31, "plan_chunks: cells are counted in int32, got {} of them", count)
         with kept_for_backward():
-            args = (boundary_prob, grid, drop_fraction, threshold, nearest, capacity)
-            return _dispatch.run("plan_chunks", backend, *args)
+            return OPERATOR.run(backend, boundary_prob, grid, drop_fraction, threshold, nearest, capacity)
     if not isinstance(drop_fraction, torch.Tensor):  # a number would be compiled in, each of them anew
         drop_fraction = torch.full((), drop_fraction, dtype=torch.float32, device=boundary_prob.device)
     tensors = torch.ops.dcdit.plan_chunks(boundary_prob, drop_fraction, grid, threshold, nearest, capacity, backend)
-    parts = dict(zip(_ops.PLAN_TENSORS, tensors, strict=True))
+    parts = dict(zip(_library.PLAN_TENSORS, tensors, strict=True))
     # A graph does not know the longest sample before it runs; max_seqlen may be an upper bound.
     rows = parts["token_index"].shape[0]
     sizes = {"batch_size": boundary_prob.shape[0], "capacity": rows, "max_seqlen": math.prod(grid)}
@@ -94,10 +95,8 @@ def plan_chunks(
 
 
 def _plan_tensors(prob, drop_fraction, grid, threshold, nearest, capacity, backend):
-    plan = _dispatch.run(
-        "plan_chunks", backend, prob.detach(), tuple(grid), drop_fraction, threshold, nearest, capacity
-    )
-    return [getattr(plan, part) for part in _ops.PLAN_TENSORS]
+    plan = OPERATOR.run(backend, prob.detach(), tuple(grid), drop_fraction, threshold, nearest, capacity)
+    return [getattr(plan, part) for part in _library.PLAN_TENSORS]
 
 
 def _plan_fake(prob, drop_fraction, grid, threshold, nearest, capacity, backend):
@@ -112,10 +111,10 @@ def _plan_fake(prob, drop_fraction, grid, threshold, nearest, capacity, backend)
         "member_index": (batch * cells,),
         "overflow": (),
     }
-    return [prob.new_empty(shapes[part], dtype=torch.int32) for part in _ops.PLAN_TENSORS]
+    return [prob.new_empty(shapes[part], dtype=torch.int32) for part in _library.PLAN_TENSORS]
 
 
-_ops.implement(
+_library.implement(
     "plan_chunks(Tensor boundary_prob, Tensor drop_fraction, int[] grid, float threshold, str nearest, "
     "SymInt? capacity, str? backend) -> Tensor[]",
     _plan_tensors,

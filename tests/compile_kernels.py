@@ -23,7 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from dcdit_kernels import _dispatch, plan_chunks
+from dcdit_kernels import plan_chunks
+from dcdit_kernels._ops import OPERATORS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -120,7 +121,7 @@ def launch_everything(dtype, grid, width, share, batch=2):
         inputs = {"x": x, "boundary_prob": prob, "residual": residual, "plan": plan}
         cases.append(("dechunk", {**inputs, "sigma": 1.0, "smoothing": smoothing}, [h]))
     for op, inputs, grads in cases:
-        kernels = _dispatch.load(op, "triton")
+        kernels = OPERATORS[op].backends["triton"].implementation
         floats = [v for v in inputs.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
         kernels.forward(**inputs)
         kernels.backward(*grads, [True] * len(floats), **inputs)

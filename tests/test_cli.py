@@ -232,7 +232,7 @@ def test_options_that_cannot_be_used(good, tmp_path, capsys, command, words, men
 
 
 def test_a_backend_that_is_none(good, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("DCDIT_BACKEND", "cuda")
+    monkeypatch.setattr("dcdit_kernels._dispatch.ENVIRONMENT", "cuda")  # DCDIT_BACKEND
     rejected(capsys, ["sample", good, "--cpu", "--output", tmp_path / "out"], "unknown backend 'cuda'", "native")
 
 

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from .. import native
-from .._check import first_tensor
 from ..packing import Packing
 
 
-def why_not(*args: Any, **kwargs: Any) -> str | None:
-    """Reason why the CPU back-end cannot take these arguments: their first tensor lies elsewhere."""
-    device = first_tensor((*args, *kwargs.values())).device
-    return None if device.type == "cpu" else f"this formulation is for CPU tensors, got {device}"
-
-
-def why_no_extension(*args: Any, **kwargs: Any) -> str | None:
-    """The same for what is written in C++, which has to be built."""
-    return why_not(*args, **kwargs) or native.missing(torch.device("cpu"))
+def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Reason why the CPU back-end cannot take tensors like these: they lie elsewhere, or its C++ is not built."""
+    if device.type != "cpu":
+        return f"this formulation is for CPU tensors, got {device}"
+    return native.missing(device)
 
 
 def live_count(packing: Packing) -> int:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from .._autograd import KernelFunction, first_order
 from ..chunk_plan import ChunkPlan
 from ..reference._packed import accumulate_dtype
 from ..reference.ema import ema_smooth
@@ -39,7 +39,7 @@ def dechunk(
     return PlugBack.apply(rows, prob, residual, plan).to(x.dtype)
 
 
-class Smooth(torch.autograd.Function):
+class Smooth(KernelFunction):
     """p̃ x + (1 - p̃) s, s = Σ w x / (Σ w + 1e-8), on live rows (T, D). Gradients as derived in `triton/smooth.py`.
 
     A row's own term, the largest, is left out of the sums and added exactly: where nothing else is near, s is x.
@@ -54,14 +54,14 @@ class Smooth(torch.autograd.Function):
         total = others + 1e-8 + confidence
         share = (1 - confidence) / total
         mixed.addcmul_(rows, (others + 1e-8)[:, None], value=-1)  # (s - x) times the total
-        ctx.save_for_backward(rows, own, confidence, mixed, total, share)
+        ctx.save_for_backward(rows, own, confidence, mixed, total, share, prob)
         ctx.plan, ctx.sigma, ctx.cell, ctx.prob_shape = plan, sigma, cell, prob.shape
         return torch.addcmul(rows, mixed, share[:, None])
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):
-        rows, own, confidence, mixed, total, share = ctx.saved_tensors
+        rows, own, confidence, mixed, total, share, _ = ctx.saved_tensors
         spread, _ = window_sum(grad.contiguous(), share, ctx.plan, ctx.sigma)
         direct = -torch.linalg.vecdot(grad, mixed) / total  # G·(x - s)
         along = torch.linalg.vecdot(grad, rows) - direct
@@ -73,7 +73,7 @@ class Smooth(torch.autograd.Function):
         return spread.addcmul_(grad, once_more[:, None]).mul_(confidence[:, None]), grad_prob, None, None
 
 
-class PlugBack(torch.autograd.Function):
+class PlugBack(KernelFunction):
     """Each cell takes the row that refills it, plus the residual; the gradient goes back through the inverse map."""
 
     @staticmethod
@@ -90,7 +90,7 @@ class PlugBack(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):
         rows, prob = ctx.saved_tensors
         plan = ctx.plan

@@ -6,9 +6,9 @@ Modulators are looked up by cu_seqlens; their gradients are summed per sample, i
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .. import native
+from .._autograd import KernelFunction, first_order
 from ..packing import Packing
 from ..reference._packed import accumulate_dtype
 from ._rows import kernel, live_count, with_tail
@@ -43,7 +43,7 @@ def _run(plan, x, y, gate, shift, scale, eps) -> tuple[torch.Tensor | None, torc
     """(x', modulated x') in the shape and dtype of x; without y no x', without scale nothing modulated."""
     dtype = accumulate_dtype(x) if y is None else accumulate_dtype(x, y)
     if plan is None:
-        cu_seqlens = torch.arange(x.shape[0] + 1, dtype=torch.int32) * x.shape[1]
+        cu_seqlens = torch.arange(x.shape[0] + 1, dtype=torch.int32, device="cpu") * x.shape[1]
         live = slice(None)
     else:
         cu_seqlens, live = plan.cu_seqlens, slice(live_count(plan))
@@ -61,7 +61,7 @@ def _run(plan, x, y, gate, shift, scale, eps) -> tuple[torch.Tensor | None, torc
     return tuple(part if part is None else with_tail(part.to(x.dtype), plan.capacity) for part in outputs)
 
 
-class AdaLN(torch.autograd.Function):
+class AdaLN(KernelFunction):
     """x' = x + gate_b · y and LayerNorm(x') · (1 + scale_b) + shift_b on rows (T, D)."""
 
     @staticmethod
@@ -79,7 +79,7 @@ class AdaLN(torch.autograd.Function):
         return new_x, out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_new_x, grad_out):
         normed, y, gate, scale, cu_seqlens = ctx.saved_tensors
         like = y if normed is None else normed
