@@ -8,16 +8,14 @@ attention works on each token alone, and attention is left to a processor that k
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import AdaLayerNormZero
 from torch import nn
 
-from dcdit_kernels import ChunkPlan, adaln_modulate, varlen_attention
+from dcdit_kernels import ChunkPlan, Packing, adaln_modulate, unpad_input, varlen_attention
 
 from ..chunking import DynamicChunking
 from ..errors import ConfigError
@@ -25,19 +23,12 @@ from ..errors import ConfigError
 BLOCK_KINDS = ("ada_norm_zero", "ada_norm_single", "layer_norm")
 
 
-@dataclass(frozen=True)
-class PackedText:
-    """Where each sample's rows are in packed text (Tk, D): `cu_seqlens` int32 (B + 1,); `max_seqlen` an upper bound."""
-
-    cu_seqlens: torch.Tensor
-    max_seqlen: int
-
-
 class PackedAttnProcessor:
     """diffusers attention processor on packed tokens (T, 1, D): each token attends within its own sample.
 
-    Self-attention, or cross-attention to packed text (Tk, D) of a different length for each sample. `plan` and `text`
-    come through cross_attention_kwargs. The layer's own projections, q/k norms and dropout are used.
+    Self-attention, or cross-attention to packed text (Tk, D) of a different length for each sample. `plan` and `text`,
+    the text's packing, come through cross_attention_kwargs. The layer's own projections, q/k norms and dropout are
+    used.
     """
 
     def __call__(
@@ -47,7 +38,7 @@ class PackedAttnProcessor:
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         plan: ChunkPlan | None = None,
-        text: PackedText | None = None,
+        text: Packing | None = None,
     ) -> torch.Tensor:
         if plan is None:
             raise ValueError("PackedAttnProcessor needs cross_attention_kwargs={'plan': …}; DynamicChunking passes it")
@@ -113,7 +104,9 @@ def run_blocks(
         raise ConfigError("a self-attention mask cannot be used with dynamic chunking: got attention_mask")
     kwargs = {**(cross_attention_kwargs or {}), "plan": plan}
     if encoder_hidden_states is not None:
-        encoder_hidden_states, kwargs["text"] = pack_text(encoder_hidden_states, encoder_attention_mask)
+        keep = kept_text(encoder_hidden_states, encoder_attention_mask)
+        encoder_hidden_states, _, cu_seqlens, longest, _ = unpad_input(encoder_hidden_states, keep)
+        kwargs["text"] = Packing.from_cu_seqlens(cu_seqlens, longest, len(encoder_hidden_states), exact=True)
     per_token = None if timestep is None else timestep[plan.sample_index.clamp(min=0)]
     tokens = tokens[:, None]
     for block in blocks:
@@ -132,21 +125,15 @@ def run_blocks(
     return tokens.squeeze(1)
 
 
-def pack_text(text: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, PackedText]:
-    """Text (B, S, D) without its padding: (Tk, D) and where each sample's rows are. `mask` as in `run_blocks`.
+def kept_text(text: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The tokens of text (B, S, D) that are no padding, bool (B, S). `mask` as in `run_blocks`.
 
     A sample that is all padding keeps it, as it does in diffusers.
     """
-    batch, length = text.shape[:2]
     if mask is None:
-        keep = torch.ones(batch, length, dtype=torch.bool, device=text.device)
-    elif mask.dim() == 3:
-        keep = mask[:, 0] > -1  # a bias: 0 keeps, -10000 hides
-    else:
-        keep = mask.bool()
-    keep = keep | ~keep.any(1, keepdim=True)  # diffusers' bias hides nothing where it is the same for all
-    cu_seqlens = F.pad(keep.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-    return text[keep], PackedText(cu_seqlens, length)
+        return torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+    keep = mask[:, 0] > -1 if mask.dim() == 3 else mask.bool()  # in a bias 0 keeps and -10000 hides
+    return keep | ~keep.any(1, keepdim=True)  # diffusers' bias hides nothing where it is the same for all
 
 
 class ChunkedBlocks(DynamicChunking):
