@@ -38,7 +38,9 @@ FOLDER = ROOT / "build" / "gpu"  # ignored by git; the second call finds the fir
 RESULT = FOLDER / "result.json"
 PYTHON = (sys.executable, "-m")
 SECTIONS = ("SpeedOfLight", "Occupancy", "MemoryWorkloadAnalysis", "WarpStateStats")
-PROFILED = "modulate_forward|modulate_backward|smooth|plug|cosine|predictability|plan_fill"
+PROFILED = "modulate_forward|modulate_backward|smooth|plug|cosine|predictability|plan_fill|group_norm"
+# The tests that run on a GPU where there is one.
+TESTS = ("gpu", "triton", "boundary_triton", "group_norm", "attention_choice", "packing", "inputs")
 CLOCKS = "timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active,utilization.gpu"
 
 
@@ -101,9 +103,9 @@ def first(device: str, earlier: dict | None, end: float) -> list[list[Stage]]:
         opening.insert(0, shell("build", build, 120))
     checks = [shell(tool, f"{sanitizer(tool) if gpu else ''} {program} {'raw' * (tool == 'initcheck')}", 75)
               for tool in ("memcheck", "racecheck", "synccheck", "initcheck")]  # fmt: skip
-    files = ["tests/test_gpu.py", *(["tests/test_triton.py", "tests/test_boundary_triton.py"] * gpu)]
+    files = [f"tests/test_{name}.py" for name in (TESTS if gpu else TESTS[:1])]
     # Compiling for other GPUs needs none.
-    tests = pytest("tests", [*files, "-k", "not ahead_of and not meets_a_compiler"], 150, workers=12)
+    tests = pytest("tests", [*files, "-k", "not ahead_of and not meets_a_compiler"], 150, workers=14)
     return [
         opening,
         [shell("plan times", f"{program} time", 20)],

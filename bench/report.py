@@ -91,13 +91,16 @@ def section(run: dict, file: str, earlier: dict | None) -> str:
     cut = Counter(name.split("-")[0] for name in run.get("cut", []))
     lines += [f"Cut for want of time: {', '.join(f'{n} of {group}' for group, n in cut.items())}.\n"] if cut else []
     lines += [f"Not here: {'; '.join(absent(run))}.\n"] if absent(run) else []
+    shipped = [entry for entry in measured(run) if not entry["case"].get("ablation")]
     for group in GROUPS:
-        chosen = [entry for entry in measured(run) if entry["case"]["group"] == group]
+        chosen = [entry for entry in shipped if entry["case"]["group"] == group]
         if chosen:
             lines.append(f"### {GROUP_TITLES[group]}\n")
             lines.append(model_table(chosen) if group in MODELS else operator_table(chosen, rates))
         if any("components_s" in entry for entry in chosen):
             lines.append((component_table if group == "forward" else part_table)(chosen))
+    if len(shipped) < len(measured(run)):
+        lines += ["### Choices inside operators\n", choice_table(measured(run))]
     return "\n".join(lines)
 
 
@@ -191,7 +194,7 @@ def present(entries: list[dict], names: tuple[str, ...]) -> list[str]:
 def size(entry: dict) -> str:
     case = entry["case"]
     name = case["size"] if case["size"] == "digits" else f"{case['size']}, {8 * case['side']} px"
-    return f"{name}, B {case['batch']}"
+    return f"{name}, B {case['batch']}" + ", clustered" * case.get("clustered", False)
 
 
 def milliseconds(variant: dict | None) -> str:
@@ -202,8 +205,9 @@ def milliseconds(variant: dict | None) -> str:
 
 
 def operator_table(entries: list[dict], rates: dict) -> str:
-    """Ratios over the straightforward formulation, then what the fastest of ours does with the machine."""
-    others = present(entries, (*OURS, "flash-attn", "plain compiled"))
+    """Ratios over the straightforward formulation, then what the fastest of ours does with the machine: bytes that must
+    move over what copies reach (in brackets the bytes that it does move, where those are more)."""
+    others = present(entries, (*OURS, "native fixed", "flash-attn", "plain compiled"))
     head = ["size", "kept", "pass", "plain", *others]
     head += ["of copy rate", "of matmul rate", "peak memory, plain → ours"]
     rows = []
@@ -215,7 +219,9 @@ def operator_table(entries: list[dict], rates: dict) -> str:
         row += [ratio_cell(entry, name) for name in others]
         if best:
             compute = entry["flops"] / best["seconds"] / rates["matmul_flops_per_s"].get(case["dtype"], float("nan"))
-            row.append(f"{entry['bytes'] / best['seconds'] / rates['copy_bytes_per_s']:.0%}")
+            rate = best["seconds"] * rates["copy_bytes_per_s"]
+            moved = f" ({entry['moved'] / rate:.0%})" if entry.get("moved") else ""
+            row.append(f"{entry['bytes'] / rate:.0%}{moved}")
             row.append(f"{compute:.1%}" if entry["flops"] else "–")
             before = f"{plain['peak_bytes'] / 2**20:.1f}" if plain["status"] == "ok" else "–"
             row.append(f"{before} → {best['peak_bytes'] / 2**20:.1f} MiB")
@@ -228,7 +234,8 @@ def operator_table(entries: list[dict], rates: dict) -> str:
 def model_table(entries: list[dict]) -> str:
     """Time and FLOPs over the plain DiT's, and the part of the FLOPs saved that became time saved."""
     others = ("plain", "plain padded", "dcdit reference", "plain compiled", "dcdit compiled", "DiT/2 compiled")
-    others = present(entries, (*others, "dcdit graph", "DiT/2 graph"))
+    graphs = ("dcdit graph", "DiT/2 graph", "dcdit compiled graph", "DiT/2 compiled graph")
+    others = present(entries, (*others, *graphs))
     head = ["size", "kept", "ρ", "DiT/2", "FLOPs", "dcdit", "realised saving"]
     head += [name.replace("plain", "plain operators") for name in others]
     head += ["realised saving of graphs"] * ("dcdit graph" in others)
@@ -241,6 +248,21 @@ def model_table(entries: list[dict]) -> str:
         row += [realised(saving(entry, "dcdit graph", "DiT/2 graph"))] * ("dcdit graph" in others)
         rows.append(row)
     return table(head, rows)
+
+
+def choice_table(entries: list[dict]) -> str:
+    """What `bench.ablation` timed: a line for each variant, its time over that of what is shipped."""
+    rows = []
+    for entry in entries:
+        timed = {n: v for n, v in entry["variants"].items() if v["status"] == "ok"}
+        base = next((timed[name] for name in ("triton", "dcdit", "native") if name in timed), None)
+        if not entry["case"].get("ablation") or base is None:
+            continue
+        for name, variant in timed.items():
+            both = "{:.2f} ({:.2f}–{:.2f})".format(*ratios(variant["samples"], base["samples"]))
+            words = [entry["case"]["group"], size(entry), "fwd+bwd" if entry["case"]["backward"] else "fwd"]
+            rows.append([*words, entry["case"]["dtype"], name, f"{1e6 * variant['seconds']:,.0f} µs", both])
+    return table(["operator", "size", "pass", "dtype", "variant", "time", "over what is shipped"], rows)
 
 
 def realised(won: dict | None) -> str:

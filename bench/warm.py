@@ -1,7 +1,8 @@
 """python -m bench.warm --cases decisive: fill the compilers' caches, a process for each case, one on each core.
 
-Triton's kernels depend on a case's dtype, width and direction, not on its batch: two samples are enough, and what is
-launched later is found compiled. What Inductor compiles is run as it will be timed. A case that fails costs itself.
+Each process runs a case once, as the gate does and as it is timed; what is launched later is found compiled. Triton's
+kernels do not depend on the batch, and a backward pass has a forward in front: of cases that differ in nothing else one
+is run. A case that fails costs itself.
 """
 
 from __future__ import annotations
@@ -13,25 +14,26 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from .cases import MODELS, Case
+from .cases import Case
 from .lists import LISTS, Wanted, at_hand
 from .machine import ROOT
 
-BATCH = 2
-OURS = ("native", "native fixed", "triton", "dcdit")
+OURS = ("triton", "dcdit")
 
 
 def todo(lists: list[str], device: str) -> list[Wanted]:
-    """The cases that differ in more than the batch, with those of their variants that compile something."""
-    found: dict[Case, tuple[str, ...]] = {}
+    """The cases to run, with those of their variants that compile something."""
+    found: dict[object, Wanted] = {}
     for name in lists:
         for case, names in at_hand(LISTS[name](), device):
             compiled = any("compiled" in name for name in names)
             ours = tuple(n for n in names if ("compiled" in n if compiled else n in OURS or case.ablation))
-            if not compiled:
-                case = dataclasses.replace(case, batch=BATCH, drop_fraction=0.5 * (case.group in MODELS))
-            found[case] = ours
-    return list(found.items())
+            alike = dataclasses.replace(case, batch=0, drop_fraction=0.0, backward=False, clustered=False)
+            kind = case if compiled else alike
+            earlier = found[kind][0] if kind in found else None
+            if ours and (earlier is None or (earlier.backward, earlier.batch) < (case.backward, case.batch)):
+                found[kind] = case, ours
+    return list(found.values())
 
 
 def warm(case: Case, names: tuple[str, ...], device: str) -> None:

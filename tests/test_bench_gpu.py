@@ -122,6 +122,12 @@ def test_names_of_profiled_kernels():
         assert any(part in name for name in names), part
 
 
+def test_tests_that_use_a_gpu_run_there():
+    uses = re.compile(r"^\s*(?:DEVICE = |pytestmark = |with torch.device\().*cuda\.is_available", re.M)
+    found = {path.stem.removeprefix("test_") for path in ROOT.glob("tests/test_*.py") if uses.search(path.read_text())}
+    assert found - {"launch_check"} <= set(gpu.TESTS)
+
+
 @pytest.mark.parametrize("name", LISTS)
 def test_lists_name_what_there_is(name):
     """At the digits model's size every case builds, and no wanted variant is unknown to the device's problems."""

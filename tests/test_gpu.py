@@ -3,6 +3,7 @@
 `make gpu` runs this file; elsewhere every test is skipped.
 """
 
+import contextlib
 import dataclasses
 import math
 
@@ -11,7 +12,7 @@ import torch
 
 import dcdit_kernels as K
 from bench.cases import OPERATORS, Case
-from bench.gate import check
+from bench.gate import check, evaluate, full_float32
 from bench.measure import build, host_waits
 from bench.operators import routed_prob
 from bench.timing import captured
@@ -167,6 +168,63 @@ def test_model_in_a_graph():
         return x, 1000 * torch.rand(4, device=DEVICE), torch.randint(10, (4,), device=DEVICE)
 
     assert_replays(lambda x, t, y: net(x, t, y, 0.2, capacity=784), inputs, rtol=1e-2, atol=1e-2)
+
+
+@contextlib.contextmanager
+def no_waits():
+    """Within it PyTorch raises where it would make the host wait for the GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_model_with_a_capacity_never_waits(dtype):
+    net = digits_net().to(DEVICE, dtype)
+    x, t, y = (
+        torch.randn(4, 4, 14, 14, device=DEVICE, dtype=dtype),
+        torch.rand(4, device=DEVICE),
+        torch.arange(4).cuda(),
+    )
+    want = net(x, t, y, 0.2, capacity=784)  # compiles what there is to compile
+    with no_waits():
+        got = net(x, t, y, 0.2, capacity=784)
+    assert torch.equal(got, want)
+
+
+def test_training_step_with_a_capacity_never_waits():
+    net = digits_net().to(DEVICE)
+    x, t, y = torch.randn(4, 4, 14, 14, device=DEVICE), torch.rand(4, device=DEVICE), torch.arange(4).cuda()
+
+    def step():
+        with torch.autocast(DEVICE, torch.bfloat16):
+            out = net(x, t, y, 0.2, capacity=784)
+        out.square().mean().backward()
+
+    step()
+    with no_waits():
+        step()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+
+
+def psnr(got, want):
+    """In dB, over the range of what is wanted."""
+    error = (got.double() - want.double()).square().mean().sqrt()
+    return 20 * math.log10((want.max() - want.min()).item() / max(error.item(), 1e-30))
+
+
+@pytest.mark.parametrize(("dtype", "least"), [("float32", 50), ("bfloat16", 34)])
+def test_back_ends_sample_the_same_pictures(dtype, least):
+    """A batch sampled with Lite-CFG from the same noise, eager, as graphs, and on the reference operators."""
+    problem = build(Case("sample", "digits", 14, 4, dtype=dtype), DEVICE)
+    with full_float32():
+        names = ("dcdit", "dcdit graph", "dcdit reference")
+        eager, graph, reference = (evaluate(problem.variants[name], problem.inputs, False)[0] for name in names)
+    found = [psnr(eager, reference), psnr(graph, reference), psnr(graph, eager)]
+    assert min(found) >= least, found
 
 
 def test_model_case():
