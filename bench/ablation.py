@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import dcdit_kernels as K
 from dcdit import DCDiT
-from dcdit_kernels import flash
+from dcdit_kernels import flash, flash_calls
 
 from .cases import Case
 from .operators import planned
@@ -49,7 +49,7 @@ def attention(case: Case, device: str) -> dict[str, Callable]:
         wrong = flash.why_not(library, q, k, v)
         if wrong:
             raise K.BackendError(wrong)
-        return flash.attend(library, True, q, k, v, cu, cu, longest, longest, None)
+        return flash_calls.attend(library, None, True, q, k, v, cu, cu, longest, longest, None)
 
     named = {library.name: functools.partial(attend, library=library) for library in flash.LIBRARIES}
     loose = {"max_seqlen 1024": functools.partial(attend, longest=1024)}

@@ -10,6 +10,7 @@
 // that what CUDA compiles is tried and sanitised where there is no GPU.
 #pragma once
 
+#include <climits>
 #include <cstdint>
 #include <cstring>
 
@@ -33,11 +34,12 @@ struct CountArgs {
     int64_t capacity;  // -1: as many rows as are retained
     int mode;
     int* prefix;       // (batch, cells): retained cells up to and with this one
-    int* info;         // (batch, 3): retained cells, the first of them, numbers that are no probability
+    int* info;         // (batch, 3): retained cells; the first of them; cells past max_seqlen, or -1 where a number is no probability
     int* member_base;  // (batch + 1,): refilled cells of the samples before
     int* cu_seqlens;   // (batch + 1,)
     int* overflow;     // ()
     int* status;       // (2,): retained cells of the batch, or -1 where a number is outside [0, 1]; longest sample
+    int max_seqlen = INT_MAX;  // cells that a sample retains at most
 };
 
 struct FillArgs {
@@ -158,7 +160,8 @@ HD void count_sample(Exec& exec, Block& shared, const CountArgs& a, int b) {
     });
     const int count = shared.count;
     const float dropped = float(count) * (a.fraction ? a.fraction[b] : a.fraction_all);
-    const int keep = dropped >= float(count) ? 0 : dropped >= 1 ? count - int(dropped) : count;
+    const int budget = dropped >= float(count) ? 0 : dropped >= 1 ? count - int(dropped) : count;
+    const int keep = budget < a.max_seqlen ? budget : a.max_seqlen;
 
     // A boundary stays where its key is above `cut`, and so do the first `equals` of those equal to it.
     Key cut = 0;
@@ -187,7 +190,7 @@ HD void count_sample(Exec& exec, Block& shared, const CountArgs& a, int b) {
         if (t == 0) {
             a.info[3 * b] = keep;
             a.info[3 * b + 1] = shared.first;
-            a.info[3 * b + 2] = shared.improper;
+            a.info[3 * b + 2] = shared.improper ? -1 : budget - keep;
         }
     });
 }
@@ -195,14 +198,16 @@ HD void count_sample(Exec& exec, Block& shared, const CountArgs& a, int b) {
 // Where each sample's rows and refilled cells start, and the two integers the host waits for.
 template <class Exec, class Block>
 HD void place_samples(Exec& exec, Block& shared, const CountArgs& a) {
-    exec.each([&](int t) { if (t == 0) shared.longest = shared.improper = 0, a.cu_seqlens[0] = a.member_base[0] = 0; });
+    exec.each([&](int t) { if (t == 0) shared.longest = shared.improper = shared.count = 0, a.cu_seqlens[0] = a.member_base[0] = 0; });
     const int64_t capacity = a.capacity < 0 ? a.batch * a.cells : a.capacity;
     auto fits = [&](int64_t rows) { return int(rows < capacity ? rows : capacity); };
     const int64_t total = scan(
         exec, shared, a.batch,
         [&](int64_t b) {
             exec.max(&shared.longest, a.info[3 * b]);
-            exec.max(&shared.improper, a.info[3 * b + 2]);
+            const int past = a.info[3 * b + 2];
+            if (past < 0) exec.max(&shared.improper, 1);
+            if (past > 0) exec.add(&shared.count, past);
             return int64_t(a.info[3 * b]);
         },
         [&](int64_t b, int64_t sum) { a.cu_seqlens[b + 1] = fits(sum); });
@@ -215,7 +220,7 @@ HD void place_samples(Exec& exec, Block& shared, const CountArgs& a) {
         [&](int64_t b, int64_t sum) { a.member_base[b + 1] = int(sum); });
     exec.each([&](int t) {
         if (t == 0) {
-            *a.overflow = int(total - fits(total));
+            *a.overflow = int(total - fits(total)) + shared.count;
             a.status[0] = shared.improper ? -1 : int(total);
             a.status[1] = shared.longest;
         }

@@ -110,6 +110,7 @@ class DCDiT(nn.Module):
         return_routing: bool = False,
         capacity: int | None = None,
         *,
+        max_seqlen: int | None = None,
         routing: Routing | None = None,
         **backbone_inputs: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, Routing]:
@@ -123,22 +124,26 @@ class DCDiT(nn.Module):
             capacity: rows for the retained tokens of the whole batch. None: as many as there are, for which the host
                 waits once; a number: nothing waits, as CUDA graphs need, and what has no room is dropped from the end
                 of the batch and counted in `routing.plan.overflow`.
+            max_seqlen: rows for each sample's at most; its least probable boundaries past them are dropped and counted
+                likewise. Under a fixed capacity attention's launches are sized by it.
             routing: an earlier call's, for a batch of this size, to use in place of the router's. It has a budget
-                already: drop_fraction and capacity must be left out.
+                already: drop_fraction, capacity and max_seqlen must be left out.
             backbone_inputs: what a backbone of your own takes beside tokens, c and packing.
 
         Returns (B, C, H, W), or (B, 2C, H, W) with config.learn_sigma; with `return_routing` also the Routing.
         Raises ValueError for a wrong shape, dtype, class id, ρ or routing.
         """
         self._check(x, t, y)
+        limits = {"capacity": capacity, "max_seqlen": max_seqlen}
+        limits = {name: rows for name, rows in limits.items() if rows is not None}
         if routing is not None:
-            self._check_routing(routing, len(x), drop_fraction, capacity)
+            self._check_routing(routing, len(x), drop_fraction, limits)
         c, outer = self.condition(t, y)
         h = self.encode(x, outer)
         # Router and residual path are at least float32, whatever autocast makes of the rest; h is copied once for both.
         wide = h.to(torch.promote_types(h.dtype, torch.float32))
         if routing is None:
-            routing = self.route(wide, c, drop_fraction, capacity)
+            routing = self.route(wide, c, drop_fraction, **limits)
         tokens = self.backbone(routing.chunk(h, self.pos_embed), c, routing.plan, **backbone_inputs)
         out = self.decode(tokens, wide, routing, outer)
         return (out, routing) if return_routing else out
@@ -157,12 +162,15 @@ class DCDiT(nn.Module):
         h: torch.Tensor,
         c: torch.Tensor,
         drop_fraction: float | torch.Tensor = 0.0,
-        capacity: int | None = None,
+        **limits: int,
     ) -> Routing:
-        """h (B, L, D), c (B, D) → which cells the backbone gets. The router sees both in h's dtype, never autocast."""
+        """h (B, L, D), c (B, D) → which cells the backbone gets. The router sees both in h's dtype, never autocast.
+
+        `limits` are `capacity` and `max_seqlen` where given, as `plan_chunks` takes them.
+        """
         with torch.autocast(h.device.type, enabled=False):
             boundary_prob = self.router(h, c.to(h.dtype))
-        return Routing.of(boundary_prob, self.config.input_size, drop_fraction, capacity=capacity)
+        return Routing.of(boundary_prob, self.config.input_size, drop_fraction, **limits)
 
     def backbone(self, tokens: torch.Tensor, c: torch.Tensor, packing: ChunkPlan, **inputs: Any) -> torch.Tensor:
         """Packed tokens (capacity, D), c (B, D) → tokens (capacity, D)."""
@@ -176,10 +184,15 @@ class DCDiT(nn.Module):
         return self.final(out, outer).transpose(1, 2).unflatten(2, grid)
 
     def _check_routing(
-        self, routing: Routing, batch: int, drop_fraction: float | torch.Tensor, capacity: int | None
+        self,
+        routing: Routing,
+        batch: int,
+        drop_fraction: float | torch.Tensor,
+        limits: dict[str, int],
     ) -> None:
-        if capacity is not None or isinstance(drop_fraction, torch.Tensor) or drop_fraction != 0.0:
-            raise ValueError("drop_fraction and capacity must be left out beside a routing, which has its own budget")
+        if limits or isinstance(drop_fraction, torch.Tensor) or drop_fraction != 0.0:
+            left_out = "drop_fraction, capacity and max_seqlen"
+            raise ValueError(f"{left_out} must be left out beside a routing, which has its own budget")
         grid, plan = self.config.input_size, routing.plan
         if plan.grid != grid or not len(routing.boundary_prob) == plan.batch_size == batch:
             samples = f"{len(routing.boundary_prob)} of {plan.batch_size} samples"

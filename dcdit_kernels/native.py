@@ -84,6 +84,7 @@ def plan_chunks(
     threshold: float = 0.5,
     nearest: str = "2d",
     capacity: int | None = None,
+    max_seqlen: int | None = None,
     *,
     block: int = 1,
 ) -> ChunkPlan:
@@ -94,10 +95,12 @@ def plan_chunks(
     GPU unless `capacity` is given. `block` is for tests: threads of a sample's block on the CPU, 1 or 64.
     """
     with device_of(boundary_prob):
-        return _plan_chunks(boundary_prob.detach(), grid, drop_fraction, threshold, nearest, capacity, block)
+        return _plan_chunks(
+            boundary_prob.detach(), grid, drop_fraction, threshold, nearest, capacity, max_seqlen, block
+        )
 
 
-def _plan_chunks(boundary_prob, grid, drop_fraction, threshold, nearest, capacity, block):
+def _plan_chunks(boundary_prob, grid, drop_fraction, threshold, nearest, capacity, max_seqlen, block):
     (batch, cells), device = boundary_prob.shape, boundary_prob.device
     # Euclidean distance along a single axis is the 1d distance, ties included.
     if nearest in ("2d", "3d"):
@@ -121,20 +124,21 @@ def _plan_chunks(boundary_prob, grid, drop_fraction, threshold, nearest, capacit
     shared = ints(batch * cells + 4 * batch + 3)
     prefix, info, member_base, status = shared.split([batch * cells, 3 * batch, batch + 1, 2])
     cu_seqlens, overflow = ints(batch + 1), ints()
+    limit = cells if max_seqlen is None else min(cells, max_seqlen)
     _C.plan_count(
         prob.data_ptr(), prob.dtype == torch.float64,
         0 if fractions is None else fractions.data_ptr(), 0.0 if fractions is not None else drop_fraction, threshold,
-        batch, cells, -1 if capacity is None else capacity, mode,
+        batch, cells, -1 if capacity is None else capacity, limit, mode,
         prefix.data_ptr(), info.data_ptr(), member_base.data_ptr(), cu_seqlens.data_ptr(), overflow.data_ptr(),
         status.data_ptr(), where,
     )  # fmt: skip
-    exact, max_seqlen = capacity is None, min(cells, capacity or 0)
+    exact, longest = capacity is None, min(limit, capacity or 0)
     if capacity is None or device.type == "cpu":
-        total, longest = status.tolist()  # the one copy from the device
+        total, retained = status.tolist()  # the one copy from the device
         if total < 0:
             probabilities("plan_chunks", boundary_prob)
         if capacity is None:
-            capacity, max_seqlen = total, longest
+            capacity, longest = total, retained
 
     token_index, sample_index, member_offsets = ints(capacity), ints(capacity), ints(capacity + 1)
     nearest_row, member_index = ints(batch * cells), ints(batch * cells)
@@ -150,7 +154,7 @@ def _plan_chunks(boundary_prob, grid, drop_fraction, threshold, nearest, capacit
         grid=tuple(grid),
         batch_size=batch,
         capacity=capacity,
-        max_seqlen=max_seqlen,
+        max_seqlen=longest,
         cu_seqlens=cu_seqlens,
         token_index=token_index,
         sample_index=sample_index,

@@ -27,6 +27,7 @@ def plan_chunks(
     capacity: int | None = None,
     valid: torch.Tensor | None = None,
     *,
+    max_seqlen: int | None = None,
     backend: str | None = None,
 ) -> ChunkPlan:
     """Decide which cells stay, pack them, and find who refills whom (arXiv 2603.06351 section 3).
@@ -46,6 +47,9 @@ def plan_chunks(
             device-to-host copy. A number: no synchronisation; see `ChunkPlan.overflow`.
         valid: bool (B, L), False at padded cells. Those are no boundaries, whatever their probability, and are
             refilled as other cells are.
+        max_seqlen: rows that a sample takes at most, for attention's launches under a fixed capacity: without it they
+            are as many as if one sample had all rows. Where a sample has more boundaries, those of lowest p are
+            dropped and counted in `ChunkPlan.overflow`.
 
     Raises ValueError for a wrong shape, grid, ρ, threshold or probability (on a GPU with a fixed capacity
     probabilities are not looked at), TypeError for a wrong dtype, BackendError where `backend` cannot run.
@@ -66,8 +70,9 @@ def plan_chunks(
         if valid.dtype != torch.bool:
             raise TypeError(f"plan_chunks: valid must be bool, got {valid.dtype}")
         boundary_prob = torch.where(valid, boundary_prob.detach(), 0.0)
-    fits = capacity is None or (isinstance(capacity, int | torch.SymInt) and capacity >= 0)
-    require(fits, "plan_chunks: capacity must be a number of rows, 0 or more, got {!r}", capacity)
+    for name, rows in (("capacity", capacity), ("max_seqlen", max_seqlen)):
+        fits = rows is None or (isinstance(rows, int | torch.SymInt) and rows >= 0)
+        require(fits, "plan_chunks: {} must be a number of rows, 0 or more, got {!r}", name, rows)
     compiling = traced(boundary_prob)
     if isinstance(drop_fraction, torch.Tensor):
         if drop_fraction.dim() > 0:
@@ -83,23 +88,27 @@ def plan_chunks(
         count = boundary_prob.numel()
         require(count < 2**31, "plan_chunks: cells are counted in int32, got {} of them", count)
         with kept_for_backward():
-            return OPERATOR.run(backend, boundary_prob, grid, drop_fraction, threshold, nearest, capacity)
+            args = (boundary_prob, grid, drop_fraction, threshold, nearest, capacity, max_seqlen)
+            return OPERATOR.run(backend, *args)
     if not isinstance(drop_fraction, torch.Tensor):  # a number would be compiled in, each of them anew
         drop_fraction = torch.full((), drop_fraction, dtype=torch.float32, device=boundary_prob.device)
-    tensors = torch.ops.dcdit.plan_chunks(boundary_prob, drop_fraction, grid, threshold, nearest, capacity, backend)
+    limits = capacity, max_seqlen
+    tensors = torch.ops.dcdit.plan_chunks(boundary_prob, drop_fraction, grid, threshold, nearest, *limits, backend)
     parts = dict(zip(_library.PLAN_TENSORS, tensors, strict=True))
     # A graph does not know the longest sample before it runs; max_seqlen may be an upper bound.
     rows = parts["token_index"].shape[0]
-    sizes = {"batch_size": boundary_prob.shape[0], "capacity": rows, "max_seqlen": math.prod(grid)}
+    longest = math.prod(grid) if max_seqlen is None else min(math.prod(grid), max_seqlen)
+    sizes = {"batch_size": boundary_prob.shape[0], "capacity": rows, "max_seqlen": longest}
     return ChunkPlan.unchecked(grid=grid, **sizes, **parts, exact=capacity is None)
 
 
-def _plan_tensors(prob, drop_fraction, grid, threshold, nearest, capacity, backend):
-    plan = OPERATOR.run(backend, prob.detach(), tuple(grid), drop_fraction, threshold, nearest, capacity)
+def _plan_tensors(prob, drop_fraction, grid, threshold, nearest, capacity, max_seqlen, backend):
+    args = (prob.detach(), tuple(grid), drop_fraction, threshold, nearest, capacity, max_seqlen)
+    plan = OPERATOR.run(backend, *args)
     return [getattr(plan, part) for part in _library.PLAN_TENSORS]
 
 
-def _plan_fake(prob, drop_fraction, grid, threshold, nearest, capacity, backend):
+def _plan_fake(prob, drop_fraction, grid, threshold, nearest, capacity, max_seqlen, backend):
     batch, cells = prob.shape
     rows = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
     shapes = {
@@ -116,7 +125,7 @@ def _plan_fake(prob, drop_fraction, grid, threshold, nearest, capacity, backend)
 
 _library.implement(
     "plan_chunks(Tensor boundary_prob, Tensor drop_fraction, int[] grid, float threshold, str nearest, "
-    "SymInt? capacity, str? backend) -> Tensor[]",
+    "SymInt? capacity, SymInt? max_seqlen, str? backend) -> Tensor[]",
     _plan_tensors,
     _plan_fake,
 )

@@ -294,8 +294,9 @@ def small_net():
     return net, torch.randn(3, 4, 6, 6), torch.tensor([1.0, 500.0, 999.0]), torch.tensor([1, 2, 3])
 
 
+@pytest.mark.parametrize("max_seqlen", [None, 35])
 @pytest.mark.parametrize("gradients", [False, True])
-def test_garbage_past_the_live_rows_reaches_nobody(gradients, install, monkeypatch):
+def test_garbage_past_the_live_rows_reaches_nobody(gradients, max_seqlen, install, monkeypatch):
     """The model in fixed mode, attention's tails NaN in the output and in the gradients, against the exact mode."""
     net, *inputs = small_net()
     install("torch efficient attention")
@@ -304,9 +305,10 @@ def test_garbage_past_the_live_rows_reaches_nobody(gradients, install, monkeypat
     property_.__set_name__(Packing, "live")
     monkeypatch.setattr(Packing, "live", property_)
     results = {}
-    for capacity in (None, 108):
+    for capacity, bound in ((None, None), (108, max_seqlen)):
         with torch.set_grad_enabled(gradients):
-            out, routing = net(*inputs, capacity=capacity, return_routing=True)
+            out, routing = net(*inputs, capacity=capacity, max_seqlen=bound, return_routing=True)
+            assert capacity is None or routing.plan.max_seqlen == (bound or 36)
             assert routing.plan.exact == (capacity is None) and 0 < routing.plan.cu_seqlens[-1] < 108
             grads = torch.autograd.grad(out.square().sum(), list(net.parameters())) if gradients else ()
         results[capacity] = (out, *grads)

@@ -31,6 +31,16 @@ def test_operators(dtype):
             assert torch.equal(got, want)
 
 
+def test_fixed_rows_with_a_bound():
+    def fixed(prob):
+        plan = K.plan_chunks(prob, (8, 8), capacity=100, max_seqlen=40)
+        return plan.cu_seqlens, plan.token_index, plan.overflow, torch.tensor(plan.max_seqlen)
+
+    prob, compiled = torch.rand(3, 64), whole(fixed)
+    for got, want in zip(compiled(prob), fixed(prob), strict=True):
+        assert torch.equal(got, want)
+
+
 def test_rows_are_packed_and_put_back():
     def twice(x, mask):
         rows, indices, *_ = K.unpad_input(x, mask)

@@ -79,7 +79,9 @@ def test_a_routing_that_does_not_fit():
     with pytest.raises(ValueError, match=r"routing must be for 2 samples of \(6, 5\) cells, got 3 of 3 samples"):
         model(x[:2], t[:2], y[:2], routing=routing)
     for budget in ({"drop_fraction": 0.5}, {"capacity": 9}):
-        with pytest.raises(ValueError, match="drop_fraction and capacity must be left out beside a routing"):
+        with pytest.raises(
+            ValueError, match="drop_fraction, capacity and max_seqlen must be left out beside a routing"
+        ):
             model(x, t, y, routing=routing, **budget)
 
 

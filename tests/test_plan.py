@@ -65,10 +65,12 @@ def test_bit_identical_to_the_reference(data, seed):
     if data.draw(st.booleans()):
         drop = torch.rand(batch, generator=gen, dtype=torch.float64) * 0.9999
     capacity = data.draw(st.one_of(st.none(), st.integers(0, batch * cells + 5)))
+    longest = data.draw(st.one_of(st.none(), st.integers(0, cells + 2)))
     kind = data.draw(st.sampled_from(KINDS[len(grid)]))
-    want = reference.plan_chunks(prob, grid, drop, threshold, kind, capacity)
+    args = (prob, grid, drop, threshold, kind, capacity, longest)
+    want = reference.plan_chunks(*args)
     for block in BLOCKS:
-        assert_same(native.plan_chunks(prob, grid, drop, threshold, kind, capacity, block=block), want)
+        assert_same(native.plan_chunks(*args, block=block), want)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -197,3 +199,23 @@ def test_a_gpu_that_the_extension_cannot_use_is_explained(monkeypatch, archs, ve
     monkeypatch.setattr(native, "capability", lambda index: gpu)
     said = native.missing(torch.device("cuda", 0))
     assert (said is None) if reason is None else re.search(reason, said)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("capacity", [None, 30, 5])
+def test_rows_past_max_seqlen_are_the_least_probable_of_a_sample(capacity, backend):
+    prob = torch.rand(3, 12).sort(descending=True)[0][:, torch.randperm(12)]
+    prob[2] = 0.4
+    plan = K.plan_chunks(prob, (3, 4), capacity=capacity, max_seqlen=3, backend=backend)
+    most = prob.topk(3)[0].amin(1, keepdim=True)
+    want = (prob >= most) & (prob > 0.5)
+    live = min(int(want.sum()), capacity or 36)
+    assert torch.equal(plan.boundary_mask.flatten().nonzero(), want.flatten().nonzero()[:live])
+    assert int(plan.overflow) == int((prob > 0.5).sum()) - live
+    assert plan.max_seqlen == 3 and int(plan.lengths.max()) <= 3 and plan.exact == (capacity is None)
+
+
+def test_max_seqlen_is_a_number_of_rows():
+    for bound in (-1, 2.0, "3"):
+        with pytest.raises(ValueError, match="max_seqlen must be a number of rows, 0 or more, got"):
+            K.plan_chunks(torch.rand(2, 12), (3, 4), max_seqlen=bound)

@@ -17,18 +17,17 @@ def plan_chunks(
     threshold: float = 0.5,
     nearest: str = "2d",
     capacity: int | None = None,
+    max_seqlen: int | None = None,
 ) -> ChunkPlan:
     """See `dcdit_kernels.plan_chunks`. Memory: one (L, M_b) distance matrix at a time."""
     probabilities("plan_chunks", boundary_prob)
     batch, cells = boundary_prob.shape
     device = boundary_prob.device
-    mask = tail_drop(boundary_prob.detach(), drop_fraction, threshold)
-
-    kept = mask.flatten().nonzero().squeeze(1)
-    overflow = torch.zeros((), dtype=torch.int32, device=device)
-    if capacity is not None:
-        overflow = torch.clamp(mask.sum() - capacity, min=0).to(torch.int32)
-        kept = kept[:capacity]
+    limit = cells if max_seqlen is None else min(cells, max_seqlen)
+    wanted = tail_drop(boundary_prob.detach(), drop_fraction, threshold)
+    mask = tail_drop(boundary_prob.detach(), drop_fraction, threshold, limit)
+    kept = mask.flatten().nonzero().squeeze(1)[:capacity]
+    overflow = (wanted.sum() - kept.numel()).to(torch.int32)
     live = kept.numel()
     exact = capacity is None
     lengths = torch.bincount(kept // cells, minlength=batch)
@@ -38,7 +37,7 @@ def plan_chunks(
     if exact:
         capacity, max_seqlen = live, int(lengths.max()) if batch else 0
     else:
-        max_seqlen = min(cells, capacity)
+        max_seqlen = min(limit, capacity)
     token_index = torch.full((capacity,), -1, dtype=torch.int32, device=device)
     token_index[:live] = kept.to(torch.int32)
     sample_index = torch.full((capacity,), -1, dtype=torch.int32, device=device)
@@ -67,12 +66,18 @@ def plan_chunks(
     )
 
 
-def tail_drop(boundary_prob: torch.Tensor, drop_fraction: float | torch.Tensor, threshold: float) -> torch.Tensor:
-    """Boundary mask (B, L): p > threshold, less the floor(n_b·ρ_b) of lowest p; of equals the later cell goes."""
+def tail_drop(
+    boundary_prob: torch.Tensor, drop_fraction: float | torch.Tensor, threshold: float, most: int | None = None
+) -> torch.Tensor:
+    """Boundary mask (B, L): p > threshold, less the floor(n_b·ρ_b) of lowest p; of equals the later cell goes.
+
+    With `most` further ones of lowest p go until no sample has more than that.
+    """
     natural = boundary_prob > threshold
     count = natural.sum(1)
     fraction = torch.as_tensor(drop_fraction, dtype=torch.float32, device=boundary_prob.device)
     keep = count - (count.to(torch.float32) * fraction).floor().to(count.dtype)
+    keep = keep if most is None else keep.clamp(max=most)
     order = torch.argsort(torch.where(natural, boundary_prob, -1.0), dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
