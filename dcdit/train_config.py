@@ -16,7 +16,7 @@ from .errors import ConfigError
 
 # Which numbers the keys take, and how to say so.
 LIMITS = (
-    ("steps batch_size log_every save_every data.size", lambda value: value >= 1, "be at least 1"),
+    ("steps batch_size accumulate log_every save_every data.size", lambda value: value >= 1, "be at least 1"),
     ("seed ratio_weight max_minutes data.workers", lambda value: value >= 0, "not be negative"),
     ("optim.lr optim.weight_decay optim.grad_clip", lambda value: value >= 0, "not be negative"),
     ("upcycle.distill_weight", lambda value: value >= 0, "not be negative"),
@@ -86,12 +86,18 @@ class UpcycleConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that `dcdit train` reads. `batch_size` is the global one; `drop_fractions` are the ρ to draw from."""
+    """Everything that `dcdit train` reads. `batch_size` is the global one; `drop_fractions` are the ρ to draw from.
+
+    Each process goes through its slice of the batch in `accumulate` parts. With `checkpointing` the backward computes
+    the activations of each block again instead of keeping them.
+    """
 
     output: str = "runs/train"
     seed: int = 0
     steps: int = 400_000
     batch_size: int = 256
+    accumulate: int = 1
+    checkpointing: bool = False
     objective: Literal["flow", "ddpm"] = "flow"
     model: DCDiTConfig = field(default_factory=DCDiTConfig)
     data: DataConfig = field(default_factory=DataConfig)

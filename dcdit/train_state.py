@@ -13,7 +13,10 @@ from .errors import CheckpointError, ConfigError
 from .files import replacing
 
 # Keys of a configuration that may differ between a run and its resumption: they change no number of it.
-FREE_KEYS = ("output", "log_every", "save_every", "max_minutes", "tensorboard", "data.workers")
+FREE_KEYS = (
+    *("output", "log_every", "save_every", "max_minutes", "tensorboard", "data.workers"),
+    *("accumulate", "checkpointing"),  # the same numbers, up to the order of sums
+)
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, next to its step
 
 

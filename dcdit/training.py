@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import time
@@ -54,7 +55,7 @@ class Trainer:
         self.config = config
         self.accelerator = Accelerator(mixed_precision=config.precision, cpu=cpu_ranks())
         self.device, self.ranks = self.accelerator.device, self.accelerator.num_processes
-        check_split(config.batch_size, self.ranks)
+        check_split(config.batch_size, self.ranks, config.accumulate)
         self.objective = make_objective(config.objective, config.model.learn_sigma)
         source = make_source(config.data, config.model)
         _check_encoded(source, config.codec.options())
@@ -74,6 +75,7 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         self.net = self.make_net().to(self.device)
+        self.net.main.gradient_checkpointing = config.checkpointing
         if config.channels_last:
             self.net = self.net.to(memory_format=torch.channels_last)
         net = torch.compile(self.net, fullgraph=True, dynamic=True) if config.compile else self.net
@@ -159,10 +161,35 @@ class Trainer:
 
     def train_step(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | float]:
         """One optimiser step on this rank's slice of the batch; returns what metrics.jsonl records."""
-        config = self.config
-        image, noise, t, y = (batch[key].to(self.device) for key in ("image", "noise", "t", "y"))
-        x0 = image if self.codec is None else self.codec.encode(image)
+        config, count = self.config, self.config.accumulate
         rho = draw_drop_fraction(config.seed, self.step, config.drop_fractions, config.drop_warmup)
+        lr = learning_rate(config.optim, self.step, config.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = [batch[key].chunk(count) for key in ("image", "noise", "t", "y")]
+        sums: dict[str, torch.Tensor] = {}
+        for number, part in enumerate(zip(*parts, strict=True)):
+            # The last part's backward adds up the gradients of all ranks.
+            alone = self.accelerator.no_sync(self.model) if number + 1 < count else contextlib.nullcontext()
+            with alone:
+                values = self.losses(*(tensor.to(self.device) for tensor in part), rho)
+                self.accelerator.backward(values["loss"] / count)
+            for key, value in values.items():
+                sums[key] = sums.get(key, 0) + value.detach() / count
+        # No clipping is clipping at infinity: the norm is still measured.
+        norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), config.optim.grad_clip or math.inf)
+        self.updating = True  # until the step is counted
+        self.optimizer.step()
+        self.ema.update(self.net, self.step)
+        return {**sums, "drop_fraction": rho, "grad_norm": norm, "lr": lr}
+
+    def losses(
+        self, image: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, y: torch.Tensor, rho: float
+    ) -> dict[str, torch.Tensor]:
+        """The loss of a batch at drop fraction ρ, its parts, and the share of the cells that was kept."""
+        config = self.config
+        x0 = image if self.codec is None else self.codec.encode(image)
         x = self.objective.add_noise(x0, noise, t)
         if config.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
@@ -174,28 +201,8 @@ class Trainer:
         ratio = ratio_loss(routing.boundary_prob, routing.natural_mask, config.model.target_ratio)
         taught, parts = self.teach(diffusion, (x, t, y), output, routing)
         loss = taught + config.ratio_weight * ratio
-
-        lr = learning_rate(config.optim, self.step, config.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(loss)
-        # No clipping is clipping at infinity: the norm is still measured.
-        norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), config.optim.grad_clip or math.inf)
-        self.updating = True  # until the step is counted
-        self.optimizer.step()
-        self.ema.update(self.net, self.step)
         kept = routing.plan.lengths.float().mean() / routing.plan.cells
-        return {
-            "loss": loss.detach(),
-            "diffusion_loss": diffusion.detach(),
-            "ratio_loss": ratio.detach(),
-            **{key: value.detach() for key, value in parts.items()},
-            "kept": kept,
-            "drop_fraction": rho,
-            "grad_norm": norm,
-            "lr": lr,
-        }
+        return {"loss": loss, "diffusion_loss": diffusion, "ratio_loss": ratio, **parts, "kept": kept}
 
     def _reduced(self, values: dict[str, torch.Tensor | float]) -> dict[str, float]:
         """Means over the ranks, as numbers. Raises DCDiTError where training has diverged."""
@@ -262,11 +269,16 @@ def _check_encoded(source: Source, codec: dict[str, Any]) -> None:
         raise ConfigError(f"the latents were made by codec {made_by}, the configuration says {codec}")
 
 
-def check_split(batch_size: int, ranks: int) -> None:
-    """Raise ConfigError unless `ranks` processes give the same losses as one: whole sub-batches of the ratio loss."""
-    if ranks > 1 and batch_size % (ranks * SUB_BATCH):
+def check_split(batch_size: int, ranks: int, accumulate: int = 1) -> None:
+    """Raise ConfigError unless the parts of a batch give the losses of the whole: whole sub-batches of the ratio loss.
+
+    There are ranks·accumulate parts.
+    """
+    parts = ranks * accumulate
+    if parts > 1 and batch_size % (parts * SUB_BATCH):
+        names = [f"{ranks} processes"] * (ranks > 1) + [f"{accumulate} accumulated parts"] * (accumulate > 1)
         raise ConfigError(
-            f"batch_size {batch_size} over {ranks} processes must be a multiple of {ranks * SUB_BATCH}: "
+            f"batch_size {batch_size} over {' of '.join(names)} must be a multiple of {parts * SUB_BATCH}: "
             f"the ratio loss is taken over {SUB_BATCH} samples"
         )
 
