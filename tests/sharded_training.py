@@ -1,0 +1,72 @@
+"""Two processes train a small model, sharded by `fully_shard` or copied by DDP; see test_sharded_training.py.
+
+Usage: sharded_training.py FILE PORT. FILE gets, of each case, the losses and the gradients of two steps.
+"""
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from dcdit.config import DCDiTConfig
+from dcdit.model import DCDiT
+
+RANKS, BATCH = 2, 4
+CASES = [("fsdp", "predictability"), ("fsdp", "cosine"), ("ddp", "predictability")]
+
+
+def make_model(router):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "depth": 2, "num_heads": 2, "encoder_width": 32, "num_classes": 5}
+    model = DCDiT(DCDiTConfig(input_size=(6, 5), router=router, **sizes))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def shard(model):
+    for block in model.main.blocks:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def two_steps(net, rank=0, ranks=1):
+    """Losses of two steps on a share of the batch, and the gradients of the second by name."""
+    torch.manual_seed(1)
+    batch = torch.randn(BATCH, 4, 6, 5), 1000 * torch.rand(BATCH), torch.arange(BATCH)
+    x, t, y = (tensor.chunk(ranks)[rank] for tensor in batch)
+    optimizer, losses = torch.optim.SGD(net.parameters(), lr=1e-3), []
+    for _ in range(2):
+        optimizer.zero_grad()
+        out, routing = net(x, t, y, drop_fraction=0.3, return_routing=True)
+        loss = out.square().mean() + routing.boundary_prob.mean()
+        loss.backward()
+        gradients = {name.removeprefix("module."): parameter.grad for name, parameter in net.named_parameters()}
+        losses.append(loss.detach())
+        optimizer.step()
+    return torch.stack(losses), gradients
+
+
+def train(rank, file):
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+    results = {}
+    for kind, router in CASES:
+        model = make_model(router)
+        losses, gradients = two_steps(shard(model) if kind == "fsdp" else DistributedDataParallel(model), rank, RANKS)
+        dist.all_reduce(losses)
+        whole = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients.items()}
+        results[kind, router] = losses / RANKS, whole
+    if rank == 0:
+        torch.save(results, file)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[2])
+    mp.spawn(train, sys.argv[1:2], RANKS)
