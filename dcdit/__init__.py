@@ -2,18 +2,18 @@
 
 import importlib
 
-from dcdit_kernels import __version__
-
 from .config import DCDiTConfig, preset
 
 __all__ = ["DCDiT", "DCDiTConfig", "DynamicChunking", "__version__", "preset"]
 
 
-# Imported on first use, so that `import dcdit.ops` stays cheap.
+# Imported on first use: `import dcdit.ops` stays cheap, and the command line answers before torch is there.
 _LAZY = {"DCDiT": "model", "DynamicChunking": "chunking"}
 
 
 def __getattr__(name: str):
+    if name == "__version__":
+        return importlib.import_module("dcdit_kernels").__version__
     if name in _LAZY:
         return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module 'dcdit' has no attribute {name!r}")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
+import signal
 import sys
 
 from .errors import DCDiTError
+from .interrupts import raised
 
 COMMANDS = {
     "info": "parameters and FLOPs of a preset or checkpoint",
@@ -18,6 +21,8 @@ COMMANDS = {
     "visualize": "draw chunk maps and the compute spent along a trajectory",
     "demo": "sample the digits that ship with the package and tabulate what dynamic chunking saves",
 }
+# How PyTorch's allocators say that there is no memory; on a CPU it is a plain RuntimeError.
+NO_MEMORY = ("OutOfMemoryError", "MemoryError", "can't allocate memory", "not enough memory", "out of memory")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -26,18 +31,46 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        import torch
+
+        from dcdit_kernels import __version__
+
+        print(f"dcdit {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}")
+        parser.exit()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one sub-command. Returns 0, or 1 where `dcdit data check` found bad files; 2 after one line about input that
-    cannot be used or a package that is not there; 130 when interrupted."""
+    cannot be used, a package that is not there, or memory that is not; 128 + the signal's number when interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no ρ gets a question mark
+    words = sys.argv[1:] if argv is None else argv
+    name = " ".join(["dcdit", *words[:1]])
     try:
-        return _run(sys.argv[1:] if argv is None else argv)
+        with raised():
+            return _run(words)
     except ModuleNotFoundError as error:
-        print(f"dcdit: {error}; pip install 'dcdit[demo]' brings what all commands need", file=sys.stderr)
-        return 2
+        complaint = f"{error}; pip install '.[demo]' in dcdit's sources brings what all commands need"
+    except KeyboardInterrupt as error:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 128 + getattr(error, "number", signal.SIGINT)
+    except (MemoryError, RuntimeError) as error:
+        if not any(words in f"{type(error).__name__}: {error}" for words in NO_MEMORY):
+            raise
+        complaint = (
+            f"out of memory ({_one_line(error)[:120]}): take a smaller batch size; "
+            "in training also a larger accumulate, or training.checkpointing"
+        )
+    print(f"{name}: {complaint}", file=sys.stderr)
+    return 2
 
 
 def _run(argv: list[str]) -> int:
-    parser = _Parser(prog="dcdit", description=__doc__.splitlines()[0])
+    parser = _Parser(prog="dcdit", description="Run and train Dynamic Chunking Diffusion Transformers.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="versions of dcdit, torch and Python")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {name: commands.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
     args = parser.parse_args(argv[:1])
@@ -50,11 +83,12 @@ def _run(argv: list[str]) -> int:
     try:
         return module.run(args) or 0
     except (DCDiTError, BackendError, OSError) as error:
-        print(f"dcdit {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"dcdit {args.command}: {_one_line(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"dcdit {args.command}: interrupted", file=sys.stderr)
-        return 130
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 if __name__ == "__main__":

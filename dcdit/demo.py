@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +15,6 @@ from .pictures import to_uint8
 from .plain_dit import PlainDiT
 from .sampling import Samples, Step, sample
 
-DIGITS = Path(__file__).parent / "assets" / "digits"
 LATE = 0.8  # of the way from noise to image
 
 

@@ -44,7 +44,7 @@ def save_png(file: Path, image: np.ndarray) -> None:
     """Write uint8 (H, W, 3) as a PNG."""
     from PIL import Image
 
-    Image.fromarray(image).save(file)
+    Image.fromarray(image).save(file, "PNG")
 
 
 def check_output(directory: str | Path) -> Path:

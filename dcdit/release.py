@@ -13,11 +13,15 @@ from .config import DCDiTConfig
 from .errors import CheckpointError
 from .state_dict import inverse, shape_of, swap_parts, swap_prefix
 
-# What the release's models were trained by: DDPM on latents of Stable Diffusion's autoencoder.
+# What the release's models were trained by: DDPM on latents of Stable Diffusion's autoencoder, of which DiT's guidance
+# moves three channels.
 RELEASE_USE = {
     "objective": "ddpm",
+    "guidance_channels": 3,
     "codec": {"kind": "autoencoder_kl", "pretrained": "stabilityai/sd-vae-ft-ema", "scale": 0.18215},
 }
+# What a `.pt` keeps of a model's use.
+_USE_KEYS = ("objective", "codec", "guidance_channels", "class_names")
 # The release's prefixes and ours, in the order in which they are tried.
 _PREFIXES = (
     ("x_embedder.proj.", "stem."),
@@ -98,12 +102,13 @@ def stored(config: Any, path: str, kind: type, default: Any = None) -> Any:
 
 
 def stored_use(config: Any) -> dict[str, Any]:
-    """Objective and codec: those that `release_content` stored, as JSON, or the release's own."""
-    text = config.get("use", "{}") if isinstance(config, dict) else "{}"
+    """What `release_content` stored of a model's use, as JSON; the release's own for a file that it did not write."""
+    text = config.get("use") if isinstance(config, dict) else None
+    if text is None:
+        return dict(RELEASE_USE)
     try:
-        use = json.loads(text)
-        return {key: use.get(key, own) for key, own in RELEASE_USE.items()}
-    except (TypeError, ValueError, AttributeError) as error:
+        return {key: value for key, value in json.loads(text).items() if key in _USE_KEYS}
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"stored use: expected a JSON object, found {text!r}") from error
 
 
@@ -145,20 +150,20 @@ def infer_heads(width: int) -> int:
 def release_content(state: dict[str, torch.Tensor], config: DCDiTConfig, extra: dict[str, Any]) -> dict[str, Any]:
     """What `torch.save` writes for the release to read: weights as model and ema, and what shapes do not tell.
 
-    Of `extra` the objective and the codec, where they are not the release's own. Raises CheckpointError for a model
+    Of `extra` the model's use, where it is not the release's own. Raises CheckpointError for a model
     that the release has no place for.
     """
     height, width = config.input_size
     if height != width:
         raise CheckpointError(f"the public release takes square grids only, this model's is {height}×{width}")
     renamed = to_release(state)
-    use = {key: extra[key] for key, own in RELEASE_USE.items() if extra.get(key, own) != own}
+    use = {key: extra[key] for key in _USE_KEYS if key in extra}
     return {
         "model": renamed,
         "ema": renamed,
         "config": {
             "model": {"hnet": {"num_heads": [config.num_heads], "dechunk_kernel_sigma": config.sigma}},
             "training": {"downsample_factor": config.target_ratio},
-            **({"use": json.dumps(use)} if use else {}),
+            **({"use": json.dumps(use)} if use != RELEASE_USE else {}),
         },
     }

@@ -6,6 +6,7 @@ whatever the batch size, the order or the number of devices.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from .checkpoints import load_checkpoint
+from .checkpoints import load_checkpoint, locate
 from .codecs import make_codec
 from .config import DCDiTConfig, check_keys
 from .drop_fraction import DropFraction, drop_table
 from .errors import CheckpointError, ConfigError, DCDiTError
 from .flops import dcdit_flops
 from .model import DCDiT
+from .pictures import to_uint8
 from .precision import float32_products
 from .routing import Routing
 from .schedulers import SCHEDULERS, make_scheduler
@@ -43,7 +45,7 @@ class Step:
 @dataclass(frozen=True)
 class Trace:
     """What a run cost: `timesteps` (S,), `seconds` (S,) over all images, and the retained tokens of each image,
-    `tokens` (S, N) and `uncond_tokens` (S, N); the latter None without guidance."""
+    `tokens` (S, N) and `uncond_tokens` (S, N); the latter None without guidance, NaN in steps without it."""
 
     timesteps: torch.Tensor
     seconds: torch.Tensor
@@ -54,7 +56,7 @@ class Trace:
         """GFLOP of each step, mean over the images, both halves together: (S,)."""
         halves = [self.tokens] if self.uncond_tokens is None else [self.tokens, self.uncond_tokens]
         costs = [[np.mean([dcdit_flops(config, m)["total"] for m in row]) for row in h.tolist()] for h in halves]
-        return torch.tensor(costs).sum(0)
+        return torch.tensor(costs).nan_to_num(0.0).sum(0)
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,10 @@ def sample(
     scheduler: str = "auto",
     steps: int = 50,
     guidance: float = 1.0,
+    guidance_channels: int | None = None,
+    guidance_interval: tuple[float, float] = (0.0, 1000.0),
+    eta: float = 0.0,
+    shift: float = 1.0,
     drop_fraction: DropFraction = 0.0,
     uncond_drop_fraction: DropFraction | None = None,
     seed: int = 0,
@@ -96,10 +102,15 @@ def sample(
 
     Args:
         objective: what the model was trained by, "flow" or "ddpm".
-        scheduler: "auto", "flow-euler", "ddpm" (variance learned where the model has it), "ddim", "dpm-solver++".
-        guidance: classifier-free guidance, uncond + guidance·(cond − uncond), on all channels of the noise or velocity;
-            a learned variance is the conditional one. 1 runs no unconditional half; less than 1 mixes it in, where
+        scheduler: "auto", "flow-euler", "flow-heun", "ddpm" (variance learned where the model has it), "ddim",
+            "dpm-solver++".
+        guidance: classifier-free guidance, uncond + guidance·(cond − uncond), of the noise or velocity; a learned
+            variance is the conditional one. 1 runs no unconditional half; less than 1 mixes it in, where
             DCDiTPipeline, as diffusers does, runs without guidance. Both halves are one packed batch.
+        guidance_channels: how many of the latent's channels it moves (DiT: 3); None: all.
+        guidance_interval: the timesteps from 0 (data) to 1000 (noise) between which it is applied (arXiv 2404.07724).
+        eta: noise of "ddim", 0 (none) to 1 (as much as DDPM's; arXiv 2010.02502 eq. 16).
+        shift: of the times of flow matching, see `make_scheduler`.
         drop_fraction: ρ in [0, 1), see `drop_table`: a number, a tensor (N,), a list over the steps, a function of t.
         uncond_drop_fraction: likewise for the unconditional half (Lite-CFG, arXiv 2603.06351); None: the same.
         seed, indices: image i draws from (seed, indices[i]); the indices are 0 to N − 1 by default.
@@ -119,41 +130,52 @@ def sample(
     for name, value in (("steps", steps), ("seed", seed)):
         if not isinstance(value, int | np.integer):
             raise ConfigError(f"{name} must be an integer, got {value!r}")
-    if not 0 <= guidance < float("inf"):
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed must be in [0, 2**32), got {seed}")
+    if not isinstance(guidance, int | float) or not 0 <= guidance < float("inf"):
         raise ConfigError(f"guidance must be a number of at least 0, got {guidance}")
+    if guidance_channels is not None and not 1 <= guidance_channels <= config.in_channels:
+        raise ConfigError(f"guidance_channels must be in [1, {config.in_channels}], got {guidance_channels}")
+    if not 0 <= eta <= 1 or (eta and scheduler != "ddim"):
+        raise ConfigError(f"eta must be in [0, 1] and is of the scheduler ddim, got {eta} and {scheduler}")
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
     if uncond_drop_fraction is None:
         uncond_drop_fraction = drop_fraction
-    _, timesteps = make_scheduler(scheduler, objective, steps, config.learn_sigma, clip)
+    make = functools.partial(make_scheduler, scheduler, objective, steps, config.learn_sigma, clip, shift)
+    _, timesteps = make()
+    low, high = guidance_interval
+    guidances = [guidance if low <= t <= high else 1.0 for t in timesteps.tolist()]
     # (S, N) each, checked before the first step is taken.
     budgets = [drop_table(drop_fraction, timesteps, count)]
-    if guidance != 1:
+    if any(value != 1 for value in guidances):
         budgets.append(drop_table(uncond_drop_fraction, timesteps, count))
 
     latents = torch.empty(count, config.in_channels, *config.input_size)
-    tokens = torch.empty(len(budgets), steps, count)
-    seconds = torch.zeros(steps)
+    tokens = torch.full((len(budgets), len(timesteps), count), torch.nan)
+    seconds = torch.zeros(len(timesteps))
     # Around the autocast of each step, so that what it casts the weights to lives until the last.
     whole = torch.autocast(next(model.parameters()).device.type, enabled=False)
     with whole, float32_products(precision and "high"):
         for start in range(0, count, batch_size):
             part = slice(start, start + batch_size)
             # A scheduler for each batch: multistep ones keep state.
-            stepper, _ = make_scheduler(scheduler, objective, steps, config.learn_sigma, clip)
-            run = _Batch(model, stepper, classes[part], indices[part], seed, guidance, precision)
+            run = _Batch(model, make()[0], classes[part], indices[part], seed, guidance_channels, precision, eta)
             for i, t in enumerate(timesteps.tolist()):
                 begin = time.perf_counter()
-                rho = torch.cat([budget[i, part] for budget in budgets])
-                routing = run.predict(t, rho)
+                halves = 1 if guidances[i] == 1 else 2
+                rho = torch.cat([budget[i, part] for budget in budgets[:halves]])
+                routing = run.predict(t, rho, guidances[i])
                 if callback is not None:
                     paused = time.perf_counter()
-                    callback(Step(i, steps, t, run.x, indices[part], routing))
+                    callback(Step(i, len(timesteps), t, run.x, indices[part], routing))
                     begin += time.perf_counter() - paused
-                tokens[:, i, part] = routing.plan.lengths.view(len(budgets), -1).cpu().float()
+                tokens[:halves, i, part] = routing.plan.lengths.view(halves, -1).cpu().float()
                 run.update(i)
                 seconds[i] += time.perf_counter() - begin
             latents[part] = run.x.cpu()
+            if not latents[part].isfinite().all():
+                raise DCDiTError(f"sampling diverged: latents that are not finite; {_hint(guidance)}")
     trace = Trace(timesteps, seconds, tokens[0], tokens[1] if len(budgets) == 2 else None)
     return Samples(latents, trace)
 
@@ -161,29 +183,29 @@ def sample(
 class _Batch:
     """The images of one batch on their way from noise to data."""
 
-    def __init__(self, model, scheduler, classes, indices, seed, guidance, precision) -> None:
-        self.model, self.scheduler, self.guidance, self.precision = model, scheduler, guidance, precision
+    def __init__(self, model, scheduler, classes, indices, seed, guidance_channels, precision, eta) -> None:
+        self.model, self.scheduler, self.precision = model, scheduler, precision
+        self.channels = guidance_channels or model.config.in_channels
+        self.options = {"eta": eta} if eta else {}
         self.device = next(model.parameters()).device
         self.generators = [image_generator(seed, index) for index in indices.tolist()]
         shape = (1, model.config.in_channels, *model.config.input_size)
         self.x = torch.cat([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
-        self.halves = 1 if guidance == 1 else 2
         null = torch.full_like(classes, model.config.num_classes)
-        self.y = torch.cat([classes, null][: self.halves]).to(self.device)
+        self.y = torch.cat([classes, null]).to(self.device)
 
-    def predict(self, t: float, rho: torch.Tensor) -> Routing:
-        """Run the model at time t with ρ (halves·B,), keep the guided output, return the conditional routing."""
-        x = torch.cat([self.x] * self.halves)
+    def predict(self, t: float, rho: torch.Tensor, guidance: float) -> Routing:
+        """Run the model at time t with ρ (B or, with guidance, 2B); keep the output, return the conditional routing."""
+        x = torch.cat([self.x] * (len(rho) // len(self.x)))
         times = torch.full((len(x),), t, device=self.device)
         with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not None):
             try:
-                out, routing = self.model(x, times, self.y, rho.to(self.device), return_routing=True)
+                out, routing = self.model(x, times, self.y[: len(x)], rho.to(self.device), return_routing=True)
             except ValueError as error:
                 if "NaN" not in str(error):
                     raise
-                hint = f"are the weights finite, is guidance {self.guidance:g} too large?"
-                raise DCDiTError(f"sampling diverged at t = {t:g}: {error}; {hint}") from error
-        self.output = out.float() if self.halves == 1 else guide(out.float(), self.guidance, self.x.shape[1])
+                raise DCDiTError(f"sampling diverged at t = {t:g}: {error}; {_hint(guidance)}") from error
+        self.output = out.float() if guidance == 1 else guide(out.float(), guidance, self.channels)
         batch = len(self.x)
         return Routing(routing.boundary_prob[:batch], routing.plan)
 
@@ -193,9 +215,15 @@ class _Batch:
         if scheduler.config.get("variance_type") != "learned_range":
             output = output[:, : self.x.shape[1]]
         # diffusers draws a list of generators one image at a time, on the CPU.
-        self.x = scheduler.step(output, scheduler.timesteps[i], self.x, generator=self.generators).prev_sample
+        self.x = scheduler.step(
+            output, scheduler.timesteps[i], self.x, generator=self.generators, **self.options
+        ).prev_sample
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _hint(guidance: float) -> str:
+    return f"are the weights finite, is guidance {guidance:g} too large?"
 
 
 def class_ids(classes: Sequence[int] | torch.Tensor, num_classes: int) -> torch.Tensor:
@@ -216,7 +244,7 @@ def class_ids(classes: Sequence[int] | torch.Tensor, num_classes: int) -> torch.
 def guide(out: torch.Tensor, guidance: float, channels: int) -> torch.Tensor:
     """Classifier-free guidance of `out` (2B, C or 2C, H, W), the conditional half first, on the first `channels`.
 
-    A learned variance, the channels after them, is the conditional one.
+    The channels after them, such as a learned variance, are the conditional ones.
     """
     cond, uncond = out.chunk(2)
     mean = uncond[:, :channels] + guidance * (cond[:, :channels] - uncond[:, :channels])
@@ -224,10 +252,22 @@ def guide(out: torch.Tensor, guidance: float, channels: int) -> torch.Tensor:
 
 
 def open_checkpoint(path: str | Path, device: str | torch.device = "cpu"):
-    """What a checkpoint needs to become images: (model, objective, codec). Raises CheckpointError or ConfigError."""
+    """What a checkpoint needs to become images: (model, objective, codec). `path` as in `dcdit.checkpoints.locate`.
+
+    Raises CheckpointError or ConfigError, also for a codec that cannot decode the model's latents.
+    """
+    path = locate(path)
     model, extra = load_checkpoint(path, device)
     for key, kind in (("objective", str), ("codec", dict)):
         if not isinstance(extra.get(key), kind):
-            raise CheckpointError(f"{Path(path) / 'config.json'} does not say the model's {key}")
+            raise CheckpointError(
+                f"{path / 'config.json'} does not say the model's {key}; "
+                'save it with extra={"objective": "flow" or "ddpm", "codec": {"kind": …}}'
+            )
     check_keys([extra["objective"]], set(SCHEDULERS.values()), "objective")
-    return model, extra["objective"], make_codec(**extra["codec"])
+    codec = make_codec(**extra["codec"])
+    try:
+        to_uint8(codec.decode(torch.zeros(1, model.config.in_channels, *model.config.input_size, device=device)))
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"the codec {extra['codec']} does not fit the model: {str(error).splitlines()[0]}") from error
+    return model, extra["objective"], codec

@@ -50,6 +50,10 @@ def read_pickle(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint file {path}")
+    if path.suffix == ".safetensors":
+        raise CheckpointError(
+            f"{path} is a safetensors file, expected a .pt; a folder with config.json needs no converting"
+        )
     with open(path, "rb") as file:
         if file.read(len(_LEGACY)) == _LEGACY:
             raise CheckpointError(f"{path} is in the format of torch before 1.6; load it and save it again with torch")

@@ -67,7 +67,7 @@ def test_a_package_that_is_missing(tmp_path, capsys, monkeypatch):
     (tmp_path / "config.yaml").touch()
     assert main(["train", str(tmp_path / "config.yaml")]) == 2
     error = capsys.readouterr().err
-    assert "yaml" in error and "pip install 'dcdit[demo]'" in error and error.count("\n") == 1
+    assert "yaml" in error and "pip install '.[demo]'" in error and error.count("\n") == 1
 
 
 def test_positionals_on_both_sides_of_an_option(good, tmp_path, capsys):
@@ -243,22 +243,22 @@ def test_sample_refuses_what_only_it_takes(good, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_leaves_nothing(good, tmp_path, capsys):
-    """A limit on the size of files fails a write as a full disk does. What was there before stays as it was."""
+def test_a_full_disk_keeps_what_is_finished(good, tmp_path, capsys):
+    """A limit on the size of files fails a write as a full disk does; then the same command goes on."""
     out = tmp_path / "out"
-    words = ["sample", good, "--cpu", "--steps", "1", "--num", "200", "--format", "grid", "png", "npz", "--output", out]
+    words = ["sample", good, "--cpu", "--steps", "1", "--num", "200", "--format", "grid", "npz", "--output", out]
+    out.mkdir()
+    (out / "grid.png").write_bytes(b"older")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for present in (False, True):
-        if present:
-            out.mkdir()
-            (out / "grid.png").write_bytes(b"older")
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
-            rejected(capsys, words, "cannot write", "File too large")
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        assert [file.name for file in tmp_path.iterdir()] == ["out"] * present
-    assert [file.name for file in out.iterdir()] == ["grid.png"] and (out / "grid.png").read_bytes() == b"older"
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+        rejected(capsys, words, "cannot write", "File too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (out / "grid.png").read_bytes() == b"older" and len(list(out.glob(".pictures/*.png"))) == 200
+    assert main([str(word) for word in words]) == 0
+    assert "200 images in" in capsys.readouterr().out and not list(out.glob(".*"))
+    assert sorted(file.name for file in out.iterdir()) == ["grid.png", "samples.npz", "sampling.json"]
 
 
 def test_output_folder_appears_whole_and_keeps_what_is_there(tmp_path):
@@ -280,7 +280,7 @@ def test_sample_and_visualize_write(good, tmp_path, capsys):
     words = ["--cpu", "--steps", "2", "--classes", "1,3", "--output"]
     assert main(["sample", str(good), "--per-class", "2", "--format", "png", "grid", *words, str(tmp_path / "s")]) == 0
     names = sorted(file.name for file in (tmp_path / "s").iterdir())
-    assert names == [*(f"00000{i}_class{c}.png" for i, c in enumerate((1, 3, 1, 3))), "grid.png"]
+    assert names == [*(f"00000{i}_class{c}.png" for i, c in enumerate((1, 3, 1, 3))), "grid.png", "sampling.json"]
     assert "of 30 cells kept" in capsys.readouterr().out
     assert main(["visualize", str(good), "--num", "2", "--times", "2", *words, str(tmp_path / "v")]) == 0
     assert {file.name for file in (tmp_path / "v").iterdir()} == {"curves.png", f"chunks-{good.parent.name}.png"}
@@ -324,5 +324,8 @@ def test_images_of_two_runs_are_not_mixed(good, tmp_path, capsys, before, status
         assert main([*words, "4"]) == 0
     else:
         rejected(capsys, [*words, "4"], "cannot write", f"{tmp_path}/out", "000004_class0.png")
-    assert len(list((tmp_path / "out").iterdir())) == max(int(before), 4)
-    assert main([*words[:-2], "grid", "--num", "4"]) == 0
+    assert len(list((tmp_path / "out").glob("*.png"))) == max(int(before), 4)
+    most = str(max(int(before), 4))
+    rejected(capsys, [*words, most, "--seed", "1"], "images of another run, with seed=0, this call asks for 1")
+    (tmp_path / "out" / "sampling.json").unlink()
+    rejected(capsys, [*words, most], "holds images and no sampling.json")

@@ -3,6 +3,7 @@
 import argparse
 import builtins
 import dataclasses
+import json
 import os
 import pickle
 import resource
@@ -284,7 +285,7 @@ def test_convert_both_ways_is_bit_exact(tmp_path, capsys):
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b.pt")]) == 0
     assert main(["convert", str(tmp_path / "b.pt"), str(tmp_path / "c")]) == 0
     again, extra = load_checkpoint(tmp_path / "c")
-    assert again.config == TINY and extra["objective"] == "ddpm"
+    assert again.config == TINY and extra == {}  # unknown stays unknown
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "c/model.safetensors").read_bytes()
     assert main(["convert", str(RELEASE), str(tmp_path / "d"), "--which", "model"]) == 0
     assert main(["convert", str(tmp_path / "d"), str(tmp_path / "e.pt")]) == 0
@@ -305,6 +306,102 @@ def test_convert_keeps_what_the_model_is_used_by(tmp_path, use):
         assert load_checkpoint(tmp_path / "a")[1] == use
         assert ("use" in read_pickle(tmp_path / name / "b.pt")["config"]) == (use != RELEASE_USE)
     assert (tmp_path / "one/b.pt").read_bytes() == (tmp_path / "two/b.pt").read_bytes()
+
+
+def test_a_model_carries_its_use_along(tmp_path, capsys):
+    """from_pretrained → save_release and load_release → save_pretrained; nothing is guessed."""
+    from dcdit.checkpoints import ASSETS, read_release
+
+    digits = DCDiT.from_pretrained("digits")
+    assert digits.use["objective"] == "flow"
+    digits.use["class_names"] = list("0123456789")
+    save_release(tmp_path / "digits.pt", digits)
+    use = read_release(tmp_path / "digits.pt")[1]
+    assert use == {key: digits.use[key] for key in ("objective", "codec", "class_names")}
+    load_release(tmp_path / "digits.pt").save_pretrained(tmp_path / "again")
+    assert load_checkpoint(tmp_path / "again")[1] == use
+    load_release(RELEASE).save_pretrained(tmp_path / "release")
+    assert load_checkpoint(tmp_path / "release")[1] == RELEASE_USE
+    save_release(tmp_path / "fresh.pt", DCDiT(TINY))
+    assert read_release(tmp_path / "fresh.pt")[1] == {}
+    assert main(["convert", str(tmp_path / "fresh.pt"), str(tmp_path / "fresh")]) == 0
+    assert "objective unknown, codec unknown" in capsys.readouterr().out
+    assert main(["sample", str(tmp_path / "fresh"), "--cpu", "--output", str(tmp_path / "out")]) == 2
+    assert "does not say the model's objective" in capsys.readouterr().err
+    assert (ASSETS / "digits").is_dir()
+
+
+def test_options_that_no_download_has(tmp_path):
+    DCDiT(TINY).save_pretrained(tmp_path / "a")
+    with pytest.raises(CheckpointError, match=r"no option torch_dtype; the model is float32: cast it with \.to"):
+        DCDiT.from_pretrained(tmp_path / "a", torch_dtype=torch.bfloat16)
+    with pytest.raises(CheckpointError, match=r"no option nonsense$"):
+        DCDiT.from_pretrained(tmp_path / "a", nonsense=1)
+    assert DCDiT.from_pretrained(tmp_path / "a", revision="main").config == TINY
+
+
+def test_names_that_are_no_repository_are_not_looked_for(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the Hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("digit", "runs/t", "./a/b", "/a/b", "a/b/c", ""):
+        if name:
+            with pytest.raises(CheckpointError, match=f"no checkpoint at {name}; digits ships with dcdit"):
+                DCDiT.from_pretrained(name)
+    DCDiT(TINY).save_pretrained(tmp_path / "runs/t/model")
+    with pytest.raises(CheckpointError, match="did you mean runs/t/model"):
+        DCDiT.from_pretrained("runs/t")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert DCDiT.from_pretrained("~/runs/t/model").config == TINY
+
+
+def test_a_description_beside_the_weights_stays(tmp_path):
+    model = DCDiT(TINY)
+    model.save_pretrained(tmp_path / "a")
+    (tmp_path / "a" / "README.md").write_text("mine")
+    model.save_pretrained(tmp_path / "a")
+    assert sorted(f.name for f in (tmp_path / "a").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert (tmp_path / "a" / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"depth": 10**9}, "config.json says depth 1000000000, the weights have 2 blocks"),
+        ({"depth": 1}, "config.json says depth 1, the weights have 2 blocks"),
+        ({"hidden_size": 2**40, "num_heads": 1}, "sizes make no model: Storage size"),
+        ({"num_classes": 10**14}, "class_embed.weight: expected shape"),
+        ({"input_size": [2**20, 2**20]}, "pos_embed: expected shape"),
+        ({"in_channels": 2**62}, "sizes make no model|expected shape"),
+    ],
+)
+def test_sizes_are_compared_before_anything_is_allocated(sizes, message, tmp_path):
+    DCDiT(TINY).save_pretrained(tmp_path / "a")
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    config["model"] |= sizes
+    (tmp_path / "a/config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tmp_path / "a")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_weights_are_floating_point(dtype, tmp_path):
+    from safetensors.torch import save_file
+
+    DCDiT(TINY).save_pretrained(tmp_path / "a")
+    state = load_file(tmp_path / "a/model.safetensors")
+    save_file(state | {"stem.bias": state["stem.bias"].to(dtype)}, tmp_path / "a/model.safetensors")
+    with pytest.raises(CheckpointError, match=r"stem\.bias: expected floating-point weights, found"):
+        load_checkpoint(tmp_path / "a")
+
+
+def test_deep_json_is_no_traceback(tmp_path):
+    DCDiT(TINY).save_pretrained(tmp_path / "a")
+    (tmp_path / "a/config.json").write_text("[" * 200_000)
+    with pytest.raises(CheckpointError, match=r"config\.json is not a dcdit config"):
+        load_checkpoint(tmp_path / "a")
 
 
 def test_a_grid_that_the_release_cannot_tell(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Samplers against formulas worked out by hand and against data whose answer is known; noise, budgets, processes."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from dcdit.checkpoints import save_checkpoint
 from dcdit.cli import main
 from dcdit.commands.options import parse_classes, parse_drop_fraction
 from dcdit.config import DCDiTConfig
-from dcdit.errors import ConfigError
+from dcdit.errors import ConfigError, DCDiTError
 from dcdit.model import DCDiT
 from dcdit.sampling import (
     SCHEDULERS,
@@ -143,6 +144,101 @@ def test_ddim_by_hand(ddpm):
         x = then**0.5 * x0 + (1 - then) ** 0.5 * eps
     got = sample(ddpm, y, objective="ddpm", scheduler="ddim", steps=7, clip=True).latents.double()
     torch.testing.assert_close(got, x, rtol=1e-4, atol=ROUNDING)
+
+
+def test_ddim_with_noise_by_hand(ddpm):
+    """σ of arXiv 2010.02502 eq. 16, in float64; the noise of each image is its own."""
+    y, eta = torch.tensor([2, 0]), 0.7
+    generators = [image_generator(1, i) for i in range(2)]
+    x = initial(1, None, generators).double()
+    times, alpha_bar = spaced(5)
+    for t, now, then in zip(times, alpha_bar[:-1], alpha_bar[1:], strict=True):
+        eps = predict(ddpm, x.float(), t, y, 0.0)[:, :3].double()
+        sigma = eta * ((1 - then) / (1 - now) * (1 - now / then)) ** 0.5
+        x0 = (x - (1 - now) ** 0.5 * eps) / now**0.5
+        x = then**0.5 * x0 + (1 - then - sigma**2) ** 0.5 * eps + sigma * initial(0, None, generators)
+    options = {"scheduler": "ddim", "steps": 5, "eta": eta, "seed": 1}
+    got = sample(ddpm, y, objective="ddpm", **options).latents.double()
+    torch.testing.assert_close(got, x, rtol=1e-4, atol=ROUNDING * float(x.abs().max()))
+
+
+def test_heun_and_the_shift_by_hand(flow):
+    """The mean of the velocities at both ends of a step; the last step, to σ = 0, is Euler's."""
+    steps, y, shift = 4, torch.tensor([1, 3]), 3.0
+    even = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
+    sigmas = [*(shift * even / (1 + (shift - 1) * even)).tolist(), 0.0]
+    x, calls = initial(0, [0, 1]).double(), []
+
+    def velocity(x, sigma):
+        calls.append(1000 * sigma)
+        return predict(flow, x.float(), 1000 * sigma, y, 0.2).double()
+
+    for now, then in itertools.pairwise(sigmas):
+        first = velocity(x, now)
+        second = velocity(x + (then - now) * first, then) if then else first
+        x = x + (then - now) * (first + second) / 2
+    options = {"scheduler": "flow-heun", "steps": steps, "drop_fraction": 0.2, "shift": shift}
+    got = sample(flow, y, objective="flow", **options)
+    torch.testing.assert_close(got.latents.double(), x, rtol=1e-4, atol=1e-4)
+    assert got.trace.timesteps.tolist() == pytest.approx(calls) and len(calls) == 2 * steps - 1
+    euler = sample(flow, y, objective="flow", steps=steps, shift=shift).trace.timesteps
+    assert euler.tolist() == pytest.approx([1000 * sigma for sigma in sigmas[:-1]])
+
+
+def test_guidance_of_some_channels_in_an_interval_by_hand(flow):
+    """Channels past the second are the conditional ones; outside the interval the unconditional half does not run."""
+    steps, y = 5, torch.tensor([1, 3])
+    x, null, rows = initial(0, [0, 1]), torch.tensor([4, 4]), []
+    for i in range(steps):
+        t = 1000 * (1 - i / steps)
+        out = predict(flow, x, t, y, 0.0)
+        if 300 <= t <= 800:
+            uncond = predict(flow, x, t, null, 0.0)
+            out = torch.cat([(uncond + 3 * (out - uncond))[:, :2], out[:, 2:]], dim=1)
+        x = x - out / steps
+    hook = flow.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    options = {"steps": steps, "guidance": 3.0, "guidance_channels": 2, "guidance_interval": (300, 800)}
+    got = sample(flow, y, objective="flow", **options)
+    hook.remove()
+    torch.testing.assert_close(got.latents, x, rtol=1e-4, atol=1e-4)
+    assert rows == [2, 4, 4, 4, 2]
+    assert got.trace.uncond_tokens.isnan().any(1).tolist() == [True, False, False, False, True]
+    both, one = got.trace.gflops(flow.config)[1:4], got.trace.gflops(flow.config)[4:]
+    assert (both > one.max()).all() and got.trace.gflops(flow.config).isfinite().all()
+
+
+def test_the_release_guides_three_channels(tmp_path):
+    """`convert` says so, and `dcdit sample` obeys it: the fourth channel is the conditional one."""
+    from dcdit.checkpoints import read_release
+
+    model, use = read_release("tests/data/dcdit_tiny_release.pt")
+    assert use["guidance_channels"] == 3 and model.use == use
+    x, t, y = torch.randn(2, 4, *model.config.input_size), torch.full((4,), 500.0), torch.tensor([0, 1, 5, 5])
+    y[2:] = model.config.num_classes
+    with torch.no_grad():
+        out = model(torch.cat([x, x]), t, y)
+    from dcdit.sampling import guide
+
+    cond, uncond = out.chunk(2)
+    guided = guide(out, 4.0, use["guidance_channels"])
+    torch.testing.assert_close(guided[:, :3], uncond[:, :3] + 4 * (cond[:, :3] - uncond[:, :3]))
+    assert torch.equal(guided[:, 3:], cond[:, 3:])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_latents_that_are_not_finite_are_an_error(bad):
+    """In the last step too, which no router sees."""
+    model = Gaussian("flow", False)
+    forward, calls = model.forward, []
+
+    def poisoned(x, *args, **options):
+        calls.append(1)
+        out, routing = forward(x, *args, **options)
+        return (out + bad if len(calls) == 3 else out), routing
+
+    model.forward = poisoned
+    with pytest.raises(DCDiTError, match="sampling diverged: latents that are not finite"):
+        sample(model, [0], objective="flow", steps=3)
 
 
 class Gaussian(torch.nn.Module):
@@ -277,6 +373,14 @@ def test_guidance_1_runs_one_half(flow):
         ({"steps": 0}, r"steps must be in \[1, 1000\], got 0"),
         ({"steps": 4.0}, "steps must be an integer, got 4.0"),
         ({"seed": 0.5}, "seed must be an integer, got 0.5"),
+        ({"seed": 2**32}, r"seed must be in \[0, 2\*\*32\), got 4294967296"),
+        ({"seed": -1}, r"seed must be in \[0, 2\*\*32\), got -1"),
+        ({"guidance": [1.0, 2.0]}, r"guidance must be a number of at least 0, got \[1\.0, 2\.0\]"),
+        ({"guidance_channels": 4}, r"guidance_channels must be in \[1, 3\], got 4"),
+        ({"eta": 0.5}, "is of the scheduler ddim, got 0.5 and auto"),
+        ({"eta": 2, "scheduler": "ddim"}, r"eta must be in \[0, 1\]"),
+        ({"shift": 0}, "shift must be positive and finite, got 0"),
+        ({"shift": 2, "objective": "ddpm"}, "shift is of flow matching, this model was trained by ddpm"),
         ({"scheduler": "ddim"}, "ddim integrates ddpm, this model was trained by flow: use flow-euler"),
         ({"scheduler": "ddimm"}, "did you mean 'ddim'"),
         ({"indices": [1]}, "one entry for each of the 2"),
@@ -302,6 +406,16 @@ def test_parse_classes():
     ):
         with pytest.raises(ConfigError, match=words):
             parse_classes(text, 10)
+
+
+def test_classes_by_name():
+    names = ["cat", "dog", "7", "big, red"]
+    assert parse_classes("dog, cat,0-1", 4, names) == [1, 0, 0, 1]
+    assert parse_classes("7", 4, names) == [2] and parse_classes("big, red", 4, names) == [3]
+    with pytest.raises(ConfigError, match="unknown class key 'dgo'; did you mean 'dog'"):
+        parse_classes("dgo", 4, names)
+    with pytest.raises(ConfigError, match="must look like 0-9 or 1,3,5, got ''"):
+        parse_classes("", 4)
 
 
 def test_parse_drop_fraction():
@@ -339,7 +453,11 @@ def test_two_processes_write_the_same_images(tmp_path, kind):
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
     launch += ["--main_process_port", "0"]
     runs = {"one": [sys.executable], "two": [sys.executable, *launch]}
-    options = {"stdout": subprocess.PIPE, "text": True, "env": {**os.environ, "CUDA_VISIBLE_DEVICES": ""}}
+    options = {
+        "stdout": subprocess.PIPE,
+        "text": True,
+        "env": {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.getcwd()},
+    }
     running = [subprocess.Popen([*run, *words, str(tmp_path / name)], **options) for name, run in runs.items()]
     printed = [process.communicate(timeout=120)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0]
@@ -350,4 +468,4 @@ def test_two_processes_write_the_same_images(tmp_path, kind):
     # A value on the edge between two levels may round either way.
     assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
     names = [sorted(file.name for file in (tmp_path / name).iterdir()) for name in runs]
-    assert names[0] == names[1] and len(names[0]) == 9
+    assert names[0] == names[1] and len(names[0]) == 10

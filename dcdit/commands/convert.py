@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..checkpoints import load_checkpoint, read_release, save_checkpoint, save_release
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `dcdit convert`."""
@@ -19,9 +17,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Convert. Tensors are copied bit by bit."""
+    from ..checkpoints import load_checkpoint, read_release, save_checkpoint, save_release
+
     if Path(args.source).is_dir():
-        save_release(args.target, *load_checkpoint(args.source))
+        model, use = load_checkpoint(args.source)
+        save_release(args.target, model, use)
     else:
-        release = read_release(args.source, num_heads=args.num_heads, sigma=args.sigma, which=args.which)
-        save_checkpoint(args.target, *release)
-    print(f"{args.source} → {args.target}")
+        model, use = read_release(args.source, num_heads=args.num_heads, sigma=args.sigma, which=args.which)
+        save_checkpoint(args.target, model, use)
+    codec = use.get("codec")
+    known = " ".join(str(value) for value in codec.values()) if isinstance(codec, dict) else "unknown"
+    print(f"{args.source} → {args.target}: objective {use.get('objective', 'unknown')}, codec {known}")

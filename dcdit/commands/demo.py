@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from ..demo import DIGITS, LATE, run_budget, table, time_plain_dit
-from ..drop_fraction import drop_table
 from ..errors import ConfigError
-from ..pictures import check_output, output_folder
-from ..sampling import open_checkpoint
-from ..schedulers import make_scheduler
-from ..visualize import draw_budgets, draw_chunk_maps, draw_curves, draw_poster, record
+from .options import output_path
+
+DIGITS = Path(__file__).parents[1] / "assets" / "digits"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -26,12 +20,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance (2)")
     parser.add_argument("--batch-size", type=int, default=50, help="images at a time (50)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="demo", metavar="DIR", help="folder for the pictures (demo)")
+    parser.add_argument(
+        "--output", type=output_path, default="demo", metavar="DIR", help="folder for the pictures (demo)"
+    )
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
 
 
 def run(args: argparse.Namespace) -> None:
     """Sample at each ρ, draw, and print the table."""
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    from ..demo import LATE, run_budget, table, time_plain_dit
+    from ..drop_fraction import drop_table
+    from ..pictures import check_output, output_folder
+    from ..sampling import open_checkpoint
+    from ..schedulers import make_scheduler
+    from ..visualize import draw_budgets, draw_chunk_maps, draw_curves, draw_poster, record
+
     check_output(args.output)
     if args.samples < 1 or args.batch_size < 1:
         raise ConfigError(
@@ -70,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
         draw_budgets(folder / "budgets.png", {f"ρ = {b.drop_fraction:g}": b.images for b in budgets})
         draw_curves(folder / "curves.png", {f"ρ = {b.drop_fraction:g}": b.samples.trace for b in budgets}, config)
         text = table(budgets, plain, config.cells)
-        (folder / "table.txt").write_text(text + "\n")
+        (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
 
     print(f"\n{text}\n")
     print(f"{args.steps} steps, guidance {args.guidance:g}, on {device.type}; GFLOPs as the paper counts them.")

@@ -5,17 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
-from ..checkpoints import load_checkpoint
 from ..config import PRESETS, DCDiTConfig, preset
 from ..flops import dcdit_flops, dit_flops
-from ..model import DCDiT
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `dcdit info`."""
-    parser.add_argument("preset", help=f"a preset ({', '.join(PRESETS)}) or a checkpoint directory")
+    parser.add_argument("preset", help=f"a preset ({', '.join(PRESETS)}) or a checkpoint: a folder or Hub repository")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -47,12 +43,20 @@ def run(args: argparse.Namespace) -> None:
 
 def count_parameters(config: DCDiTConfig) -> tuple[int, int]:
     """(trainable parameters, numbers in the position table), without allocating the model."""
+    import torch
+
+    from ..model import DCDiT
+
     with torch.device("meta"):
         model = DCDiT(config)
     return sum(p.numel() for p in model.parameters()), model.pos_embed.numel()
 
 
 def _config(name: str) -> DCDiTConfig:
-    if Path(name).is_dir():
-        return load_checkpoint(name)[0].config
+    if name in PRESETS and not Path(name).exists():
+        return preset(name)
+    if Path(name).expanduser().exists() or (name.count("/") == 1 and not name.startswith("DC-DiT")):
+        from ..checkpoints import load_checkpoint, locate
+
+        return load_checkpoint(locate(name))[0].config
     return preset(name)

@@ -3,20 +3,52 @@
 from __future__ import annotations
 
 import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
 
-import torch
-
-from ..codecs import PixelUnshuffle
+from ..config import check_keys
 from ..errors import ConfigError
-from ..sampling import class_ids
 from ..schedulers import SCHEDULERS
+
+
+def output_path(text: str) -> str:
+    """A folder to write, ~ expanded. For argparse."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, got an empty name")
+    return str(Path(text).expanduser())
+
+
+def interval(text: str) -> tuple[float, float]:
+    """Two timesteps such as 100,900. For argparse."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected two timesteps such as 100,900, got {text!r}") from error
+    if not 0 <= low <= high <= 1000:
+        raise argparse.ArgumentTypeError(f"expected 0 ≤ low ≤ high ≤ 1000, got {text!r}")
+    return low, high
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Options of the trajectory."""
-    parser.add_argument("--classes", metavar="IDS", help="such as 0-9 or 1,3,5 (all)")
+    parser.add_argument("--classes", metavar="IDS", help="such as 0-9 or 1,3,5, or names such as cat,dog (all)")
     parser.add_argument("--steps", type=int, default=50, help="steps from noise to image (50)")
     parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance; 1 is none (2)")
+    parser.add_argument(
+        "--guidance-channels",
+        type=int,
+        metavar="C",
+        help="channels of the latent that it moves (as the checkpoint says)",
+    )
+    parser.add_argument(
+        "--guidance-interval",
+        type=interval,
+        default=(0.0, 1000.0),
+        metavar="LOW,HIGH",
+        help="timesteps, 0 (data) to 1000 (noise), between which it is applied (0,1000)",
+    )
     parser.add_argument(
         "--drop-fraction",
         default="0",
@@ -29,19 +61,36 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="the same for the unconditional half, Lite-CFG (as --drop-fraction)",
     )
     parser.add_argument("--scheduler", default="auto", help=f"auto, {', '.join(SCHEDULERS)}")
+    parser.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1 (0)")
+    parser.add_argument("--shift", type=float, default=1.0, help="of flow matching's times towards the noise (1: none)")
     parser.add_argument("--seed", type=int, default=0, help="image I draws its noise from (seed, I) (0)")
     parser.add_argument("--bf16", action="store_true", help="run the model under bfloat16 autocast")
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
 
 
-def sampling_arguments(args: argparse.Namespace, objective: str, codec) -> dict:
-    """Keywords of `sample` from the options above."""
-    uncond = args.uncond_drop_fraction
+def sampling_arguments(args: argparse.Namespace, objective: str, codec, model) -> dict[str, Any]:
+    """Keywords of `sample` from the options above. Warns where the model was trained without dropping classes."""
+    import torch
+
+    from ..codecs import PixelUnshuffle
+
+    uncond, channels = args.uncond_drop_fraction, args.guidance_channels
+    training = model.use.get("training")
+    if args.guidance != 1 and isinstance(training, dict) and training.get("label_drop") == 0:
+        print(
+            f"warning: guidance {args.guidance:g} needs the prediction without a class, which this model has not "
+            "learned (label_drop 0); --guidance 1 runs without",
+            file=sys.stderr,
+        )
     return {
         "objective": objective,
         "scheduler": args.scheduler,
         "steps": args.steps,
         "guidance": args.guidance,
+        "guidance_channels": model.use.get("guidance_channels") if channels is None else channels,
+        "guidance_interval": args.guidance_interval,
+        "eta": args.eta,
+        "shift": args.shift,
         "drop_fraction": parse_drop_fraction(args.drop_fraction),
         "uncond_drop_fraction": uncond if uncond is None else parse_drop_fraction(uncond),
         "seed": args.seed,
@@ -50,20 +99,43 @@ def sampling_arguments(args: argparse.Namespace, objective: str, codec) -> dict:
     }
 
 
-def parse_classes(text: str | None, num_classes: int) -> list[int]:
-    """Class ids from text such as "0-9" or "1,3,5-7"; without text all of them. Raises ConfigError."""
-    if not text:
+def settings_of(args: argparse.Namespace, checkpoint: Path, ids: list[int]) -> dict[str, Any]:
+    """What decides how the pictures of a run look, in JSON types."""
+    from ..checkpoints import weights_hash
+
+    names = ("scheduler", "steps", "guidance", "guidance_channels", "eta", "shift")
+    names += ("drop_fraction", "uncond_drop_fraction", "seed", "bf16")
+    values = {name: getattr(args, name) for name in names}
+    interval = list(args.guidance_interval)
+    return {"weights": weights_hash(checkpoint), "classes": ids, **values, "guidance_interval": interval}
+
+
+def parse_classes(text: str | None, num_classes: int, names: list[str] | None = None) -> list[int]:
+    """Class ids from text such as "0-9", "1,3,5-7" or, with the names of the classes, "cat,dog"; without text all.
+
+    A name is looked for first. Raises ConfigError.
+    """
+    if text is None:
         return list(range(num_classes))
-    ids = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+    names = list(names or ())
+    if text in names:
+        return [names.index(text)]
+    ids: list[int] = []
+    for part in (part.strip() for part in text.split(",")):
+        span = re.fullmatch(r"(\d+)(?:-(\d+))?", part, re.ASCII)
+        if part in names:
+            ids.append(names.index(part))
+        elif span:
+            low, high = int(span[1]), int(span[2] or span[1])
+            if low > high:
+                raise ConfigError(f"classes {part!r} run backwards")
+            if high >= num_classes:
+                raise ConfigError(f"class id {high} is outside [0, {num_classes - 1}], the classes of this model")
+            ids.extend(range(low, high + 1))
+        elif names and part:
+            check_keys([part], names, "class")
+        else:
             raise ConfigError(f"classes must look like 0-9 or 1,3,5, got {text!r}")
-        low, high = int(first), int(last or first)
-        if low > high:
-            raise ConfigError(f"classes {part.strip()!r} run backwards")
-        class_ids([low, high], num_classes)
-        ids.extend(range(low, high + 1))
     return ids
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from ..train_config import load_config
-from ..training import train
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `dcdit train`."""
@@ -16,4 +13,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train or resume."""
+    from ..train_config import load_config
+    from ..training import train
+
     train(load_config(args.config, args.overrides))

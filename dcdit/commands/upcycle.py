@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from ..train_config import load_config
-from ..training import train
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `dcdit upcycle`."""
@@ -23,4 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Upcycle, or resume."""
+    from ..train_config import load_config
+    from ..training import train
+
     train(load_config(args.config, [*args.overrides, f"upcycle.source={args.source}"]))

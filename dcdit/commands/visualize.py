@@ -5,15 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from ..config import DCDiTConfig
 from ..errors import ConfigError
-from ..pictures import check_output, output_folder
-from ..sampling import open_checkpoint
-from ..visualize import draw_chunk_maps, draw_curves, record
-from .options import add_sampling_options, parse_classes, sampling_arguments
+from .options import add_sampling_options, output_path, parse_classes, sampling_arguments
 
 # What the cost of a forward and the levels in curves.png depend on.
 SIZES = ("input_size", "hidden_size", "depth", "encoder_width", "mlp_ratio", "router", "target_ratio")
@@ -25,11 +19,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_sampling_options(parser)
     parser.add_argument("--num", type=int, default=4, metavar="N", help="samples to draw (4)")
     parser.add_argument("--times", type=int, default=7, metavar="T", help="timesteps to draw (7)")
-    parser.add_argument("--output", default="pictures", metavar="DIR", help="folder to write (pictures)")
+    parser.add_argument(
+        "--output", type=output_path, default="pictures", metavar="DIR", help="folder to write (pictures)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Write chunks-NAME.png for each checkpoint and one curves.png."""
+    import numpy as np
+    import torch
+
+    from ..pictures import check_output, output_folder
+    from ..sampling import open_checkpoint
+    from ..visualize import draw_chunk_maps, draw_curves, record
+
     if args.num < 1 or args.times < 1:
         raise ConfigError(f"expected at least one sample and one timestep, got {args.num} and {args.times}")
     check_output(args.output)
@@ -40,8 +43,10 @@ def run(args: argparse.Namespace) -> None:
     with output_folder(args.output) as folder:
         traces = {}
         for name, (model, objective, codec) in opened.items():
-            labels = np.resize(parse_classes(args.classes, model.config.num_classes), args.num)
-            options = sampling_arguments(args, objective, codec)
+            labels = np.resize(
+                parse_classes(args.classes, model.config.num_classes, model.use.get("class_names")), args.num
+            )
+            options = sampling_arguments(args, objective, codec, model)
             record(model, labels, 1, **{**options, "steps": 2})  # the first steps also pay for imports and allocations
             samples, snapshots = record(model, labels, args.times, **options)
             draw_chunk_maps(folder / f"chunks-{name}.png", samples, snapshots, codec)

@@ -1,0 +1,94 @@
+"""The command itself: what it says before torch is there, in any locale, without docstrings, and out of memory."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dcdit.cli import main
+
+ROOT = Path(__file__).parent.parent
+# Runs the command, then says on stderr whether torch came in.
+PROBE = """
+import sys
+sys.path.insert(0, {root!r})
+from dcdit.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    print("torch" in sys.modules, file=sys.stderr)
+"""
+
+
+def run(*words, flags=(), **environment):
+    code = PROBE.format(root=str(ROOT))
+    return subprocess.run(
+        [sys.executable, *flags, "-c", code, *words],
+        capture_output=True,
+        env={**os.environ, **environment},
+        timeout=100,
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["sample", "--help"], ["train", "--help"], ["sample", "x", "--steps", "many"], ["demo", "--nonsense"]],
+)
+def test_options_need_no_torch(words):
+    done = run(*words)
+    assert done.stderr.splitlines()[-1] == b"False", done.stderr.decode()
+
+
+def test_a_terminal_without_greek():
+    done = run("info", "digits", PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
+    assert b"14?14 = 196 cells" in done.stdout, done.stderr.decode()
+
+
+def test_python_without_docstrings():
+    done = run("info", "--help", flags=["-OO"])
+    assert b"a preset (DC-DiT" in done.stdout, done.stderr.decode()
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith("dcdit 0.1.0, torch ")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\\nmore"
+        ),
+        type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried to allocate 20.00 MiB."),
+    ],
+)
+def test_out_of_memory_is_one_line(error, monkeypatch, capsys):
+    import dcdit.commands.info as info
+
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(info, "run", fail)
+    assert main(["info", "digits"]) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("dcdit info: out of memory") and text.count("\n") == 1
+    assert "batch size" in text and "accumulate" in text and "checkpointing" in text
+    monkeypatch.setattr(info, "run", lambda args: (_ for _ in ()).throw(RuntimeError("else")))
+    with pytest.raises(RuntimeError, match="else"):
+        main(["info", "digits"])
+
+
+def test_ctrl_c_while_modules_load_is_one_line(monkeypatch, capsys):
+    import importlib
+
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib, "import_module", interrupted)
+    assert main(["info", "digits"]) == 130
+    assert capsys.readouterr().err == "dcdit info: interrupted\n"
