@@ -1,9 +1,8 @@
-"""The layers around and inside the backbone: residual conv blocks, DiT blocks on packed tokens."""
+"""The backbone: DiT blocks on packed tokens."""
 
 from __future__ import annotations
 
 import functools
-import itertools
 from typing import NamedTuple
 
 import torch
@@ -13,43 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dcdit_kernels import ChunkPlan, adaln_modulate, gate_residual, gate_residual_modulate, varlen_attention
 
-from .layers import RMSNorm, gelu_tanh, silu
-
-
-class ResidualConvBlock(nn.Module):
-    """GroupNorm–SiLU–Conv3×3, + Linear(SiLU(c)), GroupNorm–SiLU–Conv3×3, + skip. (B, in, H, W) → (B, out, H, W)."""
-
-    def __init__(self, width_in: int, width_out: int, width_cond: int) -> None:
-        super().__init__()
-        inner = min(width_in, width_out)
-        self.norm1 = nn.GroupNorm(32, width_in)
-        self.conv1 = nn.Conv2d(width_in, inner, 3, padding=1)
-        self.cond = nn.Sequential(nn.SiLU(), nn.Linear(width_cond, inner))
-        self.norm2 = nn.GroupNorm(32, inner)
-        self.conv2 = nn.Conv2d(inner, width_out, 3, padding=1)
-        self.skip = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
-
-    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        h = self.conv1(silu(self.norm1(x))).add_(self.cond(c)[:, :, None, None])
-        return self.conv2(silu(self.norm2(h))).add_(self.skip(x))
-
-
-class ConvStack(nn.Module):
-    """Encoder or decoder: residual conv blocks through `widths`, then RMSNorm of the last. Returns (B, L, width)."""
-
-    def __init__(self, widths: tuple[int, ...], width_cond: int) -> None:
-        super().__init__()
-        pairs = itertools.pairwise(widths)
-        self.blocks = nn.ModuleList(ResidualConvBlock(a, b, width_cond) for a, b in pairs)
-        self.norm = RMSNorm(widths[-1], eps=1e-5)
-
-    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        # One layout throughout: on a CPU that of tokens, which suits convolutions; on a GPU GroupNorm would undo it.
-        last = torch.channels_last if x.device.type == "cpu" else torch.contiguous_format
-        x = x.contiguous(memory_format=last)
-        for block in self.blocks:
-            x = block(x, c)
-        return self.norm(x.flatten(2).transpose(1, 2))
+from .layers import RMSNorm, gelu_tanh
 
 
 class Stream(NamedTuple):

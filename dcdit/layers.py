@@ -25,8 +25,29 @@ class WideLinear(nn.Linear):
             return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
-class WideConv2d(nn.Conv2d):
-    """A convolution that takes any dtype and computes in its weight's."""
+class Conv3x3(nn.Conv2d):
+    """A 3×3 convolution, 'same', with channels-last weights: a GPU would convert others in each call."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out, 3, padding=1)
+        self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """A 1×1 convolution, as the matrix product over cells that it is: the bias then costs no pass of its own."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in, H, W), best channels-last, → (B, out, H, W) channels-last."""
+        cells = x.movedim(1, -1)
+        out = F.linear(cells.flatten(0, -2), self.weight.flatten(1), self.bias)
+        return out.unflatten(0, cells.shape[:-1]).movedim(-1, 1)
+
+
+class WidePointwiseConv2d(PointwiseConv2d):
+    """The same in its weight's dtype, whatever that of x."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in, H, W) of any dtype → (B, out, H, W) in the weight's."""
@@ -40,15 +61,11 @@ def gelu_tanh(x: torch.Tensor, source: nn.Module | None = None) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def silu(x: torch.Tensor, source: nn.Module | None = None) -> torch.Tensor:
-    """SiLU. May overwrite x, as `gelu_tanh` does."""
-    return F.silu(x, inplace=may_overwrite(x, source))
-
-
 def may_overwrite(x: torch.Tensor, source: nn.Module | None) -> bool:
     """Whether x may be computed in place: no gradient needs it, and no hook of `source`, the layer that made it, holds
     it. An adapter or a quantised layer in the place of `source` may hold its output as well."""
     if x.requires_grad or source is None:
         return not x.requires_grad
-    plain = type(source) in (nn.Linear, nn.Conv2d, nn.GroupNorm)
-    return plain and not (source._forward_hooks or source._backward_hooks or hooks._global_forward_hooks)
+    return type(source) is nn.Linear and not (
+        source._forward_hooks or source._backward_hooks or hooks._global_forward_hooks
+    )

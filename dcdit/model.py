@@ -10,11 +10,12 @@ from torch import nn
 
 from dcdit_kernels import ChunkPlan
 
-from .blocks import ConvStack, MainNetwork
+from .blocks import MainNetwork
 from .config import DCDiTConfig
+from .conv_blocks import ConvStack
 from .embedders import TimestepEmbedding, sincos_2d
 from .final_layer import FinalLayer
-from .layers import WideLinear
+from .layers import Conv3x3, WideLinear
 from .router import make_router
 from .routing import Routing
 
@@ -41,7 +42,7 @@ class DCDiT(nn.Module):
         super().__init__()
         self.config = config
         width, narrow = config.hidden_size, config.encoder_width
-        self.stem = nn.Conv2d(config.in_channels, narrow, 3, padding=1)
+        self.stem = Conv3x3(config.in_channels, narrow)
         self.time_embed = TimestepEmbedding(width)
         self.class_embed = nn.Embedding(config.num_classes + 1, width)  # the last class is 'no label'
         # Pretrained embedders have a scale of their own; the fresh layers around the backbone see it normalised.

@@ -14,7 +14,7 @@ from torch import nn
 from dcdit_kernels import boundary_cosine, boundary_predictability
 
 from .config import DCDiTConfig
-from .layers import WideConv2d, WideLinear
+from .layers import Conv3x3, WideLinear, WidePointwiseConv2d
 
 
 class PredictabilityRouter(nn.Module):
@@ -25,9 +25,9 @@ class PredictabilityRouter(nn.Module):
         self.grid = config.input_size
         self.target_ratio = config.target_ratio
         width = config.hidden_size // 4
-        self.proj = WideConv2d(config.hidden_size, width, 1)
-        self.context = nn.Conv2d(width, width, 3, padding=1)
-        self.scorer = nn.Conv2d(width, width, 3, padding=1)
+        self.proj = WidePointwiseConv2d(config.hidden_size, width)
+        self.context = Conv3x3(width, width)
+        self.scorer = Conv3x3(width, width)
         self.norm = Affine(width)
         self.score = Score(width)
         self.init_weights()
