@@ -287,12 +287,12 @@ def test_no_step_after_the_first_meets_a_compiler():
 def test_every_launch_compiles_ahead_of_time(compiled):
     """sm_80, sm_90, sm_100 and gfx942: no spills, 64-bit row offsets, 16-byte loads where rows allow them."""
     assert {row["target"] for row in compiled} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    narrow = {"prob_backward", "place_rows"}  # move one number a cell
+    narrow = {"prob_backward", "locate_rows"}  # move one number a cell
     for row in compiled:
         assert row["spills"] == 0, row
         assert row["i64_products"] > 0 or row["kernel"] in narrow, row
         if row["case"] == AOT[0] and row["target"] != "gfx942":
-            assert row["loads_16B"] > 0 or row["kernel"] == "place_rows", row
+            assert row["loads_16B"] > 0 or row["kernel"] == "locate_rows", row
 
 
 def bytes_moved(row):

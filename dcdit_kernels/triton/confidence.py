@@ -18,9 +18,9 @@ def clamp_confidence(p):
     return tl.minimum(tl.maximum(p, 1e-4), 1 - 1e-4)
 
 
-@triton.jit(do_not_specialize=["total", "capacity", "parts"])
+@triton.jit(do_not_specialize=["total", "capacity", "parts", "through_parts"])
 def prob_backward(
-    through_ptr, partial_ptr, prob_ptr, nearest_ptr, token_ptr, out_ptr, total, capacity, parts,
+    through_ptr, partial_ptr, prob_ptr, nearest_ptr, token_ptr, out_ptr, total, capacity, parts, through_parts,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """∂p: what the straight-through confidence passes on, and at retained cells what the smoothing does."""
@@ -31,7 +31,8 @@ def prob_backward(
     out = tl.zeros([BLOCK], tl.float32)
     if through_ptr is not None:
         sign = tl.where(p > 0.5, 1.0, tl.where(p < 0.5, -1.0, 0.0))
-        out += tl.load(through_ptr + cell, mask=row >= 0, other=0.0) * sign
+        for part in range(0, through_parts):
+            out += tl.load(through_ptr + part * total + cell, mask=row >= 0, other=0.0) * sign
     if partial_ptr is not None:
         own = tl.load(token_ptr + row, mask=row >= 0, other=-1).to(tl.int64) == cell
         moved = own & (p >= 1e-4) & (p <= 1 - 1e-4)
@@ -41,12 +42,12 @@ def prob_backward(
 
 
 def prob_gradient(boundary_prob, prob, plan, partial, through=None):
-    """∂p (B, L) in boundary_prob's dtype, from its parts."""
+    """∂p (B, L) in boundary_prob's dtype, from the parts of dp̃ (parts, capacity) and of Σ ∂y·plugged (parts, B·L)."""
     total = plan.batch_size * plan.cells
     out = torch.empty(total, dtype=torch.float32, device=prob.device)
     if total:
         prob_backward[(cdiv(total, 1024),)](
             through, partial, prob, plan.nearest, plan.token_index, out, total, plan.capacity,
-            0 if partial is None else partial.shape[0], BLOCK=1024,
+            *(0 if parts is None else parts.shape[0] for parts in (partial, through)), BLOCK=1024,
         )  # fmt: skip
     return out.view(boundary_prob.shape).to(boundary_prob.dtype)

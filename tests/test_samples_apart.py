@@ -1,0 +1,141 @@
+"""A sample's outputs and gradients are its own: the same bits whatever else is in the batch, NaN and inf included."""
+
+import math
+
+import pytest
+import torch
+
+import dcdit_kernels as K
+from dcdit_kernels.triton import dechunk
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GRID, WIDTH = (7, 9), 24
+CELLS = math.prod(GRID)
+SHARES = (0.4, 0.0, 0.8)  # kept cells of each sample
+BACKENDS = ("reference", "native", "triton")
+
+
+def draw():
+    """name → tensor (samples, …) of one batch; the packed ones are on the grid, and packed by the operators below."""
+    batch, random = len(SHARES), lambda *shape: torch.randn(*shape, device=DEVICE)
+    noise = torch.rand(batch, CELLS, device=DEVICE)
+    share = torch.tensor(SHARES, device=DEVICE)[:, None]
+    return {
+        "prob": torch.where(noise < share, 0.55 + 0.4 * noise, 0.05 + 0.4 * noise),
+        "x": random(batch, CELLS, WIDTH),
+        "y": random(batch, CELLS, WIDTH),
+        "features": random(batch, 8, *GRID),
+        "gate": random(batch, WIDTH),
+        "shift": random(batch, WIDTH),
+        "scale": random(batch, WIDTH),
+    }
+
+
+def rows(t, plan):
+    return t.flatten(0, 1)[plan.token_index.long()]
+
+
+def vectors(*shape):
+    return torch.linspace(-1, 1, math.prod(shape), device=DEVICE).view(shape)
+
+
+OPERATORS = {
+    "chunk": lambda b, plan, t: K.chunk(t["x"], plan, vectors(CELLS, WIDTH), backend=b),
+    "adaln_modulate": lambda b, plan, t: K.adaln_modulate(rows(t["x"], plan), t["shift"], t["scale"], plan, backend=b),
+    "adaln_modulate, unpacked": lambda b, plan, t: K.adaln_modulate(t["x"], t["shift"], t["scale"], backend=b),
+    "gate_residual": lambda b, plan, t: K.gate_residual(
+        rows(t["x"], plan), rows(t["y"], plan), t["gate"], plan, backend=b
+    ),
+    "gate_residual_modulate": lambda b, plan, t: K.gate_residual_modulate(
+        rows(t["x"], plan), rows(t["y"], plan), t["gate"], t["shift"], t["scale"], plan, backend=b
+    ),
+    "ema_smooth": lambda b, plan, t: K.ema_smooth(rows(t["x"], plan), t["prob"], plan, backend=b),
+    "boundary_cosine": lambda b, plan, t: K.boundary_cosine(t["x"], t["y"], vectors(WIDTH, 3, 3), GRID, backend=b),
+    "boundary_cosine, 1D": lambda b, plan, t: K.boundary_cosine(t["x"], t["y"], backend=b),
+    "boundary_predictability": lambda b, plan, t: K.boundary_predictability(
+        t["features"], *vectors(3, 8).unbind(), vectors(1), groups=2, backend=b
+    ),
+    **{
+        f"dechunk, {smoothing}": lambda b, plan, t, smoothing=smoothing: K.dechunk(
+            rows(t["x"], plan), t["prob"], plan, t["y"], 1.0, smoothing, backend=b
+        )
+        for smoothing in ("gaussian", "ema", None)
+    },
+}
+
+
+def run(operator, backend, tensors):
+    """Outputs and gradients of a batch as a list for each sample."""
+    plan = K.plan_chunks(tensors["prob"].nan_to_num(0.9), GRID, backend="reference")
+    leaves = {name: t.clone().requires_grad_() for name, t in tensors.items()}
+    outs = OPERATORS[operator](backend, plan, leaves)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    weights = torch.linspace(-1, 2, CELLS * WIDTH, device=DEVICE).view(CELLS, WIDTH)
+    first, total = plan.cu_seqlens.tolist(), 0
+    samples = [[] for _ in range(plan.batch_size)]
+    for out in outs:
+        for b, sample in enumerate(samples):
+            own = out[first[b] : first[b + 1]] if out.shape[0] == plan.capacity != plan.batch_size else out[b]
+            sample.append(own.detach())
+            weight = weights[: own.shape[0]] if own.dim() == 2 else weights.flatten()[: own.shape[0]]
+            total = total + (own * weight).sum()
+    gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    for b, sample in enumerate(samples):
+        sample.extend(grad[b] for grad in gradients if grad is not None)
+    return samples
+
+
+def same(first, second):
+    return all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_sample_alone_has_the_bits_it_has_in_a_batch(operator, backend):
+    tensors = draw()
+    together = run(operator, backend, tensors)
+    for b in range(len(SHARES)):
+        (alone,) = run(operator, backend, {name: t[b : b + 1] for name, t in tensors.items()})
+        assert same(alone, together[b]), f"sample {b}"
+
+
+@pytest.mark.parametrize("poison", [math.inf, math.nan])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_poisoned_sample_is_alone_with_it(operator, backend, poison):
+    """In any of its tensors, at any cell: first, last or in the middle, next to each of its neighbours."""
+    tensors = draw()
+    clean = run(operator, backend, tensors)
+    for victim in (0, 2):
+        poisoned = {name: t.clone() for name, t in tensors.items()}
+        for name, t in poisoned.items():
+            if name == "prob":
+                t[victim, t[victim] > 0.5] = 0.9 if math.isinf(poison) else poison  # the plan stays as it was
+            else:
+                t[victim] = poison
+        got = run(operator, backend, poisoned)
+        assert all(same(got[b], clean[b]) for b in range(len(SHARES)) if b != victim), f"victim {victim}"
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_dechunk_takes_some_images_at_a_time(images, monkeypatch, launches):
+    """As many as fit into SCRATCH_BYTES, with the same bits and in so many more launches."""
+    tensors = draw()
+    whole = run("dechunk, gaussian", "triton", tensors)
+    at_once = len(launches) if launches else 0
+    capacity = int((tensors["prob"] > 0.5).sum())
+    monkeypatch.setattr(dechunk, "SCRATCH_BYTES", -(-capacity * WIDTH * 4 * images // len(SHARES)))
+    assert dechunk.images_at_once(len(SHARES), capacity, WIDTH) == images
+    parts = run("dechunk, gaussian", "triton", tensors)
+    assert all(same(a, b) for a, b in zip(whole, parts, strict=True))
+    if launches is not None:
+        passes = -(-len(SHARES) // images)
+        assert len(launches) - at_once == at_once + (passes - 1) * (2 + 3)
+
+
+@pytest.mark.parametrize(
+    ("batch", "width", "images"), [(64, 1152, 13), (16, 1152, 8), (8, 1152, 8), (64, 384, 32), (16, 768, 16), (1, 9, 1)]
+)
+def test_images_at_once(batch, width, images):
+    """At 256 px and a quarter kept: what is below 16 MiB is done in one pass."""
+    assert dechunk.images_at_once(batch, 256 * batch, width) == images
