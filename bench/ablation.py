@@ -31,6 +31,10 @@ def under(target: str, value: object) -> Callable:
 SHIPPED = ("triton", "dcdit")
 # group → variant → context of the shipped Triton operator.
 CONTEXTS: dict[str, dict[str, Callable]] = {
+    # 4, 8 and 13 images of 256 px at a time, XL, a quarter kept; all of them.
+    "dechunk": {
+        f"{n} MiB at a time": under("dcdit_kernels.triton.dechunk.SCRATCH_BYTES", n << 20) for n in (5, 10, 16, 1024)
+    },
     "modulate": {f"FILL {n}": under("dcdit_kernels.triton._rows.FILL", n) for n in (264, 528, 1024)},
 }
 # group → variants that are functions of their own.
