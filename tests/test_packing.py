@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dcdit_kernels as K
-from dcdit_kernels import Packing
+from dcdit_kernels import Packing, _library, _ops
 
 LENGTHS = [[3, 0, 5, 1], [0, 0], [4], []]
 BACKENDS = ["reference", "native", "triton"]
@@ -176,6 +176,38 @@ def test_modulation_takes_any_packing(backend, lengths, spare):
         torch.testing.assert_close(got.double(), exact_value, **tolerance)
 
 
+@pytest.mark.parametrize("spare", [0, 3])
+@pytest.mark.parametrize("lengths", [*LENGTHS, [70, 33]])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_smoothing_takes_any_packing(backend, lengths, spare):
+    """A probability for each row: against the recurrence in float64, rows past the live ones poisoned."""
+    live = sum(lengths)
+    packing = Packing.from_cu_seqlens(Packing.from_lengths(lengths, DEVICE).cu_seqlens, 99, live + spare)
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    x = torch.randn(packing.capacity, 40, dtype=dtype, device=DEVICE)
+    prob = torch.rand(packing.capacity, dtype=dtype, device=DEVICE)
+    prob[::5] = 1.0  # clamped, without a gradient
+    x[live:] = prob[live:] = math.nan
+    leaves, exact = ([t.to(kind).requires_grad_() for t in (x, prob)] for kind in (dtype, torch.float64))
+    out = K.ema_smooth(*leaves, packing, backend=backend)
+    weight = torch.linspace(-1, 2, out.numel(), dtype=dtype, device=DEVICE).view(out.shape)
+    grads = torch.autograd.grad((out * weight).sum(), leaves)
+    rows, start = [], 0
+    for length in lengths:
+        for r in range(start, start + length):
+            p = exact[1][r].clamp(1e-4, 1 - 1e-4)
+            rows.append(exact[0][r] if r == start else p * exact[0][r] + (1 - p) * rows[-1])
+        start += length
+    want = torch.stack([*rows, *[torch.zeros_like(exact[0][0])] * spare]) if live + spare else exact[0]
+    wanted = [torch.zeros_like(t) for t in exact]
+    if live:
+        wanted = torch.autograd.grad((want * weight.double()).sum(), exact)
+    for got, exact_value in zip((out, *grads), (want, *wanted), strict=True):
+        torch.testing.assert_close(got.double(), exact_value, rtol=1e-5, atol=1e-4 if dtype == torch.float32 else 1e-11)
+    with pytest.raises(ValueError, match=r"ema_smooth: boundary_prob must have shape \(\d+\), got \(1, \d+\)"):
+        K.ema_smooth(x, prob[None], packing)
+
+
 def test_attention_takes_any_packing():
     packing = Packing.from_lengths([3, 0, 4])
     q, k, v = torch.randn(3, 7, 2, 8, dtype=torch.float64)
@@ -309,3 +341,59 @@ def test_tables_that_do_not_fit_or_fit_twice_are_named():
     ):
         with pytest.raises(ValueError, match=r"rows: table must be \(B, L, …\), \(L, …\) or \(B, …\) with B = 4"):
             plan.rows(table, per)
+
+
+def modulate_and_smooth(x, y, prob, gate, shift, scale, cu_seqlens, backend=None):
+    """Every operator that takes a packing without a plan."""
+    packing = Packing.from_cu_seqlens(cu_seqlens, 9, x.shape[0])
+    x, normed = K.gate_residual_modulate(x, y, gate, shift, scale, packing, backend=backend)
+    normed = K.adaln_modulate(normed, shift, scale, packing, backend=backend)
+    return K.gate_residual(x, K.ema_smooth(normed, prob, packing, backend=backend), gate, packing, backend=backend)
+
+
+def rows_and_modulators(lengths, spare=2):
+    packing = Packing.from_lengths(lengths, DEVICE)
+    x, y = torch.randn(2, packing.capacity + spare, 8, device=DEVICE)
+    modulators = torch.randn(3, len(lengths), 8, device=DEVICE)
+    leaves = [t.requires_grad_() for t in (x, y, torch.rand(len(x), device=DEVICE), *modulators)]
+    return leaves, packing.cu_seqlens
+
+
+def test_packings_in_a_graph():
+    """One graph for every number of rows and samples, an empty batch included."""
+    torch._dynamo.reset()
+    compiled = torch.compile(modulate_and_smooth, fullgraph=True, dynamic=True, backend="aot_eager")
+    for lengths in ([3, 0, 5], [2, 2, 2, 9], [0, 0]):
+        leaves, cu_seqlens = rows_and_modulators(lengths)
+        results = []
+        for function in (compiled, modulate_and_smooth):
+            out = function(*leaves, cu_seqlens)
+            results.append([out, *torch.autograd.grad(out.square().sum(), leaves, allow_unused=True)])
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_of_packings(backend, monkeypatch):
+    """Schemas and fakes say what the operators do with a packing that is no plan."""
+    seen = set()
+
+    def check(operator, _, **inputs):
+        own = backend if backend in operator.backends else "reference"
+        tensors = [inputs[name] for name in operator.tensors]
+        plan = _library.flat_plan(inputs["plan"])
+        args = (*tensors, *plan, *(inputs[name] for name in operator.constants), own)
+        tests = ("test_schema", "test_faketensor")
+        torch.library.opcheck(getattr(torch.ops.dcdit, operator.name).default, args, test_utils=tests)
+        outs = getattr(torch.ops.dcdit, operator.name)(*args)
+        grads = [torch.ones_like(out) for out in (outs if isinstance(outs, tuple) else (outs,))]
+        needs = [tensor is not None for tensor in tensors]
+        backward = getattr(torch.ops.dcdit, f"{operator.name}_backward").default
+        torch.library.opcheck(backward, (*grads, needs, *args), test_utils=tests)
+        seen.add(operator.name)
+        return outs
+
+    monkeypatch.setattr(_ops.Differentiable, "__call__", check)
+    leaves, cu_seqlens = rows_and_modulators([3, 0, 5])
+    modulate_and_smooth(*(leaf.detach() for leaf in leaves), cu_seqlens)
+    assert seen == {"adaln_modulate", "gate_residual", "gate_residual_modulate", "ema_smooth"}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from ..chunk_plan import ChunkPlan
+from ..packing import Packing
 from ._packed import accumulate_dtype, live_rows, take_rows
 
 
-def ema_smooth(x: torch.Tensor, boundary_prob: torch.Tensor, plan: ChunkPlan) -> torch.Tensor:
+def ema_smooth(x: torch.Tensor, boundary_prob: torch.Tensor, plan: Packing) -> torch.Tensor:
     """See `dcdit_kernels.ema_smooth`. One step per row of the longest sample."""
     dtype = accumulate_dtype(x)
     confidence = token_confidence(boundary_prob.to(dtype), plan)
@@ -31,12 +31,17 @@ def ema_smooth(x: torch.Tensor, boundary_prob: torch.Tensor, plan: ChunkPlan) ->
     return torch.zeros_like(rows).index_copy(0, torch.cat(order), torch.cat(smoothed)).to(x.dtype)
 
 
-def take_start(plan: ChunkPlan) -> torch.Tensor:
+def take_start(plan: Packing) -> torch.Tensor:
     """First packed row of each row's sample, int64 (capacity,)."""
     return plan.cu_seqlens[plan.sample_index.clamp(min=0).long()].long()
 
 
-def token_confidence(boundary_prob: torch.Tensor, plan: ChunkPlan) -> torch.Tensor:
-    """p̃ of each packed row, clamped to [1e-4, 1 - 1e-4]; 0 past the last live one. (capacity,)"""
-    prob = boundary_prob.reshape(-1, 1).clamp(1e-4, 1 - 1e-4)
-    return take_rows(prob, plan.token_index).squeeze(1)
+def token_confidence(boundary_prob: torch.Tensor, plan: Packing) -> torch.Tensor:
+    """p̃ of each packed row, clamped to [1e-4, 1 - 1e-4]; 0 past the last live one. (capacity,)
+
+    `boundary_prob` is (B, L), by cell, or (capacity,), by row.
+    """
+    prob = boundary_prob.clamp(1e-4, 1 - 1e-4)
+    if prob.dim() == 1:
+        return torch.where(plan.sample_index >= 0, prob, 0.0)
+    return take_rows(prob.reshape(-1, 1), plan.token_index).squeeze(1)

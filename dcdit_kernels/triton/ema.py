@@ -28,8 +28,12 @@ def compose(decay1, value1, decay2, value2):
 
 @triton.jit
 def confidences(prob_ptr, token_ptr, row, start, end):
-    """p̃ of rows of a sample [start, end): 1 at its first row, 0 outside."""
-    token = tl.load(token_ptr + row, mask=(row >= start) & (row < end), other=-1)
+    """p̃ of rows of a sample [start, end): 1 at its first row, 0 outside. Without tokens p is given by row."""
+    inside = (row >= start) & (row < end)
+    if token_ptr is None:
+        token = tl.where(inside, row, -1)
+    else:
+        token = tl.load(token_ptr + row, mask=inside, other=-1)
     p = tl.load(prob_ptr + token, mask=token >= 0, other=0.0)
     p = tl.where(token >= 0, clamp_confidence(p), 0.0)
     return tl.where(row == start, 1.0, p)
@@ -98,13 +102,18 @@ def scan_backward_kernel(
         tl.store(place, grad_x.to(grad_x_ptr.dtype.element_ty), mask=(row[:, None] < limit) & inside)
 
 
+def tokens_of(prob, plan):
+    """Where each row's probability is, or None where `prob` has one for each row."""
+    return plan.token_index if prob.dim() == 2 else None
+
+
 def scan(x, prob, plan, dtype=torch.float32):
-    """x̄ (capacity, D), zero in the tail. `prob` (B, L) in float32, contiguous."""
+    """x̄ (capacity, D), zero in the tail. `prob` (B, L) or (capacity,) in float32, contiguous."""
     x = pointer_rows(x)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if out.numel():
         scan_forward_kernel[(plan.batch_size + 1, cdiv(x.shape[1], BLOCK_D))](
-            x, prob, plan.token_index, plan.cu_seqlens, out, x.stride(0), plan.batch_size, *x.shape,
+            x, prob, tokens_of(prob, plan), plan.cu_seqlens, out, x.stride(0), plan.batch_size, *x.shape,
             BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D,
         )  # fmt: skip
     return out
@@ -118,7 +127,7 @@ def scan_backward(grad, x, rows, prob, plan):
     partial = torch.empty(parts, plan.capacity, dtype=torch.float32, device=x.device)
     if grad_x.numel():
         scan_backward_kernel[(plan.batch_size + 1, parts)](
-            grad, x, rows, prob, plan.token_index, plan.cu_seqlens, grad_x, partial, grad.stride(0), x.stride(0),
+            grad, x, rows, prob, tokens_of(prob, plan), plan.cu_seqlens, grad_x, partial, grad.stride(0), x.stride(0),
             plan.batch_size, *x.shape, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D,
         )  # fmt: skip
     return grad_x, partial
@@ -135,4 +144,7 @@ class EmaSmooth:
     def backward(grad, needs, x, boundary_prob, plan):
         prob = boundary_prob.float().contiguous()
         grad_x, partial = scan_backward(grad, x, scan(x, prob, plan), prob, plan)
-        return grad_x, prob_gradient(boundary_prob, prob, plan, partial)
+        if prob.dim() == 2:
+            return grad_x, prob_gradient(boundary_prob, prob, plan, partial)
+        moved = torch.where((prob >= 1e-4) & (prob <= 1 - 1e-4), partial.sum(0), 0.0)
+        return grad_x, moved.to(boundary_prob.dtype)
