@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import dcdit_kernels as K
 from dcdit import DCDiT
@@ -74,25 +75,31 @@ def scaffold_problem(case: Case, device: str, compiled: bool) -> Problem:
     """The model's encoder and its decoder on the latent grid, (B, e, H, W) and the conditioning (B, D) → (B, L, e)."""
     from .models import Nets, make_net
 
-    nets, config = Nets(make_net(DCDiT, case, device)), case.config
+    master, config = make_net(DCDiT, case, device), case.config
     x = torch.randn(case.batch, config.encoder_width, case.side, case.side, device=device).to(case.torch_dtype)
     c = torch.randn(case.batch, config.hidden_size, device=device).to(case.torch_dtype)
 
-    def chain(stack: Callable, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    def chain(nets: Nets, stack: Callable, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         net = nets[x.dtype]
         h = stack(net.encoder, x, c).transpose(1, 2).unflatten(2, config.input_size)
         return stack(net.decoder, h, c)
 
     def plain(layout: torch.memory_format, stack, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         """A ConvStack in PyTorch's own layers."""
+
+        def silu(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
+            return F.silu(F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps))
+
         x = x.contiguous(memory_format=layout)
         for block in stack.blocks:
-            h = block.conv1(F.silu(block.norm1(x))) + block.cond(c)[:, :, None, None]
-            x = block.conv2(F.silu(block.norm2(h))) + block.skip(x)
+            h = block.conv1(silu(block.norm1, x)) + block.cond(c)[:, :, None, None]
+            skip = x if isinstance(block.skip, nn.Identity) else F.conv2d(x, block.skip.weight, block.skip.bias)
+            x = block.conv2(silu(block.norm2, h)) + skip
         return stack.norm(x.flatten(2).transpose(1, 2))
 
-    layouts = {"plain": torch.contiguous_format, "plain channels-last": torch.channels_last}
-    variants = {n: Variant(functools.partial(chain, functools.partial(plain, f))) for n, f in layouts.items()}
-    variants["dcdit"] = Variant(functools.partial(chain, lambda stack, x, c: stack(x, c)))
+    variants = {"dcdit": Variant(functools.partial(chain, Nets(master), lambda stack, x, c: stack(x, c)))}
+    for name, layout in (("plain", torch.contiguous_format), ("plain channels-last", torch.channels_last)):
+        nets = Nets(master, lambda net, layout=layout: net.to(memory_format=layout))
+        variants[name] = Variant(functools.partial(chain, nets, functools.partial(plain, layout)))
     least = Work(2 * x.nbytes * (1 + case.backward), 0, 0)
     return Problem((x, c), variants, {"": Family("plain", "plain")}, least, case.side**2 * 32, case.backward)

@@ -64,7 +64,8 @@ def compiled() -> list[Wanted]:
 def choices() -> list[Wanted]:
     """The tables of `bench.ablation`, beside what is shipped and the plain formulation."""
     shipped = ("triton", "native", "dcdit", "plain", "plain channels-last")
-    cases = [largest("modulate", True), *both("scaffold"), *both("attention")]
+    scaffold = [largest("scaffold", size=size, batch=batch) for size, batch in (("S", 64), ("XL", 1), ("S", 1))]
+    cases = [largest("modulate", True), *both("scaffold"), *scaffold, *both("attention")]
     cases += [largest("attention", dtype="float32"), *both("dechunk")]
     extra = [(*CONTEXTS.get(case.group, {}), *FUNCTIONS.get(case.group, ())) for case in cases]
     return [(replace(case, ablation=True), (*shipped, *names)) for case, names in zip(cases, extra, strict=True)]
