@@ -4,11 +4,11 @@ import importlib
 
 from .config import DCDiTConfig, preset
 
-__all__ = ["DCDiT", "DCDiTConfig", "DynamicChunking", "__version__", "preset"]
+__all__ = ["DCDiT", "DCDiTConfig", "DynamicChunking", "__version__", "graphed", "preset"]
 
 
 # Imported on first use: `import dcdit.ops` stays cheap, and the command line answers before torch is there.
-_LAZY = {"DCDiT": "model", "DynamicChunking": "chunking"}
+_LAZY = {"DCDiT": "model", "DynamicChunking": "chunking", "graphed": "graphs"}
 
 
 def __getattr__(name: str):

@@ -139,6 +139,10 @@ class Packing:
         """A copy with its tensors on `device`."""
         return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
+    def clone(self) -> Self:
+        """A copy with tensors of its own."""
+        return self._each_tensor(torch.Tensor.clone)
+
     def pin_memory(self) -> Self:
         """A copy in page-locked memory, for `.to(device, non_blocking=True)`."""
         return self._each_tensor(torch.Tensor.pin_memory)

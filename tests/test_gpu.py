@@ -16,7 +16,7 @@ from bench.gate import check, evaluate, full_float32
 from bench.measure import build, host_waits
 from bench.operators import routed_prob
 from bench.timing import captured
-from dcdit import DCDiT, preset
+from dcdit import DCDiT, graphed, preset
 
 pytestmark = [
     pytest.mark.gpu,
@@ -193,6 +193,35 @@ def test_model_with_a_capacity_never_waits(dtype):
     with no_waits():
         got = net(x, t, y, 0.2, capacity=784)
     assert torch.equal(got, want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_graphed_model(dtype, record_property):
+    """Replays without a wait give what the eager model gives; with as many rows as it takes no token is lost."""
+    net = digits_net().to(DEVICE, dtype)
+    torch.nn.init.constant_(net.router.score.bias, 0.0)
+    graph, limits, bits = graphed(net), {"capacity": 784, "max_seqlen": 196}, []
+
+    def inputs():
+        x = torch.randn(4, 4, 14, 14, device=DEVICE, dtype=dtype)
+        return x, 1000 * torch.rand(4, device=DEVICE), torch.randint(10, (4,), device=DEVICE)
+
+    for rho in (0.0, 0.2, 0.6):
+        batch = inputs()
+        got, want = graph(*batch, rho, **limits), net(*batch, rho, **limits)
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
+        bits.append(torch.equal(got, want))
+    record_property("equal bits", str(bits))
+    with no_waits():
+        graph(*batch, 0.4, **limits)
+    assert (graph.captures, graph.replays, graph.eager) == (1, 4, {}), graph.summary()
+    for rho in (0.9, 0.9, 0.0, 0.0):
+        out, routing = graph(*batch, rho, True)
+        want, exact = net(*batch, rho, True)
+        torch.testing.assert_close(out, want, rtol=1e-2, atol=1e-2)
+        assert torch.equal(routing.boundary_mask, exact.boundary_mask) and routing.plan.overflow == 0
+    assert graph.captures == 3 and sum(graph.eager.values()) == 2, graph.summary()
 
 
 def test_training_step_with_a_capacity_never_waits():

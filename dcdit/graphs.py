@@ -1,0 +1,235 @@
+"""graphed: a model's forward replayed as CUDA graphs, where the host would hold up a small batch.
+
+A graph has a fixed number of rows for the retained tokens, while the number that a batch needs is known after its
+router only. `Graphed` therefore takes the counts of the last batch of the same shape with room to spare, reads the
+counts that come with the result, and computes a batch that had too little room once more, eagerly.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .model import DCDiT
+from .routing import Routing
+
+# The prediction, its routing, and int32 (B + 2,): tokens of each sample, overflow, whether a probability is improper.
+Outputs = tuple[torch.Tensor, Routing, torch.Tensor]
+# Runs a function as often as it needs, and returns what starts it again, with the tensors that it then overwrites.
+Capture = Callable[[Callable[[], Outputs]], tuple[Callable[[], Any], Outputs]]
+SHARES = 16  # a graph has rows for so many sixteenths of all cells
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A captured forward: the tensors that it reads, those that it overwrites, and how it is started."""
+
+    inputs: tuple[torch.Tensor, ...]
+    outputs: Outputs
+    start: Callable[[], Any]
+
+
+class Graphed:
+    """A model called as before and replayed as a CUDA graph where shapes repeat; its other attributes are the model's.
+
+    On a GPU, under `torch.no_grad()`, without autocast and forward hooks, a call copies its inputs into those of a
+    graph, starts it, and copies its outputs; the first call of a kind captures it. All other calls are the model's own,
+    for reasons that `eager` counts. Results are those of the eager model with the same `capacity` and `max_seqlen`, bit
+    by bit.
+
+    With a `capacity` no host waits, and what has no room is counted in `routing.plan.overflow`. Without, the rows are
+    those of the last batch of this shape and some more (`room`). One copy to the host says whether they were enough;
+    where not, the eager model computes the batch again, so that no token is lost.
+
+    Weights may change in place or move; after modules have been exchanged, `reset()`. One object serves one thread.
+    """
+
+    def __init__(self, model: DCDiT, max_graphs: int = 8, capture: Capture | None = None) -> None:
+        """Keep `max_graphs` graphs, the least recently used of which goes first. `capture` is for tests."""
+        if max_graphs < 1:
+            raise ValueError(f"max_graphs must be at least 1, got {max_graphs}")
+        self.model, self.max_graphs = model, max_graphs
+        self.capture = CudaCapture() if capture is None else capture
+        self.replays = self.captures = 0
+        self.eager: collections.Counter[str] = collections.Counter()
+        self.reset()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "model":  # while a copy is being made there is none
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def reset(self) -> None:
+        """Forget the graphs and the counts of earlier batches."""
+        self._graphs: collections.OrderedDict[tuple[Any, ...], Graph | str] = collections.OrderedDict()
+        self._lengths: dict[tuple[Any, ...], list[int]] = {}
+        self._modules = dict(self.model.named_modules())
+        self._weights = [*self.model.parameters(), *self.model.buffers()]
+        self._addresses = [weight.data_ptr() for weight in self._weights]
+
+    def summary(self) -> str:
+        """Such as "46 of 48 forwards replayed from 3 CUDA graphs, 2 eager: first batch of its shape (2)"."""
+        eager = sum(self.eager.values())
+        text = f"{self.replays} of {self.replays + eager} forwards replayed from {self.captures} CUDA graphs"
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in self.eager.items())
+        return f"{text}, {eager} eager: {reasons}" if eager else text
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor,
+        drop_fraction: float | torch.Tensor = 0.0,
+        return_routing: bool = False,
+        capacity: int | None = None,
+        *,
+        max_seqlen: int | None = None,
+        **others: Any,
+    ) -> torch.Tensor | tuple[torch.Tensor, Routing]:
+        """See `DCDiT.forward`."""
+        limits = {"capacity": capacity, "max_seqlen": max_seqlen}
+        reason = self._why_not(x, drop_fraction, limits, others)
+        if reason is not None:
+            self.eager[reason] += 1
+            return self.model(x, t, y, drop_fraction, return_routing, **limits, **others)
+        if self._addresses != [weight.data_ptr() for weight in self._weights]:
+            self.reset()
+        if not isinstance(drop_fraction, torch.Tensor):  # a number would be captured as it is
+            drop_fraction = torch.full((len(x),), drop_fraction, device=x.device)
+        rho = drop_fraction.to(x.device, torch.float32).expand(len(x))
+        inputs = (x, t, y, rho)
+        out, routing = self._of_any_length(inputs) if capacity is None else self._of_length(inputs, limits)
+        return (out, routing) if return_routing else out
+
+    def _of_length(
+        self, inputs: tuple[torch.Tensor, ...], limits: dict[str, int | None]
+    ) -> tuple[torch.Tensor, Routing]:
+        graph = self._graph(inputs, limits)
+        if isinstance(graph, Graph):
+            return self._replay(graph, inputs)[:2]
+        return self._eagerly(graph, inputs, limits)
+
+    def _of_any_length(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, Routing]:
+        kind = _kind(inputs)
+        graph: Graph | str = "first batch of its shape"
+        if kind in self._lengths:
+            graph = self._graph(inputs, room(self._lengths[kind], self.model.config.cells))
+        if isinstance(graph, Graph):
+            out, routing, report = self._replay(graph, inputs)
+            *lengths, overflow, improper = report.tolist()
+            if not overflow and not improper:
+                self._lengths[kind] = lengths
+                return out, routing
+            graph = "more tokens than there was room for"  # or no probability, for which the eager model raises
+        out, routing = self._eagerly(graph, inputs, {})
+        self._lengths[kind] = routing.plan.lengths.tolist()
+        return out, routing
+
+    def _eagerly(
+        self, reason: str, inputs: tuple[torch.Tensor, ...], limits: dict[str, Any]
+    ) -> tuple[torch.Tensor, Routing]:
+        self.eager[reason] += 1
+        return self.model(*inputs, True, **limits)
+
+    def _graph(self, inputs: tuple[torch.Tensor, ...], limits: dict[str, int | None]) -> Graph | str:
+        """The graph for such inputs, captured where there is none yet; or why it cannot be captured."""
+        key = (*_kind(inputs), *limits.values())
+        if key not in self._graphs:
+            while len(self._graphs) >= self.max_graphs:
+                self._graphs.popitem(last=False)
+            own = tuple(tensor.clone() for tensor in inputs)
+            try:
+                start, outputs = self.capture(lambda: self._run(own, limits))
+            except RuntimeError as error:
+                self._graphs[key] = f"cannot be captured: {str(error).splitlines()[0]}"
+            else:
+                self._graphs[key] = Graph(own, outputs, start)
+                self.captures += 1
+        self._graphs.move_to_end(key)
+        return self._graphs[key]
+
+    def _run(self, inputs: tuple[torch.Tensor, ...], limits: dict[str, int | None]) -> Outputs:
+        out, routing = self.model(*inputs, True, **limits)
+        prob, plan = routing.boundary_prob, routing.plan
+        improper = ~((prob >= 0) & (prob <= 1)).all()
+        return out, routing, torch.cat([plan.lengths, torch.stack([plan.overflow, improper.int()])])
+
+    def _replay(self, graph: Graph, inputs: tuple[torch.Tensor, ...]) -> Outputs:
+        """Outputs of the graph on these inputs, in memory of their own."""
+        for own, new in zip(graph.inputs, inputs, strict=True):
+            own.copy_(new)
+        graph.start()
+        self.replays += 1
+        out, routing, report = graph.outputs
+        return out.clone(), Routing(routing.boundary_prob.clone(), routing.plan.clone()), report.clone()
+
+    def _why_not(self, x, drop_fraction, limits: dict[str, int | None], others: dict[str, Any]) -> str | None:
+        """Reason why this call is the eager model's, or None."""
+        if isinstance(self.capture, CudaCapture) and not x.is_cuda:
+            return f"needs a GPU, got {x.device}"
+        if others:
+            return f"a graph does not know {', '.join(others)}"
+        if limits["capacity"] is None and limits["max_seqlen"] is not None:
+            return "max_seqlen without a capacity"
+        if not isinstance(drop_fraction, torch.Tensor) and not 0 <= drop_fraction < 1:
+            return "drop_fraction outside [0, 1)"
+        if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in self._weights)):
+            return "a gradient is needed"
+        if torch.is_autocast_enabled(x.device.type):
+            return "under autocast, which casts weights outside of the graph"
+        for name, module in self._modules.items():
+            if module._forward_hooks or module._forward_pre_hooks:
+                return f"{name or 'the model'} has forward hooks"
+        return None
+
+
+def graphed(model: DCDiT, max_graphs: int = 8) -> Graphed:
+    """The model, replayed as a CUDA graph wherever it can be; see `Graphed`. `max_graphs` are kept."""
+    return Graphed(model, max_graphs)
+
+
+class CudaCapture:
+    """Captures a function as a CUDA graph, after two runs on the side stream that capture demands.
+
+    All graphs share one pool of memory: they never run at once.
+    """
+
+    def __init__(self) -> None:
+        self.pool: Any = None
+
+    def __call__(self, function: Callable[[], Outputs]) -> tuple[Callable[[], Any], Outputs]:
+        self.pool = torch.cuda.graph_pool_handle() if self.pool is None else self.pool
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # around the capture too: one that fails does not restore the stream
+            for _ in range(2):
+                function()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):
+                outputs = function()
+        torch.cuda.current_stream().wait_stream(side)
+        return graph.replay, outputs
+
+
+def room(lengths: Sequence[int], cells: int) -> dict[str, int | None]:
+    """`capacity` and `max_seqlen` for samples of about these lengths: a sixteenth more, up to a whole sixteenth of all
+    cells and a quarter of one sample's, so that few graphs serve many batches."""
+    return {
+        "capacity": _rounded(sum(lengths), len(lengths) * cells, SHARES),
+        "max_seqlen": _rounded(max(lengths, default=0), cells, 4),
+    }
+
+
+def _rounded(rows: int, most: int, shares: int) -> int:
+    step = -(-most // shares)
+    return min(most, -(-(rows + rows // 16 + 1) // step) * step) if step else 0
+
+
+def _kind(inputs: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
+    """What a graph depends on beside its limits."""
+    settings = (torch.backends.cuda.matmul.fp32_precision, torch.are_deterministic_algorithms_enabled())
+    return (*((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs), settings)

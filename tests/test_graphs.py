@@ -1,0 +1,174 @@
+"""graphed: when it captures, replays and leaves a call to the eager model. A stand-in for CUDA's graphs runs the
+captured function again and writes into the tensors that the first run returned."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+import dcdit
+from dcdit import DCDiT, DCDiTConfig
+from dcdit.graphs import Graphed, room
+from dcdit.sampling import sample
+
+CONFIG = DCDiTConfig(input_size=(8, 8), hidden_size=64, depth=1, num_heads=2, encoder_width=32, num_classes=5)
+
+
+def tensors(outputs):
+    """All tensors of a prediction, its routing and its report."""
+    out, routing, report = outputs
+    fields = [getattr(routing.plan, field.name) for field in dataclasses.fields(routing.plan)]
+    return [out, routing.boundary_prob, report, *(field for field in fields if isinstance(field, torch.Tensor))]
+
+
+def run_again(function):
+    """Capture and replay of a graph: what was returned is overwritten by each start."""
+    function()
+    outputs = function()
+
+    def start():
+        for own, new in zip(tensors(outputs), tensors(function()), strict=True):
+            own.copy_(new)
+
+    return start, outputs
+
+
+@pytest.fixture
+def net():
+    net = DCDiT(CONFIG).eval().requires_grad_(False)
+    for parameter in net.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    torch.nn.init.constant_(net.router.score.bias, 0.0)
+    return net
+
+
+@pytest.fixture
+def graph(net):
+    return Graphed(net, capture=run_again)
+
+
+def batch(count=3):
+    return torch.randn(count, 4, 8, 8), 1000 * torch.rand(count), torch.arange(count)
+
+
+def assert_same(got, want):
+    for a, b in zip(tensors((*got, got[0])), tensors((*want, want[0])), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_fixed_rows_are_replayed_with_the_bits_of_the_eager_model(net, graph):
+    results = []
+    for rho in (0.0, 0.3, torch.tensor([0.0, 0.5, 0.9])):  # a number is no part of the graph
+        inputs = batch()
+        limits = {"capacity": 150, "max_seqlen": 60}
+        results.append((graph(*inputs, rho, True, **limits), net(*inputs, rho, True, **limits)))
+    for got, want in results:  # no result is overwritten by a later call
+        assert_same(got, want)
+    assert (graph.captures, graph.replays, graph.eager) == (1, 3, {})
+    assert graph.summary() == "3 of 3 forwards replayed from 1 CUDA graphs"
+
+
+def test_any_number_of_rows_loses_no_token(net, graph):
+    """As many rows as the batch before had, and some; a batch that needs more is computed again."""
+    inputs = batch()
+    for rho in (0.9, 0.9, 0.0, 0.0, 0.5, 0.5):
+        out, routing = graph(*inputs, rho, True)
+        want, exact = net(*inputs, rho, True)
+        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-6)
+        assert torch.equal(routing.boundary_mask, exact.boundary_mask) and routing.plan.overflow == 0
+    assert graph.eager == {"first batch of its shape": 1, "more tokens than there was room for": 1}
+    assert graph.replays == 5 and graph.captures == 3
+    graph(*batch(2))
+    assert graph.eager["first batch of its shape"] == 2
+
+
+@pytest.mark.parametrize("cells", [1, 64, 65, 1024])
+def test_room(cells):
+    for lengths in ([0], [cells], [cells, 0, cells // 2], [cells // 3] * 7):
+        limits = room(lengths, cells)
+        most = len(lengths) * cells
+        assert sum(lengths) <= limits["capacity"] <= most and max(lengths) <= limits["max_seqlen"] <= cells
+        assert limits["capacity"] == most or limits["capacity"] <= sum(lengths) * 17 / 16 + most / 16 + 2
+    assert room([], cells) == {"capacity": 0, "max_seqlen": room([0], cells)["max_seqlen"]}
+
+
+def test_the_least_recently_used_graph_goes(net):
+    graph = Graphed(net, max_graphs=2, capture=run_again)
+    for capacity in (50, 60, 50, 70, 50, 60):
+        graph(*batch(), capacity=capacity)
+    assert graph.captures == 4 and graph.replays == 6  # 50 stays, 60 is captured again
+
+
+def test_what_no_graph_can_do_is_left_to_the_model(net, graph):
+    inputs = batch()
+    limits = {"capacity": 150}
+    assert torch.equal(Graphed(net)(*inputs, **limits), net(*inputs, **limits))
+    cases = {
+        "a gradient is needed": lambda: graph(inputs[0].requires_grad_(), *inputs[1:], **limits),
+        "max_seqlen without a capacity": lambda: graph(*inputs, max_seqlen=9),
+        "under autocast, which casts weights outside of the graph": lambda: graph(*inputs, **limits),
+        "main.blocks.0 has forward hooks": lambda: graph(*inputs, **limits),
+        "a graph does not know routing": lambda: graph(*inputs, routing=net(*inputs, 0.0, True)[1]),
+    }
+    for reason, call in cases.items():
+        hook = net.main.blocks[0].register_forward_hook(lambda *_: None) if "hooks" in reason else None
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled="autocast" in reason),
+            torch.set_grad_enabled("grad" in reason),
+        ):
+            call()
+        if hook is not None:
+            hook.remove()
+        assert graph.eager.pop(reason) == 1 and not graph.eager
+    with pytest.raises(ValueError, match=r"drop_fraction must be in \[0, 1\), got 1.5"):
+        graph(*batch(), 1.5, **limits)
+    assert not graph.captures
+
+
+def test_a_capture_that_fails_is_not_tried_again(net):
+    tries = []
+
+    def fails(function):
+        tries.append(function())
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    graph, inputs = Graphed(net, capture=fails), batch()
+    for limits in ({"capacity": 150}, {"capacity": 150}, {}, {}):
+        want = net(*inputs, **limits)
+        assert torch.equal(graph(*inputs, **limits), want)
+    reason = "cannot be captured: operation not permitted when stream is capturing"
+    assert graph.eager == {reason: 3, "first batch of its shape": 1} and len(tries) == 2
+
+
+def test_improper_probabilities_raise_as_eagerly(net, graph):
+    graph(*batch())
+    x, t, y = batch()
+    x[1] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        graph(x, t, y)
+
+
+def test_weights_may_change_in_place_or_move(net, graph):
+    inputs, limits = batch(), {"capacity": 150}
+    graph(*inputs, **limits)
+    with torch.no_grad():
+        net.final.linear.weight.mul_(2)
+    assert torch.equal(graph(*inputs, **limits), net(*inputs, **limits)) and graph.captures == 1
+    net.final.linear.weight.data = net.final.linear.weight.data.clone()
+    assert torch.equal(graph(*inputs, **limits), net(*inputs, **limits)) and graph.captures == 2
+    assert graph.config is net.config and copy.copy(graph).dtype == net.dtype
+    with pytest.raises(ValueError, match="max_graphs must be at least 1, got 0"):
+        dcdit.graphed(net, 0)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_sampling_from_a_graphed_model(net, graph, guidance):
+    """Lite-CFG: both halves are one packed batch, hence one graph."""
+    options = {"objective": "flow", "steps": 4, "guidance": guidance, "drop_fraction": [0.2, 0.0]}
+    options |= {"uncond_drop_fraction": 0.9, "seed": 3, "batch_size": 2}
+    want, got = sample(net, [0, 1, 2, 3], **options), sample(graph, [0, 1, 2, 3], **options)
+    torch.testing.assert_close(got.latents, want.latents, rtol=1e-4, atol=1e-4)
+    assert torch.equal(got.trace.tokens, want.trace.tokens)
+    assert graph.eager["first batch of its shape"] == 1 and graph.replays >= 5, graph.summary()
