@@ -37,28 +37,40 @@ CONTEXTS: dict[str, dict[str, Callable]] = {
         f"{n} MiB at a time": under("dcdit_kernels.triton.dechunk.SCRATCH_BYTES", n << 20) for n in (5, 10, 16, 1024)
     },
     "modulate": {f"FILL {n}": under("dcdit_kernels.triton._rows.FILL", n) for n in (264, 528, 1024)},
+    "dechunk": {
+        f"{n} MiB of rows at once": under("dcdit_kernels.triton.dechunk.SCRATCH_BYTES", n << 20)
+        for n in (4, 8, 16, 4096)
+    },
 }
 # group → variants that are functions of their own.
-FUNCTIONS = {"attention": ("spare rows", "max_seqlen 1024", *(library.name for library in flash.LIBRARIES))}
+MASKS = ("no mask", "a mask for each plan", "a mask for each call")
+LIBRARIES = tuple(library.name for library in flash.LIBRARIES)
+FUNCTIONS = {"attention": (*MASKS, "max_seqlen 1024", *LIBRARIES)}
 
 
-def attention(case: Case, device: str) -> dict[str, Callable]:
-    """name → attention of qkv (T, 3, heads, head_dim) by each library, with a loose bound, with rows to spare."""
-    _, plan, _ = planned(case, device)
-    cu = plan.cu_seqlens
+def attention(case: Case, device: str, problem: Problem) -> dict[str, Callable]:
+    """name → attention of qkv (T, 3, heads, head_dim) by each library, under a loose bound of the lengths, and with the
+    mask that rows past the last live one need. The problem hears which library cannot run."""
+    prob, plan, _ = planned(case, device)
+    spare = K.plan_chunks(prob, plan.grid, capacity=plan.capacity)
+    lengths = plan.cu_seqlens, plan.cu_seqlens, plan.max_seqlen, plan.max_seqlen
 
-    def attend(qkv, longest=plan.max_seqlen, exact=True, library=None):
-        q, k, v = qkv.unbind(1)
-        if library is None:
-            return K.varlen_attention(q, k, v, cu, cu, longest, longest, exact=exact, backend="native")
-        wrong = flash.why_not(library, q, k, v)
+    def attend(qkv, lengths=lengths, **options):
+        return K.varlen_attention(*qkv.unbind(1), *lengths, backend="native", **options)
+
+    def by(library, qkv):
+        return flash_calls.attend(library, None, True, *qkv.unbind(1), *lengths, None)
+
+    options = {"exact": True}, {"packing": spare}, {}
+    found = {name: functools.partial(attend, **how) for name, how in zip(MASKS, options, strict=True)}
+    found["max_seqlen 1024"] = functools.partial(attend, lengths=(*lengths[:2], 1024, 1024), exact=True)
+    for library in flash.LIBRARIES:
+        wrong = flash.why_not(library, *problem.inputs[0].unbind(1))
         if wrong:
-            raise K.BackendError(wrong)
-        return flash_calls.attend(library, None, True, q, k, v, cu, cu, longest, longest, None)
-
-    named = {library.name: functools.partial(attend, library=library) for library in flash.LIBRARIES}
-    loose = {"max_seqlen 1024": functools.partial(attend, longest=1024)}
-    return {"spare rows": functools.partial(attend, exact=False), **loose, **named}
+            problem.absent[library.name] = wrong
+        else:
+            found[library.name] = functools.partial(by, library)
+    return found
 
 
 def variants(case: Case, device: str, problem: Problem) -> dict[str, Variant]:
@@ -67,7 +79,7 @@ def variants(case: Case, device: str, problem: Problem) -> dict[str, Variant]:
     contexts = CONTEXTS.get(case.group, {}) if shipped else {}
     found = {name: dataclasses.replace(shipped, around=around) for name, around in contexts.items()}
     if case.group == "attention":
-        found |= {name: Variant(run) for name, run in attention(case, device).items()}
+        found |= {name: Variant(run) for name, run in attention(case, device, problem).items()}
     return found
 
 

@@ -140,7 +140,7 @@ def second(device: str, earlier: dict | None, end: float) -> list[list[Stage]]:
     step = [*PYTHON, "bench.profile", "step", "--device", device, "--trace", str(out("trace.json.gz"))]
     return [
         *stages,
-        [warm("compiled", device, 100)],
+        [warm("compiled,ablation", device, 100)],
         [*clocks(device), benches("compiled", "compiled", device, end - 150, 150)],
         [benches("ablation", "ablation", device, end - 75, 120)],
         [Stage("ncu", tuple(kernels), 60)],
@@ -153,12 +153,12 @@ def shell(name: str, command: str, limit: float) -> Stage:
 
 
 def warm(cases: str, device: str, limit: float) -> Stage:
-    return Stage(f"warm {cases}", (*PYTHON, "bench.warm", "--device", device, "--cases", cases), limit)
+    return Stage("warm", (*PYTHON, "bench.warm", "--device", device, "--cases", cases), limit)
 
 
 def benches(name: str, cases: str, device: str, end: float, limit: float, *more: str) -> Stage:
     """`bench.run` on a list of cases, which stops by itself `limit` seconds from its start, or before `end`."""
-    command = [*PYTHON, "bench.run", "--device", device, "--cases", cases, "--output", str(RESULT), "--limit", "45"]
+    command = [*PYTHON, "bench.run", "--device", device, "--cases", cases, "--output", str(RESULT), "--limit", "60"]
     command += ["--seconds", "1.2", "--grace", "10", "--end", f"{end - 5:.0f}", "--budget", f"{limit - 15:.0f}", *more]
     return Stage(name, tuple(command), limit)
 

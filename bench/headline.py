@@ -54,7 +54,8 @@ def component_times(case: Case, device: str, rounds: int = 5) -> dict[str, float
     waits.
     """
     net, inputs = shipped(case, device)
-    capacity = case.batch * kept_tokens(case, case.drop_fraction) if device == "cuda" else None
+    kept = kept_tokens(case, case.drop_fraction)
+    limits = {"capacity": case.batch * kept, "max_seqlen": kept} if device == "cuda" else {}
     launching = 0.0
     marks: list[tuple[str, object]] = []
     taken: list[Counter[str]] = []
@@ -64,7 +65,7 @@ def component_times(case: Case, device: str, rounds: int = 5) -> dict[str, float
             delay(device, launching)
             marks.append(("begin", stamp(device)))
             begin = time.perf_counter()
-            net(*inputs, case.drop_fraction, capacity=capacity)
+            net(*inputs, case.drop_fraction, **limits)
             launching = time.perf_counter() - begin
             marks.append(("rest", stamp(device)))
             if device == "cuda":

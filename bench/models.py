@@ -83,10 +83,10 @@ def make_net(kind: type[nn.Module], case: Case, device: str) -> nn.Module:
     return cast_net(cast_net(net, case.torch_dtype), torch.float32)
 
 
-def predict_dcdit(net: DCDiT, x, t, y, drop_fraction, routed: bool = False, capacity: int | None = None):
-    """The prediction of the model as shipped; with `routed` also boundary_prob. Given a `capacity`, no host waits."""
+def predict_dcdit(net: DCDiT, x, t, y, drop_fraction, routed: bool = False, **limits: int):
+    """The prediction of the model as shipped; with `routed` also boundary_prob. Given `capacity`, no host waits."""
     if not routed:
-        return net(x, t, y, drop_fraction, capacity=capacity)
+        return net(x, t, y, drop_fraction, **limits)
     out, routing = net(x, t, y, drop_fraction, return_routing=True)
     return out, routing.boundary_prob
 
@@ -126,7 +126,7 @@ def compile_parts(net: nn.Module) -> nn.Module:
 def model_problem(case: Case, device: str, compiled: bool) -> Problem:
     """`dcdit`, `plain` operators on its weights, and `DiT/2`, the plain DiT of the same backbone."""
     task = {"forward": Forward, "train": Train, "sample": Sample}[case.group](case, device)
-    tokens = task.tokens()
+    tokens, longest = task.tokens()
     nets = Nets(make_net(DCDiT, case, device))
     master = make_net(PlainDiT, case, device)
     networks = {
@@ -146,7 +146,10 @@ def model_problem(case: Case, device: str, compiled: bool) -> Problem:
     if device == "cuda" and case.group != "train":
         for end in ("", " compiled") if compiled else ("",):
             ours, plain = networks["dcdit" + end][0], networks["DiT/2" + end][0]
-            networks[f"dcdit{end} graph"] = ours, Replay(functools.partial(predict_dcdit, capacity=tokens))
+            networks[f"dcdit{end} graph"] = (
+                ours,
+                Replay(functools.partial(predict_dcdit, capacity=tokens, max_seqlen=longest)),
+            )
             networks[f"DiT/2{end} graph"] = plain, Replay(predict_dit)
     variants = {}
     for name, network in networks.items():
@@ -182,9 +185,10 @@ class Forward:
     def step(self, nets: Nets, predict: Callable) -> Callable[[], object] | None:
         return None
 
-    def tokens(self) -> int:
-        """Packed rows of the whole batch."""
-        return self.case.batch * kept_tokens(self.case, self.case.drop_fraction)
+    def tokens(self) -> tuple[int, int]:
+        """Packed rows of the whole batch and of its longest sample."""
+        kept = kept_tokens(self.case, self.case.drop_fraction)
+        return self.case.batch * kept, kept
 
     def gflop(self) -> tuple[float, float]:
         """GFLOP per image of DC-DiT and of the plain DiT, all that runs counted."""
@@ -260,8 +264,9 @@ class Sample(Forward):
             x = x - (uncond + GUIDANCE * (cond - uncond)) / self.steps
         return x
 
-    def tokens(self) -> int:
-        return super().tokens() + self.case.batch * kept_tokens(self.case, UNCOND_DROP)
+    def tokens(self) -> tuple[int, int]:
+        rows, longest = super().tokens()
+        return rows + self.case.batch * kept_tokens(self.case, UNCOND_DROP), longest
 
     def gflop(self) -> tuple[float, float]:
         halves = [gflops(self.case, drop) for drop in (self.case.drop_fraction, UNCOND_DROP)]

@@ -89,7 +89,8 @@ def plan_problem(case: Case, device: str, compiled: bool) -> Problem:
         Variant(lambda p: baselines.plan(p, grid, 0.5), result=from_padded), work, 1, compiled, packed,
     )  # fmt: skip
     if "native" in problem.variants:  # an exact plan brings two numbers to the host, one of a fixed capacity none
-        fixed = Variant(lambda p: K.plan_chunks(p, grid, 0.5, capacity=tokens, backend="native"), result=packed)
+        limits = {"capacity": tokens, "max_seqlen": tokens // batch}
+        fixed = Variant(lambda p: K.plan_chunks(p, grid, 0.5, **limits, backend="native"), result=packed)
         problem.variants["native fixed"] = fixed
     return problem
 
@@ -148,9 +149,11 @@ def dechunk_problem(case: Case, device: str, compiled: bool) -> Problem:
 
 
 def boundary_problem(case: Case, device: str, compiled: bool) -> Problem:
-    """The predictability router after its last convolution, (B, D/4, H, W) → (B, L), in float32 as in the model."""
+    """The predictability router after its last convolution, which leaves its channels last, (B, D/4, H, W) → (B, L), in
+    float32 as in the model."""
     width = case.config.hidden_size // 4
     features = torch.randn(case.batch, width, case.side, case.side, device=device)
+    features = features.contiguous(memory_format=torch.channels_last)
     inputs = (features, *(torch.randn(n, device=device) for n in (width, width, width, 1)))
     work = Work(features.nbytes * (1 + 2 * case.backward), 12 * features.numel() * (1 + 2 * case.backward), 0)
     return _problem(

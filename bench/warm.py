@@ -1,8 +1,8 @@
 """python -m bench.warm --cases decisive: fill the compilers' caches, a process for each case, one on each core.
 
 Each process runs a case once, as the gate does and as it is timed; what is launched later is found compiled. Triton's
-kernels do not depend on the batch, and a backward pass has a forward in front: of cases that differ in nothing else one
-is run. A case that fails costs itself.
+kernels do not depend on the batch above 1, and a backward pass has a forward in front: of cases that differ in nothing
+else one is run. A case that fails costs itself.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def todo(lists: list[str], device: str) -> list[Wanted]:
         for case, names in at_hand(LISTS[name](), device):
             compiled = any("compiled" in name for name in names)
             ours = tuple(n for n in names if ("compiled" in n if compiled else n in OURS or case.ablation))
-            alike = dataclasses.replace(case, batch=0, drop_fraction=0.0, backward=False, clustered=False)
+            few = min(case.batch, 2)  # one sample has a layout of its own
+            alike = dataclasses.replace(case, batch=few, drop_fraction=0.0, backward=False, clustered=False)
             kind = case if compiled else alike
             earlier = found[kind][0] if kind in found else None
             if ours and (earlier is None or (earlier.backward, earlier.batch) < (case.backward, case.batch)):

@@ -34,6 +34,7 @@ struct Problem {
     int64_t capacity;  // -1: as many rows as are retained
     float drop;
     std::vector<float> prob;
+    int max_seqlen = INT_MAX;
     int64_t cells() const { return int64_t(dim[0]) * dim[1] * dim[2]; }
 };
 
@@ -159,7 +160,7 @@ struct Buffers {
         : prob(p.prob), prefix(p.batch * p.cells()), info(3 * p.batch), base(p.batch + 1), cu(p.batch + 1), overflow(1),
           status(2),
           count{prob.data(), nullptr, p.drop, 0.5, p.batch, p.cells(), p.capacity, p.mode, prefix.data(), info.data(),
-                base.data(), cu.data(), overflow.data(), status.data()} {}
+                base.data(), cu.data(), overflow.data(), status.data(), p.max_seqlen} {}
 };
 
 template <class Where>
@@ -204,9 +205,10 @@ std::vector<Problem> problems() {
     for (auto dim : grids)
         for (int mode : {kGrid, kLine, kPrevious})
             for (int kind = 0; kind < 3; ++kind) {
-                Problem p{dim, dim[2] > 1 ? 3 : 2, 3 + int(random() % 2), mode, -1, kind == 1 ? 0.0f : 0.4f, {}};
+                Problem p{dim, dim[2] > 1 ? 3 : 2, 3 + int(random() % 2), mode, -1, kind == 1 ? 0.0f : 0.4f, {}, INT_MAX};
                 const int64_t all = p.batch * p.cells();
                 if (kind) p.capacity = kind == 1 ? all + 5 : all / 4;  // spare rows; too few for some
+                if (kind == 2) p.max_seqlen = int(p.cells() / 5);  // the longest samples lose their least probable
                 p.prob = draw(random, p.batch, p.cells(), kind == 0 ? 1.0f : 0.3f);
                 out.push_back(p);
             }

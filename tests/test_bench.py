@@ -125,7 +125,7 @@ def test_gate_measures_what_is_zero_in_truth_by_the_largest():
 
 
 def test_gate_that_cannot_run_passes_nothing():
-    problem = build(small("chunk"), "cpu")
+    problem = build(small("modulate"), "cpu")
 
     def too_large(out):
         raise torch.OutOfMemoryError("tried to allocate 9 TiB")
@@ -212,7 +212,7 @@ def test_launches_are_counted_of_what_ran(monkeypatch):
     monkeypatch.setattr(measuring, "build", lambda case, device, *rest: build(case, "cpu", *rest))
     monkeypatch.setattr(measuring, "kernels", lambda call: call() is not None and 7)
     variants = {"native": {"status": "ok", "launches": None}, "triton": {"status": "absent"}}
-    entry = {"case": dataclasses.asdict(small("chunk")), "variants": variants}
+    entry = {"case": dataclasses.asdict(small("modulate")), "variants": variants}
     measuring.count_launches(entry, compiled=False)
     assert variants == {"native": {"status": "ok", "launches": 7}, "triton": {"status": "absent"}}
 

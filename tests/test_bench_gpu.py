@@ -36,7 +36,7 @@ def test_stages_of_both_calls():
     end = time.time() + 300
     first = gpu.first("cuda", None, end)
     names = [[stage.name for stage in together] for together in first]
-    assert names[0] == ["build", "machine", "plan", "warm decisive"] and names[1] == ["plan times"]
+    assert names[0] == ["build", "machine", "plan", "warm"] and names[1] == ["plan times"]
     assert names[2] == ["tests", "memcheck", "racecheck", "synccheck", "initcheck"] and names[3] == ["clocks", "bench"]
     assert not any("pip install" in part for together in first for stage in together for part in stage.command)
     second = gpu.second("cuda", {"stages": [{"name": "tests", "status": 0}]}, end)
