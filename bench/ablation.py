@@ -37,10 +37,6 @@ CONTEXTS: dict[str, dict[str, Callable]] = {
         f"{n} MiB at a time": under("dcdit_kernels.triton.dechunk.SCRATCH_BYTES", n << 20) for n in (5, 10, 16, 1024)
     },
     "modulate": {f"FILL {n}": under("dcdit_kernels.triton._rows.FILL", n) for n in (264, 528, 1024)},
-    "dechunk": {
-        f"{n} MiB of rows at once": under("dcdit_kernels.triton.dechunk.SCRATCH_BYTES", n << 20)
-        for n in (4, 8, 16, 4096)
-    },
 }
 # group → variants that are functions of their own.
 MASKS = ("no mask", "a mask for each plan", "a mask for each call")

@@ -39,8 +39,7 @@ RESULT = FOLDER / "result.json"
 PYTHON = (sys.executable, "-m")
 SECTIONS = ("SpeedOfLight", "Occupancy", "MemoryWorkloadAnalysis", "WarpStateStats")
 PROFILED = "modulate_forward|modulate_backward|smooth|plug|cosine|predictability|plan_fill|group_norm"
-# The tests that run on a GPU where there is one.
-TESTS = ("gpu", "triton", "boundary_triton", "group_norm", "attention_choice", "packing", "inputs")
+USES_A_GPU = re.compile(r'"cuda" if .*cuda\.is_available|skipif\(\s*not torch\.cuda\.is_available')
 CLOCKS = "timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active,utilization.gpu"
 
 
@@ -103,7 +102,7 @@ def first(device: str, earlier: dict | None, end: float) -> list[list[Stage]]:
         opening.insert(0, shell("build", build, 120))
     checks = [shell(tool, f"{sanitizer(tool) if gpu else ''} {program} {'raw' * (tool == 'initcheck')}", 75)
               for tool in ("memcheck", "racecheck", "synccheck", "initcheck")]  # fmt: skip
-    files = [f"tests/test_{name}.py" for name in (TESTS if gpu else TESTS[:1])]
+    files = gpu_tests() if gpu else ["tests/test_gpu.py"]
     # Compiling for other GPUs needs none.
     tests = pytest("tests", [*files, "-k", "not ahead_of and not meets_a_compiler"], 150, workers=14)
     return [
@@ -171,6 +170,12 @@ def pytest(name: str, chosen: list[str], limit: float, workers: int) -> Stage:
     if importlib.util.find_spec("pytest_timeout"):
         options += ["--timeout=45", "--timeout-method=thread"]
     return Stage(name, (*PYTHON, "pytest", *options, *chosen), limit)
+
+
+def gpu_tests() -> list[str]:
+    """The files of tests that run on a GPU where there is one; those of whole back-ends first."""
+    found = [path for path in sorted(ROOT.glob("tests/test_*.py")) if USES_A_GPU.search(path.read_text())]
+    return [str(path.relative_to(ROOT)) for path in sorted(found, key=lambda path: path.stem != "test_gpu")]
 
 
 def clocks(device: str) -> list[Stage]:
