@@ -175,7 +175,9 @@ class Differentiable(Operator):
             return _full_precision(implementation, tensors[0].device, **inputs)
         if (graph and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
             return _Node.apply(self, implementation, inputs, *tensors)
-        return _on_device(implementation.forward, tensors[0], **inputs)
+        if elsewhere(tensors[0]):
+            return _on_device(implementation.forward, tensors[0], **inputs)
+        return implementation.forward(**inputs)
 
     def _check(self, inputs: dict[str, Any]) -> None:
         """Raise unless all tensors are of dtypes that operators take, and on one device."""

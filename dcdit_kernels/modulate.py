@@ -66,7 +66,7 @@ def adaln_modulate(
 
     Returns x's shape and dtype; statistics in float32.
     """
-    _check("adaln_modulate", plan, x, None, shift=shift, scale=scale)
+    _check("adaln_modulate", plan, x, None, None, shift, scale)
     require(eps >= 0, "adaln_modulate: eps must not be negative, got {}", eps)
     return ADALN_MODULATE(backend, x=x, shift=shift, scale=scale, plan=plan, eps=eps)
 
@@ -80,7 +80,7 @@ def gate_residual(
     backend: str | None = None,
 ) -> torch.Tensor:
     """x + gate_b · y, in x's dtype (adaLN-Zero, arXiv 2212.09748). Shapes as in `adaln_modulate`; y as x."""
-    _check("gate_residual", plan, x, y, gate=gate)
+    _check("gate_residual", plan, x, y, gate, None, None)
     return GATE_RESIDUAL(backend, x=x, y=y, gate=gate, plan=plan)
 
 
@@ -96,18 +96,30 @@ def gate_residual_modulate(
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x', adaln_modulate(x', shift, scale)) with x' = gate_residual(x, y, gate), reading x and y once."""
-    _check("gate_residual_modulate", plan, x, y, gate=gate, shift=shift, scale=scale)
+    _check("gate_residual_modulate", plan, x, y, gate, shift, scale)
     require(eps >= 0, "gate_residual_modulate: eps must not be negative, got {}", eps)
     return GATE_RESIDUAL_MODULATE(backend, x=x, y=y, gate=gate, shift=shift, scale=scale, plan=plan, eps=eps)
 
 
-def _check(op: str, plan: Packing | None, x: torch.Tensor, y: torch.Tensor | None, **modulators: torch.Tensor) -> None:
+def _check(
+    op: str,
+    plan: Packing | None,
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor | None,
+) -> None:
+    shape = x.shape
     if plan is None:
         shaped(op, "x", x, None, None, None)
+        modulators = (shape[0], shape[2])
     else:
-        shaped(op, "x", x, plan.capacity, None)
-    batch = x.shape[0] if plan is None else plan.batch_size
-    for name, tensor in modulators.items():
-        shaped(op, name, tensor, batch, x.shape[-1])
-    if y is not None:
-        require(y.shape == x.shape, "{}: y must have x's shape {}, got {}", op, tuple(x.shape), tuple(y.shape))
+        if len(shape) != 2 or shape[0] != plan.capacity:
+            shaped(op, "x", x, plan.capacity, None)
+        modulators = (plan.batch_size, shape[1])
+    for name, tensor in (("gate", gate), ("shift", shift), ("scale", scale)):
+        if tensor is not None and tensor.shape != modulators:
+            shaped(op, name, tensor, *modulators)
+    if y is not None and y.shape != shape:
+        raise ValueError(f"{op}: y must have x's shape {tuple(shape)}, got {tuple(y.shape)}")

@@ -5,6 +5,7 @@ Counts that change from step to step (rows, batch) are not specialised on, so th
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -27,12 +28,22 @@ def cdiv(a: int, b: int) -> int:
 
 def pointer_rows(x: torch.Tensor | None) -> torch.Tensor | None:
     """(…, D) as rows (N, D) with unit stride inside a row; copied only where the strides do not allow it."""
-    if x is None or (x.dim() == 2 and x.stride(1) == 1):
-        return x
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+    return strided_rows(x)[0]
 
 
+def strided_rows(x: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
+    """`pointer_rows` of x, and the elements from one row to the next; (None, 0) of None."""
+    if x is None:
+        return None, 0
+    strides = x.stride()
+    if len(strides) != 2 or strides[1] != 1:
+        x = x.reshape(-1, x.shape[-1])
+        x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+        strides = x.stride()
+    return x, strides[0]
+
+
+@functools.cache
 def pieces(width: int, most: int, least: int = 128) -> dict[str, int]:
     """A row of `width` as at most `most` pieces of one power of two, at least `least` columns each.
 
@@ -89,6 +100,7 @@ class RowTile:
         return {"ROWS": self.rows, "COLUMNS": self.columns, "num_warps": 4}
 
 
+@functools.cache
 def row_tile(width: int) -> RowTile:
     """A tile of 4096 elements: whole rows where they are short, pieces of 512 columns where they are long.
 

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._launch import jit_kernel
 from ._rows import FILL, cdiv, next_power_of_2
 
 
@@ -45,7 +46,7 @@ def kernel_columns(kernel_ptr, column, width, TAPS: tl.constexpr):
     return tl.load(kernel_ptr + column[None, :] * 9 + tap, mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["columns", "samples"])
+@jit_kernel(do_not_specialize=["columns", "samples"])
 def cosine_score(
     q_ptr, k_ptr, kernel_ptr, cu_ptr, prob_ptr, grad_ptr, pull_ptr, own_k_ptr, own_q_ptr,
     q_batch, q_stride, k_batch, k_stride, height, columns, samples, width,
@@ -118,7 +119,7 @@ def cosine_score(
         tl.store(prob_ptr + image * cells + cell, prob, mask=inside)
 
 
-@triton.jit(do_not_specialize=["columns", "total", "share"])
+@jit_kernel(do_not_specialize=["columns", "total", "share"])
 def cosine_backward(
     q_ptr, k_ptr, kernel_ptr, pull_ptr, own_k_ptr, own_q_ptr, grad_q_ptr, grad_k_ptr, partial_ptr,
     q_batch, q_stride, k_batch, k_stride, height, columns, width, total, share,

@@ -11,10 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ._launch import jit_kernel
 from ._rows import cdiv, next_power_of_2
 
 
-@triton.jit
+@jit_kernel()
 def group_statistics(
     x_ptr, mean_ptr, rstd_ptr, x_batch, x_channel, x_cell, channels, SIZE: tl.constexpr, cells, eps,
     BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
@@ -66,7 +67,7 @@ def channel_values(ptr, channel, channels):
     return tl.load(ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@jit_kernel()
 def predictability_score(
     x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, score_ptr, score_bias_ptr, grad_ptr, out_ptr,
     x_batch, x_channel, x_cell, channels, SIZE: tl.constexpr, cells,
@@ -95,7 +96,7 @@ def predictability_score(
     tl.store(out_ptr + image * cells + cell, out, mask=inside)
 
 
-@triton.jit
+@jit_kernel()
 def channel_sums(
     x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, score_ptr, logit_ptr, sums_ptr,
     x_batch, x_channel, x_cell, channels, SIZE: tl.constexpr, cells,
@@ -130,7 +131,7 @@ def channel_sums(
     tl.store(place + 2 * step, tl.sum(score_sum, 1), mask=channel < channels)
 
 
-@triton.jit
+@jit_kernel()
 def predictability_backward(
     x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, score_ptr, logit_ptr, along_ptr, level_ptr, out_ptr,
     x_batch, x_channel, x_cell, channels, SIZE: tl.constexpr, cells, out_batch, out_channel, out_cell,

@@ -6,13 +6,13 @@ Bytes for T packed rows and B·L cells of D elements of e bytes: forward 2·T·D
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
+from ._launch import jit_kernel
 from ._rows import pointer_rows, row_tile
 
 
-@triton.jit(do_not_specialize=["capacity"])
+@jit_kernel(do_not_specialize=["capacity"])
 def chunk_forward(
     h_ptr, pos_ptr, token_ptr, out_ptr, h_stride, pos_stride, cells, capacity, width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -31,7 +31,7 @@ def chunk_forward(
     tl.store(out_ptr + row[:, None] * width + column[None, :], out, mask=(row[:, None] < capacity) & inside)
 
 
-@triton.jit(do_not_specialize=["total"])
+@jit_kernel(do_not_specialize=["total"])
 def chunk_backward(
     grad_ptr, token_ptr, nearest_ptr, out_ptr, grad_stride, total, width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,

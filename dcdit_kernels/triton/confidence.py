@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._launch import jit_kernel
 from ._rows import cdiv
 
 
@@ -18,7 +19,7 @@ def clamp_confidence(p):
     return tl.minimum(tl.maximum(p, 1e-4), 1 - 1e-4)
 
 
-@triton.jit(do_not_specialize=["total", "capacity", "parts", "through_parts"])
+@jit_kernel(do_not_specialize=["total", "capacity", "parts", "through_parts"])
 def prob_backward(
     through_ptr, partial_ptr, prob_ptr, nearest_ptr, token_ptr, out_ptr, total, capacity, parts, through_parts,
     BLOCK: tl.constexpr,

@@ -11,9 +11,9 @@ cache from one kernel to the next: `images_at_once`.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
+from ._launch import jit_kernel
 from ._rows import cdiv, load_columns, load_rows, next_power_of_2, pointer_rows, row_tile, store_rows
 from .confidence import clamp_confidence, prob_gradient
 from .ema import scan, scan_backward
@@ -29,7 +29,7 @@ def images_at_once(batch: int, capacity: int, width: int) -> int:
     return max(cdiv(batch, passes), 1)
 
 
-@triton.jit(do_not_specialize=["first_sample", "cells", "stop"])
+@jit_kernel(do_not_specialize=["first_sample", "cells", "stop"])
 def plug_forward(
     rows_ptr, residual_ptr, nearest_ptr, cu_ptr, out_ptr, rows_stride, residual_stride, first_sample, cells, stop,
     width, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -46,7 +46,7 @@ def plug_forward(
     store_rows(out_ptr, cell, column, out, cell < stop, width)
 
 
-@triton.jit(do_not_specialize=["first_sample", "stop_sample", "total", "capacity"])
+@jit_kernel(do_not_specialize=["first_sample", "stop_sample", "total", "capacity"])
 def plug_backward(
     grad_ptr, x_ptr, s_ptr, a_ptr, prob_ptr, token_ptr, cu_ptr, offsets_ptr, member_ptr,
     grad_row_ptr, grad_residual_ptr, through_ptr, q_ptr, partial_ptr, grad_stride, x_stride,
@@ -88,7 +88,7 @@ def plug_backward(
             tl.store(partial_ptr + part * capacity + row, once_more * tl.sum(grad_row * (x - s)))
 
 
-@triton.jit(do_not_specialize=["total"])
+@jit_kernel(do_not_specialize=["total"])
 def unplugged_backward(
     grad_ptr, nearest_ptr, grad_residual_ptr, grad_stride, total, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):

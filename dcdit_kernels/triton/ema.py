@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._launch import jit_kernel
 from ._rows import cdiv, pointer_rows
 from .confidence import clamp_confidence, prob_gradient
 
@@ -39,7 +40,7 @@ def confidences(prob_ptr, token_ptr, row, start, end):
     return tl.where(row == start, 1.0, p)
 
 
-@triton.jit(do_not_specialize=["batch", "capacity"])
+@jit_kernel(do_not_specialize=["batch", "capacity"])
 def scan_forward_kernel(
     x_ptr, prob_ptr, token_ptr, cu_ptr, out_ptr, x_stride, batch, capacity, width,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -67,7 +68,7 @@ def scan_forward_kernel(
         tl.store(place, value.to(out_ptr.dtype.element_ty), mask=(row[:, None] < limit) & inside)
 
 
-@triton.jit(do_not_specialize=["batch", "capacity"])
+@jit_kernel(do_not_specialize=["batch", "capacity"])
 def scan_backward_kernel(
     grad_ptr, x_ptr, rows_ptr, prob_ptr, token_ptr, cu_ptr, grad_x_ptr, partial_ptr,
     grad_stride, x_stride, batch, capacity, width, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,

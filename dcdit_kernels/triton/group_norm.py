@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._launch import jit_kernel
 from ._rows import FILL, cdiv, next_power_of_2
 
 # Cells up to which one program goes over all cells of its channels.
@@ -114,7 +115,7 @@ def piece(CHANNELS: tl.constexpr, SHARE: tl.constexpr, COLUMNS: tl.constexpr):
     return (tl.program_id(0) // pieces).to(tl.int64), channel, (column < SHARE) & (channel < CHANNELS)
 
 
-@triton.jit(do_not_specialize=["cells", "slab_cells"])
+@jit_kernel(do_not_specialize=["cells", "slab_cells"])
 def slab_moments(
     x_ptr, moments_ptr, cells, slab_cells,
     CHANNELS: tl.constexpr, SHARE: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
@@ -130,7 +131,7 @@ def slab_moments(
     tl.store(moments_ptr + CHANNELS + channel, spread, mask=known)
 
 
-@triton.jit(do_not_specialize=["cells", "slab_cells"])
+@jit_kernel(do_not_specialize=["cells", "slab_cells"])
 def group_norm_silu_forward(
     x_ptr, weight_ptr, bias_ptr, cond_ptr, moments_ptr, out_ptr, cond_stride, cells, slab_cells, eps,
     COND: tl.constexpr, SPLIT: tl.constexpr,
@@ -172,7 +173,7 @@ def silu_backward(grad, normed):
     return grad * (gate * (1 + normed * (1 - gate)))
 
 
-@triton.jit(do_not_specialize=["cells", "slab_cells"])
+@jit_kernel(do_not_specialize=["cells", "slab_cells"])
 def group_norm_silu_backward(
     grad_ptr, x_ptr, weight_ptr, bias_ptr, cond_ptr, moments_ptr, sums_ptr, grad_x_ptr, grad_cond_ptr, grad_affine_ptr,
     cond_stride, cells, slab_cells, eps,

@@ -7,11 +7,14 @@ Statistics are recomputed in the backward, which holds the row in registers anyw
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from ._rows import cdiv, load_columns, load_rows, pieces, pointer_rows, segments, store_rows
+from ._launch import jit_kernel
+from ._rows import cdiv, load_columns, load_rows, pieces, pointer_rows, segments, store_rows, strided_rows
 
 
 @triton.jit
@@ -36,7 +39,7 @@ def normalise(xs, live, eps, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     return normed, rstd
 
 
-@triton.jit(do_not_specialize=["cells", "total"])
+@jit_kernel(do_not_specialize=["cells", "total"])
 def modulate_forward(
     x_ptr, y_ptr, gate_ptr, shift_ptr, scale_ptr, mixed_ptr, out_ptr, sample_ptr,
     x_stride, y_stride, gate_stride, shift_stride, scale_stride, cells, total, eps,
@@ -69,7 +72,7 @@ def modulate_forward(
             store_rows(out_ptr, row, column, normed[i] * (1 + scale) + shift, row < total, WIDTH)
 
 
-@triton.jit(do_not_specialize=["batch", "cells", "capacity", "slab_rows"])
+@jit_kernel(do_not_specialize=["batch", "cells", "capacity", "slab_rows"])
 def modulate_backward(
     grad_mixed_ptr, grad_out_ptr, x_ptr, y_ptr, gate_ptr, scale_ptr, cu_ptr,
     grad_x_ptr, grad_y_ptr, partial_ptr,
@@ -165,22 +168,32 @@ def modulate_backward(
 
 def _forward(x, y, gate, shift, scale, plan, eps):
     """(mixed, out), either of them None where gate or scale is None; contiguous, in x's dtype."""
-    width = x.shape[-1]
     mixed = torch.empty_like(x, memory_format=torch.contiguous_format) if gate is not None else None
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if scale is not None else None
-    x, y, gate, shift, scale = (pointer_rows(t) for t in (x, y, gate, shift, scale))
-    if x.numel():
-        batch = (scale if gate is None else gate).shape[0]
-        split = pieces(width, 16)
-        rows = min(4 * max(8 // split["PIECES"], 1), 16)  # more where they are narrow
-        modulate_forward[(cdiv(x.shape[0], rows),)](
+    x, x_stride = strided_rows(x)
+    y, y_stride = strided_rows(y)
+    gate, gate_stride = strided_rows(gate)
+    shift, shift_stride = strided_rows(shift)
+    scale, scale_stride = strided_rows(scale)
+    total, width = x.shape
+    if total and width:
+        rows, kernel = _forward_kernel(width, gate is not None, scale is not None, plan is not None)
+        cells = total // (scale if gate is None else gate).shape[0] if plan is None else 0
+        kernel[(cdiv(total, rows),)](
             x, y, gate, shift, scale, mixed, out, None if plan is None else plan.sample_index,
-            *(0 if t is None else t.stride(0) for t in (x, y, gate, shift, scale)),
-            x.shape[0] // max(batch, 1), x.shape[0], eps,
-            GATE=gate is not None, NORM=scale is not None, PACKED=plan is not None,
-            ROWS=rows, WIDTH=width, **split, num_warps=min(split["COLUMNS"] // 64, 32),
+            x_stride, y_stride, gate_stride, shift_stride, scale_stride, cells, total, eps,
         )  # fmt: skip
     return mixed, out
+
+
+@functools.cache
+def _forward_kernel(width, gate, norm, packed):
+    """(rows of a program, its kernel)."""
+    split = pieces(width, 16)
+    rows = min(4 * max(8 // split["PIECES"], 1), 16)  # more where they are narrow
+    return rows, modulate_forward.bind(
+        GATE=gate, NORM=norm, PACKED=packed, ROWS=rows, WIDTH=width, **split, num_warps=min(split["COLUMNS"] // 64, 32)
+    )
 
 
 def _backward(grad_mixed, grad_out, x, y, gate, shift, scale, plan, eps):

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from ..chunk_plan import ChunkPlan
+from ._launch import jit_kernel
 from ._rows import cdiv, next_power_of_2
 from .confidence import clamp_confidence
 
@@ -37,7 +38,7 @@ def block_of_rows(cu_ptr, first_sample, blocks, BLOCK_M: tl.constexpr):
     return sample, start, tl.load(cu_ptr + sample + 1), start + tl.program_id(0) % blocks * BLOCK_M
 
 
-@triton.jit(do_not_specialize=["blocks", "capacity"])
+@jit_kernel(do_not_specialize=["blocks", "capacity"])
 def locate_rows(
     token_ptr, prob_ptr, cu_ptr, point_ptr, window_ptr, blocks, cells, height, columns, reach, capacity,
     AXES: tl.constexpr, STEP: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -141,7 +142,7 @@ def window_sums(
     return mixed, tl.sum(total, 1)
 
 
-@triton.jit(do_not_specialize=["first_sample", "blocks", "capacity"])
+@jit_kernel(do_not_specialize=["first_sample", "blocks", "capacity"])
 def smooth_forward(
     x_ptr, point_ptr, window_ptr, cu_ptr, out_ptr, a_ptr, x_stride, first_sample, blocks, falloff, capacity, width,
     BACKWARD: tl.constexpr, AXES: tl.constexpr, PARTS: tl.constexpr,
@@ -174,7 +175,7 @@ def smooth_forward(
     tl.store(out_ptr + (row - base).to(tl.int64)[:, None] * width + column[None, :], out, mask=own)
 
 
-@triton.jit(do_not_specialize=["first_sample", "blocks", "batch", "q_parts", "capacity"])
+@jit_kernel(do_not_specialize=["first_sample", "blocks", "batch", "q_parts", "capacity"])
 def smooth_backward(
     grad_ptr, a_ptr, q_ptr, x_ptr, point_ptr, window_ptr, cu_ptr, grad_x_ptr, partial_ptr,
     x_stride, first_sample, blocks, batch, falloff, q_parts, capacity, width,
