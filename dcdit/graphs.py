@@ -182,7 +182,7 @@ class Graphed:
         if torch.is_autocast_enabled(x.device.type):
             return "under autocast, which casts weights outside of the graph"
         for name, module in self._modules.items():
-            if module._forward_hooks or module._forward_pre_hooks:
+            if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):  # accelerate's
                 return f"{name or 'the model'} has forward hooks"
         return None
 

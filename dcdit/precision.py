@@ -1,11 +1,31 @@
-"""How float32 matrix products are computed where the rest of the model is in half precision."""
+"""Half precision: which weights are cast, and how the float32 products beside them are computed."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
+from torch import nn
+
+# The parts of a model that the method computes in float32.
+WIDE = ("router", "residual_proj")
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def cast_weights(model: Model, dtype: torch.dtype) -> Model:
+    """The model itself, its weights in `dtype` but for those of the router and the residual path, which stay.
+
+    For inference: autocast would cast the weights in every step or keep a second copy of them, and would normalise in
+    float32. Inputs x are then of that dtype.
+    """
+    for name, part in model.named_children():
+        if name not in WIDE:
+            part.to(dtype)
+    for name, buffer in model.named_buffers(recurse=False):
+        setattr(model, name, buffer.to(dtype))
+    return model
 
 
 @contextlib.contextmanager

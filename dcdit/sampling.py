@@ -22,6 +22,7 @@ from .config import DCDiTConfig, check_keys
 from .drop_fraction import DropFraction, drop_table
 from .errors import CheckpointError, ConfigError, DCDiTError
 from .flops import dcdit_flops
+from .graphs import Graphed
 from .model import DCDiT
 from .pictures import to_uint8
 from .precision import float32_products
@@ -78,7 +79,7 @@ def image_generator(seed: int, index: int) -> torch.Generator:
 
 @torch.no_grad()
 def sample(
-    model: DCDiT,
+    model: DCDiT | Graphed,
     classes: Sequence[int] | torch.Tensor,
     *,
     objective: str,
@@ -95,12 +96,13 @@ def sample(
     indices: Sequence[int] | None = None,
     batch_size: int = 64,
     clip: bool = False,
-    precision: torch.dtype | None = None,
     callback: Callable[[Step], Any] | None = None,
 ) -> Samples:
     """Sample one latent for each class id in `classes` (N,).
 
     Args:
+        model: in half precision (`dcdit.precision.cast_weights`) its float32 products are in TF32; a graphed one
+            (`dcdit.graphed`) is replayed as CUDA graphs.
         objective: what the model was trained by, "flow" or "ddpm".
         scheduler: "auto", "flow-euler", "flow-heun", "ddpm" (variance learned where the model has it), "ddim",
             "dpm-solver++".
@@ -115,7 +117,6 @@ def sample(
         uncond_drop_fraction: likewise for the unconditional half (Lite-CFG, arXiv 2603.06351); None: the same.
         seed, indices: image i draws from (seed, indices[i]); the indices are 0 to N − 1 by default.
         clip: clamp the predicted x_0 of "ddpm" and "ddim" to [−1, 1], for codecs whose latents are pixels.
-        precision: run the model under autocast to this dtype, its float32 products in TF32.
         callback: called with a Step before each update.
 
     Raises ConfigError for a class id outside [0, num_classes), ρ outside [0, 1), or a scheduler that does not fit;
@@ -154,13 +155,11 @@ def sample(
     latents = torch.empty(count, config.in_channels, *config.input_size)
     tokens = torch.full((len(budgets), len(timesteps), count), torch.nan)
     seconds = torch.zeros(len(timesteps))
-    # Around the autocast of each step, so that what it casts the weights to lives until the last.
-    whole = torch.autocast(next(model.parameters()).device.type, enabled=False)
-    with whole, float32_products(precision and "high"):
+    with float32_products("high" if next(model.parameters()).dtype.itemsize < 4 else None):
         for start in range(0, count, batch_size):
             part = slice(start, start + batch_size)
             # A scheduler for each batch: multistep ones keep state.
-            run = _Batch(model, make()[0], classes[part], indices[part], seed, guidance_channels, precision, eta)
+            run = _Batch(model, make()[0], classes[part], indices[part], seed, guidance_channels, eta)
             for i, t in enumerate(timesteps.tolist()):
                 begin = time.perf_counter()
                 halves = 1 if guidances[i] == 1 else 2
@@ -183,11 +182,12 @@ def sample(
 class _Batch:
     """The images of one batch on their way from noise to data."""
 
-    def __init__(self, model, scheduler, classes, indices, seed, guidance_channels, precision, eta) -> None:
-        self.model, self.scheduler, self.precision = model, scheduler, precision
+    def __init__(self, model, scheduler, classes, indices, seed, guidance_channels, eta) -> None:
+        self.model, self.scheduler = model, scheduler
         self.channels = guidance_channels or model.config.in_channels
         self.options = {"eta": eta} if eta else {}
-        self.device = next(model.parameters()).device
+        weight = next(model.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
         self.generators = [image_generator(seed, index) for index in indices.tolist()]
         shape = (1, model.config.in_channels, *model.config.input_size)
         self.x = torch.cat([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
@@ -196,15 +196,14 @@ class _Batch:
 
     def predict(self, t: float, rho: torch.Tensor, guidance: float) -> Routing:
         """Run the model at time t with ρ (B or, with guidance, 2B); keep the output, return the conditional routing."""
-        x = torch.cat([self.x] * (len(rho) // len(self.x)))
+        x = torch.cat([self.x] * (len(rho) // len(self.x))).to(self.dtype)
         times = torch.full((len(x),), t, device=self.device)
-        with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not None):
-            try:
-                out, routing = self.model(x, times, self.y[: len(x)], rho.to(self.device), return_routing=True)
-            except ValueError as error:
-                if "NaN" not in str(error):
-                    raise
-                raise DCDiTError(f"sampling diverged at t = {t:g}: {error}; {_hint(guidance)}") from error
+        try:
+            out, routing = self.model(x, times, self.y[: len(x)], rho.to(self.device), return_routing=True)
+        except ValueError as error:
+            if "NaN" not in str(error):
+                raise
+            raise DCDiTError(f"sampling diverged at t = {t:g}: {error}; {_hint(guidance)}") from error
         self.output = out.float() if guidance == 1 else guide(out.float(), guidance, self.channels)
         batch = len(self.x)
         return Routing(routing.boundary_prob[:batch], routing.plan)

@@ -172,3 +172,39 @@ def test_sampling_from_a_graphed_model(net, graph, guidance):
     torch.testing.assert_close(got.latents, want.latents, rtol=1e-4, atol=1e-4)
     assert torch.equal(got.trace.tokens, want.trace.tokens)
     assert graph.eager["first batch of its shape"] == 1 and graph.replays >= 5, graph.summary()
+
+
+def test_a_graph_needs_a_gpu(tmp_path, capsys):
+    from dcdit.cli import main
+
+    assert main(["sample", "digits", "--cpu", "--cuda-graph", "--output", str(tmp_path / "out")]) == 2
+    assert "--cuda-graph needs a GPU, the model is on cpu; leave it out" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_pipelines_use_it(net):
+    pytest.importorskip("diffusers")
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from dcdit.errors import ConfigError
+    from dcdit.integrations.pipeline import DCDiTPipeline
+    from dcdit.integrations.transformer import DCDiTTransformer2DModel
+
+    transformer = DCDiTTransformer2DModel.from_dcdit(net)
+    pipe = DCDiTPipeline(transformer, FlowMatchEulerDiscreteScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 4, "guidance_scale": 2.0, "output_type": "latent"}
+
+    def run():
+        return pipe([0, 1], **options, generator=torch.Generator().manual_seed(1)).images
+
+    want = run()
+    with pytest.raises(ConfigError, match="cuda_graph needs a GPU, the pipeline is on cpu"):
+        pipe([0, 1], **options, cuda_graph=True)
+    assert transformer.graph is None
+    transformer.graph = Graphed(net, capture=run_again)
+    transformer.enable_cuda_graph()
+    torch.testing.assert_close(run(), want, rtol=1e-4, atol=1e-4)
+    assert transformer.graph.replays >= 2 and set(transformer.state_dict()) == {f"model.{n}" for n in net.state_dict()}
+    transformer.enable_cuda_graph(False)
+    assert torch.equal(run(), want)

@@ -64,14 +64,32 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1 (0)")
     parser.add_argument("--shift", type=float, default=1.0, help="of flow matching's times towards the noise (1: none)")
     parser.add_argument("--seed", type=int, default=0, help="image I draws its noise from (seed, I) (0)")
-    parser.add_argument("--bf16", action="store_true", help="run the model under bfloat16 autocast")
+    parser.add_argument("--bf16", action="store_true", help="weights and features in bfloat16")
+    parser.add_argument(
+        "--cuda-graph", action="store_true", help="replay the model as CUDA graphs: small batches are faster"
+    )
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
+
+
+def prepared(model, args: argparse.Namespace):
+    """A model that was opened for sampling, in the precision and as the graphs that the options ask for."""
+    import torch
+
+    from ..graphs import Graphed
+    from ..precision import cast_weights
+
+    if args.bf16:
+        cast_weights(model, torch.bfloat16)
+    if not args.cuda_graph:
+        return model
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        raise ConfigError(f"--cuda-graph needs a GPU, the model is on {device}; leave it out")
+    return Graphed(model)
 
 
 def sampling_arguments(args: argparse.Namespace, objective: str, codec, model) -> dict[str, Any]:
     """Keywords of `sample` from the options above. Warns where the model was trained without dropping classes."""
-    import torch
-
     from ..codecs import PixelUnshuffle
 
     uncond, channels = args.uncond_drop_fraction, args.guidance_channels
@@ -95,7 +113,6 @@ def sampling_arguments(args: argparse.Namespace, objective: str, codec, model) -
         "uncond_drop_fraction": uncond if uncond is None else parse_drop_fraction(uncond),
         "seed": args.seed,
         "clip": isinstance(codec, PixelUnshuffle),
-        "precision": torch.bfloat16 if args.bf16 else None,
     }
 
 
@@ -104,7 +121,7 @@ def settings_of(args: argparse.Namespace, checkpoint: Path, ids: list[int]) -> d
     from ..checkpoints import weights_hash
 
     names = ("scheduler", "steps", "guidance", "guidance_channels", "eta", "shift")
-    names += ("drop_fraction", "uncond_drop_fraction", "seed", "bf16")
+    names += ("drop_fraction", "uncond_drop_fraction", "seed", "bf16", "cuda_graph")
     values = {name: getattr(args, name) for name in names}
     interval = list(args.guidance_interval)
     return {"weights": weights_hash(checkpoint), "classes": ids, **values, "guidance_interval": interval}

@@ -7,7 +7,7 @@ import contextlib
 import sys
 
 from ..errors import ConfigError
-from .options import add_sampling_options, output_path, parse_classes, sampling_arguments, settings_of
+from .options import add_sampling_options, output_path, parse_classes, prepared, sampling_arguments, settings_of
 
 FORMATS = ("grid", "png", "npz")
 
@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
     output = check_output(args.output)
     checkpoint = locate(args.checkpoint)
     model, objective, codec = open_checkpoint(checkpoint, state.device)
+    model = prepared(model, args)
     ids = parse_classes(args.classes, model.config.num_classes, model.use.get("class_names"))
     count = args.num if args.num is not None else len(ids) * args.per_class
     if count < 1 or args.batch_size < 1:
@@ -85,7 +86,8 @@ def run(args: argparse.Namespace) -> None:
         state.destroy_process_group()
         if state.is_main_process:
             pictures.finish()
-            print(f"{count} images in {output}/: {costs.summary()}")
+            graphs = f"; {model.summary()}" if args.cuda_graph else ""
+            print(f"{count} images in {output}/: {costs.summary()}{graphs}")
 
 
 def try_out(model, label: int, options: dict) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..config import DCDiTConfig
 from ..errors import ConfigError
-from .options import add_sampling_options, output_path, parse_classes, sampling_arguments
+from .options import add_sampling_options, output_path, parse_classes, prepared, sampling_arguments
 
 # What the cost of a forward and the levels in curves.png depend on.
 SIZES = ("input_size", "hidden_size", "depth", "encoder_width", "mlp_ratio", "router", "target_ratio")
@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
             labels = np.resize(
                 parse_classes(args.classes, model.config.num_classes, model.use.get("class_names")), args.num
             )
+            model = prepared(model, args)
             options = sampling_arguments(args, objective, codec, model)
             record(model, labels, 1, **{**options, "steps": 2})  # the first steps also pay for imports and allocations
             samples, snapshots = record(model, labels, args.times, **options)

@@ -66,6 +66,7 @@ class DCDiTPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ("latents",),
+        cuda_graph: bool = False,
     ) -> ImagePipelineOutput | tuple:
         """Generate one image for each of `class_labels`.
 
@@ -78,6 +79,7 @@ class DCDiTPipeline(DiffusionPipeline):
             output_type: "pil", "np", "pt", or "latent" for (N, C, H, W) before the vae.
             callback_on_step_end: called as f(pipeline, step, timestep, tensors); returns a dict whose "latents"
                 replaces them. `tensors` holds what callback_on_step_end_tensor_inputs names.
+            cuda_graph: replay the model as CUDA graphs (`transformer.enable_cuda_graph()`), which later calls keep.
 
         Returns ImagePipelineOutput, or a tuple of its images without `return_dict`. Raises ConfigError.
         """
@@ -86,6 +88,10 @@ class DCDiTPipeline(DiffusionPipeline):
         self._check(callback_on_step_end_tensor_inputs, output_type, num_inference_steps, drop_fraction)
         model, device = self.transformer.model, self._execution_device
         self._guidance_scale = guidance_scale
+        if cuda_graph and device.type != "cuda":
+            raise ConfigError(f"cuda_graph needs a GPU, the pipeline is on {device}")
+        if cuda_graph:
+            self.transformer.enable_cuda_graph()
 
         y = self._labels(class_labels, device)
         channels, count = model.config.in_channels, len(y)

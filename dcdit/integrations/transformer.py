@@ -12,6 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from ..config import DCDiTConfig
 from ..drop_fraction import DropFraction
 from ..errors import ConfigError
+from ..graphs import Graphed
 from ..model import DCDiT
 from ..schedulers import TRAIN_STEPS
 
@@ -26,6 +27,7 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin):
     variance is learned; the rest is DCDiTConfig's. The model itself is `.model`. Raises ConfigError.
     """
 
+    graph: Graphed | None = None
     _keep_in_fp32_modules = ["router", "residual_proj"]  # noqa: RUF012, diffusers reads a list
 
     @register_to_config
@@ -76,6 +78,13 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin):
         """
         self.budgets = (drop_fraction, drop_fraction if uncond_drop_fraction is None else uncond_drop_fraction)
 
+    def enable_cuda_graph(self, enabled: bool = True) -> None:
+        """Replay the model as CUDA graphs where shapes repeat, see `dcdit.graphs.Graphed`; `.graph` counts."""
+        if not enabled:
+            self.graph = None
+        elif self.graph is None or self.graph.model is not self.model:
+            self.graph = Graphed(self.model)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -98,7 +107,7 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin):
             class_labels = torch.where(class_labels == DIT_NULL, null, class_labels)
         if drop_fraction is None:
             drop_fraction = self._rho(timestep, class_labels == null)
-        out = self.model(hidden_states, timestep, class_labels, drop_fraction)
+        out = (self.graph or self.model)(hidden_states, timestep, class_labels, drop_fraction)
         return Transformer2DModelOutput(sample=out) if return_dict else (out,)
 
     def _rho(self, timestep: torch.Tensor, unlabelled: torch.Tensor) -> float | torch.Tensor:
