@@ -104,7 +104,7 @@ def first(device: str, earlier: dict | None, end: float) -> list[list[Stage]]:
               for tool in ("memcheck", "racecheck", "synccheck", "initcheck")]  # fmt: skip
     files = gpu_tests() if gpu else ["tests/test_gpu.py"]
     # Compiling for other GPUs needs none.
-    tests = pytest("tests", [*files, "-k", "not ahead_of and not meets_a_compiler"], 150, workers=14)
+    tests = pytest("tests", [*files, "-k", "not ahead_of and not meets_a_compiler"], 140, workers=14)
     return [
         opening,
         [shell("plan times", f"{program} time", 20)],
@@ -168,8 +168,8 @@ def pytest(name: str, chosen: list[str], limit: float, workers: int) -> Stage:
     if importlib.util.find_spec("xdist"):
         options += ["-n", str(min(workers, os.cpu_count() or 1))]
     if importlib.util.find_spec("pytest_timeout"):
-        options += ["--timeout=45", "--timeout-method=thread"]
-    return Stage(name, (*PYTHON, "pytest", *options, *chosen), limit)
+        options += ["--timeout=60", "--timeout-method=thread"]
+    return Stage(name, ("env", "OMP_NUM_THREADS=1", *PYTHON, "pytest", *options, *chosen), limit)
 
 
 def gpu_tests() -> list[str]:
@@ -180,7 +180,7 @@ def gpu_tests() -> list[str]:
 
 def clocks(device: str) -> list[Stage]:
     """The GPU's clocks, power and temperature every two seconds."""
-    watching = ("nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader", "--loop-ms=2000")
+    watching = (tool("nvidia-smi"), f"--query-gpu={CLOCKS}", "--format=csv,noheader", "--loop-ms=2000")
     return [Stage("clocks", watching, 600, watch=True)] if device == "cuda" else []
 
 
@@ -200,8 +200,8 @@ def architecture() -> str:
 
 
 def tool(name: str, *folders: str) -> str:
-    """A program of the CUDA toolkit, on PATH or where it is installed by default."""
-    found = [shutil.which(name), shutil.which(name, path="/usr/local/cuda/bin")]
+    """A program of CUDA's, on PATH or where it is installed by default."""
+    found = [shutil.which(name), shutil.which(name, path="/usr/local/cuda/bin:/usr/local/nvidia/bin")]
     found += [
         str(p) for folder in folders for p in sorted(Path("/opt/nvidia").glob(f"{folder}/*/{name}"), reverse=True)
     ]
@@ -245,9 +245,10 @@ def side_by_side(stages: list[Stage], end: float) -> list[dict]:
                 over = time.time() > min(begin + stage.limit, end)
                 status = "missing" if process is None else process.poll()
                 if status is None and (over or watching):
-                    status = 0 if stage.watch else "timeout"
+                    status = "timeout"
                 if status is not None:
                     finish(process, log)
+                    status = 0 if stage.watch else status
                     done.append({"name": stage.name, "status": status, "seconds": round(time.time() - begin, 1)})
                     print(f"{stage.name}: {said(status)}, {done[-1]['seconds']} s", flush=True)
                     del running[stage]
@@ -294,7 +295,9 @@ def report(call: str, stages: list[dict], seconds: float) -> str:
             continue
         log = (FOLDER / f"{stage['name'].replace(' ', '-')}.log").read_text(errors="replace")
         if stage["name"] in ("tests", "failed tests"):
-            lines += [line[:200] for line in log.splitlines() if re.match(r"FAILED|ERROR|=+ .* in ", line)][-30:]
+            lines += [line[:200] for line in log.splitlines() if re.match(r"FAILED|ERROR|\d+ \w+.* in [\d.]+s", line)][
+                -30:
+            ]
         elif stage["name"] in ("plan times", "profile"):
             lines += [line[:150] for line in log.splitlines() if line.strip()][:16]
         elif stage["status"] != 0:

@@ -33,17 +33,11 @@ def step(device: str, trace: str | None) -> None:
 
 def kernels(device: str) -> None:
     """One call of each operator at XL, batch 64, between the marks that a profiler of kernels waits for."""
-    for group, backward in (
-        ("plan", False),
-        ("modulate", True),
-        ("dechunk", True),
-        ("cosine", False),
-        ("boundary", True),
-    ):
-        ((case, _),) = at_hand([(largest(group, backward), ())], device)
+    for group in ("plan", "modulate", "dechunk", "cosine", "boundary", "scaffold"):
+        ((case, _),) = at_hand([(largest(group, group not in ("plan", "cosine")), ())], device)
         problem = build(case, device)
-        name = "native" if group == "plan" or device == "cpu" else "triton"
-        call = make_call(problem.variants.get(name, problem.variants["reference"]), problem.inputs, problem.backward)
+        name = next(name for name in ("triton", "dcdit", "native", "reference") if name in problem.variants)
+        call = make_call(problem.variants[name], problem.inputs, problem.backward)
         call()
         if device == "cuda":
             torch.cuda.synchronize()

@@ -74,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
             break
         name, since = result["current"], result.pop("since", begin)
         reason = f"the process ended with status {status} after {time.time() - since:.0f} s"
+        reason = "; ".join([reason, *result.pop("failed", [])[:1]])
         print(f"{name}: crashed, {reason}", flush=True)
         result["cases"].append({"name": name, "crashed": reason})
         result["current"] = None
@@ -137,6 +138,8 @@ def work(args: argparse.Namespace) -> None:
         if case.group == "train" and entry["variants"]["dcdit"]["status"] == "ok":
             entry["components_s"] = training_parts(case, args.device, entry["variants"]["dcdit"]["seconds"])
         if args.device == "cuda":
+            failed = [f"{name}: {v['reason']}" for name, v in entry["variants"].items() if v["status"] == "failed"]
+            write(args.output, {**json.loads(args.output.read_text()), "failed": failed})
             torch.cuda.synchronize()  # a fault ends the process here at the latest, lest the next case be blamed
             gc.collect()
             torch.cuda.empty_cache()
@@ -175,7 +178,7 @@ def faster(old: dict | None, new: dict) -> dict:
 def summary(entry: dict) -> str:
     """One line: milliseconds, or what went wrong."""
     parts = [
-        f"{name} {v['seconds'] * 1e3:.3g} ms" if v["status"] == "ok" else f"{name} {v['status'].upper()}"
+        f"{name} {v['seconds'] * 1e3:.3g} ms" if v["status"] == "ok" else f"{name} FAILED ({v['reason'][:90]})"
         for name, v in entry["variants"].items()
         if v["status"] != "absent"
     ]

@@ -61,9 +61,9 @@ def test_a_case_that_hangs_costs_its_limit(tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text(hang)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     options = ["--device", "cpu", "--quick", "--no-compile", "--seconds", "0.2", "--output", str(tmp_path / "r.json")]
-    assert run.main([*options, "--groups", "chunk,pad", "--limit", "5"]) == 0
+    assert run.main([*options, "--groups", "chunk,pad", "--limit", "15"]) == 0
     crashed, measured = json.loads((tmp_path / "r.json").read_text())["cases"]
-    assert crashed["name"].startswith("chunk") and "after 5 s" in crashed["crashed"]
+    assert crashed["name"].startswith("chunk") and "after 15 s" in crashed["crashed"]
     assert measured["name"].startswith("pad") and measured["variants"]["plain"]["status"] == "ok"
 
 
