@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from .config import check_keys
 from .errors import ConfigError, DataError
+from .hub import hub_options
 
 
 class PixelUnshuffle:
@@ -95,10 +96,11 @@ def _load_vae(pretrained: str):
     source = str(folder) if folder.exists() else pretrained
     subfolder = "vae" if (folder / "vae").is_dir() else None
     try:
-        vae = diffusers.AutoModel.from_pretrained(source, subfolder=subfolder)
+        options = {} if folder.exists() else hub_options(pretrained)
+        vae = diffusers.AutoModel.from_pretrained(source, subfolder=subfolder, **options)
         if not (hasattr(vae, "encode") and hasattr(vae, "decode")):
             raise ValueError(f"{type(vae).__name__} is no autoencoder")
         return vae.eval().requires_grad_(False).float()
-    except (OSError, ValueError, RuntimeError, AttributeError) as error:
+    except (OSError, ValueError, RuntimeError, AttributeError) as error:  # CheckpointError among them
         reason = " ".join(str(error).split())
         raise ConfigError(f"codec.pretrained {pretrained!r} cannot be loaded: {reason}") from error

@@ -54,13 +54,13 @@ def load_digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 class Digits:
-    """MNIST digits, (1, 28, 28): 4 500 to train on; the last 50 of each class are held out for classifiers."""
+    """MNIST digits, (1, 28, 28): 4 500 to train on, or the last 50 of each class, which are held out."""
 
     encoded = False
 
-    def __init__(self) -> None:
-        images, labels, held_out = load_digits()
-        self.images, self.labels = images[~held_out], labels[~held_out]
+    def __init__(self, held_out: bool = False) -> None:
+        images, labels, outside = load_digits()
+        self.images, self.labels = images[outside == held_out], labels[outside == held_out]
         self.classes, self.class_names = 10, [str(digit) for digit in range(10)]
 
     def __len__(self) -> int:
@@ -155,6 +155,13 @@ def make_source(data: DataConfig, model: DCDiTConfig) -> Source:
     if source.classes and source.classes > model.num_classes:
         raise DataError(f"the data has {source.classes} classes, the model model.num_classes={model.num_classes}")
     return source
+
+
+def check_codec(source: Source, codec: dict[str, Any]) -> None:
+    """Raise ConfigError where latents say that another codec made them."""
+    made_by = getattr(source, "codec", None)
+    if made_by not in (None, codec):
+        raise ConfigError(f"the latents were made by codec {made_by}, the configuration says {codec}")
 
 
 def _read_dataset(root: Path) -> tuple[list[str] | None, dict[str, Any] | None]:

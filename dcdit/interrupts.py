@@ -21,7 +21,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
-    """Within it SIGTERM, SIGHUP and Ctrl-C raise Interrupted; a signal that the caller ignores stays ignored."""
+    """Within it SIGTERM, SIGHUP and Ctrl-C raise Interrupted, unless the caller has handlers of its own for them."""
     with _handlers(_raise):
         yield
 
@@ -51,18 +51,18 @@ def _raise(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def _handlers(handler) -> Iterator[None]:
-    """Install a handler for the signals that are not ignored; other threads than the main one may not."""
+    """Install a handler in the place of Python's and of ours. Other threads than the main one may not."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    replaced = {}
     try:
-        for number, old in before.items():
-            if old is not signal.SIG_IGN:
+        for number in SIGNALS:
+            old = signal.getsignal(number)
+            if old in (signal.SIG_DFL, signal.default_int_handler, _raise):
+                replaced[number] = old
                 signal.signal(number, handler)
         yield
     finally:
-        for number, old in before.items():
-            # None: a handler that Python did not install and cannot put back.
-            if old is not None:
-                signal.signal(number, old)
+        for number, old in replaced.items():
+            signal.signal(number, old)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from .checkpoints import load_state
 from .config import DCDiTConfig
 from .errors import CheckpointError
+from .hub import hub_options
 from .plain_dit import PlainDiT
 from .release import PARTS
 from .state_dict import inverse, read_state, shape_of, swap_parts, swap_prefix
@@ -86,22 +88,56 @@ def _reorder_head(state: dict[str, torch.Tensor], to_ours: bool) -> dict[str, to
     return {**state, **heads}
 
 
-def load_dit(source: str | Path, config: DCDiTConfig) -> PlainDiT:
-    """The pretrained DiT that a DC-DiT of `config` can start from, in eval mode.
+def from_sit(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """PlainDiT's state dict, in our convention, from that of SiT (arXiv 2401.08740), such as SiT-XL-2-256.pt.
+
+    SiT has DiT's names and shapes, times s in [0, 1] with the data at 1, and predicts data − noise, next to channels
+    that its loss does not use. The output changes its sign. Our embedding of t = 1000·(1 − s) holds SiT's of s up to a
+    linear map, which the first layer takes in: its frequencies ω/1000 are ours from the 96th on, and below the lowest
+    of ours a turn of 0.1 at most is left. The map is solved for in float64; its error is below 1e-6.
+    """
+    ours = from_dit(state)
+    frequency = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float64) / 128)
+    t = torch.linspace(0, 1000, 4001, dtype=torch.float64)[:, None]
+    have, want = (torch.cat([a.cos(), a.sin()], 1) for a in (t * frequency, (1 - t / 1000) * frequency))
+    mix = torch.linalg.lstsq(have, want, rcond=1e-8, driver="gelsd").solution
+    weight = ours["time_embed.mlp.0.weight"]
+    ours["time_embed.mlp.0.weight"] = (weight.double() @ mix.T).to(weight.dtype)
+    used = ours["stem.weight"].shape[1] * ours["stem.weight"].shape[-1] ** 2
+    for key in ("head.weight", "head.bias"):
+        ours[key] = -ours[key][:used]
+    return ours
+
+
+def check_source(source: str | Path) -> None:
+    """Raise CheckpointError for the name of a DiT that is neither a file or folder nor a repository's."""
+    path = Path(source).expanduser()
+    if not path.exists() and (path.suffix or path.parent.exists() or str(source).count("/") != 1):
+        raise CheckpointError(f"there is no DiT at {source}")
+
+
+def load_dit(source: str | Path, config: DCDiTConfig, convention: str = "dit") -> PlainDiT:
+    """The pretrained DiT that a DC-DiT of `config` can start from, in eval mode, with the classes that it has.
 
     `source` is a `.pt` in the original DiT's layout, or what diffusers' `from_pretrained` takes: a directory or
-    Hub repository of DiTTransformer2DModel or of a whole DiTPipeline. Raises CheckpointError naming the key and the
-    shapes that do not fit.
+    Hub repository of DiTTransformer2DModel or of a whole DiTPipeline. `convention` is "dit", or "sit" for a `.pt` of
+    SiT. Raises CheckpointError naming the key and the shapes that do not fit.
     """
-    if Path(source).is_file():
-        state = from_dit(read_state(source)[0])
+    check_source(source)
+    path = Path(source).expanduser()
+    if path.is_file():
+        state = (from_sit if convention == "sit" else from_dit)(read_state(path)[0])
+    elif convention == "sit":
+        raise CheckpointError(f"{source}: a teacher in SiT's convention is a .pt file")
     else:
-        state = from_diffusers(_read_diffusers(source, config))
+        state = from_diffusers(_read_diffusers(str(path) if path.exists() else source, config))
     patch, head = state["stem.weight"].shape[-1], state["head.weight"].shape[0]
     if any(n % patch for n in config.input_size):
         raise CheckpointError(f"{source} has patches of {patch}×{patch} cells, which do not fill {config.input_size}")
     # Only the blocks are used: the teacher may have learned a variance that the student does not, or not.
-    model = PlainDiT(dataclasses.replace(config, learn_sigma=head == 2 * config.in_channels * patch**2), patch)
+    sizes = {"learn_sigma": head == 2 * config.in_channels * patch**2}
+    sizes["num_classes"] = max(1, shape_of(state, "class_embed.weight", 2)[0] - 1)
+    model = PlainDiT(dataclasses.replace(config, **sizes), patch)
     state.setdefault("pos_embed", model.pos_embed)
     load_state(model, {key: tensor.to(torch.float32) for key, tensor in state.items()})
     return model.eval()
@@ -110,10 +146,12 @@ def load_dit(source: str | Path, config: DCDiTConfig) -> PlainDiT:
 def _read_diffusers(source: str | Path, config: DCDiTConfig) -> dict[str, torch.Tensor]:
     from diffusers import DiTTransformer2DModel
 
-    pipeline = (Path(source) / "model_index.json").is_file() or not Path(source).exists()
+    remote = not Path(source).exists()
+    pipeline = remote or (Path(source) / "model_index.json").is_file()
+    options = hub_options(str(source)) if remote else {}
     try:
         model, loaded = DiTTransformer2DModel.from_pretrained(
-            source, subfolder="transformer" if pipeline else None, output_loading_info=True
+            source, subfolder="transformer" if pipeline else None, output_loading_info=True, **options
         )
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .data import Source
-from .diffusion import DDPM, FlowMatching
-from .errors import DataError
+from .diffusion import DDPM, SUB_BATCH, FlowMatching
+from .errors import ConfigError, DataError
 
 # Streams of random numbers; each has a key of its own.
 _SAMPLE, _ORDER, _STEP = range(3)
@@ -103,3 +103,17 @@ def batches(
     except DataError as error:
         # A worker process sends its whole traceback; the last line is what it had to say.
         raise DataError(str(error).splitlines()[-1].removeprefix("dcdit.errors.DataError: ")) from error
+
+
+def check_split(batch_size: int, ranks: int, accumulate: int = 1) -> None:
+    """Raise ConfigError unless the parts of a batch give the losses of the whole: whole sub-batches of the ratio loss.
+
+    There are ranks·accumulate parts.
+    """
+    parts = ranks * accumulate
+    if parts > 1 and batch_size % (parts * SUB_BATCH):
+        names = [f"{ranks} processes"] * (ranks > 1) + [f"{accumulate} accumulated parts"] * (accumulate > 1)
+        raise ConfigError(
+            f"batch_size {batch_size} over {' of '.join(names)} must be a multiple of {parts * SUB_BATCH}: "
+            f"the ratio loss is taken over {SUB_BATCH} samples"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import typing
 from dataclasses import dataclass, field
@@ -17,10 +18,15 @@ from .errors import ConfigError
 # Which numbers the keys take, and how to say so.
 LIMITS = (
     ("steps batch_size accumulate log_every save_every data.size", lambda value: value >= 1, "be at least 1"),
+    ("codec.factor validation.steps", lambda value: value >= 1, "be at least 1"),
+    ("batch_size", lambda value: value <= 2**20, "be at most 1048576"),
     ("seed ratio_weight max_minutes data.workers", lambda value: value >= 0, "not be negative"),
     ("optim.lr optim.weight_decay optim.grad_clip", lambda value: value >= 0, "not be negative"),
-    ("upcycle.distill_weight", lambda value: value >= 0, "not be negative"),
-    ("upcycle.output_share optim.ema_decay", lambda value: 0 <= value <= 1, "be in [0, 1]"),
+    ("optim.warmup_steps drop_warmup snapshot_every codec.scale", lambda value: value >= 0, "not be negative"),
+    ("upcycle.distill_steps upcycle.distill_weight", lambda value: value >= 0, "not be negative"),
+    ("validation.every validation.items validation.samples", lambda value: value >= 0, "not be negative"),
+    ("validation.guidance", lambda value: value >= 0, "not be negative"),
+    ("upcycle.output_share", lambda value: 0 <= value <= 1, "be in [0, 1]"),
     ("label_drop optim.beta2", lambda value: 0 <= value < 1, "be in [0, 1)"),
 )
 
@@ -59,7 +65,10 @@ class CodecConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay to 0, gradients clipped by norm (0: not), EMA of the weights."""
+    """AdamW with linear warm-up and cosine decay to 0, gradients clipped by norm (0: not), EMAs of the weights.
+
+    `ema_decay` may be several; the first is the one of OUTPUT/model, the others are OUTPUT/model-DECAY.
+    """
 
     lr: float = 1e-4
     weight_decay: float = 0.0
@@ -67,7 +76,17 @@ class OptimConfig:
     warmup_steps: int = 0
     cosine: bool = True
     grad_clip: float = 1.0
-    ema_decay: float = 0.9999
+    ema_decay: tuple[float, ...] = (0.9999,)
+
+
+def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
+    """Linear warm-up, then half a cosine to 0 at the last step (or constant)."""
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    if not optim.cosine:
+        return optim.lr
+    progress = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
+    return optim.lr * (1 + math.cos(math.pi * progress)) / 2
 
 
 @dataclass(frozen=True)
@@ -75,24 +94,47 @@ class UpcycleConfig:
     """`source`: the DiT to start from (empty: from scratch); its blocks teach in the first `distill_steps` steps.
 
     `output_share` is the share that the distance from the teacher's prediction has in the first step's diffusion loss;
-    it falls linearly to 0. The teacher must have the same objective.
+    it falls linearly to 0. The teacher must have the same objective. `teacher` is its convention: dit (times 0 to 1000,
+    as here) or sit (times in [0, 1], 1 is data, velocity data − noise; arXiv 2401.08740). `check_teacher` refuses one
+    whose loss on the first items is no better than predicting zero.
     """
 
     source: str = ""
+    teacher: Literal["dit", "sit"] = "dit"
+    check_teacher: bool = True
     distill_steps: int = 5000
     distill_weight: float = 1.0
     output_share: float = 0.0
 
 
 @dataclass(frozen=True)
+class ValidationConfig:
+    """Every so many steps (0: never) the loss of `items` held-out items, and a sheet of `samples` images.
+
+    Digits have held-out items of their own; other data needs `path`, of the same kind as data.path.
+    """
+
+    every: int = 0
+    path: str = ""
+    items: int = 512
+    samples: int = 0
+    steps: int = 25
+    guidance: float = 2.0
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything that `dcdit train` reads. `batch_size` is the global one; `drop_fractions` are the ρ to draw from.
+
+    `init` is a DC-DiT to start from. `snapshot_every` steps (0: never) the first EMA model is kept in
+    OUTPUT/snapshots. `log_with` names trackers of accelerate.
 
     Each process goes through its slice of the batch in `accumulate` parts. With `checkpointing` the backward computes
     the activations of each block again instead of keeping them.
     """
 
     output: str = "runs/train"
+    init: str = ""
     seed: int = 0
     steps: int = 400_000
     batch_size: int = 256
@@ -104,6 +146,7 @@ class TrainConfig:
     codec: CodecConfig = field(default_factory=CodecConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     label_drop: float = 0.1
     ratio_weight: float = 0.03
     drop_fractions: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
@@ -113,8 +156,9 @@ class TrainConfig:
     compile: bool = False
     log_every: int = 10
     save_every: int = 1000
+    snapshot_every: int = 0
     max_minutes: float = 0.0
-    tensorboard: bool = False
+    log_with: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for names, fits, words in LIMITS:
@@ -127,6 +171,15 @@ class TrainConfig:
         for rho in self.drop_fractions:
             if not 0 <= rho < 1 - 2**-25:  # from there on float32 has 1
                 raise ConfigError(f"drop_fractions must lie in [0, 1), got {rho}")
+        for decay in self.optim.ema_decay:
+            if not 0 <= decay <= 1:
+                raise ConfigError(f"optim.ema_decay must be in [0, 1], got {decay}")
+        if not self.optim.ema_decay or len(set(self.optim.ema_decay)) < len(self.optim.ema_decay):
+            raise ConfigError(f"optim.ema_decay needs one or several different values, got {self.optim.ema_decay}")
+        if not self.output:
+            raise ConfigError("output must be a folder, got an empty name")
+        if self.init and self.upcycle.source:
+            raise ConfigError("a run starts from init or from upcycle.source, not from both")
         if not self.drop_fractions:
             raise ConfigError("drop_fractions needs at least one value; [0] trains without dropping")
         if self.data.kind != "digits" and not self.data.path:
@@ -142,7 +195,7 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """All values in JSON types."""
         values = dataclasses.asdict(self)
-        return {**values, "model": self.model.to_dict(), "drop_fractions": list(self.drop_fractions)}
+        return json.loads(json.dumps({**values, "model": self.model.to_dict()}))
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> TrainConfig:
@@ -150,10 +203,10 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> TrainConfig:
     import yaml
 
     try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
+        values = _read_yaml(Path(path).expanduser().read_text(encoding="utf-8")) or {}
     except FileNotFoundError as error:
         raise ConfigError(f"no config file {path}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of keys, found {type(values).__name__}")
@@ -162,11 +215,26 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> TrainConfig:
         if not equals:
             raise ConfigError(f"expected key=value, got {override!r}")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            value = _read_yaml(text)
+        except (yaml.YAMLError, RecursionError) as error:
             raise ConfigError(f"cannot read the value of {override!r}") from error
         _assign(values, key.split("."), value)
     return _build(TrainConfig, values, "")
+
+
+def _read_yaml(text: str) -> Any:
+    """Plain YAML; a key that stands twice in one mapping is refused, where PyYAML takes the last."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+            twice = next((key for key in keys if keys.count(key) > 1), None)
+            if twice is not None:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {twice} is there twice", node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader)  # a SafeLoader: plain values only
 
 
 def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:
@@ -179,6 +247,10 @@ def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:
 
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     hints = typing.get_type_hints(cls) | ({"preset": str} if cls is DCDiTConfig else {})
+    for key in values:
+        groups = [name for name, hint in hints.items() if key in getattr(hint, "__dataclass_fields__", ())]
+        if key not in hints and groups:
+            raise ConfigError(f"unknown config key {key!r}; did you mean '{groups[0]}.{key}'?")
     check_keys(values, hints, (prefix or "config").rstrip("."))
     given = {key: _convert(hints[key], value, prefix + key) for key, value in values.items()}
     return cls.from_dict(given) if cls is DCDiTConfig else cls(**given)
@@ -197,8 +269,9 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
             raise ConfigError(f"{name} must be one of {', '.join(args)}, got {value!r}")
         return value
     if origin is tuple:
-        # One number stands for a list of it, a size for both sides.
-        items = [value] * (1 if Ellipsis in args else len(args)) if isinstance(value, (int, float)) else value
+        # One value stands for a list of it, a size for both sides.
+        single = isinstance(value, int | float | str)
+        items = [value] * (1 if Ellipsis in args else len(args)) if single else value
         if not isinstance(items, list):
             raise ConfigError(f"{name} must be a list, got {value!r}")
         return tuple(_convert(args[0], item, name) for item in items)

@@ -6,6 +6,7 @@ import contextlib
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,55 +14,63 @@ import torch
 
 from .checkpoints import check_place, save_checkpoint
 from .codecs import make_codec
-from .data import Source, make_source
-from .diffusion import SUB_BATCH, make_objective, ratio_loss
-from .errors import ConfigError, DataError, DCDiTError
+from .data import check_codec, make_source
+from .diffusion import make_objective, ratio_loss
+from .errors import DataError, DCDiTError
+from .files import locked
+from .interrupts import held_back, raised
+from .launch import make_accelerator
 from .model import DCDiT
 from .precision import float32_products
-from .ranks import cpu_ranks
+from .progress import Progress
+from .resume import Change, compare, describe_data
 from .routing import Routing
-from .stream import TrainingStream, batches, draw_drop_fraction
-from .train_config import OptimConfig, TrainConfig
-from .train_state import EMA, Metrics, load_state, save_state
+from .run_header import describe_run
+from .stream import TrainingStream, batches, check_split, draw_drop_fraction
+from .train_config import TrainConfig, learning_rate
+from .train_state import EMA, Metrics, load_state, read_header, save_state
+from .validation import Validation
+from .warm_start import start_from
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, allow: Sequence[str] = ()) -> Path:
     """Train, or resume what `config.output` holds, and return the directory of the EMA model.
 
     Writes OUTPUT/last.safetensors (to resume from), OUTPUT/model (the EMA, for `dcdit sample`) and
-    OUTPUT/metrics.jsonl. Raises DCDiTError for input that cannot be used.
+    OUTPUT/metrics.jsonl. `allow` names keys that may differ from those of the run that is resumed. Raises DCDiTError
+    for input that cannot be used.
     """
     kind = Trainer
     if config.upcycle.source:
         from .upcycle import Upcycler
 
         kind = Upcycler
-    trainer = kind(config)
-    try:
-        return trainer.run()
-    except KeyboardInterrupt:
-        trainer.save_interrupted()
-        raise
-    finally:
-        trainer.close()
+    with raised():
+        trainer = kind(config, allow)
+        try:
+            trainer.accelerator.print(describe_run(trainer), flush=True)
+            return trainer.run()
+        except KeyboardInterrupt:
+            trainer.save_interrupted()
+            raise
+        finally:
+            trainer.close()
 
 
 class Trainer:
     """One run. Everything random about a step is a function of (seed, step), see `dcdit.stream`."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        from accelerate import Accelerator
-
+    def __init__(self, config: TrainConfig, allow: Sequence[str] = ()) -> None:
         self.config = config
-        self.accelerator = Accelerator(mixed_precision=config.precision, cpu=cpu_ranks())
+        self.accelerator = make_accelerator(config)
         self.device, self.ranks = self.accelerator.device, self.accelerator.num_processes
         check_split(config.batch_size, self.ranks, config.accumulate)
         self.objective = make_objective(config.objective, config.model.learn_sigma)
-        source = make_source(config.data, config.model)
-        _check_encoded(source, config.codec.options())
-        self.codec = None if source.encoded else make_codec(**config.codec.options())
+        self.source = make_source(config.data, config.model)
+        check_codec(self.source, config.codec.options())
+        self.codec = None if self.source.encoded else make_codec(**config.codec.options())
         self.stream = TrainingStream(
-            source,
+            self.source,
             self.objective,
             (config.model.in_channels, *config.model.input_size),
             config.model.num_classes,
@@ -72,15 +81,23 @@ class Trainer:
             skip_broken=config.data.skip_broken,
         )
         self._check_latents()
+        self.validation = None
+        if config.validation.every:
+            self.validation = Validation(config, self.objective, self.codec, self.source.class_names)
 
         torch.manual_seed(config.seed)
-        self.net = self.make_net().to(self.device)
+        net = self.make_net()
+        self.started = "fresh weights"
+        if config.init:
+            use = {"objective": config.objective, "codec": config.codec.options()}
+            self.started = start_from(net, config.init, self.source.class_names, use)
+        self.net = net.to(self.device)
         self.net.main.gradient_checkpointing = config.checkpointing
         if config.channels_last:
             self.net = self.net.to(memory_format=torch.channels_last)
-        net = torch.compile(self.net, fullgraph=True, dynamic=True) if config.compile else self.net
-        self.model = self.accelerator.prepare(net)
-        self.ema = EMA(self.net, config.optim.ema_decay)
+        compiled = torch.compile(self.net, fullgraph=True, dynamic=True) if config.compile else self.net
+        self.model = self.accelerator.prepare(compiled)
+        self.emas = [EMA(self.net, decay) for decay in config.optim.ema_decay]
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
             self.net.parameters(),
@@ -90,19 +107,42 @@ class Trainer:
             fused=True,
         )
 
-        self.output = Path(config.output)
-        check_place(self.output / "model")  # as each save will: the steps before it would be lost
-        self.last = self.output / "last.safetensors"
-        self.step = 0
+        self.output = Path(config.output).expanduser()
+        for decay in config.optim.ema_decay:
+            check_place(self._place(decay))  # as each save will: the steps before it would be lost
+        self.held = contextlib.ExitStack()
+        if self.accelerator.is_main_process:
+            self.output.mkdir(parents=True, exist_ok=True)
+            self.held.enter_context(locked(self.output))
+        try:
+            self._resume(allow)
+        except BaseException:
+            self.held.close()
+            raise
+
+    def _resume(self, allow: Sequence[str]) -> None:
+        """Load what the output holds, and open the metrics. Raises ConfigError for a run of another configuration."""
+        config = self.config
+        self.last, self.step = self.output / "last.safetensors", 0
+        self.data, self.changes = describe_data(self.source), list[Change]()
         if self.last.exists():
-            self.step = load_state(self.last, config.to_dict(), self.net, self.ema, self.optimizer)
+            header = read_header(self.last)
+            new = compare(header["step"], header["config"], config.to_dict(), allow, header.get("data"), self.data)
+            load_state(self.last, self.net, self.emas, self.optimizer)
+            self.step, self.changes = header["step"], [*header.get("changes", []), *new]
         self.saved, self.updating = self.step, False
         self.metrics = None
         if self.accelerator.is_main_process:
-            self.output.mkdir(parents=True, exist_ok=True)
-            for copy in self.output.glob(".model.*"):  # of a run that was killed in the middle of a save
+            for copy in self.output.glob(".model*"):  # of a run that was killed in the middle of a save
                 shutil.rmtree(copy, ignore_errors=True)
-            self.metrics = Metrics(self.output, self.step, config.tensorboard)
+            self.metrics = Metrics(self.output, self.step)
+        if config.log_with:
+            values = {
+                key: value if isinstance(value, int | float | str) else str(value)
+                for key, value in config.to_dict().items()
+            }
+            purge = {"tensorboard": {"purge_step": self.step + 1}}
+            self.accelerator.init_trackers("dcdit", config=values, init_kwargs=purge)
 
     def make_net(self) -> DCDiT:
         """The model before its first step."""
@@ -119,26 +159,27 @@ class Trainer:
 
     def run(self) -> Path:
         """Train to the last step, or to `max_minutes`; save, and return the directory of the EMA model."""
-        from tqdm import tqdm
-
         config, main = self.config, self.accelerator.is_main_process
         rank, workers = self.accelerator.process_index, config.data.workers
         start, since, since_step = time.monotonic(), time.monotonic(), self.step
-        bar = tqdm(initial=self.step, total=config.steps, unit="step", disable=not main, dynamic_ncols=True)
-        with bar, float32_products("high" if config.precision == "bf16" else None):
+        progress = Progress(self.step, config.steps, main)
+        with contextlib.closing(progress), float32_products("high" if config.precision == "bf16" else None):
             for batch in batches(self.stream, self.step, config.steps, rank, self.ranks, workers):
-                values = self._guarded_step(batch)
-                self.step += 1
-                self.updating = False
-                bar.update()
-                if self.step % config.log_every == 0 or self.step == config.steps:
-                    numbers = self._reduced(values)
-                    now = time.monotonic()
-                    speed = (self.step - since_step) * config.batch_size / (now - since)
-                    since, since_step = now, self.step
-                    self._report(bar, {"step": self.step, **numbers, "images_per_s": speed})
-                if self.step % config.save_every == 0:
-                    self._save()
+                # The first process saves the step that it is in; the others stay for it until they are ended.
+                with held_back(ignore=not main):
+                    values = self._guarded_step(batch)
+                    self.step += 1
+                    self.updating = False
+                    progress.advance()
+                    if self.step % config.log_every == 0 or self.step == config.steps:
+                        numbers = self._reduced(values)
+                        now = time.monotonic()
+                        speed = (self.step - since_step) * config.batch_size / (now - since)
+                        since, since_step = now, self.step
+                        self._report(progress, {"step": self.step, **numbers, "images_per_s": speed})
+                    if self.step % config.save_every == 0:
+                        self._save()
+                    self._look()
                 if config.max_minutes and self._time_is_up(start):
                     break
         if self.saved != self.step or not (self.output / "model").exists():
@@ -150,14 +191,16 @@ class Trainer:
         return self.output / "model"
 
     def save_interrupted(self) -> None:
-        """Save the steps since the last save; not half an update, nor where other ranks may have left a step undone."""
-        if self.saved != self.step and not self.updating and self.ranks == 1:
+        """Save the steps since the last save; not half an update."""
+        if self.saved != self.step and not self.updating:
             self._save()
 
     def close(self) -> None:
-        """Close the metrics."""
-        if self.metrics:
-            self.metrics.close()
+        """Let others have the output, and end the trackers."""
+        self.held.close()
+        if self.accelerator.is_main_process:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
 
     def train_step(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | float]:
         """One optimiser step on this rank's slice of the batch; returns what metrics.jsonl records."""
@@ -181,7 +224,8 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), config.optim.grad_clip or math.inf)
         self.updating = True  # until the step is counted
         self.optimizer.step()
-        self.ema.update(self.net, self.step)
+        for ema in self.emas:
+            ema.update(self.net, self.step)
         return {**sums, "drop_fraction": rho, "grad_norm": norm, "lr": lr}
 
     def losses(
@@ -222,27 +266,68 @@ class Trainer:
             raise self._diverged(str(error)) from error
 
     def _diverged(self, how: str) -> DCDiTError:
-        return DCDiTError(f"training diverged: {how} at step {self.step}; try a smaller optim.lr")
+        again = (
+            f"; step {self.saved} is saved: resume with a smaller optim.lr and --allow optim.lr" if self.saved else ""
+        )
+        return DCDiTError(f"training diverged: {how} at step {self.step}{again or '; try a smaller optim.lr'}")
 
-    def _report(self, bar, values: dict[str, float]) -> None:
+    def _report(self, progress: Progress, values: dict[str, float]) -> None:
+        self._log(values)
+        progress.report(f"loss {values['loss']:.4f}, kept {values['kept']:.1%}, {values['images_per_s']:.1f} images/s")
+
+    def _log(self, values: dict[str, float]) -> None:
         if self.metrics:
             self.metrics.write(values)
-        bar.set_postfix_str(
-            f"loss {values['loss']:.4f}, kept {values['kept']:.1%}, {values['images_per_s']:.1f} images/s"
-        )
+        if self.config.log_with:
+            self.accelerator.log(
+                {key: value for key, value in values.items() if key != "step"}, step=int(values["step"])
+            )
+
+    def _look(self) -> None:
+        """Snapshots and validation, where their step has come. On the first process, from the averaged weights."""
+        config = self.config
+        snapshot = config.snapshot_every and self.step % config.snapshot_every == 0
+        validate = self.validation and self.step % config.validation.every == 0
+        if not (snapshot or validate) or not self.accelerator.is_main_process:
+            return
+        model = self._average(self.emas[0]).to(self.device).eval()
+        if snapshot:
+            save_checkpoint(self.output / "snapshots" / f"step-{self.step:07d}", model, self._use())
+        if validate:
+            numbers = self.validation.loss(model, self.accelerator.autocast)
+            if numbers:
+                self._log({"step": self.step, **numbers})
+            if config.validation.samples:
+                self.validation.draw(model, self.output / "samples" / f"step-{self.step:07d}.png")
+
+    def _average(self, ema: EMA) -> DCDiT:
+        average = DCDiT(self.config.model)
+        average.load_state_dict(ema.state_dict() | dict(self.net.named_buffers()))
+        return average
+
+    def _place(self, decay: float) -> Path:
+        """The folder of an average: model, and model-DECAY for those after the first."""
+        return self.output / ("model" if decay == self.config.optim.ema_decay[0] else f"model-{decay:g}")
+
+    def _use(self) -> dict[str, Any]:
+        """What a checkpoint says about its use and its making."""
+        config = self.config.to_dict()
+        use = {"objective": config["objective"], "codec": self.config.codec.options(), "data": config["data"]}
+        names = self.source.class_names
+        use |= {"class_names": names} if names and len(names) == self.config.model.num_classes else {}
+        use |= {"changes": self.changes} if self.changes else {}
+        return {**use, "step": self.step, "training": config}
 
     def _save(self) -> None:
         """Raises DCDiTError, before anything is written, where training has diverged since the last log."""
-        if not all(value.isfinite().all() for value in (*self.net.parameters(), *self.ema.values)):
+        if not all(value.isfinite().all() for value in (*self.net.parameters(), *self.emas[0].values)):
             raise self._diverged("weights that are not finite")
         if self.accelerator.is_main_process:
-            config = self.config.to_dict()
-            average = DCDiT(self.config.model)
-            average.load_state_dict(self.ema.state_dict() | dict(self.net.named_buffers()))
-            extra = {"objective": config["objective"], "codec": self.config.codec.options(), "data": config["data"]}
-            save_checkpoint(self.output / "model", average, {**extra, "step": self.step, "training": config})
+            for decay, ema in zip(self.config.optim.ema_decay, self.emas, strict=True):
+                save_checkpoint(self._place(decay), self._average(ema), self._use())
             # Last, so that a run killed between the two comes back to an older step and writes both again.
-            save_state(self.last, self.step, config, self.net, self.ema, self.optimizer)
+            header = {"step": self.step, "config": self.config.to_dict(), "data": self.data, "changes": self.changes}
+            save_state(self.last, header, self.net, self.emas, self.optimizer)
         self.saved = self.step
 
     def _time_is_up(self, start: float) -> bool:
@@ -260,34 +345,3 @@ class Trainer:
                 f"the data gives latents of shape {tuple(latent[0].shape)}, "
                 f"the model takes {tuple(item['noise'].shape)} (model.in_channels, model.input_size)"
             )
-
-
-def _check_encoded(source: Source, codec: dict[str, Any]) -> None:
-    """Raise ConfigError where latents say that another codec made them."""
-    made_by = getattr(source, "codec", None)
-    if made_by not in (None, codec):
-        raise ConfigError(f"the latents were made by codec {made_by}, the configuration says {codec}")
-
-
-def check_split(batch_size: int, ranks: int, accumulate: int = 1) -> None:
-    """Raise ConfigError unless the parts of a batch give the losses of the whole: whole sub-batches of the ratio loss.
-
-    There are ranks·accumulate parts.
-    """
-    parts = ranks * accumulate
-    if parts > 1 and batch_size % (parts * SUB_BATCH):
-        names = [f"{ranks} processes"] * (ranks > 1) + [f"{accumulate} accumulated parts"] * (accumulate > 1)
-        raise ConfigError(
-            f"batch_size {batch_size} over {' of '.join(names)} must be a multiple of {parts * SUB_BATCH}: "
-            f"the ratio loss is taken over {SUB_BATCH} samples"
-        )
-
-
-def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine to 0 at the last step (or constant)."""
-    if step < optim.warmup_steps:
-        return optim.lr * (step + 1) / optim.warmup_steps
-    if not optim.cosine:
-        return optim.lr
-    progress = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
-    return optim.lr * (1 + math.cos(math.pi * progress)) / 2

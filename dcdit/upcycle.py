@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
 from .config import DCDiTConfig
 from .embedders import sincos_2d
-from .errors import ConfigError
+from .errors import CheckpointError, ConfigError
 from .model import DCDiT
 from .plain_dit import PlainDiT
-from .pretrained_dit import load_dit
+from .pretrained_dit import check_source, load_dit
 from .pretrained_dit import to_dit as to_dit
 from .routing import Routing
 from .train_config import TrainConfig
@@ -21,20 +22,24 @@ from .training import Trainer
 def upcycle(teacher: PlainDiT, config: DCDiTConfig) -> DCDiT:
     """A DCDiT with the teacher's blocks and frozen embedders; everything else is fresh.
 
-    Needs `config.cond_norm`. The position table counts in the teacher's patches, the unit that the blocks know.
+    Needs `config.cond_norm`. The position table counts in the teacher's patches, the unit that the blocks know. Where
+    the teacher has another number of classes, the student's embeddings are fresh and trained, but for "no class".
     """
     if not config.cond_norm:
         raise ConfigError("an upcycled model needs cond_norm=True in its configuration")
     model = DCDiT(config)
-    for ours, theirs in (
-        (model.main.blocks, teacher.blocks),
-        (model.time_embed, teacher.time_embed),
-        (model.class_embed, teacher.class_embed),
-    ):
+    pairs = [(model.main.blocks, teacher.blocks), (model.time_embed, teacher.time_embed)]
+    same_classes = model.class_embed.weight.shape == teacher.class_embed.weight.shape
+    if same_classes:
+        pairs.append((model.class_embed, teacher.class_embed))
+    else:
+        with torch.no_grad():
+            model.class_embed.weight[-1] = teacher.class_embed.weight[-1]
+    for ours, theirs in pairs:
         ours.load_state_dict(theirs.state_dict())
     model.pos_embed.copy_(sincos_2d(config.hidden_size, config.input_size, teacher.patch))
     model.time_embed.requires_grad_(False)
-    model.class_embed.requires_grad_(False)
+    model.class_embed.requires_grad_(not same_classes)
     return model
 
 
@@ -75,17 +80,47 @@ class Upcycler(Trainer):
     predictions has a share of the diffusion loss, from `upcycle.output_share` in the first step to 0 in the last.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        super().__init__(dataclasses.replace(config, model=dataclasses.replace(config.model, cond_norm=True)))
+    def __init__(self, config: TrainConfig, allow: Sequence[str] = ()) -> None:
+        check_source(config.upcycle.source)  # before the data is looked for
+        super().__init__(dataclasses.replace(config, model=dataclasses.replace(config.model, cond_norm=True)), allow)
 
     def make_net(self) -> DCDiT:
-        self.teacher: PlainDiT | None = load_dit(self.config.upcycle.source, self.config.model).to(self.device)
+        config = self.config
+        self.teacher: PlainDiT | None = load_dit(config.upcycle.source, config.model, config.upcycle.teacher)
+        self.teacher = self.teacher.to(self.device)
+        self._check_teacher()
         self.targets: list[torch.Tensor] = []
         for block in self.teacher.blocks:
             block.register_forward_hook(lambda _, inputs, output: self.targets.append(output))
         net = upcycle(self.teacher, self.config.model)
         net.main.record = []
         return net
+
+    @torch.no_grad()
+    def _check_teacher(self) -> None:
+        """Compare the teacher's loss on the first items with that of predicting zero. Raises CheckpointError."""
+        items = [self.stream[i] for i in range(min(self.config.batch_size, 64))]
+        image, noise, t, y = (
+            torch.stack([i[key] for i in items]).to(self.device) for key in ("image", "noise", "t", "y")
+        )
+        x0 = image if self.codec is None else self.codec.encode(image)
+        x, channels = self.objective.add_noise(x0, noise, t), self.config.model.in_channels
+        target = noise - x0 if self.config.objective == "flow" else noise
+        known = self.teacher(x, t, self._labels(y))[:, :channels]
+        loss, zero = float((known - target).square().mean()), float(target.square().mean())
+        source = self.config.upcycle.source
+        self.accelerator.print(f"teacher {source}: loss {loss:.4g} on the first items; predicting zero has {zero:.4g}")
+        if loss >= zero and self.config.upcycle.check_teacher:
+            raise CheckpointError(
+                f"{source} is no teacher for objective {self.config.objective}: its loss is {loss:.4g} on the first "
+                f"items, predicting zero has {zero:.4g}; upcycle.teacher=sit is for SiT's convention, "
+                "upcycle.check_teacher=false goes on"
+            )
+
+    def _labels(self, y: torch.Tensor) -> torch.Tensor:
+        """The teacher's labels: its own "no class" for all, where it has other classes."""
+        count = self.teacher.class_embed.num_embeddings
+        return y if count == self.config.model.num_classes + 1 else torch.full_like(y, count - 1)
 
     def teach(
         self, diffusion: torch.Tensor, inputs: tuple[torch.Tensor, ...], output: torch.Tensor, routing: Routing
@@ -98,7 +133,8 @@ class Upcycler(Trainer):
             self.teacher = None
             return loss, parts
         with torch.no_grad(), self.accelerator.autocast():
-            known = self.teacher(*inputs).float()
+            x, t, y = inputs
+            known = self.teacher(x, t, self._labels(y)).float()
         if config.output_share:
             # Where one of them learns a variance, its channels are the second half.
             channels = self.config.model.in_channels

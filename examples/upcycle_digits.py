@@ -48,7 +48,7 @@ def train_teacher(folder: Path, steps: int) -> None:
         nn.init.zeros_(module.weight), nn.init.zeros_(module.bias)
     for table in (model.class_embed.weight, model.time_embed.mlp[0].weight, model.time_embed.mlp[2].weight):
         nn.init.normal_(table, std=0.02)
-    optim, ema = OptimConfig(lr=3e-3, warmup_steps=200, ema_decay=0.999), EMA(model, 0.999)
+    optim, ema = OptimConfig(lr=3e-3, warmup_steps=200, ema_decay=(0.999,)), EMA(model, 0.999)
     optimizer = torch.optim.AdamW(model.parameters(), lr=optim.lr, betas=(0.9, optim.beta2), weight_decay=0, fused=True)
     stream = TrainingStream(Digits(), objective, (4, 14, 14), 10, seed=1, batch_size=BATCH, label_drop=0.1)
     total = 0.0

@@ -26,6 +26,17 @@ def digits(tmp_path):
         ("optim.grad_clip=-1", "optim.grad_clip must not be negative"),
         ("optim.beta2=1", "optim.beta2 must be in [0, 1), got 1.0"),
         ("optim.ema_decay=2", "optim.ema_decay must be in [0, 1], got 2.0"),
+        ("optim.ema_decay=[]", "optim.ema_decay needs one or several different values"),
+        ("optim.ema_decay=[0.9,0.9]", "optim.ema_decay needs one or several different values"),
+        ("optim.warmup_steps=-1", "optim.warmup_steps must not be negative, got -1"),
+        ("drop_warmup=-1", "drop_warmup must not be negative, got -1"),
+        ("codec.factor=0", "codec.factor must be at least 1, got 0"),
+        ("batch_size=100000000000", "batch_size must be at most 1048576, got 100000000000"),
+        ("num_classes=3", "unknown config key 'num_classes'; did you mean 'model.num_classes'?"),
+        ("output=", "output must be text, got None"),
+        ('output=""', "output must be a folder, got an empty name"),
+        ("optim={lr: 1, lr: 2}", "cannot read the value of"),
+        ("drop_fractions=" + "[" * 5000, "cannot read the value of"),
         ("ratio_weight=-0.1", "ratio_weight must not be negative"),
         ("max_minutes=-1", "max_minutes must not be negative"),
         ("upcycle.distill_weight=nan", "upcycle.distill_weight must be finite"),
@@ -53,10 +64,28 @@ def test_sizes_of_a_model_are_finite_and_positive(name, value):
         DCDiTConfig.from_dict({name: value})
 
 
+def test_keys_that_stand_twice_are_refused(tmp_path):
+    file = tmp_path / "twice.yaml"
+    file.write_text("model: {preset: digits}\nsteps: 3\nsteps: 4\n")
+    with pytest.raises(ConfigError, match=r"twice\.yaml is not YAML: the key steps is there twice"):
+        load_config(file)
+    file.write_text("model: " + "[" * 5000)
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load_config(file)
+    file.write_text("defaults: &d {lr: 1.0}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="unknown config key 'defaults'"):
+        load_config(file)
+
+
+def test_latents_need_the_autoencoder_that_made_them(digits):
+    with pytest.raises(ConfigError, match=r"data\.kind=latents needs the autoencoder that made them"):
+        load_config(digits, ["data.kind=latents", "data.path=x"])
+
+
 def test_the_ends_of_the_ranges_are_taken(digits):
     ends = ["optim.lr=0", "optim.beta2=0", "optim.ema_decay=1", "seed=9223372036854775807", "drop_fractions=0.9999999"]
     config = load_config(digits, ends)
-    assert config.seed == 2**63 - 1 and config.optim.ema_decay == 1 and config.drop_fractions == (0.9999999,)
+    assert config.seed == 2**63 - 1 and config.optim.ema_decay == (1,) and config.drop_fractions == (0.9999999,)
 
 
 def test_defaults_that_need_another_value_say_which(tmp_path):

@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from accelerate.utils import LoggerType
 
 from dcdit.checkpoints import load_checkpoint
 from dcdit.cli import main
@@ -309,7 +310,9 @@ def test_bad_config_files_and_checkpoints_are_one_line(whole, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(whole, copy)
     tiny, output = copy / "tiny.yaml", f"output={copy}"
-    assert "optim.lr=0.0003, this run asks for 1.0" in fails(capsys, tiny, output, "optim.lr=1")
+    assert "optim.lr=0.0003, this run asks for 1.0; give another output, or go on with --allow optim.lr" in fails(
+        capsys, tiny, output, "optim.lr=1"
+    )
     data = (copy / "last.safetensors").read_bytes()
     (copy / "last.safetensors").write_bytes(data[: len(data) // 2])
     assert "truncated or not a training checkpoint" in fails(capsys, tiny, output)
@@ -328,24 +331,41 @@ def test_divergence_stops_with_one_line(overrides, tiny, tmp_path, capsys):
     assert not (tmp_path / "model").exists()
 
 
-def test_tensorboard_gets_the_metrics(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert "pip install tensorboard" in fails(capsys, tiny, f"output={tmp_path / 'a'}", "tensorboard=true")
+def test_trackers_of_accelerate_get_the_metrics(tiny, tmp_path, monkeypatch, capsys):
+    assert "log_with must be among aim, tensorboard, wandb" in fails(
+        capsys, tiny, f"output={tmp_path / 'a'}", "log_with=tensorbord"
+    )
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
+    assert "pip install wandb" in fails(capsys, tiny, f"output={tmp_path / 'a'}", "log_with=wandb")
+    monkeypatch.undo()
     written = {}
 
     class SummaryWriter:
         def __init__(self, directory, purge_step):
-            assert purge_step == 1
+            assert purge_step == 1 and directory == str(tmp_path / "b" / "tensorboard" / "dcdit")
 
-        def add_scalar(self, key, value, step):
-            written.setdefault(step, {})[key] = value
+        def add_scalar(self, key, value, global_step):
+            written.setdefault(global_step, {})[key] = value
+
+        def add_hparams(self, values, metric_dict):
+            written["steps"] = values["steps"]
+
+        def flush(self):
+            pass
 
         def close(self):
             written["closed"] = True
 
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
-    lines = run(tiny, tmp_path / "b", "tensorboard=true", "steps=2")
-    assert written.pop("closed") and sorted(written) == [1, 2] and written[2]["loss"] == lines[1]["loss"]
+    board = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setattr(torch.utils, "tensorboard", board, raising=False)
+    for module in ("accelerate.tracking", "accelerate.accelerator"):
+        monkeypatch.setattr(f"{module}.is_tensorboard_available", lambda: True, raising=False)
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [LoggerType.TENSORBOARD])
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.TENSORBOARD])
+    lines = run(tiny, tmp_path / "b", "log_with=tensorboard", "steps=2")
+    assert written.pop("closed") and written.pop("steps") == 2
+    assert sorted(written) == [1, 2] and written[2]["loss"] == lines[1]["loss"]
 
 
 def test_gradients_clipped_at_zero_are_not_clipped(tiny, tmp_path):

@@ -11,7 +11,7 @@ from dcdit import DCDiT, DCDiTConfig
 from dcdit.cli import main
 from dcdit.errors import CheckpointError, ConfigError
 from dcdit.plain_dit import PlainDiT
-from dcdit.pretrained_dit import from_dit
+from dcdit.pretrained_dit import from_dit, from_sit
 from dcdit.train_config import load_config
 from dcdit.upcycle import Upcycler, distillation_loss, load_dit, to_dit, upcycle
 
@@ -150,6 +150,7 @@ def test_distillation_loss_is_the_loop():
 
 def words(teacher, output, *more):
     sizes = ["model.hidden_size=32", "model.depth=1", "model.num_heads=1", "batch_size=16", "steps=4", "log_every=1"]
+    sizes += ["upcycle.check_teacher=false"]  # its weights are random
     return ["upcycle", "--from", str(teacher), "configs/digits.yaml", f"output={output}", *sizes, *more]
 
 
@@ -196,6 +197,61 @@ def test_distillation_teaches_the_blocks(digits_teacher, tmp_path):
         losses.append(float(trainer.train_step(batch)["distillation_loss"]))
     trainer.close()
     assert losses[-1] < 0.7 * losses[0]
+
+
+def sit_layout(model):
+    """A SiT `.pt` that computes −model(x, 1000·(1 − s)), by a sinusoid of s of its own: a reference that is no map."""
+    state = to_dit(model)
+    half = state["final_layer.linear.weight"]
+    cells, channels = 4, half.shape[0] // 4
+    for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        value = state[key].unflatten(0, (cells, channels))
+        state[key] = torch.cat([-value, torch.randn_like(value)], dim=1).flatten(0, 1)  # and channels that are not used
+    return state
+
+
+def test_a_sit_is_turned_into_our_convention():
+    """The converted teacher at t gives −SiT(s = 1 − t/1000), SiT's embedding computed in float64."""
+    torch.manual_seed(0)
+    config = DCDiTConfig(**{**CONFIG.to_dict(), "learn_sigma": False})
+    model = randomised(PlainDiT(config)).double()
+    state = from_sit({key: value.float() for key, value in sit_layout(model).items()})
+    ours = PlainDiT(config)
+    ours.load_state_dict(state)
+    x, t, y = (
+        torch.randn(5, 4, 8, 8).double(),
+        torch.tensor([0.0, 1.5, 400.0, 731.0, 1000.0]),
+        torch.tensor([0, 4, 5, 1, 2]),
+    )
+    frequency = 10000.0 ** (-torch.arange(128, dtype=torch.float64) / 128)
+    angle = (1 - t.double() / 1000)[:, None] * frequency
+    embedding = model.time_embed.mlp(torch.cat([angle.cos(), angle.sin()], 1))
+    model.time_embed.forward = lambda t, dtype=None: embedding
+    with torch.no_grad():
+        # SiT's data − noise, with the sign turned, is ours; sit_layout turned the weights of `model` around.
+        torch.testing.assert_close(ours(x.float(), t, y), model(x, t, y).float(), rtol=0, atol=2e-4)
+
+
+def test_a_teacher_that_predicts_worse_than_zero_is_refused(digits_teacher, tmp_path, capsys):
+    assert main(words(digits_teacher, tmp_path / "a", "upcycle.check_teacher=true")) == 2
+    captured = capsys.readouterr()
+    assert "is no teacher for objective flow: its loss is" in captured.err and "predicting zero has" in captured.out
+    assert not (tmp_path / "a").exists()
+    assert main(words(tmp_path / "none.pt", tmp_path / "a", "data.kind=folder", "data.path=nowhere")) == 2
+    assert "there is no DiT at" in capsys.readouterr().err  # before the data is looked for
+
+
+def test_a_student_may_have_other_classes(digits_teacher, tmp_path):
+    overrides = words(digits_teacher, tmp_path / "run", "model.num_classes=12", f"upcycle.source={digits_teacher}")[4:]
+    trainer = Upcycler(load_config("configs/digits.yaml", overrides))
+    table, teacher = trainer.net.class_embed.weight, trainer.teacher.class_embed.weight
+    assert table.shape == (13, 32) and table.requires_grad and torch.equal(table[-1], teacher[-1])
+    seen = []
+    trainer.teacher.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
+    batch = torch.utils.data.default_collate([trainer.stream[i] for i in range(16)])
+    assert torch.isfinite(trainer.train_step(batch)["loss"])
+    trainer.close()
+    assert torch.equal(seen[0], torch.full((16,), 10))  # the teacher's own "no class"
 
 
 def test_predictions_are_distilled(digits_teacher, tmp_path):
@@ -249,7 +305,6 @@ def test_what_does_not_fit_is_named(theirs, tmp_path, monkeypatch):
             CONFIG,
             r"fc2\.bias: expected shape \(64,\), found \(3,\)",
         ),
-        (saved(), config(num_classes=9), r"class_embed\.weight: expected shape \(10, 64\), found \(6, 64\)"),
         (saved(), config(input_size=9), r"patches of 2×2 cells, which do not fill \(9, 9\)"),
         (saved(**{"final_layer.linear.weight": None}), CONFIG, "this is no DiT"),
         (saved(**{"final_layer.linear.bias": None}), CONFIG, r"missing keys in checkpoint: head\.bias"),
@@ -262,7 +317,8 @@ def test_what_does_not_fit_is_named(theirs, tmp_path, monkeypatch):
         ),
         (saved(pos_embed=torch.ones(2, 16, 64)), CONFIG, r"pos_embed: expected shape \(16, 64\), found \(2, 16, 64\)"),
         (tmp_path / "dit", config(num_heads=4), "num_heads: expected 4 as in the configuration, found 2"),
-        (tmp_path / "absent", CONFIG, "neither a .pt nor a DiT"),
+        (tmp_path / "absent", CONFIG, "there is no DiT at"),
+        ("someone/absent", CONFIG, "neither a .pt nor a DiT"),
     ):
         with pytest.raises(CheckpointError, match=text):
             load_dit(source, sizes)

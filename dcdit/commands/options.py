@@ -31,6 +31,17 @@ def interval(text: str) -> tuple[float, float]:
     return low, high
 
 
+def add_allow(parser: argparse.ArgumentParser) -> None:
+    """--allow of `dcdit train` and `dcdit upcycle`."""
+    parser.add_argument(
+        "--allow",
+        type=lambda text: [key.strip() for key in text.split(",") if key.strip()],
+        default=[],
+        metavar="KEYS",
+        help="keys that may differ from the run that is resumed, such as optim.lr,precision; the change is recorded",
+    )
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Options of the trajectory."""
     parser.add_argument("--classes", metavar="IDS", help="such as 0-9 or 1,3,5, or names such as cat,dog (all)")

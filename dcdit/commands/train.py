@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 
+from .options import add_allow
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `dcdit train`."""
     parser.add_argument("config", help="a YAML file, such as configs/digits.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as steps=1000 optim.lr=1e-3")
+    add_allow(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -16,4 +19,4 @@ def run(args: argparse.Namespace) -> None:
     from ..train_config import load_config
     from ..training import train
 
-    train(load_config(args.config, args.overrides))
+    train(load_config(args.config, args.overrides), args.allow)

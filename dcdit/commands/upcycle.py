@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from .options import add_allow
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `dcdit upcycle`."""
@@ -16,6 +18,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT",
         help="a .pt of the original DiT; or a directory or Hub repository of diffusers' DiT",
     )
+    add_allow(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -23,4 +26,4 @@ def run(args: argparse.Namespace) -> None:
     from ..train_config import load_config
     from ..training import train
 
-    train(load_config(args.config, [*args.overrides, f"upcycle.source={args.source}"]))
+    train(load_config(args.config, [*args.overrides, f"upcycle.source={args.source}"]), args.allow)
