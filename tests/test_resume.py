@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
-from dcdit.checkpoints import load_checkpoint, save_checkpoint
+from dcdit.checkpoints import load_checkpoint, load_release, save_checkpoint
 from dcdit.cli import main
 from dcdit.config import DCDiTConfig
 from dcdit.data import Digits
@@ -245,14 +245,15 @@ def test_init_takes_what_fits(tiny, tmp_path):
 
 def test_init_from_a_release_and_from_nothing_that_fits(tiny, tmp_path, capsys):
     release = str(Path(__file__).parent / "data" / "dcdit_tiny_release.pt")
-    assert run(tiny, tmp_path / "a", f"init={release}")[0] in (0, 2)
-    torch.manual_seed(0)
+    wide = ["model.hidden_size=64", "model.num_heads=4", "model.depth=2"]
+    taken, line = first_weights(tiny, f"output={tmp_path / 'a'}", f"init={release}", *wide)
+    theirs = load_release(release).state_dict()
+    assert torch.equal(taken["main.blocks.1.qkv.weight"], theirs["main.blocks.1.qkv.weight"])
+    assert "it was trained with objective ddpm, not flow" in line
     sizes = {"input_size": (4, 4), "hidden_size": 64, "depth": 1, "num_heads": 1, "encoder_width": 64}
-    save_checkpoint(tmp_path / "big", DCDiT(DCDiTConfig(**sizes, num_classes=3, mlp_ratio=3.0)), {})
-    capsys.readouterr()
-    status = run(tiny, tmp_path / "b", f"init={tmp_path / 'big'}")[0]
-    captured = capsys.readouterr()
-    assert (status == 0 and "fresh: " in captured.out) or "nothing of" in captured.err
+    save_checkpoint(tmp_path / "big", DCDiT(DCDiTConfig(**sizes, num_classes=3)), {})
+    assert run(tiny, tmp_path / "b", f"init={tmp_path / 'big'}")[0] == 2
+    assert "does not fit this model" in capsys.readouterr().err
     assert run(tiny, tmp_path / "c", f"init={tmp_path / 'none'}")[0] == 2
     assert "no checkpoint at" in capsys.readouterr().err
 
