@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dcdit_kernels import ChunkPlan, adaln_modulate, gate_residual, gate_residual_modulate, varlen_attention
+from dcdit_kernels import Packing, adaln_modulate, gate_residual, gate_residual_modulate, varlen_attention
 
 from .layers import RMSNorm, gelu_tanh
 
@@ -27,11 +28,11 @@ class Stream(NamedTuple):
     y: torch.Tensor | None = None
     gate: torch.Tensor | None = None
 
-    def hidden(self, packing: ChunkPlan) -> torch.Tensor:
+    def hidden(self, packing: Packing) -> torch.Tensor:
         """The hidden states (T, D)."""
         return self.x if self.y is None else gate_residual(self.x, self.y, self.gate, packing)
 
-    def modulate(self, shift: torch.Tensor, scale: torch.Tensor, packing: ChunkPlan) -> tuple[torch.Tensor, ...]:
+    def modulate(self, shift: torch.Tensor, scale: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, ...]:
         """The hidden states (T, D), and LayerNorm of them · (1 + scale) + shift, with shift and scale (B, D)."""
         if self.y is None:
             return self.x, adaln_modulate(self.x, shift, scale, packing)
@@ -51,7 +52,7 @@ class DiTBlock(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
         self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, stream: Stream, c: torch.Tensor, packing: ChunkPlan) -> Stream:
+    def forward(self, stream: Stream, c: torch.Tensor, packing: Packing) -> Stream:
         """Stream of (T, D), c (B, D) → Stream; `stream.hidden(packing)` gives the block's output itself.
 
         c comes through the SiLU of adaLN-Zero already, which `MainNetwork` computes once for all blocks.
@@ -62,7 +63,7 @@ class DiTBlock(nn.Module):
         x, normed = stream.modulate(shift2, scale2, packing)
         return Stream(x, self.mlp(normed), gate2)
 
-    def attend(self, x: torch.Tensor, packing: ChunkPlan) -> torch.Tensor:
+    def attend(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
         """(T, D) → (T, D): attention within each sample."""
         q, k, v = self.qkv(x).unflatten(1, (3, self.heads, x.shape[1] // self.heads)).unbind(1)
         lengths = (packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen)
@@ -90,15 +91,23 @@ class MainNetwork(nn.Module):
         self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio) for _ in range(depth))
         self.norm = RMSNorm(width, eps=1e-5)
 
-    def forward(self, x: torch.Tensor, c: torch.Tensor, packing: ChunkPlan) -> torch.Tensor:
-        """x (T, D) packed, c (B, D) → (T, D)."""
-        stream, active = Stream(x), F.silu(c)
-        for block in self.blocks:
+    def forward(
+        self, x: torch.Tensor, c: torch.Tensor, packing: Packing, run: Callable[..., Stream] | None = None
+    ) -> torch.Tensor:
+        """x (T, D) packed, c (B, D) → (T, D). `run` stands for the method of this name, which runs the blocks."""
+        stream = (run or self.run)(Stream(x), F.silu(c), packing)
+        return self.norm(stream.hidden(packing))
+
+    def run(
+        self, stream: Stream, c: torch.Tensor, packing: Packing, blocks: Iterable[DiTBlock] | None = None
+    ) -> Stream:
+        """Stream of (T, D) → Stream, through `blocks` (None: all), with c (B, D) as `DiTBlock.forward` takes it."""
+        for block in self.blocks if blocks is None else blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                stream = self._gradient_checkpointing_func(block, stream, active, packing)
+                stream = self._gradient_checkpointing_func(block, stream, c, packing)
             else:
-                stream = block(stream, active, packing)
+                stream = block(stream, c, packing)
             if self.record is not None:
                 stream = Stream(stream.hidden(packing))
                 self.record.append(stream.x)
-        return self.norm(stream.hidden(packing))
+        return stream

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dcdit_kernels import ChunkPlan
+from dcdit_kernels import Packing
 
 from .blocks import MainNetwork
 from .config import DCDiTConfig
@@ -173,7 +173,7 @@ class DCDiT(nn.Module):
             boundary_prob = self.router(h, c.to(h.dtype))
         return Routing.of(boundary_prob, self.config.input_size, drop_fraction, **limits)
 
-    def backbone(self, tokens: torch.Tensor, c: torch.Tensor, packing: ChunkPlan, **inputs: Any) -> torch.Tensor:
+    def backbone(self, tokens: torch.Tensor, c: torch.Tensor, packing: Packing, **inputs: Any) -> torch.Tensor:
         """Packed tokens (capacity, D), c (B, D) → tokens (capacity, D)."""
         return self.main(tokens, c, packing, **inputs)
 

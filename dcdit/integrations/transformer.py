@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
 
+from dcdit_kernels import ChunkPlan, chunk
+
+from ..blocks import Stream
 from ..config import DCDiTConfig
 from ..drop_fraction import DropFraction
 from ..errors import ConfigError
 from ..graphs import Graphed
 from ..model import DCDiT
 from ..schedulers import TRAIN_STEPS
+from .caching import GridChange, GridStage, on_grid
 
 # DiTPipeline's id of 'no label', whatever the number of classes.
 DIT_NULL = 1000
 
+# By name: an older diffusers lacks some of them.
+CACHES = ("FirstBlockCacheConfig", "MagCacheConfig", "TaylorSeerCacheConfig")
 
-class DCDiTTransformer2DModel(ModelMixin, ConfigMixin):
+
+class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     """A DCDiT with the configuration and forward of diffusers' DiTTransformer2DModel.
 
     `sample_size` is the latent grid, one number or (H, W); `out_channels` is in_channels, or twice that where the
@@ -28,7 +41,12 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin):
     """
 
     graph: Graphed | None = None
-    _keep_in_fp32_modules = ["router", "residual_proj"]  # noqa: RUF012, diffusers reads a list
+    # diffusers reads lists.
+    _keep_in_fp32_modules = ["router", "residual_proj"]  # noqa: RUF012
+    _repeated_blocks = ["DiTBlock"]  # noqa: RUF012
+    _no_split_modules = ["DiTBlock"]  # noqa: RUF012
+    _skip_layerwise_casting_patterns = ["norm"]  # noqa: RUF012
+    _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(
@@ -54,6 +72,10 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin):
         size, learn_sigma = config.pop("sample_size"), config.pop("out_channels") == 2 * in_channels
         fields = {key: value for key, value in config.items() if not key.startswith("_")}
         self.model = DCDiT(DCDiTConfig(input_size=size, learn_sigma=learn_sigma, **fields))
+        # Without parameters: the backbone as caches see it.
+        self.blocks = nn.ModuleList([GridStage(slice(1)), GridStage(slice(1, None))])
+        self.change = GridChange()
+        self.context_given = False
         self.set_drop_fraction(0.0)
 
     @classmethod
@@ -107,8 +129,45 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin):
             class_labels = torch.where(class_labels == DIT_NULL, null, class_labels)
         if drop_fraction is None:
             drop_fraction = self._rho(timestep, class_labels == null)
-        out = (self.graph or self.model)(hidden_states, timestep, class_labels, drop_fraction)
+        if not self.is_cache_enabled:
+            out = (self.graph or self.model)(hidden_states, timestep, class_labels, drop_fraction)
+        else:
+            with contextlib.nullcontext() if self.context_given else self.cache_context("batch"):
+                out = self.model(hidden_states, timestep, class_labels, drop_fraction, run=self._run_on_grid)
         return Transformer2DModelOutput(sample=out) if return_dict else (out,)
+
+    def enable_cache(self, config: Any) -> None:
+        """Skip blocks where diffusers' cache says so: FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig.
+
+        What is kept of a step lies on the grid, whatever tokens the next step retains. Raises ConfigError for the kinds
+        that keep the outputs of attention layers, and for a model of one block.
+        """
+        kind = type(config).__name__
+        if kind not in CACHES:
+            raise ConfigError(
+                f"config must be one of {', '.join(CACHES)}: other caches keep tokens, which change from step to step; "
+                f"got {kind}"
+            )
+        if len(self.model.main.blocks) < 2:
+            raise ConfigError(f"a cache needs two blocks or more, got {len(self.model.main.blocks)}")
+        if kind == "TaylorSeerCacheConfig":
+            config = dataclasses.replace(config, use_lite_mode=False, cache_identifiers=["change"])
+        super().enable_cache(config)
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
+        """As in diffusers. A call outside of any has a context of its own."""
+        self.context_given = True
+        try:
+            with super().cache_context(name, **kwargs):
+                yield
+        finally:
+            self.context_given = False
+
+    def _run_on_grid(self, stream: Stream, c: torch.Tensor, packing: ChunkPlan) -> Stream:
+        """In place of `MainNetwork.run`: the blocks' change comes from the grid, where caches have their say."""
+        change = self.change(on_grid(stream.x, packing), self.blocks, self.model.main, c, packing)
+        return Stream(stream.x + chunk(change, packing))
 
     def _rho(self, timestep: torch.Tensor, unlabelled: torch.Tensor) -> float | torch.Tensor:
         if all(isinstance(budget, float | int) for budget in self.budgets) and len(set(self.budgets)) == 1:
