@@ -6,7 +6,13 @@ import warnings
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from diffusers import FasterCacheConfig, FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler, TaylorSeerCacheConfig
+from diffusers import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    MagCacheConfig,
+    TaylorSeerCacheConfig,
+)
 from peft import LoraConfig
 from torch import nn
 
@@ -202,6 +208,12 @@ def taylor(steps):
     return [predict(hidden[0] + grid) for (hidden, predict), grid in zip(steps, change, strict=True)]
 
 
+def mag(steps):
+    """A skipped step takes the last computed change of the backbone."""
+    change = [steps[i][0][2] - steps[i][0][0] for i in (0, 0, 0, 3, 3)]
+    return [predict(hidden[0] + grid) for (hidden, predict), grid in zip(steps, change, strict=True)]
+
+
 TAYLOR = {"max_order": 1, "taylor_factors_dtype": torch.float32}
 
 
@@ -215,8 +227,13 @@ TAYLOR = {"max_order": 1, "taylor_factors_dtype": torch.float32}
             [DEPTH, DEPTH, 0, DEPTH, 0],
             taylor,
         ),
+        (
+            MagCacheConfig(mag_ratios=torch.ones(5), num_inference_steps=5, threshold=9.0, max_skip_steps=2),
+            [DEPTH, 0, 0, DEPTH, 0],
+            mag,
+        ),
     ],
-    ids=["none skipped", "first block", "taylor"],
+    ids=["none skipped", "first block", "taylor", "mag"],
 )
 def test_caches_on_changing_tokens(config, expected, by_hand):
     model = transformer()
