@@ -137,6 +137,7 @@ def model_problem(case: Case, device: str, compiled: bool) -> Problem:
     }
     if compiled:
         torch._dynamo.reset()  # what was compiled for other cases counts towards the limit of one function
+        torch._dynamo.config.fail_on_recompile_limit_hit = True  # past it, what is called compiled would run eager
         block = torch.compile(dit_block, dynamic=True)
         networks["plain compiled"] = nets, functools.partial(predict_plain, block=block)
         networks["dcdit compiled"] = Nets(nets.master, compile_parts), predict_dcdit
