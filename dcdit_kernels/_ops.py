@@ -83,13 +83,20 @@ class Operator:
 
 
 OPERATORS: dict[str, Operator] = {}
-# (operator, request, devices and dtypes) → the implementation that is chosen for tensors that have passed the checks.
+# (operator, request, devices and dtypes) → the choice, by name, or the implementation for tensors that pass the checks.
 _known: dict[tuple[Any, ...], Any] = {}
 
 
 @assume_constant
 def _chosen(op: str, asked: str, everywhere: bool, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
     """`everywhere`: asked of all operators, so that one without such a back-end takes another."""
+    key = (op, asked, everywhere, device, dtypes)
+    if key not in _known:
+        _known[key] = _choose(*key)
+    return _known[key]
+
+
+def _choose(op: str, asked: str, everywhere: bool, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
     operator, reason = OPERATORS[op], None
     if everywhere and asked not in operator.backends:
         asked = "auto"

@@ -116,25 +116,26 @@ def _plan_chunks(boundary_prob, grid, drop_fraction, threshold, nearest, capacit
     if isinstance(drop_fraction, torch.Tensor):
         fractions = drop_fraction.detach().to(device, torch.float32).expand(batch).contiguous()
 
-    def ints(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=device)
-
     where = place(device, min(batch, 1 + batch * cells // CELLS_PER_THREAD), block)
-    # Both calls see these: prefix (B·L), info (3·B), member_base (B + 1), status (2).
-    shared = ints(batch * cells + 4 * batch + 3)
-    prefix, info, member_base, status = shared.split([batch * cells, 3 * batch, batch + 1, 2])
-    cu_seqlens, overflow = ints(batch + 1), ints()
+    blocks, block = (batch, 1024) if device.type == "cuda" else (where.threads, block)
+    # Both calls see these, in integers: status (2), prefix (B·L), info (3·B), member_base (B + 1), scratch.
+    room = 2 + batch * cells + 4 * batch + 1
+    shared = torch.empty(room + _C.scratch_ints(cells, len(grid), block) * blocks, dtype=torch.int32, device=device)
+    ints, status = shared.new_empty, shared.data_ptr()
+    prefix = status + 4 * 2
+    info = prefix + 4 * batch * cells
+    member_base, scratch = info + 4 * 3 * batch, status + 4 * room
+    cu_seqlens, overflow = ints(batch + 1), ints(())
     limit = cells if max_seqlen is None else min(cells, max_seqlen)
     _C.plan_count(
         prob.data_ptr(), prob.dtype == torch.float64,
         0 if fractions is None else fractions.data_ptr(), 0.0 if fractions is not None else drop_fraction, threshold,
         batch, cells, -1 if capacity is None else capacity, limit, mode,
-        prefix.data_ptr(), info.data_ptr(), member_base.data_ptr(), cu_seqlens.data_ptr(), overflow.data_ptr(),
-        status.data_ptr(), where,
+        prefix, info, member_base, cu_seqlens.data_ptr(), overflow.data_ptr(), status, where,
     )  # fmt: skip
     exact, longest = capacity is None, min(limit, capacity or 0)
     if capacity is None or device.type == "cpu":
-        total, retained = status.tolist()  # the one copy from the device
+        total, retained = shared[:2].tolist()  # the one copy from the device
         if total < 0:
             probabilities("plan_chunks", boundary_prob)
         if capacity is None:
@@ -142,13 +143,11 @@ def _plan_chunks(boundary_prob, grid, drop_fraction, threshold, nearest, capacit
 
     token_index, sample_index, member_offsets = ints(capacity), ints(capacity), ints(capacity + 1)
     nearest_row, member_index = ints(batch * cells), ints(batch * cells)
-    blocks, block = (batch, 1024) if device.type == "cuda" else (where.threads, block)
-    scratch = ints(_C.scratch_ints(cells, len(grid), block) * blocks)
     _C.plan_fill(
         (*grid, 1, 1)[:3], len(grid), batch, cells, capacity, mode,
-        prefix.data_ptr(), member_base.data_ptr(), cu_seqlens.data_ptr(), token_index.data_ptr(),
+        prefix, member_base, cu_seqlens.data_ptr(), token_index.data_ptr(),
         sample_index.data_ptr(), nearest_row.data_ptr(), member_offsets.data_ptr(), member_index.data_ptr(),
-        scratch.data_ptr(), where,
+        scratch, where,
     )  # fmt: skip
     return ChunkPlan.unchecked(
         grid=tuple(grid),

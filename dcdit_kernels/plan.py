@@ -13,6 +13,7 @@ from ._ops import Backend, Operator
 from .chunk_plan import ChunkPlan
 from .packing import kept_for_backward
 
+SIZES = (int, torch.SymInt, Integral)  # cheapest first
 NEAREST = ("2d", "3d", "1d", "previous")
 
 OPERATOR = Operator("plan_chunks", native=Backend("dcdit_kernels.native:plan_chunks", native.why_not))
@@ -56,14 +57,14 @@ def plan_chunks(
     """
     grid = tuple(grid)
     require(nearest in NEAREST, "plan_chunks: nearest must be one of {}, got {!r}", NEAREST, nearest)
-    fits = len(grid) in (1, 2, 3) and all(isinstance(n, Integral | torch.SymInt) and n >= 1 for n in grid)
+    fits = len(grid) in (1, 2, 3) and all([isinstance(n, SIZES) and n >= 1 for n in grid])
     require(fits, "plan_chunks: grid must be (L,), (H, W) or (F, H, W), got {}", grid)
     if nearest in ("2d", "3d"):
         fits = len(grid) == int(nearest[0])
         require(fits, "plan_chunks: nearest={!r} needs a {} grid, got {}", nearest, nearest, grid)
     floating("plan_chunks", boundary_prob=boundary_prob)
     shaped("plan_chunks", "boundary_prob", boundary_prob, None, math.prod(grid))
-    fits = isinstance(threshold, Real) and 0 <= threshold <= 1
+    fits = isinstance(threshold, (float, Real)) and 0 <= threshold <= 1
     require(fits, "plan_chunks: threshold must be in [0, 1], got {}", threshold)
     if valid is not None:
         shaped("plan_chunks", "valid", valid, *boundary_prob.shape)
@@ -81,7 +82,7 @@ def plan_chunks(
             bad = drop_fraction[~((drop_fraction >= 0) & (drop_fraction < 1))].tolist()
             require(not bad, "plan_chunks: drop_fraction must be in [0, 1), got {}", *bad[:1])
     else:
-        fits = isinstance(drop_fraction, Real)
+        fits = isinstance(drop_fraction, (float, Real))
         require(fits, "plan_chunks: drop_fraction must be a number or a tensor, got {!r}", drop_fraction)
         require(0 <= drop_fraction < 1, "plan_chunks: drop_fraction must be in [0, 1), got {}", drop_fraction)
     if not compiling:

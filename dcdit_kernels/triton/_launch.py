@@ -57,11 +57,8 @@ class Kernel:
             self.special = [None if p.is_constexpr else not p.do_not_specialize for p in function.params]
 
     def bind(self, **constants: Any) -> Kernel:
-        """This kernel with constants of its own, always the same object for the same constants."""
-        key = (*constants, *constants.values())
-        if key not in self.bound:
-            self.bound[key] = Kernel(self.function, **self.constants, **constants)
-        return self.bound[key]
+        """This kernel with constants of its own, for a caller that keeps it and spares each launch the look-up."""
+        return Kernel(self.function, **self.constants, **constants)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return functools.partial(self.launch, grid)
@@ -69,29 +66,34 @@ class Kernel:
     def launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         """Launch on the current device and stream."""
         if constants:
-            self.bind(**constants).launch(grid, *args)
+            key = (*constants, *constants.values())
+            bound = self.bound.get(key)
+            if bound is None:
+                bound = self.bound[key] = self.bind(**constants)
+            bound.launch(grid, *args)
             return
         if not self.direct or _hooked():
             self.function[grid](*args, **self.constants)
             return
         active = driver.active
         device = active.get_current_device()
-        key, passed = [device], []
+        kinds: list[Any] = [device]
+        passed = []
         for value, special in zip(args, self.special, strict=False):
             kind = type(value)
             if kind is int:
                 if value >= 2**31:
                     self.function[grid](*args, **self.constants)
                     return
-                key.append(value if special is None else special and (not value & 15 or (value == 1 and "1")))
+                kinds.append(value if special is None else special and (not value & 15 or (value == 1 and "1")))
             elif value is None or kind is float:
-                key.append(kind)
+                kinds.append(kind)
             else:
-                key.append(value.dtype)
+                kinds.append(value.dtype)
                 value = value.data_ptr()
-                key.append(not value & 15)
+                kinds.append(not value & 15)
             passed.append(value)
-        known = tuple(key)
+        known = tuple(kinds)
         kept = self.kept.get(known)
         if kept is None:
             compiled = self.function[grid](*args, **self.constants)

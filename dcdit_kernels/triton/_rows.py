@@ -94,7 +94,7 @@ class RowTile:
         """Programs that cover `total` rows."""
         return cdiv(total, self.rows), cdiv(self.width, self.columns)
 
-    @property
+    @functools.cached_property
     def launch(self) -> dict[str, int]:
         """Keyword arguments of the launch."""
         return {"ROWS": self.rows, "COLUMNS": self.columns, "num_warps": 4}

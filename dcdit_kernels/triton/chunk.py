@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 
 from ._launch import jit_kernel
-from ._rows import pointer_rows, row_tile
+from ._rows import pointer_rows, row_tile, strided_rows
 
 
 @jit_kernel(do_not_specialize=["capacity"])
@@ -51,14 +51,15 @@ class Chunk:
 
     @staticmethod
     def forward(h, pos_embed, plan):
-        width, rows = h.shape[2], pointer_rows(h)
-        out = torch.empty(plan.capacity, width, dtype=h.dtype, device=h.device)
-        tile = row_tile(width)
-        if out.numel():
-            pos = pointer_rows(pos_embed)
+        width = h.shape[2]
+        out = h.new_empty(plan.capacity, width)
+        if plan.capacity and width:
+            h, h_stride = strided_rows(h)
+            pos_embed, pos_stride = strided_rows(pos_embed)
+            tile = row_tile(width)
             chunk_forward[tile.grid(plan.capacity)](
-                rows, pos, plan.token_index, out, rows.stride(0), 0 if pos is None else pos.stride(0),
-                plan.cells, plan.capacity, width, **tile.launch,
+                h, pos_embed, plan.token_index, out, h_stride, pos_stride, plan.cells, plan.capacity, width,
+                **tile.launch,
             )  # fmt: skip
         return out
 
