@@ -103,7 +103,9 @@ class Graphed:
         rho = drop_fraction.to(x.device, torch.float32).expand(len(x))
         inputs = (x, t, y, rho)
         out, routing = self._of_any_length(inputs) if capacity is None else self._of_length(inputs, limits)
-        return (out, routing) if return_routing else out
+        if not return_routing:
+            return out.clone()
+        return out.clone(), Routing(routing.boundary_prob.clone(), routing.plan.clone())
 
     def _of_length(
         self, inputs: tuple[torch.Tensor, ...], limits: dict[str, int | None]
@@ -159,13 +161,12 @@ class Graphed:
         return out, routing, torch.cat([plan.lengths, torch.stack([plan.overflow, improper.int()])])
 
     def _replay(self, graph: Graph, inputs: tuple[torch.Tensor, ...]) -> Outputs:
-        """Outputs of the graph on these inputs, in memory of their own."""
+        """Outputs of the graph on these inputs, which the next replay overwrites."""
         for own, new in zip(graph.inputs, inputs, strict=True):
             own.copy_(new)
         graph.start()
         self.replays += 1
-        out, routing, report = graph.outputs
-        return out.clone(), Routing(routing.boundary_prob.clone(), routing.plan.clone()), report.clone()
+        return graph.outputs
 
     def _why_not(self, x, drop_fraction, limits: dict[str, int | None], others: dict[str, Any]) -> str | None:
         """Reason why this call is the eager model's, or None."""

@@ -46,14 +46,27 @@ def attend(
     zero = q.new_zeros(())
     if library.reads_past:
         q, k, v = (torch.where(live, x, zero) for live, x in ((live_q, q), (live_k, k), (live_k, v)))
-    elif gradients:
+        return torch.where(live_q, call(library, q, k, v, lengths, softmax_scale), zero)
+    if gradients:
         q, k, v = (_LiveGradient.apply(x, live, zero) for x, live in ((q, live_q), (k, live_k), (v, live_k)))
-    return torch.where(live_q, call(library, q, k, v, lengths, softmax_scale), zero)
+    return _LiveRows.apply(call(library, q, k, v, lengths, softmax_scale), live_q, zero)
 
 
 def _live(x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """bool (T, 1, 1): rows before the last live one's end, without waiting for the device."""
     return (torch.arange(x.shape[0], device=x.device) < cu_seqlens[-1])[:, None, None]
+
+
+class _LiveRows(torch.autograd.Function):
+    """x, zero where no live row is; a backward that reads live rows alone gets its gradient as it comes."""
+
+    @staticmethod
+    def forward(ctx, x, live, zero):
+        return torch.where(live, x, zero)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None, None
 
 
 class _LiveGradient(torch.autograd.Function):
