@@ -122,7 +122,7 @@ def second(device: str, earlier: dict | None, end: float) -> list[list[Stage]]:
             [shell("build", f"DCDIT_CUDA_ARCHS={architecture()} {sys.executable} setup.py build_ext --inplace", 90)]
         )
     if "tests" in failed:
-        again = ["--lf", "--lfnf=none", "--tb=long", "tests"]
+        again = ["--lf", "--lfnf=none", "--tb=long", *gpu_tests()]
         beside = [pytest("failed tests", again, 75, workers=6)]
         faults = faulty()
         if faults and device == "cuda":
