@@ -47,12 +47,7 @@ class AutoencoderKL:
 
     def __init__(self, pretrained: str = "stabilityai/sd-vae-ft-ema", scale: float | None = None) -> None:
         self.vae = _load_vae(pretrained)
-        config = self.vae.config
-        mean, std = config.get("latents_mean"), config.get("latents_std")
-        offset = mean if mean is not None else config.get("shift_factor") or 0.0
-        scale = scale or config.get("scaling_factor") or 1.0
-        self.offset = torch.tensor(offset).view(-1, 1, 1)
-        self.factor = scale / torch.tensor(1.0 if std is None else std).view(-1, 1, 1)
+        self.offset, self.factor = latent_scaling(self.vae.config, scale)
         # Autoencoders of video take an axis of frames, of which a picture is one.
         self.frames = any(isinstance(module, torch.nn.Conv3d) for module in self.vae.modules())
 
@@ -72,6 +67,15 @@ class AutoencoderKL:
             z = latents / self.factor.to(latents) + self.offset.to(latents)
             images = self.vae.to(latents.device).decode(z.unsqueeze(2) if self.frames else z).sample
             return images.squeeze(2) if self.frames else images
+
+
+def latent_scaling(config: Any, scale: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(offset, factor) of a diffusers autoencoder, each (C or 1, 1, 1): latents are (z − offset)·factor."""
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    offset = mean if mean is not None else config.get("shift_factor") or 0.0
+    scale = scale or config.get("scaling_factor") or 1.0
+    factor = scale / torch.tensor(1.0 if std is None else std)
+    return torch.tensor(offset).view(-1, 1, 1), factor.view(-1, 1, 1)
 
 
 CODECS = {"pixel_unshuffle": PixelUnshuffle, "autoencoder_kl": AutoencoderKL}

@@ -89,7 +89,8 @@ class DDPM:
         return torch.where(_per_sample(t == 0, x0), likelihood, kl).flatten(1).mean(1) / math.log(2)
 
     def _at(self, table: torch.Tensor, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        return _per_sample(table.to(like.device)[t.long()].to(like.dtype), like)
+        # Cast before it moves: MPS has no float64.
+        return _per_sample(table.to(like.dtype).to(like.device)[t.long()], like)
 
 
 def make_objective(name: str, learn_sigma: bool) -> FlowMatching | DDPM:

@@ -250,7 +250,8 @@ class Trainer:
 
     def _reduced(self, values: dict[str, torch.Tensor | float]) -> dict[str, float]:
         """Means over the ranks, as numbers. Raises DCDiTError where training has diverged."""
-        stacked = torch.stack([torch.as_tensor(v, dtype=torch.float64).to(self.device) for v in values.values()])
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        stacked = torch.stack([torch.as_tensor(v, dtype=wide).to(self.device) for v in values.values()])
         numbers = dict(zip(values, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
         if not math.isfinite(numbers["loss"] + numbers["grad_norm"]):
             raise self._diverged(f"loss {numbers['loss']}, gradient norm {numbers['grad_norm']}")
@@ -314,7 +315,7 @@ class Trainer:
         config = self.config.to_dict()
         use = {"objective": config["objective"], "codec": self.config.codec.options(), "data": config["data"]}
         names = self.source.class_names
-        use |= {"class_names": names} if names and len(names) == self.config.model.num_classes else {}
+        use |= {"class_names": names} if names else {}
         use |= {"changes": self.changes} if self.changes else {}
         return {**use, "step": self.step, "training": config}
 

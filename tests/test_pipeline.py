@@ -1,5 +1,8 @@
 """DC-DiT inside diffusers' DiTPipeline and in a pipeline of its own, with real diffusers and tiny random weights."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -56,6 +59,44 @@ def test_dit_pipeline_runs_unchanged_and_keeps_it_all(vae, learn_sigma, tmp_path
     np.testing.assert_array_equal(again([1, 7], generator=torch.manual_seed(1), **options).images, images)
     ours = quiet(DCDiTPipeline.from_pretrained(tmp_path))  # the same folder, the same images
     np.testing.assert_allclose(ours([1, 7], generator=torch.manual_seed(1), **options).images, images, atol=1e-5)
+
+
+def test_the_pipeline_loads_in_a_new_process(vae, tmp_path):
+    """After the import that the documents name: diffusers imports no module that a folder names."""
+    DiTPipeline(transformer=transformer(), vae=vae, scheduler=DDIMScheduler()).save_pretrained(tmp_path)
+    code = "import sys, dcdit.integrations.transformer; from diffusers import DiTPipeline; "
+    code += "print(type(DiTPipeline.from_pretrained(sys.argv[1]).transformer).__name__)"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=100)
+    assert done.stdout.split() == ["DCDiTTransformer2DModel"], done.stderr[-500:]
+
+
+def test_a_scheduler_of_another_objective_is_refused(tmp_path):
+    model = transformer(learn_sigma=False).model
+    model.use = {"objective": "flow"}
+    flow = DCDiTTransformer2DModel.from_dcdit(model)
+    flow.save_pretrained(tmp_path)
+    for known in (flow, DCDiTTransformer2DModel.from_pretrained(tmp_path)):
+        with pytest.raises(ConfigError, match="DDIMScheduler does not integrate this model, which was trained by flow"):
+            quiet(DCDiTPipeline(known, DDIMScheduler()))([1], output_type="latent")
+        assert len(quiet(DCDiTPipeline(known, FlowMatchEulerDiscreteScheduler()))([1], output_type="latent").images)
+    model.use = {"objective": "ddpm"}
+    with pytest.raises(ConfigError, match="FlowMatchEulerDiscreteScheduler does not integrate this model"):
+        noise = DCDiTTransformer2DModel.from_dcdit(model)
+        quiet(DCDiTPipeline(noise, FlowMatchEulerDiscreteScheduler()))([1], output_type="latent")
+
+
+def test_the_shift_of_a_vae_is_used(vae):
+    pipe = quiet(DCDiTPipeline(transformer(), DDIMScheduler(), vae))
+    options = {"guidance_scale": 1.0, "num_inference_steps": 2}
+    z = pipe([3], generator=torch.manual_seed(0), output_type="latent", **options).images
+    vae.register_to_config(shift_factor=0.3)
+    try:
+        images = pipe([3], generator=torch.manual_seed(0), output_type="pt", **options).images
+    finally:
+        vae.register_to_config(shift_factor=None)
+    with torch.no_grad():
+        expected = vae.decode(z / vae.config.scaling_factor + 0.3).sample
+    torch.testing.assert_close(torch.as_tensor(images), (expected / 2 + 0.5).clamp(0, 1))
 
 
 def test_no_label_is_1000_to_dit_pipeline_and_the_last_class_to_the_model():

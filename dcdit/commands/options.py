@@ -139,13 +139,14 @@ def settings_of(args: argparse.Namespace, checkpoint: Path, ids: list[int]) -> d
 
 
 def parse_classes(text: str | None, num_classes: int, names: list[str] | None = None) -> list[int]:
-    """Class ids from text such as "0-9", "1,3,5-7" or, with the names of the classes, "cat,dog"; without text all.
+    """Class ids from text such as "0-9", "1,3,5-7" or, with the names of the classes, "cat,dog"; without text all
+    that were trained.
 
     A name is looked for first. Raises ConfigError.
     """
-    if text is None:
-        return list(range(num_classes))
     names = list(names or ())
+    if text is None:
+        return list(range(len(names) or num_classes))
     if text in names:
         return [names.index(text)]
     ids: list[int] = []

@@ -12,6 +12,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..codecs import latent_scaling
 from ..drop_fraction import DropFraction, drop_table
 from ..errors import ConfigError
 from ..precision import float32_products
@@ -127,12 +128,19 @@ class DCDiTPipeline(DiffusionPipeline):
 
         images = latents
         if output_type != "latent":
-            images = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+            z = latents.to(self.vae.dtype)
+            offset, factor = (part.to(z) for part in latent_scaling(self.vae.config))
+            images = self.vae.decode(z / factor + offset).sample
             images = self.image_processor.postprocess(images, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _check(self, tensor_inputs: list[str], output_type: str, steps: int, drop_fraction: DropFraction) -> None:
+        objective = self.transformer.config.get("objective")
+        kind = type(self.scheduler).__name__
+        flow = kind.startswith("FlowMatch") or self.scheduler.config.get("prediction_type") == "flow_prediction"
+        if objective is not None and flow != (objective == "flow"):
+            raise ConfigError(f"{kind} does not integrate this model, which was trained by {objective}")
         for name in tensor_inputs:
             if name not in self._callback_tensor_inputs:
                 raise ConfigError(f"callbacks can see {', '.join(self._callback_tensor_inputs)}, got {name!r}")

@@ -37,7 +37,8 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
     """A DCDiT with the configuration and forward of diffusers' DiTTransformer2DModel.
 
     `sample_size` is the latent grid, one number or (H, W); `out_channels` is in_channels, or twice that where the
-    variance is learned; the rest is DCDiTConfig's. The model itself is `.model`. Raises ConfigError.
+    variance is learned; `objective` is what the model was trained by, where known; the rest is DCDiTConfig's. The model
+    itself is `.model`. Raises ConfigError.
     """
 
     graph: Graphed | None = None
@@ -64,13 +65,14 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         router: str = "predictability",
         sigma: float = 1.0,
         cond_norm: bool = False,
+        objective: str | None = None,
     ) -> None:
         super().__init__()
         if out_channels not in (in_channels, 2 * in_channels):
             raise ConfigError(f"out_channels must be {in_channels} or {2 * in_channels}, got {out_channels}")
         config = dict(self.config)
         size, learn_sigma = config.pop("sample_size"), config.pop("out_channels") == 2 * in_channels
-        fields = {key: value for key, value in config.items() if not key.startswith("_")}
+        fields = {key: value for key, value in config.items() if not key.startswith("_") and key != "objective"}
         self.model = DCDiT(DCDiTConfig(input_size=size, learn_sigma=learn_sigma, **fields))
         # Without parameters: the backbone as caches see it.
         self.blocks = nn.ModuleList([GridStage(slice(1)), GridStage(slice(1, None))])
@@ -87,6 +89,7 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             transformer = cls(
                 sample_size=size[0] if size[0] == size[1] else tuple(size),
                 out_channels=config["in_channels"] * (2 if learned else 1),
+                objective=getattr(model, "use", {}).get("objective"),
                 **config,
             )
         transformer.model = model
