@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 from ..config import PRESETS, DCDiTConfig, preset
-from ..flops import dcdit_flops, dit_flops
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +15,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the tables."""
+    from ..flops import dcdit_flops, dit_flops
+
     config = _config(args.preset)
     trainable, table = count_parameters(config)
     (height, width), cells = config.input_size, config.cells
