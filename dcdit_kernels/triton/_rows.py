@@ -73,15 +73,6 @@ def store_rows(ptr, row, column, values, live, width):
     tl.store(ptr + row[:, None] * width + column[None, :], values.to(ptr.dtype.element_ty), mask=mask)
 
 
-def segments(batch: int, total: int, longest: int, least: int) -> tuple[int, int]:
-    """(rows a program, programs a sample) for sums over the rows of a sample.
-
-    Few rows where there are few tokens, to fill the GPU, but `least`; at most 32, beyond which sums cost nothing.
-    """
-    rows = min(max(total // FILL, least), 32)
-    return rows, max(cdiv(longest, rows), 1)
-
-
 @dataclass(frozen=True)
 class RowTile:
     """Rows × columns that one program moves; enough bytes in flight, and 16-byte accesses along the columns."""

@@ -2,7 +2,8 @@
 
 Bytes for T rows of D elements of e bytes. Forward: adaln_modulate 2·T·D·e, gate_residual 3·T·D·e, fused 4·T·D·e.
 Backward: 3, 4 and 6·T·D·e. The modulators (B, D) and their partial sums are small beside them.
-Statistics are recomputed in the backward, which holds the row in registers anyway.
+Statistics are recomputed in the backward, which holds the row in registers anyway. Sums over a sample's rows are taken
+over slabs of them and then over slabs, in an order that the sample alone decides.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import triton
 import triton.language as tl
 
 from ._launch import jit_kernel
-from ._rows import cdiv, load_columns, load_rows, pieces, pointer_rows, segments, store_rows, strided_rows
+from ._rows import cdiv, load_columns, load_rows, pieces, pointer_rows, store_rows, strided_rows
+
+# The backward: rows of a sample in one program, whatever the batch, and elements at a time of each piece of its rows.
+SLAB, ELEMENTS = 16, 1024
 
 
 @triton.jit
@@ -72,98 +76,133 @@ def modulate_forward(
             store_rows(out_ptr, row, column, normed[i] * (1 + scale) + shift, row < total, WIDTH)
 
 
-@jit_kernel(do_not_specialize=["batch", "cells", "capacity", "slab_rows"])
+@triton.jit
+def write_zeros(ptr, first, capacity, step, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Zeros in each `step`-th block of rows from the row `first` on."""
+    zero = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(first, capacity, step):
+        row = start + tl.arange(0, ROWS)
+        for column in range(0, WIDTH, COLUMNS):
+            store_rows(ptr, row, column + tl.arange(0, COLUMNS), zero, row < capacity, WIDTH)
+
+
+@triton.jit
+def store_sums(ptr, pieces, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """The sum over the rows of each piece."""
+    for i in tl.static_range(len(pieces)):
+        column = i * COLUMNS + tl.arange(0, COLUMNS)
+        tl.store(ptr + column, tl.sum(pieces[i], 0), mask=column < WIDTH)
+
+
+@jit_kernel(do_not_specialize=["batch", "cells", "capacity"])
 def modulate_backward(
     grad_mixed_ptr, grad_out_ptr, x_ptr, y_ptr, gate_ptr, scale_ptr, cu_ptr,
     grad_x_ptr, grad_y_ptr, partial_ptr,
-    grad_mixed_stride, grad_out_stride, x_stride, y_stride, gate_stride, scale_stride,
-    batch, cells, capacity, slab_rows, eps,
-    GATE: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
+    x_stride, y_stride, gate_stride, scale_stride, batch, cells, capacity, eps,
+    GATE: tl.constexpr, NORM: tl.constexpr, SLAB: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """A slab of rows of one sample: their gradients, and the slab's sums for gate, shift and scale.
+    """SLAB rows of one sample: their gradients, and the slab's sums for gate, shift and scale, (kinds, WIDTH).
 
-    The programs past the last sample write the zeros of the rows past the last live one.
+    With `cu` samples are packed, and the programs past the last sample write the zeros of the rows past the last live
+    one.
     """
     sample = tl.program_id(0).to(tl.int64)
-    slab = tl.program_id(1)
-    slabs = tl.num_programs(1)
-    zero = tl.zeros([ROWS, COLUMNS], tl.float32)
-    if PACKED:
-        start = tl.load(cu_ptr + sample).to(tl.int64)
-        if sample == batch:
-            for tail in range(start + slab * ROWS, capacity, slabs * ROWS):
-                row = tail + tl.arange(0, ROWS)
-                for i in tl.static_range(PIECES):
-                    column = i * COLUMNS + tl.arange(0, COLUMNS)
-                    store_rows(grad_x_ptr, row, column, zero, row < capacity, WIDTH)
-                    if GATE:
-                        store_rows(grad_y_ptr, row, column, zero, row < capacity, WIDTH)
-            return
-        end = tl.load(cu_ptr + sample + 1).to(tl.int64)
-    else:
+    if cu_ptr is None:
         start = sample * cells
         end = start + cells
-    gates, factors, gate_sums, shift_sums, scale_sums = (), (), (), (), ()
-    for i in tl.static_range(PIECES):
-        column = i * COLUMNS + tl.arange(0, COLUMNS)
-        if GATE:
-            gates += (load_columns(gate_ptr + sample * gate_stride, column, WIDTH)[None, :],)
-            gate_sums += (zero,)
-        if NORM:
-            factors += (1 + load_columns(scale_ptr + sample * scale_stride, column, WIDTH)[None, :],)
-            shift_sums += (zero,)
-            scale_sums += (zero,)
-    first = start + slab * slab_rows
-    stop = tl.minimum(first + slab_rows, end)
-    # 64-bit, as start is; the next rows are on their way, for which a gate leaves no registers.
-    for base in tl.range(first, stop, ROWS, num_stages=3 - 2 * GATE):
+    else:
+        start = tl.load(cu_ptr + sample).to(tl.int64)
+        if sample == batch:
+            start += tl.program_id(1) * ROWS
+            step = tl.num_programs(1) * ROWS
+            write_zeros(grad_x_ptr, start, capacity, step, ROWS, WIDTH, COLUMNS)
+            if GATE:
+                write_zeros(grad_y_ptr, start, capacity, step, ROWS, WIDTH, COLUMNS)
+            return
+        end = tl.load(cu_ptr + sample + 1).to(tl.int64)
+    first = start + tl.program_id(1) * SLAB
+    stop = tl.minimum(first + SLAB, end)
+    if first >= end:
+        return
+    gate_sums, shift_sums, scale_sums = (), (), ()
+    for _ in tl.static_range(PIECES):
+        zero = tl.zeros([ROWS, COLUMNS], tl.float32)
+        gate_sums += (zero,)
+        shift_sums += (zero,)
+        scale_sums += (zero,)
+    # The next rows are on their way while these are worked on; with a gate registers are left for one step alone.
+    for base in tl.range(first, stop, ROWS, num_stages=3 - GATE):  # int64, as first is
         row = base + tl.arange(0, ROWS)
-        xs, ys, grad_outs = (), (), ()
+        live = row < stop
+        ys, gates, xs, grad_outs, inners = (), (), (), (), ()
         for i in tl.static_range(PIECES):
             column = i * COLUMNS + tl.arange(0, COLUMNS)
             if GATE:
-                ys += (load_rows(y_ptr, row, y_stride, column, row < stop, WIDTH),)
+                ys += (load_rows(y_ptr, row, y_stride, column, live, WIDTH),)
+                gates += (load_columns(gate_ptr + sample * gate_stride, column, WIDTH)[None, :],)
             if NORM:
-                x = load_rows(x_ptr, row, x_stride, column, row < stop, WIDTH)
+                x = load_rows(x_ptr, row, x_stride, column, live, WIDTH)
                 if GATE:
                     x = (x + gates[i] * ys[i]).to(x_ptr.dtype.element_ty).to(tl.float32)
                 xs += (x,)
-                grad_outs += (load_rows(grad_out_ptr, row, grad_out_stride, column, row < stop, WIDTH),)
+                grad_outs += (load_rows(grad_out_ptr, row, WIDTH, column, live, WIDTH),)
         if NORM:
-            normed, rstd = normalise(xs, row < stop, eps, WIDTH, COLUMNS)
-            inners, shifts, scales, level, along = (), (), (), zero, zero
+            normed, rstd = normalise(xs, live, eps, WIDTH, COLUMNS)
+            shifts, scales = (), ()
+            mean_grad = tl.zeros([ROWS, COLUMNS], tl.float32)
+            mean_grad_x = tl.zeros([ROWS, COLUMNS], tl.float32)
             for i in tl.static_range(PIECES):
+                column = i * COLUMNS + tl.arange(0, COLUMNS)
                 shifts += (shift_sums[i] + grad_outs[i],)
                 scales += (scale_sums[i] + grad_outs[i] * normed[i],)
-                inner = grad_outs[i] * factors[i]
-                level += inner
-                along += inner * normed[i]
+                inner = grad_outs[i] * (1 + load_columns(scale_ptr + sample * scale_stride, column, WIDTH)[None, :])
+                mean_grad += inner
+                mean_grad_x += inner * normed[i]
                 inners += (inner,)
             shift_sums, scale_sums = shifts, scales
-            level = (tl.sum(level, 1) * (1.0 / WIDTH))[:, None]  # the compiler's own division is off by 2⁻²²
-            along = (tl.sum(along, 1) * (1.0 / WIDTH))[:, None]
+            mean_grad = (tl.sum(mean_grad, 1) * (1.0 / WIDTH))[:, None]  # the compiler's own division is off by 2⁻²²
+            mean_grad_x = (tl.sum(mean_grad_x, 1) * (1.0 / WIDTH))[:, None]
         sums = ()
         for i in tl.static_range(PIECES):
             column = i * COLUMNS + tl.arange(0, COLUMNS)
+            grad = load_rows(grad_mixed_ptr, row, WIDTH, column, live, WIDTH) if GATE else 0.0
             if NORM:
-                grad = rstd * (inners[i] - level - normed[i] * along)
-            if GATE:
-                grad_mixed = load_rows(grad_mixed_ptr, row, grad_mixed_stride, column, row < stop, WIDTH)
-                grad = grad_mixed + grad if NORM else grad_mixed
-            store_rows(grad_x_ptr, row, column, grad, row < stop, WIDTH)
+                grad += rstd * (inners[i] - mean_grad - normed[i] * mean_grad_x)
+            store_rows(grad_x_ptr, row, column, grad, live, WIDTH)
             if GATE:
                 sums += (gate_sums[i] + grad * ys[i],)
-                store_rows(grad_y_ptr, row, column, grad * gates[i], row < stop, WIDTH)
-        gate_sums = sums
-    sums_ptr = partial_ptr + (sample * slabs + slab) * (GATE + 2 * NORM) * WIDTH
-    for i in tl.static_range(PIECES):
-        column = i * COLUMNS + tl.arange(0, COLUMNS)
+                store_rows(grad_y_ptr, row, column, grad * gates[i], live, WIDTH)
         if GATE:
-            tl.store(sums_ptr + column, tl.sum(gate_sums[i], 0), mask=column < WIDTH)
-        if NORM:
-            tl.store(sums_ptr + GATE * WIDTH + column, tl.sum(shift_sums[i], 0), mask=column < WIDTH)
-            tl.store(sums_ptr + (GATE + 1) * WIDTH + column, tl.sum(scale_sums[i], 0), mask=column < WIDTH)
+            gate_sums = sums
+    slab = sample * tl.num_programs(1) + tl.program_id(1)
+    sums_ptr = partial_ptr + slab * (GATE + 2 * NORM) * WIDTH
+    if GATE:
+        store_sums(sums_ptr, gate_sums, WIDTH, COLUMNS)
+    if NORM:
+        store_sums(sums_ptr + GATE * WIDTH, shift_sums, WIDTH, COLUMNS)
+        store_sums(sums_ptr + (GATE + 1) * WIDTH, scale_sums, WIDTH, COLUMNS)
+
+
+@jit_kernel(do_not_specialize=["batch", "cells", "slabs"])
+def modulator_sums(
+    partial_ptr, cu_ptr, out_ptr, batch, cells, slabs, width,
+    SLAB: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Of one sample, one kind and some columns the sum over the slabs; always in the same order, whatever the batch."""
+    sample = tl.program_id(0).to(tl.int64)
+    kind = tl.program_id(1)
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column[None, :] < width
+    rows = cells if cu_ptr is None else tl.load(cu_ptr + sample + 1) - tl.load(cu_ptr + sample)
+    own = tl.cdiv(rows, SLAB)
+    total = tl.zeros([16, COLUMNS], tl.float32)
+    for first in range(0, own, 16):
+        slab = first + tl.arange(0, 16)
+        place = ((sample * slabs + slab) * tl.num_programs(1) + kind)[:, None] * width + column[None, :]
+        total += tl.load(partial_ptr + place, mask=(slab < own)[:, None] & inside, other=0.0)
+    out_ptr += (kind * batch + sample) * width + column
+    tl.store(out_ptr, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=column < width)
 
 
 def _forward(x, y, gate, shift, scale, plan, eps):
@@ -205,26 +244,32 @@ def _backward(grad_mixed, grad_out, x, y, gate, shift, scale, plan, eps):
     dtypes = [None if t is None else t.dtype for t in (gate, shift, scale)]
     total = x.numel() // max(width, 1)
     x = None if scale is None else x
-    x, y, gate, scale, grad_mixed, grad_out = (pointer_rows(t) for t in (x, y, gate, scale, grad_mixed, grad_out))
+    x, y, gate, scale = (pointer_rows(t) for t in (x, y, gate, scale))
+    grad_mixed, grad_out = (None if t is None else t.contiguous() for t in (grad_mixed, grad_out))
+    cu_seqlens = None if plan is None else plan.cu_seqlens
     cells = total // max(batch, 1)
-    split = pieces(width, 3)  # sums of rows stay in registers, and there is room for three pieces
-    tile = max(1024 // split["COLUMNS"], 1)
-    rows, slabs = segments(batch, total, cells if plan is None else plan.max_seqlen, tile)
+    slabs = max(cdiv(cells if plan is None else plan.max_seqlen, SLAB), 1)
     grad_x = torch.empty(shape, dtype=dtype, device=device)
     grad_y = None if y is None else torch.empty(shape, dtype=y.dtype, device=device)
-    kinds = [gate is not None, scale is not None, scale is not None]
+    kinds = [t is not None for t in (gate, scale, scale)]
     partial = torch.empty(batch, slabs, sum(kinds), width, dtype=torch.float32, device=device)
-    if partial.numel() or grad_x.numel():
+    first, *others = {dtype for dtype in dtypes if dtype is not None}
+    sums = torch.empty(sum(kinds), batch, width, dtype=torch.float32 if others else first, device=device)
+    if grad_x.numel():
+        split = pieces(width, 3)  # sums of rows stay in registers, and there is room for three pieces
+        tile = max(ELEMENTS // split["COLUMNS"], 1)
         modulate_backward[(batch + (plan is not None), slabs)](
-            grad_mixed, grad_out, x, y, gate, scale, None if plan is None else plan.cu_seqlens,
-            grad_x, grad_y, partial,
-            *(0 if t is None else t.stride(0) for t in (grad_mixed, grad_out, x, y, gate, scale)),
-            batch, cells, total, rows, eps,
-            GATE=gate is not None, NORM=scale is not None, PACKED=plan is not None,
+            grad_mixed, grad_out, x, y, gate, scale, cu_seqlens, grad_x, grad_y, partial,
+            *(0 if t is None else t.stride(0) for t in (x, y, gate, scale)), batch, cells, total, eps,
+            GATE=gate is not None, NORM=scale is not None, SLAB=SLAB,
             ROWS=tile, WIDTH=width, **split, num_warps=min(max(split["COLUMNS"] // 256, 4), 32),
         )  # fmt: skip
-    sums = iter(partial.sum(1).unbind(1))
-    modulators = [next(sums).to(dtype) if kind else None for kind, dtype in zip(kinds, dtypes, strict=True)]
+    if sums.numel():
+        modulator_sums[(batch, sum(kinds), cdiv(width, 64))](
+            partial, cu_seqlens, sums, batch, cells, slabs, width, SLAB=SLAB, COLUMNS=64, num_warps=4
+        )
+    found = iter(sums.unbind())
+    modulators = [next(found).to(dtype) if kind else None for kind, dtype in zip(kinds, dtypes, strict=True)]
     return grad_x, grad_y, *modulators
 
 
