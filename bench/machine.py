@@ -59,13 +59,15 @@ def version(module: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Short hash of HEAD, marked where tracked files differ from it; outside a checkout DCDIT_COMMIT, or None."""
+    """DCDIT_COMMIT, else the short hash of HEAD, marked where tracked files differ from it; None outside a checkout."""
+    if os.environ.get("DCDIT_COMMIT"):
+        return os.environ["DCDIT_COMMIT"]
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
         dirty = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "dcdit", "dcdit_kernels", "csrc", "bench"])
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("DCDIT_COMMIT")
+        return None
     return head.stdout.strip() + ("-modified" if dirty.returncode else "")
 
 

@@ -133,12 +133,12 @@ def _backward(operator: Differentiable, args: tuple[Any, ...]) -> list[torch.Ten
     like = _like(needs, args[: len(needs)])
     # Nor may its outputs share memory, with one another or with what came in.
     memory = {grad.untyped_storage().data_ptr() for grad in grads}
-    return [_own(have, memory) if need else none for have, need, none in zip(got, needs, like, strict=True)]
+    return [_own(have, made, memory) if need else made for have, need, made in zip(got, needs, like, strict=True)]
 
 
-def _own(grad: torch.Tensor, memory: set[int]) -> torch.Tensor:
-    """`grad` dense, copied where its memory is among `memory`, which it then joins."""
-    grad = grad.contiguous(memory_format=_layout(grad))
+def _own(grad: torch.Tensor, like: torch.Tensor, memory: set[int]) -> torch.Tensor:
+    """`grad` in the layout of `like`, copied where its memory is among `memory`, which it then joins."""
+    grad = grad.contiguous(memory_format=_layout(like))
     if grad.untyped_storage().data_ptr() in memory:
         grad = grad.clone()
     memory.add(grad.untyped_storage().data_ptr())

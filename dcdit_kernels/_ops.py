@@ -198,7 +198,8 @@ class Differentiable(Operator):
         return hasattr(self.backends[backend].implementation, "backward")
 
     def forward(self, backend: str, inputs: dict[str, Any]) -> Any:
-        """Run this back-end, and leave no node where it brings its own backward."""
+        """Run this back-end, and leave no node where it brings its own backward. A traced call may have named any."""
+        self.choose(backend, *(inputs[name] for name in self.tensors))
         implementation, first = self.backends[backend].implementation, inputs[self.tensors[0]]
         if self.has_backward(backend):
             return _on_device(implementation.forward, first, **inputs)

@@ -94,7 +94,8 @@ class Packing:
     def unchecked(cls, **fields: Any) -> Self:
         """The constructor without its checks."""
         packing = object.__new__(cls)
-        packing.__dict__.update(fields)
+        for name, value in fields.items():
+            object.__setattr__(packing, name, value)  # as torch.compile can follow
         return packing
 
     @property

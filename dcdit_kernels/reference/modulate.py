@@ -9,8 +9,12 @@ from ..packing import Packing
 from ._packed import accumulate_dtype, live_rows, take_rows
 
 
-def per_row(modulator: torch.Tensor, plan: Packing | None) -> torch.Tensor:
-    """The modulator (B, D) of each row: (capacity, D) packed, or (B, 1, D) for a dense batch."""
+def per_row(modulator: torch.Tensor, plan: Packing | None, dtype: torch.dtype) -> torch.Tensor:
+    """The modulator (B, D) of each row in `dtype`: (capacity, D) packed, or (B, 1, D) for a dense batch.
+
+    The cast comes first, so that the gradient's sum over a sample's rows is in `dtype` too.
+    """
+    modulator = modulator.to(dtype)
     return modulator[:, None] if plan is None else take_rows(modulator, plan.sample_index)
 
 
@@ -24,14 +28,14 @@ def adaln_modulate(
     """See `dcdit_kernels.adaln_modulate`."""
     dtype = accumulate_dtype(x)
     normed = F.layer_norm(_live(x, plan).to(dtype), x.shape[-1:], eps=eps)
-    out = normed * (1 + per_row(scale, plan).to(dtype)) + per_row(shift, plan).to(dtype)
+    out = normed * (1 + per_row(scale, plan, dtype)) + per_row(shift, plan, dtype)
     return _live(out, plan).to(x.dtype)
 
 
 def gate_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, plan: Packing | None = None) -> torch.Tensor:
     """See `dcdit_kernels.gate_residual`."""
     dtype = accumulate_dtype(x, y)
-    out = _live(x, plan).to(dtype) + per_row(gate, plan).to(dtype) * _live(y, plan).to(dtype)
+    out = _live(x, plan).to(dtype) + per_row(gate, plan, dtype) * _live(y, plan).to(dtype)
     return out.to(x.dtype)
 
 

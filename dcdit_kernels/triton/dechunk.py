@@ -129,6 +129,8 @@ class Dechunk:
         grad_residual, converted = grad if needs[2] else None, None
         if needs[2] and residual.dtype != grad.dtype:
             grad_residual = converted = torch.empty(grad.shape, dtype=residual.dtype, device=x.device)
+        if not plan.batch_size:  # no program would write the rows past the last live one
+            return torch.zeros_like(x), torch.zeros_like(boundary_prob), grad_residual
         grad, x = pointer_rows(grad), pointer_rows(x)
         total, width = grad.shape
         if converted is not None and converted.numel():
