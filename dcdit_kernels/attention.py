@@ -19,7 +19,7 @@ def _why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | Non
 OPERATOR = Differentiable(
     "varlen_attention",
     "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k",
-    "SymInt max_seqlen_q, SymInt max_seqlen_k, float? softmax_scale",
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, float? softmax_scale, bool causal",
     lambda q, **_: torch.empty_like(q, memory_format=torch.contiguous_format),
     plan=False,
     integers=("cu_seqlens_q", "cu_seqlens_k"),
@@ -38,6 +38,7 @@ def varlen_attention(
     max_seqlen_k: int,
     softmax_scale: float | None = None,
     *,
+    causal: bool = False,
     exact: bool = False,
     packing: Packing | None = None,
     backend: str | None = None,
@@ -49,9 +50,12 @@ def varlen_attention(
     `explain("varlen_attention", q, k, v, …)` says which and why.
 
     Args:
-        q: (Tq, heads, head_dim); k, v: (Tk, heads, head_dim); views of a fused qkv are fine.
+        q: (Tq, heads, head_dim); k, v: (Tk, heads of k, head_dim); views of a fused qkv are fine. With fewer heads of k
+            than of q each serves as many of q's in turn (grouped queries, arXiv 2305.13245).
         cu_seqlens_q, cu_seqlens_k: int32 (B + 1,). max_seqlen_q, max_seqlen_k: the longest sample, or more.
         softmax_scale: head_dim ** -0.5 where None.
+        causal: row i of a sample's Mq sees its keys up to i + Mk − Mq, as FlashAttention aligns them; a row that sees
+            none is zero.
         exact: promises that every row of q, k and v is live.
         packing: q's rows. Its live mask then serves every block; and where no gradient is needed the output
             past the last live row is undefined, which operators with a packing never read: a pass over it less.
@@ -69,7 +73,9 @@ def varlen_attention(
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"varlen_attention: q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     shaped("varlen_attention", "q", q, None, None, None)
-    shaped("varlen_attention", "k", k, None, q.shape[1], q.shape[2])
+    shaped("varlen_attention", "k", k, None, None, q.shape[2])
+    fits = k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0
+    require(fits, "varlen_attention: heads of k must divide those of q, {}, got {}", q.shape[1], k.shape[1])
     shaped("varlen_attention", "v", v, *k.shape)
     _lengths("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
     if cu_seqlens_k is not cu_seqlens_q or k.shape[0] != q.shape[0] or max_seqlen_k != max_seqlen_q:
@@ -78,21 +84,24 @@ def varlen_attention(
     require(
         shapes[0] == shapes[1], "varlen_attention: cu_seqlens_q {} and cu_seqlens_k {} must describe one batch", *shapes
     )
+    alike = cu_seqlens_k is cu_seqlens_q and k.shape[0] == q.shape[0]
+    name = OPERATOR.choose(backend, q, k, v)
+    library = flash.choose(q, k, v, causal and not alike) if name == "native" else None
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and (library is None or not library.grouped):
+        k, v = (part.repeat_interleave(groups, dim=1) for part in (k, v))
     tensors = {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     inputs: dict[str, Any] = {
         **tensors,
         "max_seqlen_q": max_seqlen_q,
         "max_seqlen_k": max_seqlen_k,
         "softmax_scale": softmax_scale,
+        "causal": causal,
     }
-    name = OPERATOR.choose(backend, q, k, v)
-    library = flash.choose(q, k, v) if name == "native" else None
     if library is None:
         return OPERATOR(name, **inputs)
     one_device("varlen_attention", q, tensors)
-    exact = exact or (
-        packing is not None and packing.exact and cu_seqlens_k is cu_seqlens_q and k.shape[0] == q.shape[0]
-    )
+    exact = exact or (packing is not None and packing.exact and alike)
     return flash_calls.attend(library, packing, exact, **inputs)
 
 

@@ -38,6 +38,8 @@ class Library:
     head_dim: int  # the largest
     dtypes: tuple[torch.dtype, ...] = HALF
     rocm: bool = False
+    grouped: bool = True  # takes fewer heads of k and v than of q
+    uneven_causal: bool = True  # takes a causal mask where q and k differ in length
     compiles: bool = True  # has operators that torch.compile can trace
     # Loads whole tiles, past a sample's end: what lies there must be finite, as 0 · NaN would reach the sums.
     reads_past: bool = False
@@ -50,9 +52,10 @@ LIBRARIES = (
     Library("flash-attn 2", "flash_attn", "flash_attn_varlen_func", KEYWORDS, (8, 9, 10, 11, 12), 256, rocm=True),
     Library("torch FlashAttention", "torch.ops.aten", "_flash_attention_forward", ATEN_FLASH, (8, 9, 10, 11, 12), 256,
             compiles=False),
-    Library("torch varlen_attn", "torch.nn.attention.varlen", "varlen_attn", TORCH_KEYWORDS, (8, 9, 10, 11, 12), 256),
+    Library("torch varlen_attn", "torch.nn.attention.varlen", "varlen_attn", TORCH_KEYWORDS, (8, 9, 10, 11, 12), 256,
+            grouped=False),
     Library("torch efficient attention", "torch.ops.aten", "_efficient_attention_forward", ATEN_EFFICIENT,
-            (8, 9, 10, 11, 12), 256, dtypes=(torch.float32,), compiles=False),
+            (8, 9, 10, 11, 12), 256, dtypes=(torch.float32,), compiles=False, grouped=False, uneven_causal=False),
 )  # fmt: skip
 
 # (module, function) → the function with the names of its parameters, or why there is none. Filled on first use.
@@ -110,8 +113,13 @@ def _refuses_device(majors: tuple[int, ...], rocm: bool, kind: str, index: int |
     return None if major in majors else f"needs compute capability {wanted}, got {major}.{minor}"
 
 
-def why_not(library: Library, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
-    """Reason why the library cannot take these tensors, or None."""
+def why_not(
+    library: Library, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, uneven_causal: bool = False
+) -> str | None:
+    """Reason why the library cannot take these tensors, or None. `uneven_causal`: with a causal mask, and k not of q's
+    lengths."""
+    if uneven_causal and not library.uneven_causal:
+        return "takes a causal mask only where q and k have the same cu_seqlens"
     if q.dtype not in library.dtypes or not q.dtype == k.dtype == v.dtype:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in library.dtypes)
         return f"needs q, k and v in {names}, got {q.dtype}, {k.dtype}, {v.dtype}"
@@ -126,19 +134,19 @@ def why_not(library: Library, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor)
     return device or _missing(library.module, library.function, library.keywords)
 
 
-def choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Library | None:
+def choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, uneven_causal: bool = False) -> Library | None:
     """The first library that can take these tensors, or None; remembered by what the reasons look at."""
     if torch.compiler.is_compiling():
-        return _first(q, k, v)
-    key = (q.dtype, k.dtype, v.dtype, q.shape[2], q.device, q.shape[0] == 0 or k.shape[0] == 0)
+        return _first(q, k, v, uneven_causal)
+    key = (q.dtype, k.dtype, v.dtype, q.shape[2], q.device, q.shape[0] == 0 or k.shape[0] == 0, uneven_causal)
     if key not in _chosen:
-        _chosen[key] = _first(q, k, v)
+        _chosen[key] = _first(q, k, v, uneven_causal)
     return _chosen[key]
 
 
-def _first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Library | None:
+def _first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, uneven_causal: bool) -> Library | None:
     for library in LIBRARIES:
-        if why_not(library, q, k, v) is None:
+        if why_not(library, q, k, v, uneven_causal) is None:
             return library
     return None
 

@@ -30,6 +30,7 @@ def attend(
     max_seqlen_q: int,
     max_seqlen_k: int,
     softmax_scale: float | None,
+    causal: bool = False,
 ) -> torch.Tensor:
     """Attention by this library. See `dcdit_kernels.varlen_attention` for the rows past the last live one.
 
@@ -39,17 +40,17 @@ def attend(
     lengths = (cu_seqlens_q.int(), cu_seqlens_k.int(), max_seqlen_q, max_seqlen_k)
     gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if exact or (packing is not None and not gradients and not library.reads_past):
-        return call(library, q, k, v, lengths, softmax_scale)
+        return call(library, q, k, v, lengths, softmax_scale, causal)
     live_q = _live(q, cu_seqlens_q) if packing is None else packing.live[:, None, None]
     one = cu_seqlens_k is cu_seqlens_q and k.shape[0] == q.shape[0]
     live_k = live_q if one else _live(k, cu_seqlens_k)
     zero = q.new_zeros(())
     if library.reads_past:
         q, k, v = (torch.where(live, x, zero) for live, x in ((live_q, q), (live_k, k), (live_k, v)))
-        return torch.where(live_q, call(library, q, k, v, lengths, softmax_scale), zero)
+        return torch.where(live_q, call(library, q, k, v, lengths, softmax_scale, causal), zero)
     if gradients:
         q, k, v = (_LiveGradient.apply(x, live, zero) for x, live in ((q, live_q), (k, live_k), (v, live_k)))
-    return _LiveRows.apply(call(library, q, k, v, lengths, softmax_scale), live_q, zero)
+    return _LiveRows.apply(call(library, q, k, v, lengths, softmax_scale, causal), live_q, zero)
 
 
 def _live(x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
@@ -83,16 +84,16 @@ class _LiveGradient(torch.autograd.Function):
         return torch.where(live, grad, zero), None, None
 
 
-def _flash(library, q, k, v, lengths: Lengths, softmax_scale):
+def _flash(library, q, k, v, lengths: Lengths, softmax_scale, causal):
     function, _ = flash.found(library)
-    options = {"softmax_scale": softmax_scale}
+    options = {"softmax_scale": softmax_scale, "causal": causal}
     if torch.are_deterministic_algorithms_enabled():
         options["deterministic"] = True
     out = function(**dict(zip(flash.KEYWORDS, (q, k, v, *lengths), strict=True)), **options)
     return out[0] if isinstance(out, tuple) else out  # flash-attn 4 and the first 3 return (out, logsumexp)
 
 
-def _varlen_attn(library, q, k, v, lengths: Lengths, softmax_scale):
+def _varlen_attn(library, q, k, v, lengths: Lengths, softmax_scale, causal):
     function, parameters = flash.found(library)
     q, k, v = (_dense_heads(x) for x in (q, k, v))
     options = {}
@@ -100,23 +101,28 @@ def _varlen_attn(library, q, k, v, lengths: Lengths, softmax_scale):
         options["scale"] = softmax_scale
     elif softmax_scale is not None:  # torch 2.10 always scales by head_dim ** -0.5
         q = q * (softmax_scale * math.sqrt(q.shape[2]))
+    if causal:  # named is_causal in torch 2.10
+        options |= {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
     return function(**dict(zip(flash.TORCH_KEYWORDS, (q, k, v, *lengths), strict=True)), **options)
 
 
-def _aten_flash(library, q, k, v, lengths: Lengths, softmax_scale):
+def _aten_flash(library, q, k, v, lengths: Lengths, softmax_scale, causal):
     function, _ = flash.found(library)
+    cu_q, cu_k, max_q, max_k = lengths
+    if k.shape[1] != q.shape[1]:  # one row of grouped queries is a path of its own, which knows no sample without rows
+        max_q = max(2, max_q)
     q, k, v = (_dense_heads(x) for x in (q, k, v))
-    return function(q, k, v, *lengths, 0.0, False, False, scale=softmax_scale)[0]
+    return function(q, k, v, cu_q, cu_k, max_q, max_k, 0.0, causal, False, scale=softmax_scale)[0]
 
 
-def _aten_efficient(library, q, k, v, lengths: Lengths, softmax_scale):
+def _aten_efficient(library, q, k, v, lengths: Lengths, softmax_scale, causal):
     function, _ = flash.found(library)
     cu_q, cu_k, max_q, max_k = lengths
     # One sequence of all rows; longest samples of at least one row and no more than there are, as its backward demands.
     bounds = max(1, min(max_q, q.shape[0])), max(1, min(max_k, k.shape[0]))
     gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     q, k, v = (_aligned(x)[None] for x in (q, k, v))
-    return function(q, k, v, None, cu_q, cu_k, *bounds, 0.0, 0, gradients, scale=softmax_scale)[0].squeeze(0)
+    return function(q, k, v, None, cu_q, cu_k, *bounds, 0.0, int(causal), gradients, scale=softmax_scale)[0].squeeze(0)
 
 
 CALLS: dict[tuple[str, ...], Callable[..., Any]] = {

@@ -16,12 +16,13 @@ from dcdit_kernels import Packing, flash, flash_calls, reference
 CU_Q, CU_K = (torch.tensor(cu, dtype=torch.int32) for cu in ([0, 4, 4, 9], [0, 2, 5, 11]))
 
 
-def math_of(q, k, v, cu_q, cu_k, scale, dirty):
+def math_of(q, k, v, cu_q, cu_k, scale, dirty, causal=False):
     """Attention in float64. With `dirty`, rows past the last live one are NaN, in the output and in the gradients."""
     assert cu_q.dtype == cu_k.dtype == torch.int32
     live_q, live_k = int(cu_q[-1]), int(cu_k[-1])
     rows = [Dirty.apply(x, n) if dirty else x for x, n in ((q, live_q), (k, live_k), (v, live_k))]
-    out = reference.varlen_attention(*(x.double() for x in rows), cu_q, cu_k, 0, 0, scale).to(q.dtype)
+    rows = [x.double().repeat_interleave(q.shape[1] // x.shape[1], 1) for x in rows]
+    out = reference.varlen_attention(*rows, cu_q, cu_k, 0, 0, scale, causal).to(q.dtype)
     return out + torch.where(torch.arange(len(out)) < live_q, 0.0, math.nan)[:, None, None].to(out) if dirty else out
 
 
@@ -45,55 +46,56 @@ def flash_4(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, ma
             seqused_k=None, page_table=None, softmax_scale=None, causal=False, window_size=(None, None),
             learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
             return_lse=False):  # fmt: skip
-    assert seqused_q is seqused_k is page_table is learnable_sink is None and not causal
+    assert seqused_q is seqused_k is page_table is learnable_sink is None
     assert not any(x.isnan().any() for x in (q, k, v)), "loads past a sample's end"
-    return math_of(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, dirty=True), None
+    return math_of(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, True, causal), None
 
 
 def flash_3(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
             softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
             window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
             sm_margin=0, return_attn_probs=False):  # fmt: skip
-    assert seqused_q is seqused_k is qv is None and not causal
+    assert seqused_q is seqused_k is qv is None
     assert not any(x.isnan().any() for x in (q, k, v)), "loads past a sample's end"
-    return math_of(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, dirty=True)
+    return math_of(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, True, causal)
 
 
 def flash_2(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
             causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
             return_attn_probs=False, block_table=None):  # fmt: skip
-    assert dropout_p == 0.0 and not causal and alibi_slopes is None
-    return math_of(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, dirty=True)
+    assert dropout_p == 0.0 and alibi_slopes is None
+    return math_of(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, True, causal)
 
 
 def torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
-    assert not is_causal and return_aux is None
-    return math_of(query, key, value, cu_seq_q, cu_seq_k, None, dirty=True)
+    assert return_aux is None and query.shape[1] == key.shape[1]
+    return math_of(query, key, value, cu_seq_q, cu_seq_k, None, True, is_causal)
 
 
 def torch_2_12(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
                window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None):  # fmt: skip
-    assert return_aux is seqused_k is block_table is None and window_size == (-1, -1)
-    return math_of(query, key, value, cu_seq_q, cu_seq_k, scale, dirty=True)
+    assert return_aux is seqused_k is block_table is None and query.shape[1] == key.shape[1]
+    return math_of(query, key, value, cu_seq_q, cu_seq_k, scale, True, {(-1, -1): False, (-1, 0): True}[window_size])
 
 
 # Operators of PyTorch, with the parameters that `test_aten_operators_take_our_arguments` finds in the installed one.
 def aten_flash(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *,
                scale=None):  # fmt: skip
-    assert dropout_p == 0.0 and not is_causal and not return_debug_mask
-    out = math_of(query, key, value, cum_seq_q, cum_seq_k, scale, dirty=True)
+    assert dropout_p == 0.0 and not return_debug_mask and (max_q > 1 or query.shape[1] == key.shape[1])
+    out = math_of(query, key, value, cum_seq_q, cum_seq_k, scale, True, is_causal)
     return out, *(torch.empty(0) for _ in range(4))
 
 
 def aten_efficient(query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
                    custom_mask_type, compute_log_sumexp=False, *, scale=None):  # fmt: skip
-    assert bias is None and dropout_p == 0.0 and custom_mask_type == 0
+    assert bias is None and dropout_p == 0.0 and query.shape[2] == key.shape[2]
+    assert custom_mask_type == 0 or (custom_mask_type == 1 and cu_seqlens_q is cu_seqlens_k)
     assert 1 <= max_seqlen_q <= query.shape[1] and 1 <= max_seqlen_k <= key.shape[1], "its backward demands it"
     assert compute_log_sumexp == query.requires_grad, "the backward reads it, the forward alone does not"
     assert all(x.dim() == 4 and x.shape[0] == 1 and x.stride(3) == 1 for x in (query, key, value))
     assert all(step % 4 == 0 for x in (query, key, value) for step in (*x.stride()[1:3], x.storage_offset()))
     rows = (x.squeeze(0) for x in (query, key, value))
-    out = math_of(*rows, cu_seqlens_q, cu_seqlens_k, scale, dirty=True)[None]
+    out = math_of(*rows, cu_seqlens_q, cu_seqlens_k, scale, True, custom_mask_type == 1)[None]
     return out, *(torch.empty(0) for _ in range(3)), max_seqlen_q, max_seqlen_k
 
 
@@ -173,6 +175,49 @@ def test_each_library_is_called_as_it_wants(name, scale, install):
         assert g.dtype == dtype_of(name)
         torch.testing.assert_close(g.double(), w, rtol=2**-9, atol=2**-9)
     assert got[0][9:].abs().max() == got[1][9:].abs().max() == got[2][11:].abs().max() == got[3][11:].abs().max() == 0
+
+
+def row_by_row(q, k, v, cu_q, cu_k, causal):
+    """Each row and head by itself: the keys of its sample, with `causal` those no nearer to the end than it is."""
+    out = []
+    for row in range(len(q)):
+        sample = int(torch.searchsorted(cu_q[1:], row, right=True))
+        if sample == len(cu_q) - 1:
+            out.append(0 * q[row])
+            continue
+        first, last = int(cu_k[sample]), int(cu_k[sample + 1])
+        last -= (int(cu_q[sample + 1]) - 1 - row) if causal else 0
+        heads = [h // (q.shape[1] // k.shape[1]) for h in range(q.shape[1])]
+        keys, values = k[first : max(first, last), heads], v[first : max(first, last), heads]
+        weight = torch.einsum("hd,jhd->hj", q[row] * q.shape[2] ** -0.5, keys).softmax(1)
+        out.append(torch.einsum("hj,jhd->hd", weight, values))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", [*STAND_INS, *ATEN, "reference", "native"])
+def test_grouped_queries_and_a_causal_mask(name, causal, alike, install):
+    """Fewer heads of k and v than of q; rows that see no key are zero."""
+    install(*({name} & {*STAND_INS, *ATEN}))
+    backend, dtype = (name, torch.float64) if name in ("reference", "native") else (None, dtype_of(name))
+    cu_k = CU_Q if alike else CU_K
+    q = torch.randn(12, 4, 8).to(dtype)
+    k, v = torch.randn(12 if alike else 13, 2, 2, 8).to(dtype).unbind(1)
+    got = value_and_gradients(
+        lambda *t: K.varlen_attention(*t, CU_Q, cu_k, 5, 6, causal=causal, backend=backend), (q, k, v)
+    )
+    double = [t.double() for t in (q, k, v)]
+    want = value_and_gradients(lambda *t: row_by_row(*t, CU_Q, cu_k, causal), double)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2**-8}[dtype]
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g.double(), w, rtol=tolerance, atol=tolerance)
+
+
+def test_heads_that_do_not_divide():
+    q, kv = torch.randn(9, 4, 8), torch.randn(9, 3, 8)
+    with pytest.raises(ValueError, match="heads of k must divide those of q, 4, got 3"):
+        K.varlen_attention(q, kv, kv, CU_Q, CU_Q, 5, 5)
 
 
 @pytest.mark.parametrize("name", [*STAND_INS, *ATEN])
@@ -357,7 +402,7 @@ def test_sample_by_sample_compiles_without_a_break():
     assert frames[-1] - frames[0] <= 1, f"graphs after each call: {frames}"
 
 
-def simple(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None):
+def simple(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False):
     """Something that can be traced and differentiated; no attention."""
     return q * k + v * cu_seqlens_q[1]
 
@@ -401,7 +446,7 @@ def test_installed_libraries_on_the_gpu():
 def test_opcheck(backend):
     """Schemas and fakes say what the operator does, with a query that is a view and a tail."""
     q, k, v = (torch.nan_to_num(x.float()) for x in rows())
-    args = (q[:, ::2], k[:, :1], v[:, 1:], CU_Q, CU_K, [], [], 5, 6, None, backend)
+    args = (q[:, ::2], k[:, :1], v[:, 1:], CU_Q, CU_K, [], [], 5, 6, None, True, backend)
     ops, tests = torch.ops.dcdit, ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.varlen_attention.default, args, test_utils=tests)
     # The schema test runs below autograd, by which the backward is made.

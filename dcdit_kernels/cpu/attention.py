@@ -21,12 +21,24 @@ def varlen_attention(
     max_seqlen_q: int,
     max_seqlen_k: int,
     softmax_scale: float | None = None,
+    causal: bool = False,
 ) -> torch.Tensor:
     """See `dcdit_kernels.varlen_attention`."""
     lengths_q, lengths_k = torch.stack([cu_seqlens_q, cu_seqlens_k]).diff().tolist()
     parts = zip(_samples(q, lengths_q), _samples(k, lengths_k), _samples(v, lengths_k), strict=True)
-    outs = [F.scaled_dot_product_attention(*part, scale=softmax_scale).squeeze(0).transpose(0, 1) for part in parts]
+    outs = [_attend(*part, softmax_scale, causal).squeeze(0).transpose(0, 1) for part in parts]
     return with_tail(torch.cat([q[:0], *outs]), q.shape[0])
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, causal: bool) -> torch.Tensor:
+    """Attention of one sample, (1, heads, M, d)."""
+    rows, keys = q.shape[2], k.shape[2]
+    if not causal or rows == keys:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=causal)
+    blind = max(0, rows - keys)  # rows that see no key
+    mask = torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril(keys - rows)[blind:]
+    out = F.scaled_dot_product_attention(q[:, :, blind:], k, v, mask, scale=scale)
+    return torch.cat([torch.zeros_like(q[:, :, :blind]), out], dim=2)
 
 
 def _samples(x: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:

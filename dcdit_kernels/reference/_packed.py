@@ -17,7 +17,7 @@ def accumulate_dtype(*tensors: torch.Tensor) -> torch.dtype:
 
 def live_rows(packing: Packing) -> torch.Tensor:
     """bool (capacity, 1): rows that hold a token."""
-    return (packing.sample_index >= 0)[:, None]
+    return packing.live[:, None]
 
 
 def take_rows(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
