@@ -11,6 +11,7 @@ import torch
 from ._dispatch import BackendError
 
 SECOND = 'a kernel\'s gradient has no gradient of its own; gradients of gradients need use_backend("reference")'
+TRANSFORMS = 'torch.func sees no kernel; its transforms need use_backend("reference")'
 FORWARD_MODE = 'kernels have no forward-mode derivative; it needs use_backend("reference")'
 
 

@@ -13,7 +13,8 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 if TYPE_CHECKING:
     from .packing import Packing
 
-PROXY = torch._C._TorchDispatchModeKey.PROXY
+# What make_fx records by, in its two modes.
+PROXY, PRE_DISPATCH = torch._C._TorchDispatchModeKey.PROXY, torch._C.DispatchKey.PreDispatch
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -23,6 +24,8 @@ def traced(tensor: torch.Tensor) -> bool:
     if torch.compiler.is_compiling():
         return True
     if type(tensor) not in PLAIN and isinstance(tensor, FakeTensor | FunctionalTensor):
+        return True
+    if torch._C._dispatch_tls_is_dispatch_key_included(PRE_DISPATCH):
         return True
     return torch._C._len_torch_dispatch_stack() > 0 and torch._C._get_dispatch_mode(PROXY) is not None
 

@@ -32,8 +32,10 @@ class _Choice(threading.local):
 
     # torch.compile cannot call a ContextVar. It can read, and guard, a property whose getter is written in C.
     eager = property(_name.get)  # the name, or this object itself where there is none
-    # Nor can it set one: inside a graph `use_backend` sets an attribute, which it can follow.
-    traced: str | None = None
+
+    def __init__(self) -> None:
+        # Nor can it set one: inside a graph `use_backend` sets an attribute of the thread, which it can follow.
+        self.traced: str | None = None
 
 
 current = _Choice()

@@ -26,7 +26,7 @@ import torch
 from torch.autograd import forward_ad
 
 from . import _library
-from ._autograd import KernelFunction, connect
+from ._autograd import TRANSFORMS, KernelFunction, connect
 from ._check import floating, one_device, traced, with_memory
 from ._dispatch import BACKENDS, BackendError, current, requested_backend
 from ._triton_support import assume_constant, elsewhere
@@ -78,6 +78,8 @@ class Operator:
         chosen = self.choose(backend, tensor)
         if chosen != "reference":
             with_memory(self.name, {"the first tensor": tensor})
+            if torch._C._are_functorch_transforms_active():
+                raise BackendError(f"{self.name}: {TRANSFORMS}")
         function = self.backends[chosen].implementation
         return _full_precision(function, tensor.device, tensor, *args)
 
@@ -171,13 +173,16 @@ class Differentiable(Operator):
         plan = inputs["plan"] if self.plan else None
         key.append(plan and plan.cu_seqlens.device)
         known = tuple(key)
-        implementation = _known.get(known)
-        if implementation is None:
+        found = _known.get(known)
+        if found is None:
             self._check(inputs)
             chosen = self.choose(backend, *tensors)
             if chosen != "reference":
                 with_memory(self.name, {name: inputs[name] for name in self.tensors})
-            implementation = _known[known] = self.backends[chosen].implementation
+            found = _known[known] = chosen, self.backends[chosen].implementation
+        chosen, implementation = found
+        if chosen != "reference" and torch._C._are_functorch_transforms_active():
+            raise BackendError(f"{self.name}: {TRANSFORMS}")
         if not hasattr(implementation, "backward"):
             return _full_precision(implementation, tensors[0].device, **inputs)
         if (graph and torch.is_grad_enabled()) or forward_ad._current_level >= 0:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ._autograd import KernelFunction
 from ._check import probabilities
 from ._triton_support import assume_constant, capability
 from .chunk_plan import ChunkPlan
@@ -118,13 +119,14 @@ def _plan_chunks(boundary_prob, grid, drop_fraction, threshold, nearest, capacit
 
     where = place(device, min(batch, 1 + batch * cells // CELLS_PER_THREAD), block)
     blocks, block = (batch, 1024) if device.type == "cuda" else (where.threads, block)
-    # Both calls see these, in integers: status (2), prefix (B·L), info (3·B), member_base (B + 1), scratch.
-    room = 2 + batch * cells + 4 * batch + 1
-    shared = torch.empty(room + _C.scratch_ints(cells, len(grid), block) * blocks, dtype=torch.int32, device=device)
-    ints, status = shared.new_empty, shared.data_ptr()
+    # Both calls see these integers: scratch, status (2), prefix (B·L), info (3·B), member_base (B + 1).
+    first = _C.scratch_ints(cells, len(grid), block) * blocks
+    shared = torch.empty(first + batch * cells + 4 * batch + 3, dtype=torch.int32, device=device)
+    ints, scratch = shared.new_empty, shared.data_ptr()
+    status = scratch + 4 * first
     prefix = status + 4 * 2
     info = prefix + 4 * batch * cells
-    member_base, scratch = info + 4 * 3 * batch, status + 4 * room
+    member_base = info + 4 * 3 * batch
     cu_seqlens, overflow = ints(batch + 1), ints(())
     limit = cells if max_seqlen is None else min(cells, max_seqlen)
     _C.plan_count(
@@ -135,7 +137,7 @@ def _plan_chunks(boundary_prob, grid, drop_fraction, threshold, nearest, capacit
     )  # fmt: skip
     exact, longest = capacity is None, min(limit, capacity or 0)
     if capacity is None or device.type == "cpu":
-        total, retained = shared[:2].tolist()  # the one copy from the device
+        total, retained = shared[first : first + 2].tolist()  # the one copy from the device
         if total < 0:
             probabilities("plan_chunks", boundary_prob)
         if capacity is None:
@@ -175,7 +177,7 @@ def unpack_rows(x: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tensor
     return _Unpack.apply(x, index, rows)
 
 
-class _Pack(torch.autograd.Function):
+class _Pack(KernelFunction):
     @staticmethod
     def forward(ctx, x, index):
         ctx.save_for_backward(index)
@@ -188,7 +190,7 @@ class _Pack(torch.autograd.Function):
         return _Unpack.apply(grad, *ctx.saved_tensors, ctx.rows), None
 
 
-class _Unpack(torch.autograd.Function):
+class _Unpack(KernelFunction):
     @staticmethod
     def forward(ctx, x, index, rows):
         ctx.save_for_backward(index)

@@ -230,15 +230,6 @@ def test_backward_skips_what_nobody_asked_for():
     assert pos.grad is None
 
 
-def test_second_derivatives_are_refused():
-    """They would be wrong: what a kernel writes has no graph."""
-    _, plan = make_plan((5, 6), 0.5)
-    h = torch.randn(3, 30, 8, device=DEVICE, requires_grad=True)
-    (grad,) = torch.autograd.grad(K.chunk(h, plan, backend="triton").square().sum(), h, create_graph=True)
-    with pytest.raises(K.BackendError, match="use_backend"):
-        grad.sum().backward()
-
-
 @pytest.mark.skipif(DEVICE == "cuda", reason="says why a CPU tensor cannot run; here it can")
 def test_reasons(monkeypatch):
     prob, plan = make_plan((5, 6), 0.5)
