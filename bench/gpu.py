@@ -141,6 +141,7 @@ def second(device: str, earlier: dict | None, end: float) -> list[list[Stage]]:
         *stages,
         [warm("compiled,ablation", device, 100)],
         [*clocks(device), benches("compiled", "compiled", device, end - 150, 150)],
+        [Stage("profile forward", (*PYTHON, "bench.profile", "forward", "--device", device), 30)],
         [benches("ablation", "ablation", device, end - 75, 120)],
         [Stage("ncu", tuple(kernels), 60)],
         [Stage("profile", tuple(step), 40)],

@@ -1,14 +1,16 @@
-"""python -m bench.profile step | kernels: operator by operator through a training step; our kernels alone, for ncu."""
+"""python -m bench.profile step | forward | kernels: where the time goes, and our kernels alone, for ncu."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from .cases import select
 from .lists import at_hand, largest
+from .lists import forward as passes
 from .measure import build
 from .timing import make_call
 
@@ -31,6 +33,30 @@ def step(device: str, trace: str | None) -> None:
         prof.export_chrome_trace(trace)
 
 
+def forward(device: str) -> None:
+    """The kernels of forward passes by their time on the device: the model's and the plain DiT's."""
+    for size, batch in (("XL", 64), ("S", 64), ("S", 1)):
+        ((case, _),) = at_hand([(passes(size, batch), ())], device)
+        problem = build(case, device)
+        for name in ("dcdit", "DiT/2"):
+            call = make_call(problem.variants[name], problem.inputs, False)
+            call()
+            call()
+            print(f"{case.name}: {name}")
+            print(table(call, device, 20), flush=True)
+
+
+def table(call: Callable[[], object], device: str, rows: int) -> str:
+    """Operators and kernels of one call, the slowest on the device first."""
+    activities = [ProfilerActivity.CUDA] if device == "cuda" else [ProfilerActivity.CPU]
+    with profile(activities=activities) as prof:
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    key = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
+    return prof.key_averages().table(sort_by=key, row_limit=rows, max_name_column_width=70)
+
+
 def kernels(device: str) -> None:
     """One call of each operator at XL, batch 64, between the marks that a profiler of kernels waits for."""
     for group in ("plan", "modulate", "dechunk", "cosine", "boundary", "scaffold"):
@@ -50,11 +76,14 @@ def kernels(device: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.profile", description=__doc__)
-    parser.add_argument("what", choices=["step", "kernels"])
+    parser.add_argument("what", choices=["step", "forward", "kernels"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--trace", help="file of the trace, .json or .json.gz")
     args = parser.parse_args()
-    step(args.device, args.trace) if args.what == "step" else kernels(args.device)
+    if args.what == "step":
+        step(args.device, args.trace)
+    else:
+        {"forward": forward, "kernels": kernels}[args.what](args.device)
     return 0
 
 

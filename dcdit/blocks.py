@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dcdit_kernels import Packing, adaln_modulate, gate_residual, gate_residual_modulate, varlen_attention
 
-from .layers import RMSNorm, gelu_tanh
+from .layers import RMSNorm, linear_gelu
 
 
 class Stream(NamedTuple):
@@ -72,7 +72,7 @@ class DiTBlock(nn.Module):
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
         """(…, D) → (…, D)."""
-        return self.fc2(gelu_tanh(self.fc1(x), self.fc1))
+        return self.fc2(linear_gelu(self.fc1, x))
 
 
 class MainNetwork(nn.Module):

@@ -61,11 +61,29 @@ def gelu_tanh(x: torch.Tensor, source: nn.Module | None = None) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def linear_gelu(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """GELU, tanh form, of layer(x). (…, in) → (…, out).
+
+    On a GPU in half precision, where no gradient is wanted, the matrix product applies it before it rounds and writes:
+    one pass over the hidden features of an MLP in place of three.
+    """
+    half = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+    if half and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and is_plain(layer):
+        if layer.weight.dtype == x.dtype and layer.bias is not None:
+            hidden = torch.ops.aten._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
+            return hidden.unflatten(0, x.shape[:-1])
+    return gelu_tanh(layer(x), layer)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether layer(x) is a linear map and nothing more: no adapter, quantisation, offload or hook."""
+    watched = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or hooks._global_forward_hooks
+    return type(layer) is nn.Linear and "forward" not in layer.__dict__ and not watched
+
+
 def may_overwrite(x: torch.Tensor, source: nn.Module | None) -> bool:
     """Whether x may be computed in place: no gradient needs it, and no hook of `source`, the layer that made it, holds
     it. An adapter or a quantised layer in the place of `source` may hold its output as well."""
     if x.requires_grad or source is None:
         return not x.requires_grad
-    return type(source) is nn.Linear and not (
-        source._forward_hooks or source._backward_hooks or hooks._global_forward_hooks
-    )
+    return is_plain(source)

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import copy
 import dataclasses
 import math
 
@@ -17,6 +18,7 @@ from bench.measure import build, host_waits
 from bench.operators import routed_prob
 from bench.timing import captured
 from dcdit import DCDiT, graphed, preset
+from dcdit.layers import linear_gelu
 
 pytestmark = [
     pytest.mark.gpu,
@@ -281,3 +283,20 @@ def test_model_equals_cpu(drop_fraction):
     same = (gpu.boundary_mask.cpu() == cpu.boundary_mask).flatten(1).all(1)
     assert same.any(), "no sample was routed alike"
     torch.testing.assert_close(got.cpu()[same], want[same], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 77])
+def test_gelu_inside_the_product(rows, dtype):
+    """Against float64 no worse than a pass of its own; a hook still sees what the layer gives."""
+    layer = torch.nn.Linear(72, 288).to(DEVICE, dtype)
+    x = 2 * torch.randn(rows, 72, device=DEVICE, dtype=dtype)
+    with torch.no_grad():
+        want = torch.nn.functional.gelu(copy.deepcopy(layer).double()(x.double()), approximate="tanh")
+        got, apart = linear_gelu(layer, x), torch.nn.functional.gelu(layer(x), approximate="tanh")
+        assert got.dtype == dtype and got.shape == (rows, 288)
+        assert (got - want).abs().max() <= (apart - want).abs().max()
+        seen = []
+        layer.register_forward_hook(lambda module, args, out: seen.append(out.clone()))
+        torch.testing.assert_close(linear_gelu(layer, x), apart, rtol=0, atol=0)
+        assert torch.equal(seen[0], layer(x))
