@@ -30,7 +30,7 @@ def dcdit_flops(config: DCDiTConfig, tokens: float, router: nn.Module | None = N
     embedders = 256 * width + width**2 + 2 * narrow * width
     macs = {
         "encoder": cells * conv_stack + 2 * narrow * width,
-        "router": router.macs(cells),
+        "router": router.macs(cells),  # type: ignore[operator]
         "main": _blocks(config, tokens),
         "dechunk": tokens**2 * width,
         "decoder": cells * conv_stack + 2 * narrow * width,

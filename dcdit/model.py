@@ -63,10 +63,11 @@ class DCDiT(nn.Module):
         Modules of your own are asked for their `reset_parameters`, where they have it.
         """
         for module in self.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
         if "router" not in self._foreign:
-            self.router.init_weights()
+            self.router.init_weights()  # type: ignore[operator]
         self.pos_embed.copy_(sincos_2d(self.config.hidden_size, self.config.input_size))
         self._init_linears()
 
@@ -135,8 +136,8 @@ class DCDiT(nn.Module):
         Raises ValueError for a wrong shape, dtype, class id, ρ or routing.
         """
         self._check(x, t, y)
-        limits = {"capacity": capacity, "max_seqlen": max_seqlen}
-        limits = {name: rows for name, rows in limits.items() if rows is not None}
+        given = {"capacity": capacity, "max_seqlen": max_seqlen}
+        limits = {name: rows for name, rows in given.items() if rows is not None}
         if routing is not None:
             self._check_routing(routing, len(x), drop_fraction, limits)
         c, outer = self.condition(t, y)

@@ -76,7 +76,7 @@ class ChunkPlan(Packing):
         if per is None:
             require(batch != cells or not any(fits.values()), "rows: with B = L = {}, say per=", cells)
             per = next((name for name, good in fits.items() if good), None)
-        if not fits.get(per, False):
+        if not fits.get(per or "", False):
             message = "rows: table must be (B, L, …), (L, …) or (B, …) with B = {} and L = {}, got {}"
             raise ValueError(message.format(batch, cells, tuple(shape)))
         if per == "token":

@@ -17,7 +17,7 @@ def _like_x(x: torch.Tensor, **_: Any) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _backends(op: str, kernels: str) -> dict[str, Backend]:
+def _backends(op: str, kernels: str) -> dict[str, Any]:
     return {
         "native": Backend(f"dcdit_kernels.cpu.modulate:{op}", _rows.why_not),
         "triton": Backend(f"dcdit_kernels.triton.modulate:{kernels}", _triton_support.why_not),

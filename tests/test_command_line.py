@@ -34,7 +34,13 @@ def run(*words, flags=(), **environment):
 
 @pytest.mark.parametrize(
     "words",
-    [["--help"], ["sample", "--help"], ["train", "--help"], ["sample", "x", "--steps", "many"], ["demo", "--nonsense"]],
+    [
+        ["--help"],
+        ["sample", "--help"],
+        *([name, "--help"] for name in ("train", "upcycle", "info", "data", "convert", "visualize")),
+        ["sample", "x", "--steps", "many"],
+        ["demo", "--nonsense"],
+    ],
 )
 def test_options_need_no_torch(words):
     done = run(*words)
