@@ -11,7 +11,7 @@ PY := $(VENV)/bin/python
 # Prints the package folders of the Python that runs it.
 FOLDERS := import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")
 
-.PHONY: demo test lint bench gpu bench-compare clean
+.PHONY: demo test lint fuzz bench gpu bench-compare clean
 
 demo: $(VENV)/installed-demo
 	$(VENV)/bin/dcdit demo
@@ -23,6 +23,10 @@ lint: $(VENV)/installed-dev
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
+
+# Bytes of all kinds for every parser, ten minutes.
+fuzz: $(VENV)/installed-test
+	FUZZ=4000 $(PY) -m pytest tests/test_fuzz.py -q
 
 # Measure on this machine, then write docs/benchmarks.md; under 10 minutes on 2 cores.
 bench: $(VENV)/installed-test

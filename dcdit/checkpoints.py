@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from .config import DCDiTConfig
+from .embedders import sincos_2d
 from .errors import CheckpointError, ConfigError
 from .files import replacing, sync
 from .model import DCDiT
@@ -53,6 +54,8 @@ def _compare(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, .
 
 def check_place(directory: Path) -> None:
     """Raise CheckpointError where a directory holds anything but a checkpoint and its description."""
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file, expected a folder for {' and '.join(FILES)}")
     entries = [entry.name for entry in directory.iterdir()] if directory.exists() else []
     foreign = [name for name in entries if name not in (*FILES, *KEPT)]
     if foreign:
@@ -71,7 +74,7 @@ def save_checkpoint(directory: str | Path, model: DCDiT, extra: dict[str, Any] |
     from safetensors.torch import save
 
     extra = getattr(model, "use", {}) if extra is None else extra
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     check_place(directory)
     directory = directory.resolve() if directory.is_symlink() else directory  # a link stays, what it names is replaced
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -126,9 +129,25 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
         raise CheckpointError(f"{weights} is truncated or not a safetensors file: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{weights} cannot be read: {error}") from error
+    _check_grid(state["pos_embed"], config, path)
     model = DCDiT(config).to(device)
     load_state(model, {key: tensor.to(torch.float32) for key, tensor in state.items()})
     return _with_use(model.eval(), extra), extra
+
+
+def _check_grid(table: torch.Tensor, config: DCDiTConfig, path: Path) -> None:
+    """Raise CheckpointError where the position table is that of another grid with as many cells."""
+    cells, width = config.cells, config.hidden_size
+    grids = [config.input_size, *((h, cells // h) for h in range(1, cells + 1) if cells % h == 0)]
+    for grid in grids:
+        # In units of cells, or of the patches of a DiT that the model comes from.
+        if any(torch.allclose(table, sincos_2d(width, grid, patch), atol=1e-4) for patch in (1, 2)):
+            if grid != config.input_size:
+                ours, theirs = ("×".join(map(str, size)) for size in (config.input_size, grid))
+                raise CheckpointError(
+                    f"{path}: config.json says a grid of {ours}, the position table is that of {theirs}"
+                )
+            return
 
 
 def _check_header(weights: Path, config: DCDiTConfig) -> None:
@@ -246,7 +265,9 @@ def save_release(path: str | Path, model: DCDiT, extra: dict[str, Any] | None = 
     where they are not known. Raises CheckpointError for a model that the layout has no place for, such as one on a grid
     that is not square.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder, expected the name of a .pt file")
     extra = getattr(model, "use", {}) if extra is None else extra
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

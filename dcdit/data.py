@@ -183,8 +183,8 @@ def load_npy(file: Path) -> np.ndarray:
     """The numbers of an .npy file, nothing of it run. Raises DataError that names the file."""
     try:
         array = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError, RecursionError, SyntaxError) as error:
-        raise DataError(f"{file} is not a readable .npy file: {error}") from error
+    except Exception as error:  # NumPy reads the header as Python, and raises what its tokenizer does
+        raise DataError(f"{file} is not a readable .npy file: {' '.join(str(error).split())}") from error
     if not isinstance(array, np.ndarray):
         raise DataError(f"{file} is not a readable .npy file: it is an .npz archive")
     if array.dtype.kind not in "iuf":

@@ -32,6 +32,18 @@ def sync(file: Path) -> None:
         os.fsync(stream.fileno())
 
 
+def check_folder(directory: Path) -> Path:
+    """The folder, which need not be there yet. Raises DataError where it cannot be made or written."""
+    place = directory.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise DataError(f"cannot write {directory}: {place} is not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise DataError(f"cannot write {directory}: no permission to write in {place}")
+    return directory
+
+
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Keep other runs out of a folder; the operating system frees it when the process ends. Raises DataError.

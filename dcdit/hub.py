@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from .errors import CheckpointError
@@ -10,6 +11,7 @@ from .errors import CheckpointError
 def hub_options(name: str) -> dict[str, Any]:
     """Options with which `from_pretrained` of diffusers reads the repository `name`: from the cache where the Hub
     cannot be reached. Raises CheckpointError where there is no such repository."""
+    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument")  # diffusers' way of asking
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 

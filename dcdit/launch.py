@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 from .errors import ConfigError
@@ -46,6 +47,8 @@ def make_accelerator(config: TrainConfig):
     output = Path(config.output).expanduser()
     project = ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "tensorboard"))
     # Accumulation and compilation are the trainer's own: accelerate would divide each loss once more.
+    # PyTorch's remark on gradients of convolutions in channels_last: true, and nothing to be done about it.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     hidden = {name: os.environ.pop(name, None) for name in _OWN}
     try:
         return Accelerator(

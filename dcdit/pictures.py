@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from .errors import DataError
+from .files import check_folder
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
@@ -55,10 +56,7 @@ def check_output(directory: str | Path) -> Path:
         raise DataError(f"cannot write {directory}: there is no folder {parent}")
     if directory.exists() and not directory.is_dir():
         raise DataError(f"cannot write {directory}: it is not a folder")
-    target = directory if directory.exists() else parent
-    if not os.access(target, os.W_OK | os.X_OK):
-        raise DataError(f"cannot write {directory}: no permission to write in {target}")
-    return directory
+    return check_folder(directory)
 
 
 @contextmanager

@@ -30,12 +30,8 @@ def compare(
     """The differences that `allow` lets pass, each with the step from which it holds.
 
     `old` and `new` are configurations as `TrainConfig.to_dict` gives them, the data descriptions as
-    `describe_data` does. Raises ConfigError that names every other difference, and for a key of `allow` that is none.
+    `describe_data` does. Raises ConfigError that names every other difference.
     """
-    known = set(_paths(new)) | {"data"}
-    for key in allow:
-        if key not in known:
-            raise ConfigError(f"--allow {key}: there is no such key")
     differences = [(key, a, b) for key, a, b in _differences(old, new) if not _free(key, new)]
     if old_data and new_data and old_data["fingerprint"] != new_data["fingerprint"]:
         key = next(key for key in ("class_names", "items", "fingerprint") if old_data[key] != new_data[key])
@@ -48,6 +44,14 @@ def compare(
             f"the run at step {step} was trained with {changes}; give another output, or go on with --allow {keys}"
         )
     return [{"step": step, "key": key, "from": a, "to": b} for key, a, b in differences]
+
+
+def check_allowed(allow: Sequence[str], config: dict[str, Any]) -> None:
+    """Raise ConfigError for a name that is no key or group of keys of a configuration."""
+    known = set(_paths(config))
+    for key in allow:
+        if key not in known:
+            raise ConfigError(f"--allow {key}: there is no such key")
 
 
 def describe_data(source) -> dict[str, Any]:

@@ -264,6 +264,11 @@ def open_checkpoint(path: str | Path, device: str | torch.device = "cpu"):
                 'save it with extra={"objective": "flow" or "ddpm", "codec": {"kind": …}}'
             )
     check_keys([extra["objective"]], set(SCHEDULERS.values()), "objective")
+    names, channels = extra.get("class_names"), extra.get("guidance_channels")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise CheckpointError(f"{path / 'config.json'}: class_names must be a list of text, got {names!r}")
+    if channels is not None and type(channels) is not int:
+        raise CheckpointError(f"{path / 'config.json'}: guidance_channels must be an integer, got {channels!r}")
     codec = make_codec(**extra["codec"])
     try:
         to_uint8(codec.decode(torch.zeros(1, model.config.in_channels, *model.config.input_size, device=device)))

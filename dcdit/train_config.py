@@ -206,6 +206,8 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> TrainConfig:
         values = _read_yaml(Path(path).expanduser().read_text(encoding="utf-8")) or {}
     except FileNotFoundError as error:
         raise ConfigError(f"no config file {path}") from error
+    except IsADirectoryError as error:
+        raise ConfigError(f"{path} is a folder, expected a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):

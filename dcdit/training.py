@@ -17,13 +17,13 @@ from .codecs import make_codec
 from .data import check_codec, make_source
 from .diffusion import make_objective, ratio_loss
 from .errors import DataError, DCDiTError
-from .files import locked
+from .files import check_folder, locked
 from .interrupts import held_back, raised
 from .launch import make_accelerator
 from .model import DCDiT
 from .precision import float32_products
 from .progress import Progress
-from .resume import Change, compare, describe_data
+from .resume import Change, check_allowed, compare, describe_data
 from .routing import Routing
 from .run_header import describe_run
 from .stream import TrainingStream, batches, check_split, draw_drop_fraction
@@ -62,6 +62,8 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, allow: Sequence[str] = ()) -> None:
         self.config = config
+        check_allowed(allow, config.to_dict())
+        self.output = check_folder(Path(config.output).expanduser())
         self.accelerator = make_accelerator(config)
         self.device, self.ranks = self.accelerator.device, self.accelerator.num_processes
         check_split(config.batch_size, self.ranks, config.accumulate)
@@ -107,7 +109,6 @@ class Trainer:
             fused=True,
         )
 
-        self.output = Path(config.output).expanduser()
         for decay in config.optim.ema_decay:
             check_place(self._place(decay))  # as each save will: the steps before it would be lost
         self.held = contextlib.ExitStack()

@@ -386,6 +386,29 @@ def test_sizes_are_compared_before_anything_is_allocated(sizes, message, tmp_pat
         load_checkpoint(tmp_path / "a")
 
 
+def test_a_table_of_another_grid_is_named(tmp_path):
+    """Grids of as many cells have tables of one shape."""
+    DCDiT(dataclasses.replace(TINY, input_size=(4, 9))).save_pretrained(tmp_path / "a")
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    load_checkpoint(tmp_path / "a")
+    config["model"]["input_size"] = [6, 6]
+    (tmp_path / "a/config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="a grid of 6×6, the position table is that of 4×9"):
+        load_checkpoint(tmp_path / "a")
+
+
+def test_targets_of_the_wrong_kind(tmp_path, capsys):
+    save_checkpoint(tmp_path / "a", DCDiT(TINY))
+    (tmp_path / "file").touch()
+    for words, message in (
+        (["a", "a"], "is a folder, expected the name of a .pt file"),
+        (["a", "/"], "is a folder, expected the name of a .pt file"),
+        ([RELEASE, "file"], "is a file, expected a folder for config.json and model.safetensors"),
+    ):
+        assert main(["convert", *(str(tmp_path / word) for word in words)]) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
 def test_weights_are_floating_point(dtype, tmp_path):
     from safetensors.torch import save_file

@@ -191,6 +191,24 @@ def test_options_are_checked_before_the_output_is_touched(more, message, checkpo
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("class_names", 3, "class_names must be a list of text, got 3"),
+        ("class_names", [1, 2], "class_names must be a list of text"),
+        ("guidance_channels", "a", "guidance_channels must be an integer, got 'a'"),
+        ("codec", None, "does not say the model's codec"),
+        ("objective", "x", "unknown objective key 'x'"),
+    ],
+)
+def test_what_a_checkpoint_says_of_its_use_is_checked(key, value, message, checkpoint, tmp_path, capsys):
+    model, use = load_checkpoint(checkpoint)
+    save_checkpoint(tmp_path / "model", model, {**use, key: value})
+    assert main(words(str(tmp_path / "model"), tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
 def test_a_codec_that_does_not_fit_is_found_first(checkpoint, tmp_path, capsys):
     model, use = load_checkpoint(checkpoint)
     for codec, message in (

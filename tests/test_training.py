@@ -287,6 +287,7 @@ def fails(capsys, *arguments):
         ("drop_fractions=[]", "drop_fractions needs at least one value"),
         ("label_drop=1", "label_drop must be in [0, 1)"),
         ("steps", "expected key=value, got 'steps'"),
+        ("output=pyproject.toml", "cannot write pyproject.toml: "),
         ("steps.x=1", "steps is not a group"),
         ("data.kind=folder", "data.kind=folder needs data.path"),
         ("data.kind=digit", "data.kind must be one of digits, folder, latents"),

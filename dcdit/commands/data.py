@@ -30,7 +30,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check or encode; 1 where `check` found files that cannot be read."""
     if args.size < 1 or args.batch_size < 1 or args.scale < 0:
-        raise ConfigError(f"expected a size and a batch size of at least 1, got {args.size} and {args.batch_size}")
+        given = f"{args.size}, {args.batch_size} and {args.scale:g}"
+        raise ConfigError(f"expected a size and a batch size of at least 1 and a scale of at least 0, got {given}")
     if args.action == "check":
         return check(args)
     if not args.out or not args.codec:
@@ -86,13 +87,13 @@ def encode(args: argparse.Namespace) -> None:
 
     from ..codecs import AutoencoderKL
     from ..encode import encode_folder
-    from ..files import locked
+    from ..files import check_folder, locked
 
     source = ImageFolder(args.folder, args.size, args.background)
     print(source.describe(), flush=True)
     use = {"kind": "autoencoder_kl", "pretrained": args.codec, "scale": args.scale or None}
     codec = AutoencoderKL(args.codec, args.scale or None)
-    target = Path(args.out).expanduser()
+    target = check_folder(Path(args.out).expanduser())
     target.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
     with locked(target), tqdm(total=len(source), unit="picture", disable=None, leave=False) as bar:
