@@ -5,7 +5,8 @@
 
 namespace dcdit {
 
-// Ints of scratch for one block: sites of two axes, and a cursor per row or the parabolas of a line.
+// Ints of scratch for one block: seeds by one axis and in 3D by two, column masks, then counts of rows; with a block of
+// one the parabolas of a line as well.
 inline constexpr int64_t scratch_ints(int64_t cells, int axes, int block) {
     const int64_t ints = (axes == 3 ? 3 : 2) * cells + (block == 1 ? cells * int64_t(sizeof(Parabola) / sizeof(int)) : 0);
     return ints + ints % 2;  // the next block's parabolas stay aligned
@@ -38,44 +39,45 @@ HD void fill_line(Exec& exec, const FillArgs& a, int b, int start, int length) {
 }
 
 // `nearest` of one sample inverted by counting; cells of a row stay in ascending order.
+//
+// Rows are shared out among gangs of Exec::lanes threads, and each gang walks over all cells in order, `lanes` of them at
+// a time, and counts those of its own rows. No gang waits for another. Before a step of the walk
+//   count[r] is the number of cells of row r that the walk has passed, and
+//   rank[i] of a passed cell i is the number of cells of its row before it.
+// So a cell's place is its row's first place and its rank. Three rows on a 3×6 grid, nearest and rank:
+//   0 0 0 1 1 1    0 1 2 0 1 2
+//   0 0 2 2 1 1    3 4 0 1 3 4    count 5, 6, 7
+//   2 2 2 2 2 1    2 3 4 5 6 5
 template <class Exec, class Block>
-HD void invert(Exec& exec, Block& shared, const FillArgs& a, int b, int start, int length, int* cursor) {
+HD void invert(Exec& exec, Block& shared, const FillArgs& a, int b, int start, int length, int* rank, int* count) {
     const int64_t offset = b * a.cells;
     const int* nearest = a.nearest + offset;
     exec.each([&](int t) {
-        for (int r = t; r < length; r += Exec::size) cursor[r] = 0;
+        for (int r = t; r < length; r += Exec::size) count[r] = 0;
     });
     exec.each([&](int t) {
-        for (int64_t i = t; i < a.cells; i += Exec::size) exec.add(&cursor[nearest[i] - start], 1);
+        constexpr int gangs = Exec::size / Exec::lanes;
+        const int lane = t % Exec::lanes;
+        const int64_t gang = t / Exec::lanes;
+        const int low = start + int(length * gang / gangs), high = start + int(length * (gang + 1) / gangs);
+        int ahead = lane < a.cells ? nearest[lane] : -1;
+        for (int64_t first = 0; first < a.cells; first += Exec::lanes) {
+            const int64_t i = first + lane, next = i + Exec::lanes;
+            const int row = ahead;
+            ahead = next < a.cells ? nearest[next] : -1;
+            const bool own = (low <= row) & (row < high);
+            const int passed = exec.count_one_more(own, count, row - start);
+            if (own) rank[i] = passed;
+        }
     });
     const int base = a.member_base[b];
     scan(
-        exec, shared, length, [&](int64_t r) -> int64_t { return cursor[r]; },
-        [&](int64_t r, int64_t sum) { cursor[r] = a.member_offsets[start + r] = int(base + sum - cursor[r]); });
-    if constexpr (Exec::size == 1) {
-        for (int64_t i = 0; i < a.cells; ++i) a.member_index[cursor[nearest[i] - start]++] = int(offset + i);
-    } else {
-        // Line by line: within one the cells of a row are a run (the difference of two squared distances is linear
-        // along it), so each cell's place is its row's cursor, less where the run begins, plus where the cell is.
-        const int n = a.dim[a.axes - 1];
-        auto begins = [&](int64_t i) { return i % n == 0 || nearest[i - 1] != nearest[i]; };
-        auto ends = [&](int64_t i) { return i % n == n - 1 || nearest[i + 1] != nearest[i]; };
-        for (int64_t line = -n; line < a.cells; line += n) {
-            exec.each([&](int t) {
-                for (int64_t x = t; x < n; x += Exec::size) {
-                    const int64_t i = line + x, next = i + n;
-                    if (i >= 0 && ends(i)) exec.add(&cursor[nearest[i] - start], int(x) + 1);
-                    if (next < a.cells && begins(next)) exec.add(&cursor[nearest[next] - start], -int(x));
-                }
-            });
-            exec.each([&](int t) {
-                for (int64_t x = t; x < n && line + n < a.cells; x += Exec::size) {
-                    const int64_t next = line + n + x;
-                    a.member_index[cursor[nearest[next] - start] + x] = int(offset + next);
-                }
-            });
-        }
-    }
+        exec, shared, length, [&](int64_t r) -> int64_t { return count[r]; },
+        [&](int64_t r, int64_t sum) { a.member_offsets[start + r] = int(base + sum - count[r]); });
+    exec.each([&](int t) {
+        for (int64_t i = t; i < a.cells; i += Exec::size)
+            a.member_index[a.member_offsets[nearest[i]] + rank[i]] = int(offset + i);
+    });
 }
 
 template <class Exec, class Block>
@@ -90,29 +92,40 @@ HD void fill_sample(Exec& exec, Block& shared, const FillArgs& a, int b, int* sc
         });
         return;
     }
-    exec.each([&](int t) {
-        for (int64_t i = t; i < a.cells; i += Exec::size) {
-            if (!kept(i)) continue;
-            a.token_index[start + prefix[i] - 1] = int(offset + i);
-            a.sample_index[start + prefix[i] - 1] = b;
-        }
-    });
-    if (a.mode != kGrid) return fill_line(exec, a, b, start, length);
-
+    const bool grid = a.mode == kGrid;
     Parabola* stack = nullptr;
     if constexpr (Exec::size == 1) {
         stack = reinterpret_cast<Parabola*>(scratch);
         scratch += a.cells * (sizeof(Parabola) / sizeof(int));
     }
-    int *site = scratch, *cursor = site + a.cells, *second = cursor + a.cells;
-    sweep(exec, a, kept, site);
-    if (a.axes == 3) {
-        pass(exec, a, 1, site, stack, [&](int64_t i, int raster) { second[i] = raster; });
-        site = second;
+    int *seed = scratch, *count = seed + a.cells, *second_seed = count + a.cells;
+    unsigned* mask = reinterpret_cast<unsigned*>(count);
+    const unsigned columns = unsigned(a.cells / a.dim[0]);
+    const int words = mask_words(a.dim[0]);
+    if (grid) {
+        exec.each([&](int t) {
+            for (int64_t i = t; i < int64_t(columns) * words; i += Exec::size) mask[i] = 0;
+        });
     }
-    pass(exec, a, a.axes - 1, site, stack,
+    exec.each([&](int t) {
+        for (int64_t i = t; i < a.cells; i += Exec::size) {
+            if (!kept(i)) continue;
+            a.token_index[start + prefix[i] - 1] = int(offset + i);
+            a.sample_index[start + prefix[i] - 1] = b;
+            const unsigned y = unsigned(i) / columns;
+            if (grid) exec.set(&mask[int64_t(unsigned(i) % columns) * words + y / 32], 1u << y % 32);
+        }
+    });
+    if (!grid) return fill_line(exec, a, b, start, length);
+
+    nearest_in_columns(exec, a, mask, seed);
+    if (a.axes == 3) {
+        pass(exec, a, 1, seed, stack, [&](int64_t i, int raster) { second_seed[i] = raster; });
+        seed = second_seed;
+    }
+    pass(exec, a, a.axes - 1, seed, stack,
          [&](int64_t i, int raster) { a.nearest[offset + i] = start + prefix[raster] - 1; });
-    invert(exec, shared, a, b, start, length, cursor);
+    invert(exec, shared, a, b, start, length, seed, count);
 }
 
 // What no sample writes: rows past the last live one, and the places of cells that no row refills.

@@ -1,46 +1,51 @@
 // The retained cell nearest to each cell of a grid: an exact feature transform, one axis after the other.
 //
 // After axis k a cell knows the best of the retained cells that differ from it in the axes up to k only: its raster
-// index over these axes, -1 for none. Of equal distances the lowest raster index wins, everywhere.
+// index over these axes, its seed, -1 for none. Of equal distances the lowest raster index wins, everywhere.
 #pragma once
 
 #include "plan.h"
 
 namespace dcdit {
 
-// One line of an axis: what each of its places got from the axes before, and their squared distance.
-struct Line {
-    const int* from;
-    int64_t start, stride;
-    int n, axis, lead;       // lead: raster index of the line over the axes before
-    int second;              // dim[1], which splits a raster index over two axes
+// Words of bits for a column of n cells; no more than cells.
+HD int mask_words(int n) { return (n + 31) / 32; }
 
-    HD int at(int x) const { return from[start + x * stride]; }
-    HD int64_t distance(int site) const {
-        if (axis == 1) return int64_t(lead - site) * (lead - site);
-        int64_t df = lead / second - site / second, dh = lead % second - site % second;
+// One line of an axis: the seed of each of its places, which is the best cell by the axes before, and its squared
+// distance. A seed is a raster index over these axes.
+struct Line {
+    const int* seeds;
+    int64_t start, stride;
+    int n, axis, prefix_index;  // prefix_index: the line's own raster index over the axes before
+    int dim1;                   // splits a raster index over two axes
+
+    HD int at(int x) const { return seeds[start + x * stride]; }
+    HD int64_t distance(int seed) const {
+        if (axis == 1) return int64_t(prefix_index - seed) * (prefix_index - seed);
+        int64_t df = prefix_index / dim1 - seed / dim1, dh = prefix_index % dim1 - seed % dim1;
         return df * df + dh * dh;
     }
 };
 
-// Along the first axis: the nearest retained cell above or below. A thread per column.
-template <class Exec, class Kept>
-HD void sweep(Exec& exec, const FillArgs& a, Kept kept, int* site) {
-    const int64_t columns = a.cells / a.dim[0];
+// Along the first axis: the nearest retained cell above or below, of equally near ones the upper. A column's retained
+// cells are bits of its `words` of `mask`, so that each cell looks for itself: at its own word, then at further ones.
+template <class Exec>
+HD void nearest_in_columns(Exec& exec, const FillArgs& a, const unsigned* mask, int* seed) {
+    const unsigned columns = unsigned(a.cells / a.dim[0]);
+    const int words = mask_words(a.dim[0]);
     exec.each([&](int t) {
-        for (int64_t c = t; c < columns; c += Exec::size) {
-            int last = -1;
-            for (int y = 0; y < a.dim[0]; ++y) {
-                last = kept(y * columns + c) ? y : last;
-                site[y * columns + c] = last;
-            }
-            last = -1;
-            for (int y = a.dim[0] - 1; y >= 0; --y) {
-                const int above = site[y * columns + c];
-                last = above == y ? y : last;
-                const bool below = (last >= 0) & ((above < 0) | (last - y < y - above));
-                site[y * columns + c] = below ? last : above;
-            }
+        for (int64_t i = t; i < a.cells; i += Exec::size) {
+            const int y = int(unsigned(i) / columns);
+            const unsigned* column = mask + int64_t(unsigned(i) % columns) * words;
+            int word = y / 32;
+            unsigned bits = column[word] & ~0u >> (31 - y % 32);
+            while (!bits && word) bits = column[--word];
+            const int above = bits ? 32 * word + highest_bit(bits) : -1;
+            word = y / 32;
+            bits = column[word] & ~0u << y % 32;
+            while (!bits && word + 1 < words) bits = column[++word];
+            const int below = bits ? 32 * word + lowest_bit(bits) : -1;
+            seed[i] = (below >= 0) & ((above < 0) | (below - y < y - above)) ? below : above;
         }
     });
 }
@@ -53,10 +58,10 @@ HD int look_outwards(const Line& line, int x) {
         for (int side = 0; side < 2; ++side) {
             const int64_t u = side ? x + d : x - d;
             if (u < 0 || u >= line.n) continue;
-            const int site = line.at(int(u));
-            if (site < 0) continue;
-            const int64_t distance = d * d + line.distance(site);
-            const int raster = site * line.n + int(u);
+            const int seed = line.at(int(u));
+            if (seed < 0) continue;
+            const int64_t distance = d * d + line.distance(seed);
+            const int raster = seed * line.n + int(u);
             if (distance < least || (distance == least && raster < best)) least = distance, best = raster;
         }
     }
@@ -66,7 +71,7 @@ HD int look_outwards(const Line& line, int x) {
 // A parabola (x - u)² + height of the lower envelope, lowest from `begin` on.
 struct Parabola {
     int64_t height;
-    int u, begin, site;
+    int u, begin, seed;
 };
 
 // A whole line in linear time: the lower envelope of its parabolas (Felzenszwalb and Huttenlocher 2012), in integers.
@@ -75,12 +80,12 @@ template <class Store>
 HD void envelope(const Line& line, Parabola* stack, Store store) {
     int top = -1;
     for (int u = 0; u < line.n; ++u) {
-        const int site = line.at(u);
-        if (site < 0) continue;
-        Parabola next{line.distance(site), u, 0, site};
+        const int seed = line.at(u);
+        if (seed < 0) continue;
+        Parabola next{line.distance(seed), u, 0, seed};
         while (top >= 0) {
             const Parabola& old = stack[top];
-            const bool lower = site < old.site;  // u > old.u, so of equal sites the old one comes first
+            const bool lower = seed < old.seed;  // u > old.u, so of equal seeds the old one comes first
             // From the first x on where next wins: 2x(u - old.u) >= gap, or > where the tie is the old one's.
             const int64_t gap = int64_t(u) * u - int64_t(old.u) * old.u + next.height - old.height;
             const int64_t twice = 2 * (int64_t(u) - old.u), least = gap + !lower;
@@ -99,30 +104,29 @@ HD void envelope(const Line& line, Parabola* stack, Store store) {
     }
     for (int x = line.n - 1; x >= 0; --x) {
         while (top > 0 && stack[top].begin > x) --top;
-        store(x, top < 0 ? -1 : stack[top].site * line.n + stack[top].u);
+        store(x, top < 0 ? -1 : stack[top].seed * line.n + stack[top].u);
     }
 }
 
-// Along another axis: from -> store(cell, raster index over the axes up to this one).
+// Along another axis: seeds -> store(cell, seed over the axes up to this one).
 template <class Exec, class Store>
-HD void pass(Exec& exec, const FillArgs& a, int axis, const int* from, Parabola* stack, Store store) {
-    const int n = a.dim[axis];
-    const int64_t stride = axis + 1 < a.axes ? a.dim[2] : 1, lines = a.cells / n;
-    auto line = [&](int64_t i) {
-        const int lead = int(i / stride);
-        return Line{from, lead * n * stride + i % stride, stride, n, axis, lead, a.dim[1]};
+HD void pass(Exec& exec, const FillArgs& a, int axis, const int* seeds, Parabola* stack, Store store) {
+    const unsigned n = a.dim[axis], stride = axis + 1 < a.axes ? a.dim[2] : 1, lines = unsigned(a.cells / n);
+    auto line = [&](unsigned i) {
+        const int prefix_index = int(i / stride);
+        return Line{seeds, int64_t(prefix_index) * n * stride + i % stride, stride, int(n), axis, prefix_index, a.dim[1]};
     };
     if constexpr (Exec::size == 1) {
-        for (int64_t i = 0; i < lines; ++i) {
+        for (unsigned i = 0; i < lines; ++i) {
             const Line own = line(i);
-            envelope(own, stack, [&](int x, int raster) { store(own.start + x * stride, raster); });
+            envelope(own, stack, [&](int x, int raster) { store(own.start + x * own.stride, raster); });
         }
     } else {
         // A line is too little for a thread: each place looks for itself, which is short where many cells are kept.
         exec.each([&](int t) {
             for (int64_t i = t; i < a.cells; i += Exec::size) {
-                const int64_t lead = i / (n * stride), x = i / stride % n;
-                store(i, look_outwards(line(lead * stride + i % stride), int(x)));
+                const unsigned cell = unsigned(i), prefix_index = cell / (n * stride), x = cell / stride % n;
+                store(i, look_outwards(line(prefix_index * stride + cell % stride), int(x)));
             }
         });
     }

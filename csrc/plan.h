@@ -3,8 +3,10 @@
 //   exec.each(f)             f(thread) on every thread, then a barrier
 //   exec.barrier()           between a value read by every thread and the phase that overwrites it
 //   exec.inclusive_scan(v)   running sums of v[0 .. size), in place, then a barrier
-//   exec.add(p, x), exec.max(p, x)   atomic where threads run at once
+//   exec.add(p, x), exec.max(p, x), exec.set(p, bits)   atomic where threads run at once
 //   exec.add_if(hit, p, x)   without a jump where that is faster: a processor cannot guess which cells are kept
+//   exec.count_one_more(own, count, i)   by all Exec::lanes threads of a gang at once: where `own`, returns count[i] as if
+//                                        they came one after the other, and adds one; no other gang touches count[i]
 //
 // CUDA runs a block of 1024 threads per sample, the CPU a block of one. Tests run many threads on the CPU as well, so
 // that what CUDA compiles is tried and sanitised where there is no GPU.
@@ -21,6 +23,15 @@
 #endif
 
 namespace dcdit {
+
+// Places of the highest and of the lowest bit that is set; there is one.
+#ifdef __CUDA_ARCH__
+HD int highest_bit(unsigned bits) { return 31 - __clz(int(bits)); }
+HD int lowest_bit(unsigned bits) { return __ffs(int(bits)) - 1; }
+#else
+HD int highest_bit(unsigned bits) { return 31 - __builtin_clz(bits); }
+HD int lowest_bit(unsigned bits) { return __builtin_ctz(bits); }
+#endif
 
 enum Mode : int { kGrid = 0, kLine = 1, kPrevious = 2 };
 

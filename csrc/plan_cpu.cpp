@@ -10,7 +10,7 @@ namespace {
 
 template <int Size>
 struct HostBlock {
-    static constexpr int size = Size;
+    static constexpr int size = Size, lanes = 1;
 
     // Threads of a phase run from the last to the first: what depends on their order shows.
     template <class F>
@@ -24,6 +24,8 @@ struct HostBlock {
     void add(int* p, int x) { *p += x; }
     void add_if(bool hit, int* p, int x) { *p += hit ? x : 0; }
     void max(int* p, int x) { *p = std::max(*p, x); }
+    void set(unsigned* p, unsigned bits) { *p |= bits; }
+    int count_one_more(bool own, int* count, int i) { return own ? count[i]++ : 0; }
 };
 
 template <class Real, int Block>

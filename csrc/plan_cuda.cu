@@ -13,7 +13,7 @@ constexpr int kThreads = 1024;
 constexpr int64_t kSharedBytes = 32 * 1024;  // with Shared below the 48 KiB that need no opt-in
 
 struct CudaBlock {
-    static constexpr int size = kThreads;
+    static constexpr int size = kThreads, lanes = 32;
 
     template <class F>
     __device__ __forceinline__ void each(F f) {
@@ -26,6 +26,22 @@ struct CudaBlock {
         if (hit) atomicAdd(p, x);
     }
     __device__ __forceinline__ void max(int* p, int x) { atomicMax(p, x); }
+    __device__ __forceinline__ void set(unsigned* p, unsigned bits) { atomicOr(p, bits); }
+
+    // A gang is a warp. Of its threads with the same i the first adds for all of them.
+    __device__ __forceinline__ int count_one_more(bool own, int* count, int i) {
+        const unsigned owners = __ballot_sync(~0u, own);
+        int before = 0;
+        if (own) {
+            const unsigned peers = __match_any_sync(owners, i), lane = threadIdx.x % 32;
+            const int rank = __popc(peers & ((1u << lane) - 1));
+            before = count[i] + rank;
+            __syncwarp(owners);
+            if (rank == 0) count[i] += __popc(peers);
+        }
+        __syncwarp();
+        return before;
+    }
 
     // Sums within each warp, then of the warps.
     __device__ __forceinline__ void inclusive_scan(int64_t* values) {

@@ -104,7 +104,7 @@ pthread_barrier_t meeting;
 
 // As on CUDA every thread runs the whole body and meets the others at the barriers; ThreadSanitizer watches.
 struct ThreadBlock {
-    static constexpr int size = kThreads;
+    static constexpr int size = kThreads, lanes = 1;
     int thread;
 
     template <class F>
@@ -123,6 +123,8 @@ struct ThreadBlock {
         int seen = __atomic_load_n(p, __ATOMIC_RELAXED);
         while (seen < x && !__atomic_compare_exchange_n(p, &seen, x, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
     }
+    void set(unsigned* p, unsigned bits) { __atomic_fetch_or(p, bits, __ATOMIC_RELAXED); }
+    int count_one_more(bool own, int* count, int i) { return own ? count[i]++ : 0; }
 };
 
 template <class F>
