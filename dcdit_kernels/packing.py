@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ._check import offsets, require, shaped
+from ._check import offsets, require, shaped, traced
 from ._rules import Rule, check_rules, check_tensors, has_values
 
 if TYPE_CHECKING:
@@ -103,11 +102,16 @@ class Packing:
         """Rows of each sample, int32 (batch_size,)."""
         return self.cu_seqlens.diff()
 
-    @functools.cached_property
+    @property
     def live(self) -> torch.Tensor:
         """The rows before `cu_seqlens[-1]`, bool (capacity,): made when first asked for, then kept."""
-        with kept_for_backward():
+        if traced(self.sample_index):
             return self.sample_index >= 0
+        # functools.cached_property takes a lock before Python 3.12, which torch.compile does not trace.
+        if "_live" not in self.__dict__:
+            with kept_for_backward():
+                self.__dict__["_live"] = self.sample_index >= 0
+        return self.__dict__["_live"]
 
     def join(self, other: Packing) -> JoinedPacking:
         """Both streams as one: of each sample the rows of self, then those of other. Waits for no device.

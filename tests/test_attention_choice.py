@@ -1,6 +1,5 @@
 """Which FlashAttention varlen_attention takes, how each is called, and that no row past the last live one matters."""
 
-import functools
 import inspect
 import math
 import sys
@@ -345,10 +344,8 @@ def test_garbage_past_the_live_rows_reaches_nobody(gradients, max_seqlen, instal
     """The model in fixed mode, attention's tails NaN in the output and in the gradients, against the exact mode."""
     net, *inputs = small_net()
     install("torch efficient attention")
-    masks, live = [], Packing.live.func
-    property_ = functools.cached_property(lambda plan: masks.append(plan) or live(plan))
-    property_.__set_name__(Packing, "live")
-    monkeypatch.setattr(Packing, "live", property_)
+    asked, live = [], Packing.live
+    monkeypatch.setattr(Packing, "live", property(lambda plan: asked.append(live.fget(plan)) or asked[-1]))
     results = {}
     for capacity, bound in ((None, None), (108, max_seqlen)):
         with torch.set_grad_enabled(gradients):
@@ -359,7 +356,7 @@ def test_garbage_past_the_live_rows_reaches_nobody(gradients, max_seqlen, instal
         results[capacity] = (out, *grads)
     for got, want in zip(results[108], results[None], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    assert len(masks) == gradients, "one live mask for all blocks, and none without gradients"
+    assert len(asked) == 2 * gradients and len(set(map(id, asked))) == gradients, "one mask for both blocks, or none"
 
 
 @pytest.mark.parametrize("bound", [4, None, 40.0, -1])
@@ -411,6 +408,24 @@ def test_a_library_compiles_without_a_break(install, monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=simple))
     frames = compiled_against_eager(torch.float16, 1e-2)
     assert frames[-1] - frames[0] <= 1, f"graphs after each call: {frames}"
+
+
+def test_a_packing_with_spare_rows_compiles(install, monkeypatch):
+    """Its mask of live rows included."""
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=simple))
+
+    def attend(q, k, v, cu):
+        packing = Packing.from_cu_seqlens(cu, 5, 12)
+        return K.varlen_attention(q, k, v, packing.cu_seqlens, packing.cu_seqlens, 5, 5, packing=packing)
+
+    tensors = [torch.randn(12, 2, 8).half().requires_grad_() for _ in range(3)]
+    results = []
+    for function in (torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager"), attend):
+        out = function(*tensors, CU_Q)
+        results.append((out, *torch.autograd.grad(out.sum(), tensors)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+        assert not got[9:].any()
 
 
 def test_what_cannot_be_traced_stands_back(install, monkeypatch):
