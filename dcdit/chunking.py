@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import functools
+import inspect
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,33 +15,40 @@ from dcdit_kernels import ChunkPlan
 from .config import DCDiTConfig
 from .errors import ConfigError
 from .router import PredictabilityRouter
-from .routing import Routing
+from .routing import Routing, route
 
 # Bias of a fresh router's score: p ≈ 0.95, so that a wrapped model still computes what it did before.
 KEEP_ALL = 3.0
 
-Run = Callable[..., torch.Tensor]
+# How many tokens a forward keeps, by attribute or keyword, as `plan_chunks` takes it.
+BUDGET = ("drop_fraction", "capacity", "max_seqlen")
 
 
 class DynamicChunking(nn.Module):
     """A stack of blocks on (B, L, D), of which each sample's boundary cells alone are run: y = h + dechunk(f(x) − x).
 
-    x = chunk(h) are the retained cells, packed (T, D), and f is the stack. A cell that is not retained keeps its own
-    features and takes the change of its nearest retained one. With all cells retained the result is f(h), so a
+    x = chunk(h) are the retained cells, packed (capacity, D), and f is the stack. A cell that is not retained keeps its
+    own features and takes the change of its nearest retained one. With all cells retained the result is f(h), so a
     pretrained stack starts from what it knows; `drop_fraction` and the ratio loss then take tokens away.
 
+    The blocks are children by their numbers, as in an nn.ModuleList: `model.blocks = DynamicChunking(model.blocks, …)`
+    leaves their weights' names as they are, and `model.blocks = model.blocks.unwrap()` undoes it.
+
     Args:
-        blocks: the stack, kept as `self.blocks`.
+        blocks: the stack.
         width: D, a multiple of 32 for the router of this project.
         grid: (H, W), (F, H, W) for video, or (L,): the cells in raster order.
         run: run(blocks, tokens, plan, *args, **kwargs) → tokens, packed (capacity, D) in and out, where the further
-            arguments are those of `forward`. None: each block is called as block(tokens, plan, *args, **kwargs).
-        router: module (B, L, D) → boundary_prob (B, L). None: the predictability router (arXiv 2603.06351 v2), frame
-            by frame on a video, that keeps everything at first.
+            arguments are those of `forward`; or a tuple of tokens and whatever else `forward` shall return. None: each
+            block is called as block(tokens, plan, *args, **kwargs).
+        router: module (B, L, D) → boundary_prob (B, L), called with h in float32 at least and with those arguments of
+            `forward` that its own forward takes, `grid` among them. None: the predictability router (arXiv 2603.06351
+            v2), frame by frame on a video, that keeps everything at first.
         sigma: width of the Gaussian smoothing of the change, in cells; None: no smoothing.
 
-    `drop_fraction` is an attribute, ρ in [0, 1) or a tensor (B,), for models whose own forward has no such argument.
-    After a forward `routing` holds its Routing, for `dcdit.diffusion.ratio_loss`; copies and pickles have none.
+    Attributes, for models whose own forward has no such arguments: `grid`, and `drop_fraction`, `capacity` and
+    `max_seqlen` as in `dcdit.ops.plan_chunks`. After a forward `routing` holds its Routing, for
+    `dcdit.diffusion.ratio_loss`; copies and pickles have none.
     """
 
     def __init__(
@@ -48,47 +57,95 @@ class DynamicChunking(nn.Module):
         width: int,
         grid: tuple[int, ...],
         *,
-        run: Run | None = None,
+        run: Callable[..., Any] | None = None,
         router: nn.Module | None = None,
         sigma: float | None = None,
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.grid = tuple(grid)
-        if len(self.grid) not in (1, 2, 3) or min(self.grid) < 1:
-            raise ValueError(f"grid must be (L,), (H, W) or (F, H, W), got {grid}")
+        self.depth = 0
+        for block in blocks:
+            self.add_module(str(self.depth), block)
+            self.depth += 1
+        self.grid = grid
         self.run = run or run_in_turn
         self.sigma = sigma
         self.drop_fraction: float | torch.Tensor = 0.0
+        self.capacity: int | None = None
+        self.max_seqlen: int | None = None
         self.routing: Routing | None = None
-        # The router looks at planes: a sequence is one row, the frames of a video are planes of their own.
-        self.plane = (1, *self.grid)[-2:]
-        self.router = router or _keep_all_router(width, self.plane)
-        self._folds = router is None
+        self.router = router or _keep_all_router(width, self.grid)
+        self._asked: tuple[type, tuple[inspect.Parameter, ...]] | None = None
 
-    def forward(self, h: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """h (B, L, D) → (B, L, D); what follows h goes to `run`. Raises ValueError for a wrong shape."""
-        batch, cells = h.shape[0], math.prod(self.grid)
-        if h.dim() != 3 or h.shape[1] != cells:
-            raise ValueError(f"h must have shape (B, {cells}, D) for grid {self.grid}, got {tuple(h.shape)}")
-        boundary_prob = self._score(h)
-        if boundary_prob.shape != (batch, cells):
-            raise ValueError(
-                f"router must return boundary_prob of shape {(batch, cells)}, got {tuple(boundary_prob.shape)}"
-            )
-        self.routing = routing = Routing.of(boundary_prob, self.grid, self.drop_fraction)
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The stack."""
+        return [self._modules[str(i)] for i in range(self.depth)]
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """The cells in raster order, for calls that do not name a grid themselves."""
+        return self._grid
+
+    @grid.setter
+    def grid(self, grid: tuple[int, ...]) -> None:
+        self._grid = _checked(grid)
+
+    def unwrap(self) -> nn.ModuleList:
+        """The blocks alone, as they were."""
+        return nn.ModuleList(self.blocks)
+
+    def forward(
+        self,
+        h: torch.Tensor,
+        *args: Any,
+        grid: tuple[int, ...] | None = None,
+        routing: Routing | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """h (B, L, D) → (B, L, D), or a tuple that begins with it where `run` returns one.
+
+        Args:
+            args, kwargs: what `run` and the router take beside h. `drop_fraction`, `capacity` and `max_seqlen` among
+                them go before the attributes.
+            grid: of this call, with L cells. None: the attribute.
+            routing: an earlier call's, to use in place of the router's.
+
+        Raises ValueError for a wrong shape.
+        """
+        grid = self.grid if grid is None else _checked(grid)
+        asked = {name: kwargs.pop(name) for name in BUDGET if name in kwargs}
+        if routing is None:
+            budget = {name: asked.get(name, getattr(self, name)) for name in BUDGET}
+            budget = {name: value for name, value in budget.items() if value is not None}
+            taken, named = self._taken(args, {**kwargs, "grid": grid})
+            routing = route(functools.partial(self.router, **named), h, *taken, grid=grid, **budget)
+        else:
+            routing.check(len(h), grid, asked)
+        self.routing = routing
         tokens = routing.chunk(h)
-        out = self.run(self.blocks, tokens, routing.plan, *args, **kwargs)
+        given = _counted(tokens)
+        result = self.run(self.blocks, given, routing.plan, *args, **kwargs)
+        out, *rest = result if isinstance(result, tuple) else (result,)
         if out.shape != tokens.shape:
             raise ValueError(f"run must return tokens of shape {tuple(tokens.shape)}, got {tuple(out.shape)}")
-        return routing.dechunk(out - tokens, h, self.sigma)
+        if given is tokens and tokens._version:  # blocks that work in place have overwritten them
+            tokens = routing.chunk(h)
+        y = routing.dechunk(out - tokens, h, self.sigma)
+        return (y, *rest) if isinstance(result, tuple) else y
 
-    def _score(self, h: torch.Tensor) -> torch.Tensor:
-        if not self._folds:
-            return self.router(h)
-        with torch.autocast(h.device.type, enabled=False):
-            planes = h.reshape(-1, math.prod(self.plane), h.shape[2])
-            return self.router(planes.to(torch.promote_types(h.dtype, torch.float32))).view(h.shape[:2])
+    def _taken(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Those of a forward's arguments after h that the router's forward takes."""
+        kind = type(self.router)
+        if self._asked is None or self._asked[0] is not kind:
+            self._asked = kind, tuple(inspect.signature(kind.forward).parameters.values())[2:]
+        parameters = self._asked[1]
+        names = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL]
+        by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        if not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            args = args[: len(by_place)]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            kwargs = {name: value for name, value in kwargs.items() if name in names}
+        return args, kwargs
 
     def __getstate__(self) -> dict:
         # The routing belongs to one forward: its graph cannot be copied, and its tensors are no state of the module.
@@ -102,9 +159,22 @@ def run_in_turn(blocks: Iterable[nn.Module], tokens: torch.Tensor, plan: ChunkPl
     return tokens
 
 
-def _keep_all_router(width: int, plane: tuple[int, int]) -> PredictabilityRouter:
+def _checked(grid: tuple[int, ...]) -> tuple[int, ...]:
+    grid = tuple(grid)
+    if len(grid) not in (1, 2, 3) or min(grid) < 1:
+        raise ValueError(f"grid must be (L,), (H, W) or (F, H, W), got {grid}")
+    return grid
+
+
+def _counted(tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens whose changes in place are counted: themselves, or a copy where nothing counts."""
+    uncounted = torch.compiler.is_compiling() or tokens.is_inference()
+    return tokens.clone() if uncounted else tokens
+
+
+def _keep_all_router(width: int, grid: tuple[int, ...]) -> PredictabilityRouter:
     if width % 32:
         raise ConfigError(f"width must be a multiple of 32 where no router is given, got {width}")
-    router = PredictabilityRouter(DCDiTConfig(input_size=plane, hidden_size=width, num_heads=1))
+    router = PredictabilityRouter(DCDiTConfig(input_size=(1, *grid)[-2:], hidden_size=width, num_heads=1))
     nn.init.constant_(router.score.bias, KEEP_ALL)
     return router

@@ -17,7 +17,7 @@ from .embedders import TimestepEmbedding, sincos_2d
 from .final_layer import FinalLayer
 from .layers import Conv3x3, WideLinear
 from .router import make_router
-from .routing import Routing
+from .routing import Routing, route
 
 
 class DCDiT(nn.Module):
@@ -136,16 +136,18 @@ class DCDiT(nn.Module):
         Raises ValueError for a wrong shape, dtype, class id, ρ or routing.
         """
         self._check(x, t, y)
-        given = {"capacity": capacity, "max_seqlen": max_seqlen}
-        limits = {name: rows for name, rows in given.items() if rows is not None}
+        limits = {"capacity": capacity, "max_seqlen": max_seqlen}
+        budget: dict[str, Any] = {name: rows for name, rows in limits.items() if rows is not None}
+        if isinstance(drop_fraction, torch.Tensor) or drop_fraction != 0.0:
+            budget["drop_fraction"] = drop_fraction
         if routing is not None:
-            self._check_routing(routing, len(x), drop_fraction, limits)
+            routing.check(len(x), self.config.input_size, budget)
         c, outer = self.condition(t, y)
         h = self.encode(x, outer)
         # Router and residual path are at least float32, whatever autocast makes of the rest; h is copied once for both.
         wide = h.to(torch.promote_types(h.dtype, torch.float32))
         if routing is None:
-            routing = self.route(wide, c, drop_fraction, **limits)
+            routing = self.route(wide, c, **budget)
         tokens = self.backbone(routing.chunk(h, self.pos_embed), c, routing.plan, **backbone_inputs)
         out = self.decode(tokens, wide, routing, outer)
         return (out, routing) if return_routing else out
@@ -166,13 +168,12 @@ class DCDiT(nn.Module):
         drop_fraction: float | torch.Tensor = 0.0,
         **limits: int,
     ) -> Routing:
-        """h (B, L, D), c (B, D) → which cells the backbone gets. The router sees both in h's dtype, never autocast.
+        """h (B, L, D), c (B, D) → which cells the backbone gets. The router sees both in float32 at least.
 
         `limits` are `capacity` and `max_seqlen` where given, as `plan_chunks` takes them.
         """
-        with torch.autocast(h.device.type, enabled=False):
-            boundary_prob = self.router(h, c.to(h.dtype))
-        return Routing.of(boundary_prob, self.config.input_size, drop_fraction, **limits)
+        c = c.to(torch.promote_types(h.dtype, torch.float32))
+        return route(self.router, h, c, grid=self.config.input_size, drop_fraction=drop_fraction, **limits)
 
     def backbone(self, tokens: torch.Tensor, c: torch.Tensor, packing: Packing, **inputs: Any) -> torch.Tensor:
         """Packed tokens (capacity, D), c (B, D) → tokens (capacity, D)."""
@@ -184,21 +185,6 @@ class DCDiT(nn.Module):
         refilled = routing.dechunk(tokens, self.residual_proj(h), self.config.sigma)
         out = self.decoder(refilled.transpose(1, 2).unflatten(2, grid), outer)
         return self.final(out, outer).transpose(1, 2).unflatten(2, grid)
-
-    def _check_routing(
-        self,
-        routing: Routing,
-        batch: int,
-        drop_fraction: float | torch.Tensor,
-        limits: dict[str, int],
-    ) -> None:
-        if limits or isinstance(drop_fraction, torch.Tensor) or drop_fraction != 0.0:
-            left_out = "drop_fraction, capacity and max_seqlen"
-            raise ValueError(f"{left_out} must be left out beside a routing, which has its own budget")
-        grid, plan = self.config.input_size, routing.plan
-        if plan.grid != grid or not len(routing.boundary_prob) == plan.batch_size == batch:
-            samples = f"{len(routing.boundary_prob)} of {plan.batch_size} samples"
-            raise ValueError(f"routing must be for {batch} samples of {grid} cells, got {samples} of {plan.grid} cells")
 
     def _check(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> None:
         shape = (self.config.in_channels, *self.config.input_size)

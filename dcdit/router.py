@@ -37,10 +37,18 @@ class PredictabilityRouter(nn.Module):
         that, until about 1/N of the cells are kept."""
         nn.init.constant_(self.score.bias, -math.log(self.target_ratio - 1))
 
-    def forward(self, h: torch.Tensor, c: torch.Tensor | None = None) -> torch.Tensor:
-        """h (B, L, D) → boundary_prob (B, L)."""
-        z = self.proj(h.transpose(1, 2).unflatten(2, self.grid))
-        return self.score(self.scorer(z - self.context(z)), *self.norm())
+    def forward(
+        self, h: torch.Tensor, c: torch.Tensor | None = None, *, grid: tuple[int, ...] | None = None
+    ) -> torch.Tensor:
+        """h (B, L, D) → boundary_prob (B, L).
+
+        `grid` is that of the configuration where None. The frames of a video (F, H, W) are planes of their own, a
+        sequence (L,) is one row.
+        """
+        plane = (1, *(grid or self.grid))[-2:]
+        planes = h.reshape(-1, math.prod(plane), h.shape[2])
+        z = self.proj(planes.transpose(1, 2).unflatten(2, plane))
+        return self.score(self.scorer(z - self.context(z)), *self.norm()).view(h.shape[:2])
 
     def macs(self, cells: int) -> float:
         """Multiply-adds of one image."""
@@ -102,9 +110,11 @@ class CosineRouter(nn.Module):
         nn.init.eye_(self.key.weight)
         nn.init.constant_(self.kernel, 1 / 9)
 
-    def forward(self, h: torch.Tensor, c: torch.Tensor | None = None) -> torch.Tensor:
-        """h (B, L, D) → boundary_prob (B, L)."""
-        return boundary_cosine(self.query(h), self.key(h), self.kernel, self.grid)
+    def forward(
+        self, h: torch.Tensor, c: torch.Tensor | None = None, *, grid: tuple[int, int] | None = None
+    ) -> torch.Tensor:
+        """h (B, L, D) → boundary_prob (B, L); `grid` (H, W) is that of the configuration where None."""
+        return boundary_cosine(self.query(h), self.key(h), self.kernel, grid or self.grid)
 
     def macs(self, cells: int) -> float:
         """Multiply-adds of one image."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,3 +55,34 @@ class Routing:
         if sigma is None:
             return dechunk(tokens, self.boundary_prob, self.plan, residual, smoothing=None)
         return dechunk(tokens, self.boundary_prob, self.plan, residual, sigma)
+
+    def check(self, batch: int, grid: tuple[int, ...], budget: dict[str, Any]) -> None:
+        """Raise ValueError unless this routing can serve `batch` samples of `grid` in place of a router's.
+
+        `budget` holds what a call asks for by drop_fraction, capacity and the like: nothing.
+        """
+        if budget:
+            names = " and ".join(budget)
+            raise ValueError(f"{names} must be left out beside a routing, which has its own budget")
+        plan = self.plan
+        if plan.grid != grid or not len(self.boundary_prob) == plan.batch_size == batch:
+            samples = f"{len(self.boundary_prob)} of {plan.batch_size} samples"
+            raise ValueError(f"routing must be for {batch} samples of {grid} cells, got {samples} of {plan.grid} cells")
+
+
+def route(
+    router: Callable[..., torch.Tensor], h: torch.Tensor, *args: Any, grid: tuple[int, ...], **options: Any
+) -> Routing:
+    """Ask router(h, *args) for boundary_prob (B, L) of h (B, L, D), and plan by it; `options` as in `Routing.of`.
+
+    The router sees h in float32 at least and never autocast, as the method wants it. Raises ValueError where h does not
+    fit the grid, or the router's answer does not fit h.
+    """
+    if h.dim() != 3 or h.shape[1] != math.prod(grid):
+        raise ValueError(f"h must have shape (B, {math.prod(grid)}, D) for grid {grid}, got {tuple(h.shape)}")
+    with torch.autocast(h.device.type, enabled=False):
+        boundary_prob = router(h.to(torch.promote_types(h.dtype, torch.float32)), *args)
+    if boundary_prob.shape != h.shape[:2]:
+        shapes = f"{tuple(h.shape[:2])}, got {tuple(boundary_prob.shape)}"
+        raise ValueError(f"router must return boundary_prob of shape {shapes}")
+    return Routing.of(boundary_prob, grid, **options)

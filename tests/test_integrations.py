@@ -3,10 +3,12 @@
 import copy
 import itertools
 import runpy
+import warnings
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
+from accelerate import cpu_offload
+from diffusers import DiTTransformer2DModel, LatteTransformer3DModel, PixArtTransformer2DModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
@@ -15,7 +17,12 @@ from torch import nn
 
 from dcdit.diffusion import ratio_loss
 from dcdit.errors import ConfigError
-from dcdit.integrations.attention import ChunkedBlocks, PackedAttnProcessor, add_dynamic_chunking
+from dcdit.integrations.attention import (
+    ChunkedBlocks,
+    PackedAttnProcessor,
+    add_dynamic_chunking,
+    remove_dynamic_chunking,
+)
 
 SIDE = 4  # tokens
 SIZES = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2, "sample_size": 2 * SIDE, "patch_size": 2}
@@ -65,10 +72,10 @@ class Fixed(nn.Module):
 class OneSample(nn.Module):
     """Untouched blocks on the retained tokens of one sample at a time, each with its text alone; the loop to match."""
 
-    def __init__(self, blocks, prob):
+    def __init__(self, blocks, prob, grid=(SIDE, SIDE)):
         super().__init__()
         self.blocks, self.prob = blocks, prob
-        places = torch.tensor(list(itertools.product(range(SIDE), repeat=2)))
+        places = torch.tensor(list(itertools.product(*map(range, grid))))
         self.distance = (places[:, None] - places).square().sum(2)
 
     @property
@@ -124,6 +131,62 @@ def test_a_wrapped_model_is_saved_and_loaded(kind, tmp_path):
     add_dynamic_chunking(again).double()
     again.load_state_dict(load_file(tmp_path / "diffusion_pytorch_model.safetensors"))
     assert torch.equal(again(x, **condition).sample, model(x, **condition).sample)
+
+
+@pytest.mark.parametrize("kind", [dit, pixart])
+def test_weights_keep_their_names_and_wrapping_is_undone(kind, tmp_path):
+    model, (x, condition) = build(kind), batch(kind)
+    names, expected = list(model.state_dict()), model(x, **condition).sample
+    add_dynamic_chunking(model).double().drop_fraction = 0.5
+    assert [name for name in model.state_dict() if not name.startswith("transformer_blocks.router.")] == names
+    assert not torch.allclose(model(x, **condition).sample, expected)
+    model.save_pretrained(tmp_path)
+    remove_dynamic_chunking(model)
+    assert list(model.state_dict()) == names and not model._forward_pre_hooks
+    assert torch.equal(model(x, **condition).sample, expected)
+    with pytest.raises(ConfigError, match="add_dynamic_chunking was called on"):
+        remove_dynamic_chunking(model)
+    loaded = type(model).from_pretrained(tmp_path, torch_dtype=torch.float64)  # the blocks, without the router
+    assert torch.equal(loaded(x, **condition).sample, expected)
+
+
+def test_a_picture_of_another_shape():
+    """The nearest cell of the call's own grid, though the model was made for a square of as many tokens."""
+    model, (_, condition) = build(pixart), batch(pixart)
+    prob, x = torch.rand(3, 16).double(), torch.randn(3, 4, 4, 16).double()
+    untouched = copy.deepcopy(model)
+    untouched.transformer_blocks = nn.ModuleList([OneSample(untouched.transformer_blocks, prob, (2, 8))])
+    chunking = add_dynamic_chunking(model, router=Fixed(prob))
+    out, want = model(x, **condition).sample, untouched(x, **condition).sample
+    torch.testing.assert_close(out, want, rtol=0, atol=1e-12)
+    assert chunking.routing.plan.grid == (2, 8)
+
+
+@pytest.mark.parametrize("kind", [dit, pixart])
+def test_offload_and_quantisation_of_a_wrapped_model(kind):
+    model, (x, condition) = build(kind).float(), batch(kind)
+    x, condition = x.float(), {k: v.float() if torch.is_floating_point(v) else v for k, v in tensors(condition)}
+    if kind is pixart:
+        condition["encoder_hidden_states"].clamp_(-2, 2)  # int8 has one scale for the text and its padding
+    add_dynamic_chunking(model)
+    with torch.no_grad():
+        want = model(x, **condition, **rest(kind)).sample
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch announces that torchao will take this over
+            quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+        got = quantised(x, **condition, **rest(kind)).sample
+        assert 0 < (got - want).square().mean().sqrt() < 0.1 * want.std()
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        assert {p.device.type for p in model.parameters()} == {"meta"}
+        torch.testing.assert_close(model(x, **condition, **rest(kind)).sample, want)
+
+
+def tensors(condition):
+    return [(key, value) for key, value in condition.items() if isinstance(value, torch.Tensor)]
+
+
+def rest(kind):
+    return {"added_cond_kwargs": {}} if kind is pixart else {}
 
 
 @pytest.mark.parametrize("kind", [dit, pixart])
@@ -207,6 +270,9 @@ def test_blocks_that_it_refuses(make, words):
 
 
 def test_models_that_it_refuses():
+    sizes = {**SIZES, "in_channels": 4, "out_channels": 8, "caption_channels": 24, "video_length": 2}
+    with pytest.raises(ConfigError, match="no blocks outside of transformer_blocks, got temporal_transformer"):
+        add_dynamic_chunking(LatteTransformer3DModel(**sizes))
     with pytest.raises(ConfigError, match=r"model must have transformer_blocks, .*'Linear'"):
         add_dynamic_chunking(nn.Linear(2, 2))
     model = dit()

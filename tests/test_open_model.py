@@ -78,10 +78,8 @@ def test_a_routing_that_does_not_fit():
     _, routing = model(x, t, y, return_routing=True)
     with pytest.raises(ValueError, match=r"routing must be for 2 samples of \(6, 5\) cells, got 3 of 3 samples"):
         model(x[:2], t[:2], y[:2], routing=routing)
-    for budget in ({"drop_fraction": 0.5}, {"capacity": 9}):
-        with pytest.raises(
-            ValueError, match="drop_fraction, capacity and max_seqlen must be left out beside a routing"
-        ):
+    for budget in ({"drop_fraction": 0.5}, {"drop_fraction": torch.zeros(3)}, {"capacity": 9}, {"max_seqlen": 9}):
+        with pytest.raises(ValueError, match=f"{next(iter(budget))} must be left out beside a routing"):
             model(x, t, y, routing=routing, **budget)
 
 

@@ -7,13 +7,14 @@ attention works on each token alone, and attention is left to a processor that k
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import AdaLayerNormZero
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from dcdit_kernels import ChunkPlan, Packing, adaln_modulate, unpad_input, varlen_attention
 
@@ -71,6 +72,7 @@ class PackedAdaLayerNormZero(nn.Module):
     def __init__(self, norm: AdaLayerNormZero) -> None:
         super().__init__()
         self.emb, self.silu, self.linear, self.norm = norm.emb, norm.silu, norm.linear, norm.norm
+        self.unpacked = (norm,)  # in a tuple, or it would be a child
 
     def forward(
         self, x: torch.Tensor, conditioning: tuple[torch.Tensor, ChunkPlan], class_labels: torch.Tensor, hidden_dtype
@@ -137,9 +139,14 @@ def kept_text(text: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 class ChunkedBlocks(DynamicChunking):
-    """DynamicChunking of BasicTransformerBlocks; one block to the model that holds it."""
+    """DynamicChunking of BasicTransformerBlocks; to the model that holds it, a list of one block.
 
-    def __init__(self, blocks: Iterable[BasicTransformerBlock], grid: tuple[int, ...], **options) -> None:
+    `see` is a hook on that model: each call has the grid of its own input.
+    """
+
+    def __init__(
+        self, blocks: Iterable[BasicTransformerBlock], grid: tuple[int, ...], *, patch: int = 1, **options
+    ) -> None:
         blocks = list(blocks)
         if not blocks:
             raise ConfigError("blocks must be one BasicTransformerBlock or more, got none")
@@ -157,32 +164,83 @@ class ChunkedBlocks(DynamicChunking):
             if got:
                 raise ConfigError(f"blocks must be without {', '.join(parts)}, got {', '.join(got)}")
         super().__init__(blocks, blocks[0].dim, grid, run=run_blocks, **options)
+        self.patch, self.batch = patch, None
+        self.hook: RemovableHandle | None = None
+        self.unpacked: list[tuple[Attention, object]] = []
         for block in blocks:
             if block.norm_type == "ada_norm_zero":
                 block.norm1 = PackedAdaLayerNormZero(block.norm1)
             for module in block.modules():
                 if isinstance(module, Attention):
+                    self.unpacked.append((module, module.processor))
                     module.set_processor(PackedAttnProcessor())
+
+    def __iter__(self) -> Iterator[ChunkedBlocks]:
+        return iter((self,))
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> ChunkedBlocks:
+        return (self,)[index]
 
     @property
     def norm1(self) -> nn.Module:
         """The first block's: DiTTransformer2DModel looks for its embedder there."""
         return self.blocks[0].norm1
 
+    def see(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Note the batch and the grid of the model's input (B, C, H, W)."""
+        x = kwargs.get("hidden_states", args[0] if args else None)
+        if isinstance(x, torch.Tensor) and x.dim() == 4:
+            self.batch, self.grid = x.shape[0], tuple(n // self.patch for n in x.shape[2:])
+
+    def forward(self, h: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """h (B, L, D) → (B, L, D); the rest is that of `run_blocks`."""
+        if self.batch is not None and h.shape[0] != self.batch:
+            raise ConfigError(
+                f"the model must hand its blocks one sequence per sample, got {h.shape[0]} sequences of {self.batch}"
+            )
+        return super().forward(h, *args, **kwargs)
+
+    def unwrap(self) -> nn.ModuleList:
+        """The blocks as they were, with their own norms and attention processors."""
+        for module, processor in self.unpacked:
+            module.set_processor(processor)
+        for block in self.blocks:
+            if isinstance(block.norm1, PackedAdaLayerNormZero):
+                (block.norm1,) = block.norm1.unpacked
+        if self.hook:
+            self.hook.remove()
+        return super().unwrap()
+
 
 def add_dynamic_chunking(model: nn.Module, **options) -> ChunkedBlocks:
     """Put dynamic chunking around `model.transformer_blocks`, in place, and return it.
 
-    For DiTTransformer2DModel, PixArtTransformer2DModel and models like them, with (sample_size / patch_size)² tokens.
-    `options` are DynamicChunking's router and sigma. Load the model's weights before: their names change. Raises
-    ConfigError for a model or blocks of another kind.
+    For DiTTransformer2DModel, PixArtTransformer2DModel and models like them, with patches of patch_size: pictures of
+    any size that the model takes. `options` are DynamicChunking's router and sigma. The weights keep their names.
+    Raises ConfigError for a model or blocks of another kind. `remove_dynamic_chunking` undoes it.
     """
     try:
-        blocks, side = model.transformer_blocks, model.config.sample_size // model.config.patch_size
+        blocks, patch = model.transformer_blocks, model.config.patch_size
+        side = model.config.sample_size // patch
     except (AttributeError, TypeError) as error:
         raise ConfigError(
             f"model must have transformer_blocks, and numbers for sample_size and patch_size in its config: {error}"
         ) from error
-    chunking = ChunkedBlocks(blocks, (side, side), **options)
-    model.transformer_blocks = nn.ModuleList([chunking.to(next(model.parameters()).device)])
+    inside = set(blocks.modules())
+    for name, module in model.named_modules():
+        if isinstance(module, BasicTransformerBlock) and module not in inside:
+            raise ConfigError(f"model must have no blocks outside of transformer_blocks, got {name}")
+    chunking = ChunkedBlocks(blocks, (side, side), patch=patch, **options).to(next(model.parameters()).device)
+    chunking.hook = model.register_forward_pre_hook(chunking.see, with_kwargs=True)
+    model.transformer_blocks = chunking
     return chunking
+
+
+def remove_dynamic_chunking(model: nn.Module) -> None:
+    """Undo `add_dynamic_chunking`: the model's own blocks, norms and attention processors, in place."""
+    if not isinstance(getattr(model, "transformer_blocks", None), ChunkedBlocks):
+        raise ConfigError("model must be one that add_dynamic_chunking was called on")
+    model.transformer_blocks = model.transformer_blocks.unwrap()
