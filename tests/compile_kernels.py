@@ -109,14 +109,13 @@ def launch_everything(dtype, grid, width, share, batch=2):
             [prob],
         ),
     ]  # fmt: skip
-    # Of encoder and decoder: widths of a whole and of a quarter of the model's; grids in one piece and in slabs.
+    # Of encoder and decoder: a quarter of the model's width and all of it, the grid in one piece and in slabs.
     norm_groups = 32 if width % 128 == 0 else 8
-    for part, side in ((width, grid[0]), (width // 4, grid[0]), (width, 64)):
+    for part, side in ((width // 4, grid[0]), (width, grid[0]), (width, 64)):
         if part % norm_groups == 0:
             picture, affine = new(batch, side, 40, part).movedim(3, 1), new(part)
-            norm = {"x": picture, "weight": affine, "bias": affine, "groups": norm_groups, "eps": 1e-5}
-            cases.append(("group_norm_silu", {**norm, "cond": new(batch, 2 * part)[:, :part]}, [picture]))
-            cases.append(("group_norm_silu", {**norm, "cond": None}, [picture]))
+            inputs = {"x": picture, "weight": affine, "bias": affine, "cond": new(batch, 2 * part)[:, :part]}
+            cases.append(("group_norm_silu", {**inputs, "groups": norm_groups, "eps": 1e-5}, [picture]))
     for smoothing in ("gaussian", "ema", None):
         inputs = {"x": x, "boundary_prob": prob, "residual": residual, "plan": plan}
         cases.append(("dechunk", {**inputs, "sigma": 1.0, "smoothing": smoothing}, [h]))
