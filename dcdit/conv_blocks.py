@@ -1,4 +1,7 @@
-"""Encoder and decoder: residual convolution blocks on the whole grid, channels-last from end to end."""
+"""Encoder and decoder: residual convolution blocks, channels-last from end to end.
+
+`ConvStack` is the paper's, on all cells. `CoarseEncoder` and `CoarseDecoder` work on blocks of stride×stride cells.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch import nn
 
 from dcdit_kernels import group_norm_silu
 
+from .config import DCDiTConfig
 from .layers import Conv3x3, PointwiseConv2d, RMSNorm
 
 GROUPS = 32
@@ -60,3 +64,70 @@ class ConvStack(nn.Module):
         for block in self.blocks:
             x = block(x, active)
         return self.norm(x.flatten(2).transpose(1, 2))
+
+
+class Stem(Conv3x3):
+    """The first convolution; with a stride on blocks of stride×stride cells, whose values are its input channels."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__(channels * stride**2, width)
+        self.unshuffle = stride
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, C, H, W) → (B, width, H/stride, W/stride)."""
+        return super().forward(x if self.unshuffle == 1 else F.pixel_unshuffle(x, self.unshuffle))
+
+
+class CoarseEncoder(nn.Module):
+    """Two conv blocks on the coarse grid, then a linear map to the features of each cell of a block, and RMSNorm."""
+
+    def __init__(self, narrow: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.blocks = nn.ModuleList(ResidualConvBlock(narrow, narrow, width) for _ in range(2))
+        self.spread = nn.Linear(narrow, stride**2 * width)
+        self.norm = RMSNorm(width, eps=1e-5)
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        """x (B, e, H/stride, W/stride), c (B, D) → h (B, H·W, D), cells in raster order."""
+        x, active = x.contiguous(memory_format=torch.channels_last), F.silu(c)
+        for block in self.blocks:
+            x = block(x, active)
+        cells = self.spread(x.movedim(1, -1)).unflatten(3, (self.stride, self.stride, -1))
+        return self.norm(cells.transpose(2, 3).flatten(1, 4))
+
+
+class CoarseDecoder(nn.Module):
+    """A linear map of the features of each block of cells, two conv blocks on the coarse grid, and RMSNorm."""
+
+    def __init__(self, width: int, narrow: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.gather = nn.Linear(stride**2 * width, narrow)
+        self.blocks = nn.ModuleList(ResidualConvBlock(narrow, narrow, width) for _ in range(2))
+        self.norm = RMSNorm(narrow, eps=1e-5)
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        """x (B, D, H, W), c (B, D) → (B, blocks of cells, e)."""
+        height, width = (side // self.stride for side in x.shape[2:])
+        cells = x.movedim(1, -1).unflatten(2, (width, self.stride)).unflatten(1, (height, self.stride))
+        x, active = self.gather(cells.transpose(2, 3).flatten(3)).movedim(-1, 1), F.silu(c)
+        for block in self.blocks:
+            x = block(x, active)
+        return self.norm(x.flatten(2).transpose(1, 2))
+
+
+def make_encoder(config: DCDiTConfig) -> nn.Module:
+    """(B, e, H/stride, W/stride), (B, D) → h (B, H·W, D)."""
+    narrow, width = config.encoder_width, config.hidden_size
+    if config.encoder_stride == 1:
+        return ConvStack((narrow, narrow, width), width)
+    return CoarseEncoder(narrow, width, config.encoder_stride)
+
+
+def make_decoder(config: DCDiTConfig) -> nn.Module:
+    """(B, D, H, W), (B, D) → (B, blocks of cells, e)."""
+    narrow, width = config.encoder_width, config.hidden_size
+    if config.encoder_stride == 1:
+        return ConvStack((width, narrow, narrow), width)
+    return CoarseDecoder(width, narrow, config.encoder_stride)

@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dcdit_kernels import Packing
 
 from .blocks import MainNetwork
 from .config import DCDiTConfig
-from .conv_blocks import ConvStack
+from .conv_blocks import Stem, make_decoder, make_encoder
 from .embedders import TimestepEmbedding, sincos_2d
 from .final_layer import FinalLayer
-from .layers import Conv3x3, WideLinear
+from .layers import WideLinear
 from .router import make_router
 from .routing import Routing, route
 
@@ -42,17 +43,17 @@ class DCDiT(nn.Module):
         super().__init__()
         self.config = config
         width, narrow = config.hidden_size, config.encoder_width
-        self.stem = Conv3x3(config.in_channels, narrow)
+        self.stem = Stem(config.in_channels, narrow, config.encoder_stride)
         self.time_embed = TimestepEmbedding(width)
         self.class_embed = nn.Embedding(config.num_classes + 1, width)  # the last class is 'no label'
         # Pretrained embedders have a scale of their own; the fresh layers around the backbone see it normalised.
         self.cond_norm = nn.LayerNorm(width, eps=1e-6) if config.cond_norm else nn.Identity()
-        self.encoder = ConvStack((narrow, narrow, width), width)
+        self.encoder = make_encoder(config)
         self.residual_proj = WideLinear(width, width)
         self.router = make_router(config) if router is None else router
         self.main = backbone or MainNetwork(width, config.depth, config.num_heads, config.mlp_ratio)
-        self.decoder = ConvStack((width, narrow, narrow), width)
-        self.final = FinalLayer(narrow, width, config.out_channels)
+        self.decoder = make_decoder(config)
+        self.final = FinalLayer(narrow, width, config.out_channels * config.encoder_stride**2)
         self.register_buffer("pos_embed", sincos_2d(width, config.input_size))
         self._foreign = [name for name, given in (("router", router), ("main", backbone)) if given is not None]
         self._init_linears()
@@ -181,10 +182,11 @@ class DCDiT(nn.Module):
 
     def decode(self, tokens: torch.Tensor, h: torch.Tensor, routing: Routing, outer: torch.Tensor) -> torch.Tensor:
         """Tokens (capacity, D) back on the grid, with h (B, L, D) beside them → the prediction (B, C or 2C, H, W)."""
-        grid = routing.plan.grid
+        grid, stride = routing.plan.grid, self.config.encoder_stride
         refilled = routing.dechunk(tokens, self.residual_proj(h), self.config.sigma)
         out = self.decoder(refilled.transpose(1, 2).unflatten(2, grid), outer)
-        return self.final(out, outer).transpose(1, 2).unflatten(2, grid)
+        out = self.final(out, outer).transpose(1, 2).unflatten(2, [side // stride for side in grid])
+        return out if stride == 1 else F.pixel_shuffle(out, stride)
 
     def _check(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> None:
         shape = (self.config.in_channels, *self.config.input_size)

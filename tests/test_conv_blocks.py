@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dcdit.config import DCDiTConfig
-from dcdit.conv_blocks import ConvStack
+from dcdit import DCDiT, DCDiTConfig
+from dcdit.conv_blocks import CoarseDecoder, CoarseEncoder, ConvStack, Stem
+from dcdit.errors import ConfigError
+from dcdit.flops import dcdit_flops
 from dcdit.layers import Conv3x3, PointwiseConv2d
 from dcdit.router import PredictabilityRouter
 from dcdit_kernels import use_backend
@@ -113,3 +115,63 @@ def test_pointwise_is_the_convolution(layout):
     conv, x = PointwiseConv2d(6, 5), torch.randn(2, 6, 3, 4).to(memory_format=layout)
     torch.testing.assert_close(conv(x), F.conv2d(x, conv.weight, conv.bias))
     assert conv(x).is_contiguous(memory_format=torch.channels_last) and conv(x[:0]).shape == (0, 5, 3, 4)
+
+
+COARSE = DCDiTConfig(
+    input_size=(6, 8), num_classes=5, hidden_size=64, depth=1, num_heads=2, encoder_width=32, encoder_stride=2
+)
+
+
+def test_coarse_encoder_and_decoder_see_blocks_of_cells():
+    """Without conv blocks: the cell (y, x) has the rows of number 2·(y % 2) + x % 2 in the linear map of its block."""
+    encoder, decoder, c = CoarseEncoder(32, 64, 2), CoarseDecoder(64, 32, 2), torch.randn(2, 64)
+    x, y = torch.randn(2, 32, 3, 4), torch.randn(2, 64, 6, 8)
+    for net in (encoder, decoder):
+        net.blocks, net.norm = torch.nn.ModuleList(), torch.nn.Identity()
+    h, coarse = encoder(x, c).unflatten(1, (6, 8)), decoder(y, c).unflatten(1, (3, 4))
+    spread, gather = encoder.spread, decoder.gather
+    summed = gather.bias.expand(2, 3, 4, 32)
+    for i in range(2):
+        for j in range(2):
+            part = slice((2 * i + j) * 64, (2 * i + j + 1) * 64)
+            want = F.linear(x.movedim(1, 3), spread.weight[part], spread.bias[part])
+            torch.testing.assert_close(h[:, i::2, j::2], want)
+            summed = summed + F.linear(y[:, :, i::2, j::2].movedim(1, 3), gather.weight[:, part])
+    torch.testing.assert_close(coarse, summed)
+
+
+def test_coarse_model():
+    """Every parameter learns, and the output's cells are where the input's are: a change at one cell moves the features
+    around it only."""
+    torch.manual_seed(0)
+    net = DCDiT(COARSE)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, t, y = torch.randn(2, 4, 6, 8), torch.tensor([10.0, 900.0]), torch.tensor([0, 5])
+    out = net(x, t, y)
+    assert out.shape == (2, 8, 6, 8)
+    out.square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in net.parameters())
+    stem = Stem(4, 32, 2)
+    moved = stem(torch.nn.functional.pad(torch.ones(1, 4, 1, 1), (7, 0, 5, 0))) - stem(torch.zeros(1, 4, 6, 8))
+    assert moved[:, :, 1:, 2:].any() and not moved[:, :, 0].any() and not moved[..., :2].any()
+
+
+def test_coarse_flops_are_counted():
+    """By PyTorch's own counter, of encoder and decoder."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for config in (COARSE, DCDiTConfig(**{**COARSE.to_dict(), "encoder_stride": 1})):
+        net, c = DCDiT(config), torch.randn(1, 64)
+        x = torch.randn(1, 32, 6 // config.encoder_stride, 8 // config.encoder_stride)
+        for name, inputs in (("encoder", (x, c)), ("decoder", (torch.randn(1, 64, 6, 8), c))):
+            with FlopCounterMode(display=False) as counter:
+                getattr(net, name)(*inputs)
+            assert counter.get_total_flops() == pytest.approx(1e9 * dcdit_flops(config, 1)[name])
+
+
+def test_strides_that_do_not_fit_are_named():
+    with pytest.raises(ConfigError, match=r"input_size must be a multiple of encoder_stride 2, got \(7, 8\)"):
+        DCDiTConfig(input_size=(7, 8), encoder_stride=2)
+    with pytest.raises(ConfigError, match="encoder_stride must be a positive integer, got 0"):
+        DCDiTConfig(encoder_stride=0)

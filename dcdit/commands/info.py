@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.preset}: grid {height}×{width} = {cells} cells, width {config.hidden_size}")
     print(
         f"  depth {config.depth}, {config.num_heads} heads, encoder width {config.encoder_width}, "
-        f"N {config.target_ratio:g}"
+        f"stride {config.encoder_stride}, N {config.target_ratio:g}"
     )
     print(f"  trainable parameters          {trainable:>15,}")
     print(f"  with the position table       {trainable + table:>15,}")

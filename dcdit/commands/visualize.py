@@ -10,7 +10,7 @@ from ..errors import ConfigError
 from .options import add_sampling_options, output_path, parse_classes, prepared, sampling_arguments
 
 # What the cost of a forward and the levels in curves.png depend on.
-SIZES = ("input_size", "hidden_size", "depth", "encoder_width", "mlp_ratio", "router", "target_ratio")
+SIZES = ("input_size", "hidden_size", "depth", "encoder_width", "encoder_stride", "mlp_ratio", "router", "target_ratio")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -60,6 +60,7 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         depth: int = 12,
         num_heads: int = 6,
         encoder_width: int = 96,
+        encoder_stride: int = 1,
         mlp_ratio: float = 4.0,
         target_ratio: float = 4.0,
         router: str = "predictability",
