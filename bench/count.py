@@ -1,8 +1,8 @@
 """python -m bench.count DC-DiT-S/N4 --batch 1 8 64: launches, bytes and FLOPs of a forward pass, without a GPU.
 
-The forward runs on tensors that have no memory, on the operators of a GPU; each call of PyTorch is taken for one launch,
-a convolution's bias for one more. Bytes are those read and written once. A launch takes at least the larger of its bytes
-over COPY and its FLOPs over RATES, and GAP: a sum of floors, not a prediction.
+The forward runs on tensors without memory, on the operators of a GPU. Each call of PyTorch is taken for one launch, a
+convolution's bias for one more; each tensor for read or written once. A launch takes at least GAP and the larger of its
+bytes over COPY and its FLOPs over RATES: the floor is the sum of these.
 """
 
 from __future__ import annotations

@@ -14,17 +14,19 @@ from torch import nn
 from dcdit_kernels import group_norm_silu
 
 from .config import DCDiTConfig
-from .layers import Conv3x3, PointwiseConv2d, RMSNorm
+from .layers import BiasApartConv3x3, Conv3x3, PointwiseConv2d, RMSNorm
 
 GROUPS = 32
 
 
 class GroupNormSiLU(nn.GroupNorm):
-    """GroupNorm, then SiLU, with the conditioning added in front of both: one kernel."""
+    """GroupNorm, then SiLU, with bias and conditioning added in front of both: one kernel."""
 
-    def forward(self, x: torch.Tensor, cond: torch.Tensor | None = None) -> torch.Tensor:
-        """x (B, C, H, W), cond (B, C) → (B, C, H, W), channels-last."""
-        return group_norm_silu(x, self.weight, self.bias, self.num_groups, cond, self.eps)
+    def forward(
+        self, x: torch.Tensor, x_bias: torch.Tensor | None = None, cond: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x (B, C, H, W), x_bias (C,), cond (B, C) → (B, C, H, W), channels-last."""
+        return group_norm_silu(x, self.weight, self.bias, self.num_groups, cond, x_bias, self.eps)
 
 
 class ResidualConvBlock(nn.Module):
@@ -34,7 +36,7 @@ class ResidualConvBlock(nn.Module):
         super().__init__()
         inner = min(width_in, width_out)
         self.norm1 = GroupNormSiLU(GROUPS, width_in)
-        self.conv1 = Conv3x3(width_in, inner)
+        self.conv1 = BiasApartConv3x3(width_in, inner)
         self.cond = nn.Sequential(nn.SiLU(), nn.Linear(width_cond, inner))
         self.norm2 = GroupNormSiLU(GROUPS, inner)
         self.conv2 = Conv3x3(inner, width_out)
@@ -45,7 +47,7 @@ class ResidualConvBlock(nn.Module):
 
         c comes through the SiLU of `cond` already, which `ConvStack` computes once for all blocks.
         """
-        h = self.norm2(self.conv1(self.norm1(x)), self.cond[1](c))
+        h = self.norm2(*self.conv1(self.norm1(x)), self.cond[1](c))
         return self.conv2(h).add_(self.skip(x))
 
 

@@ -1,4 +1,4 @@
-"""GroupNorm and SiLU in one pass over channels-last features, with the conditioning added in front."""
+"""GroupNorm and SiLU in one pass over channels-last features, with bias and conditioning added in front."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _like_x(x: torch.Tensor, **_: Any) -> torch.Tensor:
 
 OPERATOR = Differentiable(
     "group_norm_silu",
-    "Tensor x, Tensor weight, Tensor bias, Tensor? cond",
+    "Tensor x, Tensor weight, Tensor bias, Tensor? cond, Tensor? x_bias",
     "int groups, float eps",
     _like_x,
     plan=False,
@@ -31,16 +31,18 @@ def group_norm_silu(
     bias: torch.Tensor,
     groups: int,
     cond: torch.Tensor | None = None,
+    x_bias: torch.Tensor | None = None,
     eps: float = 1e-5,
     *,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """SiLU(GroupNorm(x + cond)), the first half of a residual convolution block (GroupNorm: arXiv 1803.08494).
+    """SiLU(GroupNorm(x + x_bias + cond)), the first half of a residual convolution block (GroupNorm: arXiv 1803.08494).
 
     Args:
         x: (B, C, H, W). Features that are not channels-last are copied.
         weight, bias: (C,) of the GroupNorm with `groups` groups.
         cond: (B, C), added to every cell of a sample.
+        x_bias: (C,), added to every cell: the bias of the convolution that made x, where that left it out.
 
     Returns (B, C, H, W) in x's dtype, channels-last; sum and statistics in float32 (float64 for float64 input).
     Raises ValueError where shapes or groups do not fit.
@@ -51,8 +53,10 @@ def group_norm_silu(
     shaped("group_norm_silu", "bias", bias, channels)
     if cond is not None:
         shaped("group_norm_silu", "cond", cond, x.shape[0], channels)
+    if x_bias is not None:
+        shaped("group_norm_silu", "x_bias", x_bias, channels)
     fits = groups >= 1 and channels % groups == 0
     require(fits, "group_norm_silu: {} channels do not fit {} groups", channels, groups)
     require(eps >= 0, "group_norm_silu: eps must not be negative, got {}", eps)
     x = x.contiguous(memory_format=torch.channels_last)
-    return OPERATOR(backend, x=x, weight=weight, bias=bias, cond=cond, groups=groups, eps=eps)
+    return OPERATOR(backend, x=x, weight=weight, bias=bias, cond=cond, x_bias=x_bias, groups=groups, eps=eps)

@@ -114,7 +114,13 @@ def launch_everything(dtype, grid, width, share, batch=2):
     for part, side in ((width // 4, grid[0]), (width, grid[0]), (width, 64)):
         if part % norm_groups == 0:
             picture, affine = new(batch, side, 40, part).movedim(3, 1), new(part)
-            inputs = {"x": picture, "weight": affine, "bias": affine, "cond": new(batch, 2 * part)[:, :part]}
+            inputs = {
+                "x": picture,
+                "weight": affine,
+                "bias": affine,
+                "cond": new(batch, 2 * part)[:, :part],
+                "x_bias": affine,
+            }
             cases.append(("group_norm_silu", {**inputs, "groups": norm_groups, "eps": 1e-5}, [picture]))
     for smoothing in ("gaussian", "ema", None):
         inputs = {"x": x, "boundary_prob": prob, "residual": residual, "plan": plan}

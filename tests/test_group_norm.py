@@ -27,12 +27,13 @@ def normal(*shape, seed=0):
 
 
 def inputs(shape, cond=True):
-    """x far from zero and of a level for each channel; cond with rows apart, as one of several modulators."""
+    """x far from zero and of a level for each channel; cond with rows apart, as one of several modulators; a bias."""
     batch, channels = shape[:2]
     level = torch.arange(channels, device=DEVICE).view(-1, 1, 1) / channels
     x = (normal(*shape) * 2 + 5 + level).contiguous(memory_format=torch.channels_last)
     tensors = x, 1 + normal(channels, seed=1) / 2, normal(channels, seed=2)
-    return (*tensors, normal(batch, 2 * channels, seed=3)[:, ::2]) if cond else tensors
+    added = normal(batch, 2 * channels, seed=3)[:, ::2], normal(channels, seed=4)
+    return (*tensors, *added) if cond else tensors
 
 
 def value_and_gradients(backend, groups, tensors, dtype=None, eps=1e-5):
@@ -115,9 +116,9 @@ def test_deviation_far_below_the_mean():
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_nan_stays_in_its_sample_and_group(backend):
     x, *rest = inputs((3, 24, 4, 5))
-    clean = K.group_norm_silu(x, *rest[:2], 8, rest[2], backend=backend)
+    clean = K.group_norm_silu(x, *rest[:2], 8, *rest[2:], backend=backend)
     x[1, 4, 2, 2] = math.nan
-    got = K.group_norm_silu(x, *rest[:2], 8, rest[2], backend=backend)
+    got = K.group_norm_silu(x, *rest[:2], 8, *rest[2:], backend=backend)
     bad = torch.zeros_like(x, dtype=torch.bool)
     bad[1, 3:6] = True
     assert got[bad].isnan().all() and torch.equal(got[~bad], clean[~bad])
@@ -134,10 +135,10 @@ def test_runs_agree_bit_for_bit_and_strides_change_nothing():
 @pytest.mark.parametrize("backend", ["reference", "triton", None])
 def test_layout_and_value_of_every_back_end(backend):
     """channels-last out of any layout; PyTorch's own GroupNorm and SiLU."""
-    x, weight, bias, cond = inputs((2, 12, 3, 5))
-    want = F.silu(F.group_norm(x + cond[:, :, None, None], 4, weight, bias))
+    x, weight, bias, cond, x_bias = inputs((2, 12, 3, 5))
+    want = F.silu(F.group_norm(x + (cond + x_bias)[:, :, None, None], 4, weight, bias))
     for features in (x, x.contiguous()):
-        got = K.group_norm_silu(features, weight, bias, 4, cond, backend=backend)
+        got = K.group_norm_silu(features, weight, bias, 4, cond, x_bias, backend=backend)
         assert got.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
@@ -148,7 +149,7 @@ def test_frozen_features(backend):
     x, *rest = inputs((2, 12, 3, 5))
     want = value_and_gradients(backend, 4, (x, *rest))[2:]
     leaves = [t.clone().requires_grad_() for t in rest]
-    out = K.group_norm_silu(x, *leaves[:2], 4, leaves[2], backend=backend)
+    out = K.group_norm_silu(x, *leaves[:2], 4, *leaves[2:], backend=backend)
     grad = torch.linspace(-1, 2, out.numel(), device=DEVICE).bfloat16().to(out.dtype).view(out.shape)
     for got, w in zip(torch.autograd.grad((out * grad).sum(), leaves), want, strict=True):
         torch.testing.assert_close(got, w, rtol=1e-5, atol=1e-5)
@@ -169,10 +170,10 @@ def test_empty_batch(backend):
 def test_opcheck(backend, cond):
     """Schemas and fakes say what the operator and its backward do, the layout of the features included."""
     tensors = inputs((2, 12, 3, 5), cond)
-    args = (*tensors, *[None] * (not cond), [], [], 4, 1e-5, backend)
+    args = (*tensors, *[None] * (0 if cond else 2), [], [], 4, 1e-5, backend)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.dcdit.group_norm_silu.default, args, test_utils=tests)
-    needs, grad = [True, True, True, cond], torch.ones_like(tensors[0])
+    needs, grad = [True, True, True, cond, cond], torch.ones_like(tensors[0])
     # The schema test runs below autograd, by which the reference makes its gradients.
     backward = torch.ops.dcdit.group_norm_silu_backward.default
     torch.library.opcheck(backward, (grad, needs, *args), test_utils=tests[backend == "reference" :])
@@ -206,7 +207,7 @@ def test_compiles_without_a_break(backend):
 
 
 def test_says_what_does_not_fit():
-    x, weight, bias, cond = inputs((2, 12, 3, 5))
+    x, weight, bias, cond, x_bias = inputs((2, 12, 3, 5))
     for error, words, call in (
         (ValueError, "12 channels do not fit 5 groups", lambda: K.group_norm_silu(x, weight, bias, 5)),
         (ValueError, r"x must have shape \(any, any, any, any\), got \(2, 12, 15\)",
@@ -214,6 +215,8 @@ def test_says_what_does_not_fit():
         (ValueError, r"weight must have shape \(12\), got \(3,\)", lambda: K.group_norm_silu(x, weight[:3], bias, 4)),
         (ValueError, r"cond must have shape \(2, 12\), got \(1, 12\)",
          lambda: K.group_norm_silu(x, weight, bias, 4, cond[:1])),
+        (ValueError, r"x_bias must have shape \(12\), got \(2,\)",
+         lambda: K.group_norm_silu(x, weight, bias, 4, cond, x_bias[:2])),
         (ValueError, "eps must not be negative", lambda: K.group_norm_silu(x, weight, bias, 4, eps=-1)),
         (TypeError, "x must be float16", lambda: K.group_norm_silu(x.long(), weight, bias, 4)),
     ):  # fmt: skip

@@ -382,8 +382,8 @@ def test_reference_gradients_are_derivatives():
         ),
         "boundary_predictability": (reference.boundary_predictability, (draw(2, 8, 3, 4), *weights)),
         "group_norm_silu": (
-            lambda x, w, b, c: reference.group_norm_silu(x, w, b, c, groups=4),
-            (draw(2, 8, 3, 4), *weights[:2], draw(2, 8)),
+            lambda x, w, b, c, v: reference.group_norm_silu(x, w, b, c, v, groups=4),
+            (draw(2, 8, 3, 4), *weights[:2], draw(2, 8), weights[2]),
         ),
         "varlen_attention": (
             lambda q, k, v: reference.varlen_attention(q, k, v, cu_seqlens, cu_seqlens, 5, 5),

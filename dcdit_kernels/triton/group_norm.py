@@ -1,4 +1,4 @@
-"""Triton kernels of GroupNorm–SiLU on channels-last features, the conditioning added in front.
+"""Triton kernels of GroupNorm–SiLU on channels-last features, bias and conditioning added in front.
 
 A program takes whole groups of one sample, some 32 to 128 neighbouring channels, and goes over the cells twice: for the
 statistics, then to write. Bytes for N elements of e bytes: forward 2·N·e, backward 3·N·e, as long as the cells of a
@@ -90,20 +90,31 @@ def group_sum(values, SIZE: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def group_statistics(mean, spread, cond, cells, eps, SIZE: tl.constexpr, GROUPS: tl.constexpr):
-    """From the moments of x by channel, for x + cond: (centre, 1/deviation, distance of the channel's mean), so that
-    x - centre is x + cond less the mean of its group."""
+def group_statistics(mean, spread, added, cells, eps, SIZE: tl.constexpr, GROUPS: tl.constexpr):
+    """From the moments of x by channel, for x + added: (centre, 1/deviation, distance of the channel's mean), so that
+    x - centre is x + added less the mean of its group."""
     count = cells.to(tl.float32)
-    level = group_sum(mean + cond, SIZE, GROUPS) * (1.0 / SIZE)
-    apart = mean + cond - level
+    level = group_sum(mean + added, SIZE, GROUPS) * (1.0 / SIZE)
+    apart = mean + added - level
     variance = tl.div_rn(group_sum(spread + count * apart * apart, SIZE, GROUPS), count * SIZE)
-    return level - cond, tl.div_rn(1.0, tl.sqrt_rn(variance + eps)), apart
+    return level - added, tl.div_rn(1.0, tl.sqrt_rn(variance + eps)), apart
 
 
 @triton.jit
 def channel_values(ptr, channel, known):
     """Numbers of these channels in float32."""
     return tl.load(ptr + channel, mask=known, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def added_values(cond_ptr, x_bias_ptr, channel, known):
+    """What is added to x in these channels, of the conditioning and the bias that there are."""
+    total = tl.zeros([channel.shape[0]], tl.float32)
+    if cond_ptr is not None:
+        total += channel_values(cond_ptr, channel, known)
+    if x_bias_ptr is not None:
+        total += channel_values(x_bias_ptr, channel, known)
+    return total
 
 
 @triton.jit
@@ -133,8 +144,8 @@ def slab_moments(
 
 @jit_kernel(do_not_specialize=["cells", "slab_cells"])
 def group_norm_silu_forward(
-    x_ptr, weight_ptr, bias_ptr, cond_ptr, moments_ptr, out_ptr, cond_stride, cells, slab_cells, eps,
-    COND: tl.constexpr, SPLIT: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, cond_ptr, x_bias_ptr, moments_ptr, out_ptr, cond_stride, cells, slab_cells, eps,
+    SPLIT: tl.constexpr,
     CHANNELS: tl.constexpr, SHARE: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -149,8 +160,10 @@ def group_norm_silu_forward(
         mean, spread = merged_moments(moments_ptr, slab_cells, cells, channel, known, CHANNELS)
     else:
         mean, spread = channel_moments(x_ptr, start, stop, channel, known, CHANNELS, ROWS)
-    cond = channel_values(cond_ptr + sample * cond_stride, channel, known) if COND else tl.zeros_like(mean)
-    centre, rstd, _ = group_statistics(mean, spread, cond, cells, eps, SIZE, GROUPS)
+    if cond_ptr is not None:
+        cond_ptr += sample * cond_stride
+    added = added_values(cond_ptr, x_bias_ptr, channel, known)
+    centre, rstd, _ = group_statistics(mean, spread, added, cells, eps, SIZE, GROUPS)
     factor = (rstd * channel_values(weight_ptr, channel, known))[None, :]
     bias = channel_values(bias_ptr, channel, known)[None, :]
     for first in tl.range(start, stop, ROWS, num_stages=3):
@@ -175,9 +188,8 @@ def silu_backward(grad, normed):
 
 @jit_kernel(do_not_specialize=["cells", "slab_cells"])
 def group_norm_silu_backward(
-    grad_ptr, x_ptr, weight_ptr, bias_ptr, cond_ptr, moments_ptr, sums_ptr, grad_x_ptr, grad_cond_ptr, grad_affine_ptr,
-    cond_stride, cells, slab_cells, eps,
-    COND: tl.constexpr, SPLIT: tl.constexpr, LAST: tl.constexpr,
+    grad_ptr, x_ptr, weight_ptr, bias_ptr, cond_ptr, x_bias_ptr, moments_ptr, sums_ptr, grad_x_ptr, grad_rest_ptr,
+    cond_stride, cells, slab_cells, eps, SPLIT: tl.constexpr, LAST: tl.constexpr,
     CHANNELS: tl.constexpr, SHARE: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -193,8 +205,10 @@ def group_norm_silu_backward(
         mean, spread = merged_moments(moments_ptr + slab, slab_cells, cells, channel, known, CHANNELS)
     else:
         mean, spread = channel_moments(x_ptr, start, stop, channel, known, CHANNELS, ROWS)
-    cond = channel_values(cond_ptr + sample * cond_stride, channel, known) if COND else tl.zeros_like(mean)
-    centre, rstd, apart = group_statistics(mean, spread, cond, cells, eps, SIZE, GROUPS)
+    if cond_ptr is not None:
+        cond_ptr += sample * cond_stride
+    added = added_values(cond_ptr, x_bias_ptr, channel, known)
+    centre, rstd, apart = group_statistics(mean, spread, added, cells, eps, SIZE, GROUPS)
     weight = channel_values(weight_ptr, channel, known)
     bias = channel_values(bias_ptr, channel, known)
     if SPLIT and LAST:
@@ -219,12 +233,11 @@ def group_norm_silu_backward(
         along = tl.div_rn(group_sum(along_sum * weight, SIZE, GROUPS), count * SIZE)
         level = tl.div_rn(group_sum(level_sum * weight, SIZE, GROUPS), count * SIZE)
         if tl.program_id(1) == 0:
-            grad_affine_ptr += sample * 2 * CHANNELS
-            tl.store(grad_affine_ptr + channel, along_sum, mask=known)
-            tl.store(grad_affine_ptr + CHANNELS + channel, level_sum, mask=known)
-            if COND:
-                grad_cond = rstd * (level_sum * weight - count * (level + along * apart * rstd))
-                tl.store(grad_cond_ptr + sample * CHANNELS + channel, grad_cond, mask=known)
+            grad_rest_ptr += sample * 3 * CHANNELS
+            added_sum = rstd * (level_sum * weight - count * (level + along * apart * rstd))
+            tl.store(grad_rest_ptr + channel, along_sum, mask=known)
+            tl.store(grad_rest_ptr + CHANNELS + channel, level_sum, mask=known)
+            tl.store(grad_rest_ptr + 2 * CHANNELS + channel, added_sum, mask=known)
         for first in tl.range(start, stop, ROWS, num_stages=2):
             row = first + tl.arange(0, ROWS)
             normed = (load_tile(x_ptr, row, stop, channel, known, CHANNELS) - centre[None, :]) * rstd[None, :]
@@ -267,50 +280,48 @@ def _moments(x, slab_cells, slabs, pieces, tile):
 
 
 class GroupNormSiLU:
-    """SiLU(GroupNorm(x + cond))."""
+    """SiLU(GroupNorm(x + x_bias + cond))."""
 
     @staticmethod
-    def forward(x, weight, bias, cond, groups, eps):
+    def forward(x, weight, bias, cond, x_bias, groups, eps):
         batch, channels, height, width = x.shape
         out = torch.empty_like(x, memory_format=torch.channels_last)
         if x.numel() == 0:
             return out
-        weight, bias, cond = _unit_stride(weight, bias, cond)
+        weight, bias, cond, x_bias = (_unit_stride(t) for t in (weight, bias, cond, x_bias))
         pieces, tile = _tile(channels, groups, 4096)
         slab_cells, slabs = _slabs(batch, pieces, height * width)
         moments = _moments(x, slab_cells, slabs, pieces, tile)
         group_norm_silu_forward[(batch * pieces, slabs)](
-            x, weight, bias, cond, moments, out, 0 if cond is None else cond.stride(0), height * width, slab_cells, eps,
-            COND=cond is not None, SPLIT=moments is not None, **tile, num_warps=8,
+            x, weight, bias, cond, x_bias, moments, out, 0 if cond is None else cond.stride(0),
+            height * width, slab_cells, eps, SPLIT=moments is not None, **tile, num_warps=8,
         )  # fmt: skip
         return out
 
     @staticmethod
-    def backward(grad, needs, x, weight, bias, cond, groups, eps):
+    def backward(grad, needs, x, weight, bias, cond, x_bias, groups, eps):
         batch, channels, height, width = x.shape
+        rest = weight, bias, cond, x_bias
         if x.numel() == 0:
-            return tuple(None if t is None else torch.zeros_like(t) for t in (x, weight, bias, cond))
+            return tuple(None if t is None else torch.zeros_like(t) for t in (x, *rest))
         grad = grad.contiguous(memory_format=torch.channels_last)
-        dtypes = weight.dtype, bias.dtype
-        weight, bias, cond = _unit_stride(weight, bias, cond)
         pieces, tile = _tile(channels, groups, 2048)
         slab_cells, slabs = _slabs(batch, pieces, height * width)
         moments = _moments(x, slab_cells, slabs, pieces, tile)
         grad_x = torch.empty_like(x, memory_format=torch.channels_last)
-        grad_cond = None if cond is None else torch.empty(batch, channels, dtype=cond.dtype, device=x.device)
-        grad_affine = torch.empty(batch, 2, channels, dtype=torch.float32, device=x.device)
+        grad_rest = torch.empty(batch, 3, channels, dtype=torch.float32, device=x.device)
         sums = None if moments is None else torch.empty_like(moments)
         for last in (True,) if moments is None else (False, True):
             group_norm_silu_backward[(batch * pieces, slabs)](
-                grad, x, weight, bias, cond, moments, sums, grad_x, grad_cond, grad_affine,
-                0 if cond is None else cond.stride(0), height * width, slab_cells, eps, COND=cond is not None,
+                grad, x, *(_unit_stride(t) for t in rest), moments, sums, grad_x, grad_rest,
+                0 if cond is None else _unit_stride(cond).stride(0), height * width, slab_cells, eps,
                 SPLIT=moments is not None, LAST=last, **tile, num_warps=8,
             )  # fmt: skip
-        affine = grad_affine.sum(0)
-        return grad_x, affine[0].to(dtypes[0]), affine[1].to(dtypes[1]), grad_cond
+        total = grad_rest.sum(0)
+        grads = total[0], total[1], grad_rest[:, 2], total[2]
+        return grad_x, *(None if t is None else g.to(t.dtype) for g, t in zip(grads, rest, strict=True))
 
 
-def _unit_stride(weight, bias, cond):
-    """Contiguous vectors, and rows with unit stride inside."""
-    rows = cond if cond is None or cond.stride(1) == 1 else cond.contiguous()
-    return weight.contiguous(), bias.contiguous(), rows
+def _unit_stride(values):
+    """A vector, or rows, with unit stride inside; None stays None."""
+    return values if values is None or values.stride(-1) == 1 else values.contiguous()
