@@ -21,7 +21,7 @@ from .baselines.model import dcdit_forward, dit_block
 from .cases import Case
 from .operators import routed_prob
 from .problem import Family, Problem, Tensors, Variant, Work
-from .replay import Replay
+from .replay import Replay, Shipped
 
 SAMPLING_STEPS = {"cpu": 4, "cuda": 8}
 UNCOND_DROP = 0.9  # ρ of the unconditional half of Lite-CFG
@@ -149,7 +149,7 @@ def model_problem(case: Case, device: str, compiled: bool) -> Problem:
             ours, plain = networks["dcdit" + end][0], networks["DiT/2" + end][0]
             networks[f"dcdit{end} graph"] = (
                 ours,
-                Replay(functools.partial(predict_dcdit, capacity=tokens, max_seqlen=longest)),
+                Shipped(capacity=tokens, max_seqlen=longest),
             )
             networks[f"DiT/2{end} graph"] = plain, Replay(predict_dit)
     variants = {}

@@ -183,7 +183,8 @@ class Graphed:
         if torch.is_autocast_enabled(x.device.type):
             return "under autocast, which casts weights outside of the graph"
         for name, module in self._modules.items():
-            if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):  # accelerate's
+            # `_hf_hook` is accelerate's. hasattr would take a module's own, slow way of finding that there is none.
+            if module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in module.__dict__:
                 return f"{name or 'the model'} has forward hooks"
         return None
 

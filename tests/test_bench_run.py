@@ -171,6 +171,16 @@ def test_replay_copies_its_inputs_and_captures_once(monkeypatch):
     assert len(made) == 1
 
 
+def test_what_ships_is_timed_as_a_graph_or_not_at_all():
+    case = Case("forward", "digits", 14, 2, drop_fraction=0.5)
+    problem = build(case, "cpu")
+    nets, _ = problem.variants["dcdit"].run.args
+    with pytest.raises(
+        RuntimeError, match="0 of 1 forwards replayed from 0 CUDA graphs, 1 eager: needs a GPU, got cpu"
+    ):
+        replay.Shipped(capacity=400)(nets[torch.float32], *problem.inputs, 0.5)
+
+
 SLOW = """
 import time
 import dcdit_kernels
