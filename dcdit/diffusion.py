@@ -57,6 +57,8 @@ class DDPM:
         # Posterior mean = mean_x0·x_0 + mean_xt·x_t.
         self.mean_x0 = before.sqrt() * beta / (1 - alpha_bar)
         self.mean_xt = (1 - beta).sqrt() * (1 - before) / (1 - alpha_bar)
+        self.noise_to_signal = self.noise / self.signal
+        self._copies: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
 
     def draw_time(self, rng: np.random.Generator) -> float:
         """One integer step in [0, 1000), as a float."""
@@ -64,7 +66,7 @@ class DDPM:
 
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t of x_0 and noise (B, C, H, W) at the steps t (B,)."""
-        return self._at(self.signal, t, x0) * x0 + self._at(self.noise, t, x0) * noise
+        return self._at("signal", t, x0) * x0 + self._at("noise", t, x0) * noise
 
     def loss(self, output: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Squared error of the noise, plus the bound with `learn_sigma`, mean over each sample: (B,)."""
@@ -78,19 +80,22 @@ class DDPM:
         self, predicted: torch.Tensor, v: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
     ) -> torch.Tensor:
         """Variational bound of step t, bits per dimension (B,): KL to the posterior, at t = 0 the likelihood."""
-        log_beta, log_variance = self._at(self.log_beta, t, x0), self._at(self.log_variance, t, x0)
+        log_beta, log_variance = self._at("log_beta", t, x0), self._at("log_variance", t, x0)
         log_sigma2 = (v + 1) / 2 * log_beta + (1 - v) / 2 * log_variance
         # x̂_0 − x_0, written with the noises: the difference of two large numbers would lose digits near t = 1000.
-        error = self._at(self.noise / self.signal, t, x0) * (noise - predicted)
-        shift = self._at(self.mean_x0, t, x0) * error
+        error = self._at("noise_to_signal", t, x0) * (noise - predicted)
+        shift = self._at("mean_x0", t, x0) * error
         ratio = log_variance - log_sigma2
         kl = 0.5 * (torch.expm1(ratio) - ratio + shift.square() * torch.exp(-log_sigma2))
         likelihood = _discretized_nll(x0, x0 + error, torch.exp(0.5 * log_sigma2))
         return torch.where(_per_sample(t == 0, x0), likelihood, kl).flatten(1).mean(1) / math.log(2)
 
-    def _at(self, table: torch.Tensor, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        # Cast before it moves: MPS has no float64.
-        return _per_sample(table.to(like.dtype).to(like.device)[t.long()], like)
+    def _at(self, name: str, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        # A table moves once: each move would be a wait of the host, which no CUDA graph can hold.
+        key = (name, like.dtype, like.device)
+        if key not in self._copies:
+            self._copies[key] = getattr(self, name).to(like.dtype).to(like.device)  # cast first: MPS has no float64
+        return _per_sample(self._copies[key][t.long()], like)
 
 
 def make_objective(name: str, learn_sigma: bool) -> FlowMatching | DDPM:

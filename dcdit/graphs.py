@@ -8,7 +8,7 @@ counts that come with the result, and computes a batch that had too little room 
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,20 +17,57 @@ import torch
 from .model import DCDiT
 from .routing import Routing
 
-# The prediction, its routing, and int32 (B + 2,): tokens of each sample, overflow, whether a probability is improper.
+# The prediction, its routing, and `report` of it.
 Outputs = tuple[torch.Tensor, Routing, torch.Tensor]
 # Runs a function as often as it needs, and returns what starts it again, with the tensors that it then overwrites.
-Capture = Callable[[Callable[[], Outputs]], tuple[Callable[[], Any], Outputs]]
+Capture = Callable[[Callable[[], Any]], tuple[Callable[[], Any], Any]]
 SHARES = 16  # a graph has rows for so many sixteenths of all cells
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A captured forward: the tensors that it reads, those that it overwrites, and how it is started."""
+    """A captured function: the tensors that it reads, those that it overwrites, and how it is started."""
 
     inputs: tuple[torch.Tensor, ...]
-    outputs: Outputs
+    outputs: Any
     start: Callable[[], Any]
+
+    def replay(self, inputs: tuple[torch.Tensor, ...]) -> Any:
+        """The outputs on these inputs, which the next replay overwrites."""
+        for own, new in zip(self.inputs, inputs, strict=True):
+            own.copy_(new)
+        self.start()
+        return self.outputs
+
+
+class GraphCache:
+    """The `max_graphs` graphs that were used last, and why others could not be captured."""
+
+    def __init__(self, max_graphs: int, capture: Capture) -> None:
+        self.max_graphs, self.capture, self.captures = max_graphs, capture, 0
+        self.graphs: collections.OrderedDict[tuple[Any, ...], Graph | str] = collections.OrderedDict()
+
+    def get(
+        self,
+        inputs: tuple[torch.Tensor, ...],
+        limits: dict[str, int | None],
+        run: Callable[[tuple[torch.Tensor, ...], dict[str, int | None]], Any],
+    ) -> Graph | str:
+        """The graph of run(inputs, limits) for such inputs, captured where there is none; or why there can be none."""
+        key = (*_kind(inputs), *limits.values())
+        if key not in self.graphs:
+            while len(self.graphs) >= self.max_graphs:
+                self.graphs.popitem(last=False)
+            own = tuple(tensor.clone() for tensor in inputs)
+            try:
+                start, outputs = self.capture(lambda: run(own, limits))
+            except RuntimeError as error:
+                self.graphs[key] = f"cannot be captured: {str(error).splitlines()[0]}"
+            else:
+                self.graphs[key] = Graph(own, outputs, start)
+                self.captures += 1
+        self.graphs.move_to_end(key)
+        return self.graphs[key]
 
 
 class Graphed:
@@ -52,9 +89,8 @@ class Graphed:
         """Keep `max_graphs` graphs, the least recently used of which goes first. `capture` is for tests."""
         if max_graphs < 1:
             raise ValueError(f"max_graphs must be at least 1, got {max_graphs}")
-        self.model, self.max_graphs = model, max_graphs
-        self.capture = CudaCapture() if capture is None else capture
-        self.replays = self.captures = 0
+        self.model, self.replays = model, 0
+        self.cache = GraphCache(max_graphs, CudaCapture() if capture is None else capture)
         self.eager: collections.Counter[str] = collections.Counter()
         self.reset()
 
@@ -65,11 +101,16 @@ class Graphed:
 
     def reset(self) -> None:
         """Forget the graphs and the counts of earlier batches."""
-        self._graphs: collections.OrderedDict[tuple[Any, ...], Graph | str] = collections.OrderedDict()
+        self.cache.graphs.clear()
         self._lengths: dict[tuple[Any, ...], list[int]] = {}
         self._modules = dict(self.model.named_modules())
         self._weights = [*self.model.parameters(), *self.model.buffers()]
         self._addresses = [weight.data_ptr() for weight in self._weights]
+
+    @property
+    def captures(self) -> int:
+        """How many graphs were captured so far."""
+        return self.cache.captures
 
     def summary(self) -> str:
         """Such as "46 of 48 forwards replayed from 3 CUDA graphs, 2 eager: first batch of its shape (2)"."""
@@ -110,7 +151,7 @@ class Graphed:
     def _of_length(
         self, inputs: tuple[torch.Tensor, ...], limits: dict[str, int | None]
     ) -> tuple[torch.Tensor, Routing]:
-        graph = self._graph(inputs, limits)
+        graph = self.cache.get(inputs, limits, self._run)
         if isinstance(graph, Graph):
             return self._replay(graph, inputs)[:2]
         return self._eagerly(graph, inputs, limits)
@@ -119,7 +160,8 @@ class Graphed:
         kind = _kind(inputs)
         graph: Graph | str = "first batch of its shape"
         if kind in self._lengths:
-            graph = self._graph(inputs, room(self._lengths[kind], self.model.config.cells))
+            lengths, cells = self._lengths[kind], self.model.config.cells
+            graph = self.cache.get(inputs, room(sum(lengths), max(lengths, default=0), len(lengths), cells), self._run)
         if isinstance(graph, Graph):
             out, routing, report = self._replay(graph, inputs)
             *lengths, overflow, improper = report.tolist()
@@ -137,40 +179,17 @@ class Graphed:
         self.eager[reason] += 1
         return self.model(*inputs, True, **limits)
 
-    def _graph(self, inputs: tuple[torch.Tensor, ...], limits: dict[str, int | None]) -> Graph | str:
-        """The graph for such inputs, captured where there is none yet; or why it cannot be captured."""
-        key = (*_kind(inputs), *limits.values())
-        if key not in self._graphs:
-            while len(self._graphs) >= self.max_graphs:
-                self._graphs.popitem(last=False)
-            own = tuple(tensor.clone() for tensor in inputs)
-            try:
-                start, outputs = self.capture(lambda: self._run(own, limits))
-            except RuntimeError as error:
-                self._graphs[key] = f"cannot be captured: {str(error).splitlines()[0]}"
-            else:
-                self._graphs[key] = Graph(own, outputs, start)
-                self.captures += 1
-        self._graphs.move_to_end(key)
-        return self._graphs[key]
-
     def _run(self, inputs: tuple[torch.Tensor, ...], limits: dict[str, int | None]) -> Outputs:
         out, routing = self.model(*inputs, True, **limits)
-        prob, plan = routing.boundary_prob, routing.plan
-        improper = ~((prob >= 0) & (prob <= 1)).all()
-        return out, routing, torch.cat([plan.lengths, torch.stack([plan.overflow, improper.int()])])
+        return out, routing, report(routing)
 
     def _replay(self, graph: Graph, inputs: tuple[torch.Tensor, ...]) -> Outputs:
-        """Outputs of the graph on these inputs, which the next replay overwrites."""
-        for own, new in zip(graph.inputs, inputs, strict=True):
-            own.copy_(new)
-        graph.start()
         self.replays += 1
-        return graph.outputs
+        return graph.replay(inputs)
 
     def _why_not(self, x, drop_fraction, limits: dict[str, int | None], others: dict[str, Any]) -> str | None:
         """Reason why this call is the eager model's, or None."""
-        if isinstance(self.capture, CudaCapture) and not x.is_cuda:
+        if isinstance(self.cache.capture, CudaCapture) and not x.is_cuda:
             return f"needs a GPU, got {x.device}"
         if others:
             return f"a graph does not know {', '.join(others)}"
@@ -217,12 +236,20 @@ class CudaCapture:
         return graph.replay, outputs
 
 
-def room(lengths: Sequence[int], cells: int) -> dict[str, int | None]:
-    """`capacity` and `max_seqlen` for samples of about these lengths: a sixteenth more, up to a whole sixteenth of all
-    cells and a quarter of one sample's, so that few graphs serve many batches."""
+def report(routing: Routing) -> torch.Tensor:
+    """What a host must know of a replay, int32 (B + 2,): tokens of each sample, overflow, whether a probability is
+    improper."""
+    prob, plan = routing.boundary_prob, routing.plan
+    improper = ~((prob >= 0) & (prob <= 1)).all()
+    return torch.cat([plan.lengths, torch.stack([plan.overflow, improper.int()])])
+
+
+def room(tokens: int, longest: int, batch: int, cells: int, shares: int = SHARES) -> dict[str, int | None]:
+    """`capacity` and `max_seqlen` for about so many tokens of a batch and of its longest sample: a sixteenth more, up
+    to a whole share of all cells and a quarter of one sample's, so that few graphs serve many batches."""
     return {
-        "capacity": _rounded(sum(lengths), len(lengths) * cells, SHARES),
-        "max_seqlen": _rounded(max(lengths, default=0), cells, 4),
+        "capacity": _rounded(tokens, batch * cells, shares),
+        "max_seqlen": _rounded(longest, cells, 4),
     }
 
 

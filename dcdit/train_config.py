@@ -130,7 +130,8 @@ class TrainConfig:
     OUTPUT/snapshots. `log_with` names trackers of accelerate.
 
     Each process goes through its slice of the batch in `accumulate` parts. With `checkpointing` the backward computes
-    the activations of each block again instead of keeping them.
+    the activations of each block again instead of keeping them. With `cuda_graph` the forward and backward of a step
+    are replayed as CUDA graphs, see `dcdit.step_graphs`.
     """
 
     output: str = "runs/train"
@@ -154,6 +155,7 @@ class TrainConfig:
     precision: Literal["no", "bf16"] = "no"
     channels_last: bool = False
     compile: bool = False
+    cuda_graph: bool = False
     log_every: int = 10
     save_every: int = 1000
     snapshot_every: int = 0
@@ -180,6 +182,12 @@ class TrainConfig:
             raise ConfigError("output must be a folder, got an empty name")
         if self.init and self.upcycle.source:
             raise ConfigError("a run starts from init or from upcycle.source, not from both")
+        if self.cuda_graph:
+            for name, value in {"compile": self.compile, "checkpointing": self.checkpointing}.items():
+                if value:
+                    raise ConfigError(f"cuda_graph and {name} exclude each other: leave one of them out")
+            if self.upcycle.source:
+                raise ConfigError("cuda_graph is not for upcycling, whose loss changes with the step: leave it out")
         if not self.drop_fractions:
             raise ConfigError("drop_fractions needs at least one value; [0] trains without dropping")
         if self.data.kind != "digits" and not self.data.path:

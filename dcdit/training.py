@@ -16,7 +16,7 @@ from .checkpoints import check_place, save_checkpoint
 from .codecs import make_codec
 from .data import check_codec, make_source
 from .diffusion import make_objective, ratio_loss
-from .errors import DataError, DCDiTError
+from .errors import ConfigError, DataError, DCDiTError
 from .files import check_folder, locked
 from .interrupts import held_back, raised
 from .launch import make_accelerator
@@ -26,6 +26,7 @@ from .progress import Progress
 from .resume import Change, check_allowed, compare, describe_data
 from .routing import Routing
 from .run_header import describe_run
+from .step_graphs import StepGraphs
 from .stream import TrainingStream, batches, check_split, draw_drop_fraction
 from .train_config import TrainConfig, learning_rate
 from .train_state import EMA, Metrics, load_state, read_header, save_state
@@ -109,6 +110,12 @@ class Trainer:
             fused=True,
         )
 
+        self.graphs = None
+        if config.cuda_graph:
+            if self.ranks > 1:
+                raise ConfigError(f"cuda_graph is for a single process, got {self.ranks}; leave it out")
+            self.graphs = StepGraphs(self.losses, self.net.parameters(), config.model.cells, config.accumulate)
+
         for decay in config.optim.ema_decay:
             check_place(self._place(decay))  # as each save will: the steps before it would be lost
         self.held = contextlib.ExitStack()
@@ -131,6 +138,8 @@ class Trainer:
             new = compare(header["step"], header["config"], config.to_dict(), allow, header.get("data"), self.data)
             load_state(self.last, self.net, self.emas, self.optimizer)
             self.step, self.changes = header["step"], [*header.get("changes", []), *new]
+            if self.graphs:
+                self.graphs.rows = header.get("rows", {})
         self.saved, self.updating = self.step, False
         self.metrics = None
         if self.accelerator.is_main_process:
@@ -186,6 +195,8 @@ class Trainer:
         if self.saved != self.step or not (self.output / "model").exists():
             self._save()
         self.accelerator.wait_for_everyone()
+        if self.graphs:
+            self.accelerator.print(self.graphs.summary())
         self.accelerator.print(f"EMA model after step {self.step}: {self.output / 'model'}")
         # Not after a failure: where the other ranks wait for this one, NCCL would wait for them.
         self.accelerator.end_training()
@@ -217,8 +228,7 @@ class Trainer:
             # The last part's backward adds up the gradients of all ranks.
             alone = self.accelerator.no_sync(self.model) if number + 1 < count else contextlib.nullcontext()
             with alone:
-                values = self.losses(*(tensor.to(self.device) for tensor in part), rho)
-                self.accelerator.backward(values["loss"] / count)
+                values = self._backward(*(tensor.to(self.device) for tensor in part), rho)
             for key, value in values.items():
                 sums[key] = sums.get(key, 0) + value.detach() / count
         # No clipping is clipping at infinity: the norm is still measured.
@@ -229,25 +239,43 @@ class Trainer:
             ema.update(self.net, self.step)
         return {**sums, "drop_fraction": rho, "grad_norm": norm, "lr": lr}
 
-    def losses(
+    def _backward(
         self, image: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, y: torch.Tensor, rho: float
     ) -> dict[str, torch.Tensor]:
-        """The loss of a batch at drop fraction ρ, its parts, and the share of the cells that was kept."""
-        config = self.config
+        """Add the gradients of one part of the batch to those of the others; returns its losses."""
         x0 = image if self.codec is None else self.codec.encode(image)
+        if self.graphs:
+            return self.graphs.backward((x0, noise, t, y), rho)
+        # A tensor, because a compiled graph would be made anew for each number.
+        values, _ = self.losses(x0, noise, t, y, torch.full((), rho, device=x0.device))
+        self.accelerator.backward(values["loss"] / self.config.accumulate)
+        return values
+
+    def losses(
+        self,
+        x0: torch.Tensor,
+        noise: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor,
+        rho: torch.Tensor,
+        **limits: int,
+    ) -> tuple[dict[str, torch.Tensor], Routing]:
+        """The loss of latents (B, C, H, W) at drop fraction ρ, its parts, and the share of the cells that was kept.
+
+        `limits` are `capacity` and `max_seqlen` of the model.
+        """
+        config = self.config
         x = self.objective.add_noise(x0, noise, t)
         if config.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        # A tensor, because a compiled graph would be made anew for each number.
-        drop = torch.full((), rho, device=x.device)
-        output, routing = self.model(x, t, y, drop_fraction=drop, return_routing=True)
+        output, routing = self.model(x, t, y, drop_fraction=rho, return_routing=True, **limits)
         output = output.float()
         diffusion = self.objective.loss(output, x0, noise, t).mean()
         ratio = ratio_loss(routing.boundary_prob, routing.natural_mask, config.model.target_ratio)
         taught, parts = self.teach(diffusion, (x, t, y), output, routing)
         loss = taught + config.ratio_weight * ratio
         kept = routing.plan.lengths.float().mean() / routing.plan.cells
-        return {"loss": loss, "diffusion_loss": diffusion, "ratio_loss": ratio, **parts, "kept": kept}
+        return {"loss": loss, "diffusion_loss": diffusion, "ratio_loss": ratio, **parts, "kept": kept}, routing
 
     def _reduced(self, values: dict[str, torch.Tensor | float]) -> dict[str, float]:
         """Means over the ranks, as numbers. Raises DCDiTError where training has diverged."""
@@ -329,6 +357,7 @@ class Trainer:
                 save_checkpoint(self._place(decay), self._average(ema), self._use())
             # Last, so that a run killed between the two comes back to an older step and writes both again.
             header = {"step": self.step, "config": self.config.to_dict(), "data": self.data, "changes": self.changes}
+            header |= {"rows": self.graphs.rows} if self.graphs else {}
             save_state(self.last, header, self.net, self.emas, self.optimizer)
         self.saved = self.step
 

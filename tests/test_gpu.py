@@ -18,7 +18,9 @@ from bench.measure import build, host_waits
 from bench.operators import routed_prob
 from bench.timing import captured
 from dcdit import DCDiT, graphed, preset
+from dcdit.diffusion import FlowMatching, ratio_loss
 from dcdit.layers import linear_gelu
+from dcdit.step_graphs import StepGraphs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -239,6 +241,48 @@ def test_training_step_with_a_capacity_never_waits():
     with no_waits():
         step()
     assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_graphed_training_step(record_property):
+    """Replayed steps give the gradients of eager ones, on new data, at several ρ; the host waits once a step."""
+    net = digits_net().to(DEVICE)
+    torch.nn.init.constant_(net.router.score.bias, 0.0)
+    objective = FlowMatching()
+
+    def losses(x0, noise, t, y, rho, **limits):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            out, routing = net(objective.add_noise(x0, noise, t), t, y, rho, True, **limits)
+        ratio = ratio_loss(routing.boundary_prob, routing.natural_mask, 4.0)
+        return {"loss": objective.loss(out.float(), x0, noise, t).mean() + 0.03 * ratio, "ratio_loss": ratio}, routing
+
+    def inputs():
+        x0, noise = torch.randn(2, 8, 4, 14, 14, device=DEVICE)
+        return x0, noise, 1000 * torch.rand(8, device=DEVICE), torch.randint(10, (8,), device=DEVICE)
+
+    def gradients(backward):
+        net.zero_grad()
+        loss = backward()
+        return loss.clone(), torch.cat([p.grad.flatten() for p in net.parameters()])
+
+    def eager(batch, rho):
+        loss = losses(*batch, torch.full((), rho, device=DEVICE))[0]["loss"]
+        loss.backward()
+        return loss.detach()
+
+    graphs, worst = StepGraphs(losses, net.parameters(), 196), 0.0
+    for rho in (0.0, 0.4, 0.4, 0.0, 0.4, 0.0, 0.0, 0.4):
+        batch = inputs()
+        loss, got = gradients(lambda: graphs.backward(batch, rho)["loss"])  # noqa: B023
+        want_loss, want = gradients(lambda: eager(batch, rho))  # noqa: B023
+        torch.testing.assert_close(loss, want_loss, rtol=1e-2, atol=0)
+        worst = max(worst, ((got - want).norm() / want.norm()).item())
+    record_property("relative error of the gradients", str(worst))
+    assert worst < 0.03
+    assert graphs.replays >= 4 and not any("captured" in reason for reason in graphs.eager), graphs.summary()
+    graphs.rows["0.4"] = [8 * 196, 196]
+    batch = inputs()
+    graphs.backward(batch, 0.4)  # captures
+    assert host_waits(lambda: graphs.backward(batch, 0.4)) == 1, graphs.summary()
 
 
 def psnr(got, want):

@@ -87,11 +87,11 @@ def test_any_number_of_rows_loses_no_token(net, graph):
 @pytest.mark.parametrize("cells", [1, 64, 65, 1024])
 def test_room(cells):
     for lengths in ([0], [cells], [cells, 0, cells // 2], [cells // 3] * 7):
-        limits = room(lengths, cells)
+        limits = room(sum(lengths), max(lengths), len(lengths), cells)
         most = len(lengths) * cells
         assert sum(lengths) <= limits["capacity"] <= most and max(lengths) <= limits["max_seqlen"] <= cells
         assert limits["capacity"] == most or limits["capacity"] <= sum(lengths) * 17 / 16 + most / 16 + 2
-    assert room([], cells) == {"capacity": 0, "max_seqlen": room([0], cells)["max_seqlen"]}
+    assert room(0, 0, 0, cells) == {"capacity": 0, "max_seqlen": room(0, 0, 1, cells)["max_seqlen"]}
 
 
 def test_the_least_recently_used_graph_goes(net):
