@@ -105,27 +105,28 @@ void plug_backward_typed(uintptr_t offsets, uintptr_t member, int64_t rows, int6
 // (gate, shift, scale) and their gradients: an address and the elements from one sample's row to the next's.
 using Modulators = std::array<std::pair<uintptr_t, int64_t>, 3>;
 
-ModulateArgs modulate_args(uintptr_t cu, int batch, int64_t features, const Modulators& m, double eps) {
-    return {at<int>(cu), batch, features, m[0].second, m[1].second, m[2].second, eps};
+ModulateArgs modulate_args(uintptr_t cu, int batch, int64_t features, const Modulators& m, double eps, bool centred) {
+    return {at<int>(cu), batch, features, m[0].second, m[1].second, m[2].second, eps, centred};
 }
 
 template <class Real>
-void modulate_typed(uintptr_t cu, int batch, int64_t features, double eps, uintptr_t x, uintptr_t y, const Modulators& m,
-                    uintptr_t sum, uintptr_t out, int threads) {
+void modulate_typed(uintptr_t cu, int batch, int64_t features, double eps, bool centred, uintptr_t x, uintptr_t y,
+                    const Modulators& m, uintptr_t weight, uintptr_t sum, uintptr_t out, int threads) {
     py::gil_scoped_release release;
-    modulate(modulate_args(cu, batch, features, m, eps), at<const Real>(x), at<const Real>(y), at<const Real>(m[0].first),
-             at<const Real>(m[1].first), at<const Real>(m[2].first), at<Real>(sum), at<Real>(out), threads);
+    modulate(modulate_args(cu, batch, features, m, eps, centred), at<const Real>(x), at<const Real>(y),
+             at<const Real>(m[0].first), at<const Real>(m[1].first), at<const Real>(m[2].first), at<const Real>(weight),
+             at<Real>(sum), at<Real>(out), threads);
 }
 
 template <class Real>
-void modulate_backward_typed(uintptr_t cu, int batch, int64_t features, double eps, uintptr_t sum, uintptr_t y,
-                             const Modulators& m, uintptr_t grad_sum, uintptr_t grad_out, uintptr_t grad_x,
-                             uintptr_t grad_y, std::array<uintptr_t, 3> grads, int threads) {
+void modulate_backward_typed(uintptr_t cu, int batch, int64_t features, double eps, bool centred, uintptr_t sum,
+                             uintptr_t y, const Modulators& m, uintptr_t weight, uintptr_t grad_sum, uintptr_t grad_out,
+                             uintptr_t grad_x, uintptr_t grad_y, std::array<uintptr_t, 3> grads, int threads) {
     py::gil_scoped_release release;
-    modulate_backward(modulate_args(cu, batch, features, m, eps), at<const Real>(sum), at<const Real>(y),
-                      at<const Real>(m[0].first), at<const Real>(m[2].first), at<const Real>(grad_sum),
-                      at<const Real>(grad_out), at<Real>(grad_x), at<Real>(grad_y), at<Real>(grads[0]),
-                      at<Real>(grads[1]), at<Real>(grads[2]), threads);
+    modulate_backward(modulate_args(cu, batch, features, m, eps, centred), at<const Real>(sum), at<const Real>(y),
+                      at<const Real>(m[0].first), at<const Real>(m[2].first), at<const Real>(weight),
+                      at<const Real>(grad_sum), at<const Real>(grad_out), at<Real>(grad_x), at<Real>(grad_y),
+                      at<Real>(grads[0]), at<Real>(grads[1]), at<Real>(grads[2]), threads);
 }
 
 // The CPU loops of one type, such as m.plug_float.

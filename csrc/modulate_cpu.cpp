@@ -13,18 +13,19 @@ struct Moments {
     Real mean, rstd;
 };
 template <class Real>
-DCDIT_INLINE Moments<Real> moments(const Real* x, int64_t width, double eps) {
-    const Real mean = lane_sum<Real>(width, [&](int64_t d) { return x[d]; }) / Real(width);
+DCDIT_INLINE Moments<Real> moments(const Real* x, int64_t width, double eps, bool centred) {
+    const Real mean = centred ? lane_sum<Real>(width, [&](int64_t d) { return x[d]; }) / Real(width) : Real(0);
     const Real square = lane_sum<Real>(width, [&](int64_t d) { return (x[d] - mean) * (x[d] - mean); });
     return {mean, Real(1) / std::sqrt(square / Real(width) + Real(eps))};
 }
 
 template <class Real>
 struct Row {
-    const Real *x, *y, *gate, *shift, *scale;
+    const Real *x, *y, *gate, *shift, *factor;
     Real *sum, *out;
     int64_t width;
     double eps;
+    bool centred;
 };
 template <class Real>
 DCDIT_INLINE void forward(const Row<Real>& r) {
@@ -35,36 +36,37 @@ DCDIT_INLINE void forward(const Row<Real>& r) {
         x = sum;
     }
     if (!r.out) return;
-    const Moments<Real> m = moments(x, r.width, r.eps);
+    const Moments<Real> m = moments(x, r.width, r.eps, r.centred);
     Real* __restrict out = r.out;
-    for (int64_t d = 0; d < r.width; ++d) out[d] = (x[d] - m.mean) * m.rstd * (Real(1) + r.scale[d]) + r.shift[d];
+    for (int64_t d = 0; d < r.width; ++d) out[d] = (x[d] - m.mean) * m.rstd * r.factor[d] + r.shift[d];
 }
 DCDIT_CLONES void forward_row(const Row<float>& r) { forward(r); }
 DCDIT_CLONES void forward_row(const Row<double>& r) { forward(r); }
 
 template <class Real>
 struct GradRow {
-    const Real *sum, *y, *gate, *scale, *grad_sum, *grad_out;
+    const Real *sum, *y, *gate, *factor, *grad_sum, *grad_out;
     Real *grad_x, *grad_y;
-    Real *gate_total, *shift_total, *scale_total;  // of the rows so far
+    Real *gate_total, *shift_total, *normed_total;  // of the rows so far
     int64_t width;
     double eps;
+    bool centred;
 };
 template <class Real>
 DCDIT_INLINE void backward(const GradRow<Real>& r) {
     Real* __restrict grad_x = r.grad_x;
     if (r.grad_out) {
-        const Moments<Real> m = moments(r.sum, r.width, r.eps);
+        const Moments<Real> m = moments(r.sum, r.width, r.eps, r.centred);
         const Real* g = r.grad_out;
         const auto normed = [&](int64_t d) { return (r.sum[d] - m.mean) * m.rstd; };
-        const auto scaled = [&](int64_t d) { return g[d] * (Real(1) + r.scale[d]); };
-        const Real level = lane_sum<Real>(r.width, scaled) / Real(r.width);
+        const auto scaled = [&](int64_t d) { return g[d] * r.factor[d]; };
+        const Real level = r.centred ? lane_sum<Real>(r.width, scaled) / Real(r.width) : Real(0);
         const Real along = lane_sum<Real>(r.width, [&](int64_t d) { return scaled(d) * normed(d); }) / Real(r.width);
-        Real *__restrict shift_total = r.shift_total, *__restrict scale_total = r.scale_total;
+        Real *__restrict shift_total = r.shift_total, *__restrict normed_total = r.normed_total;
         for (int64_t d = 0; d < r.width; ++d) {
             const Real z = normed(d);
             shift_total[d] += g[d];
-            scale_total[d] += g[d] * z;
+            normed_total[d] += g[d] * z;
             grad_x[d] = m.rstd * (scaled(d) - level - z * along) + (r.grad_sum ? r.grad_sum[d] : Real(0));
         }
     } else {
@@ -97,38 +99,61 @@ Real* offset(Real* tensor, int64_t by) {
     return tensor ? tensor + by : nullptr;
 }
 
+// What each normalised number of a sample is multiplied by: weight·(1 + scale), made once for a run of its rows.
+template <class Real>
+class Factors {
+   public:
+    Factors(const Real* scale, const Real* weight, int64_t pitch, int64_t width, int threads)
+        : scale_(scale), weight_(weight), pitch_(pitch), width_(width), rows_(scale ? threads * width : 0) {}
+    const Real* of(int sample, int worker) {
+        if (!scale_) return nullptr;
+        Real* row = rows_.data() + worker * width_;
+        const Real* scale = scale_ + sample * pitch_;
+        for (int64_t d = 0; d < width_; ++d) row[d] = (Real(1) + scale[d]) * (weight_ ? weight_[d] : Real(1));
+        return row;
+    }
+
+   private:
+    const Real *scale_, *weight_;
+    int64_t pitch_, width_;
+    std::vector<Real> rows_;
+};
+
 }  // namespace
 
 template <class Real>
 void modulate(const ModulateArgs& a, const Real* x, const Real* y, const Real* gate, const Real* shift, const Real* scale,
-              Real* sum, Real* out, int threads) {
+              const Real* weight, Real* sum, Real* out, int threads) {
     const std::vector<Run> runs = runs_of(a);
-    share_items(runs.size(), threads, [&](int64_t i, int) {
+    Factors<Real> factors(scale, weight, a.scale_pitch, a.features, threads);
+    share_items(runs.size(), threads, [&](int64_t i, int worker) {
         const Run run = runs[i];
+        const Real* factor = factors.of(run.sample, worker);
         for (int64_t at = run.first * a.features; at < run.last * a.features; at += a.features)
             forward_row(Row<Real>{x + at, offset(y, at), offset(gate, run.sample * a.gate_pitch),
-                                  offset(shift, run.sample * a.shift_pitch), offset(scale, run.sample * a.scale_pitch),
-                                  offset(sum, at), offset(out, at), a.features, a.eps});
+                                  offset(shift, run.sample * a.shift_pitch), factor, offset(sum, at), offset(out, at),
+                                  a.features, a.eps, a.centred});
     });
 }
 
 template <class Real>
 void modulate_backward(const ModulateArgs& a, const Real* sum, const Real* y, const Real* gate, const Real* scale,
-                       const Real* grad_sum, const Real* grad_out, Real* grad_x, Real* grad_y, Real* grad_gate,
-                       Real* grad_shift, Real* grad_scale, int threads) {
+                       const Real* weight, const Real* grad_sum, const Real* grad_out, Real* grad_x, Real* grad_y,
+                       Real* grad_gate, Real* grad_shift, Real* grad_normed, int threads) {
     const std::vector<Run> runs = runs_of(a);
     const int64_t width = a.features;
-    std::vector<Real> totals(3 * runs.size() * width);  // of each run: gate, shift, scale
-    share_items(runs.size(), threads, [&](int64_t i, int) {
+    Factors<Real> factors(scale, weight, a.scale_pitch, width, threads);
+    std::vector<Real> totals(3 * runs.size() * width);  // of each run: gate, shift, normed
+    share_items(runs.size(), threads, [&](int64_t i, int worker) {
         const Run run = runs[i];
+        const Real* factor = factors.of(run.sample, worker);
         Real* total = totals.data() + 3 * i * width;
         for (int64_t at = run.first * width; at < run.last * width; at += width)
-            backward_row(GradRow<Real>{offset(sum, at), offset(y, at), offset(gate, run.sample * a.gate_pitch),
-                                       offset(scale, run.sample * a.scale_pitch), offset(grad_sum, at),
-                                       offset(grad_out, at), grad_x + at, offset(grad_y, at), total, total + width,
-                                       total + 2 * width, width, a.eps});
+            backward_row(GradRow<Real>{offset(sum, at), offset(y, at), offset(gate, run.sample * a.gate_pitch), factor,
+                                       offset(grad_sum, at), offset(grad_out, at), grad_x + at, offset(grad_y, at),
+                                       total, total + width, total + 2 * width, width, a.eps, a.centred});
     });
-    Real* const grads[3] = {grad_gate, grad_shift, grad_scale};
+    Real* const grads[3] = {grad_gate, grad_shift, grad_normed};
     for (int part = 0; part < 3; ++part) {
         if (!grads[part]) continue;
         std::fill(grads[part], grads[part] + a.batch * width, Real(0));
@@ -138,13 +163,12 @@ void modulate_backward(const ModulateArgs& a, const Real* sum, const Real* y, co
     }
 }
 
-template void modulate(const ModulateArgs&, const float*, const float*, const float*, const float*, const float*, float*,
-                       float*, int);
-template void modulate(const ModulateArgs&, const double*, const double*, const double*, const double*, const double*,
-                       double*, double*, int);
-template void modulate_backward(const ModulateArgs&, const float*, const float*, const float*, const float*, const float*,
-                                const float*, float*, float*, float*, float*, float*, int);
-template void modulate_backward(const ModulateArgs&, const double*, const double*, const double*, const double*,
-                                const double*, const double*, double*, double*, double*, double*, double*, int);
+#define DCDIT_INSTANCES(Real)                                                                                          \
+    template void modulate(const ModulateArgs&, const Real*, const Real*, const Real*, const Real*, const Real*,       \
+                           const Real*, Real*, Real*, int);                                                            \
+    template void modulate_backward(const ModulateArgs&, const Real*, const Real*, const Real*, const Real*,           \
+                                    const Real*, const Real*, const Real*, Real*, Real*, Real*, Real*, Real*, int);
+DCDIT_INSTANCES(float)
+DCDIT_INSTANCES(double)
 
 }  // namespace dcdit

@@ -12,6 +12,8 @@ from ._ops import Backend, Differentiable
 from .cpu import _rows
 from .packing import Packing
 
+NORMS = ("layer", "rms")
+
 
 def _like_x(x: torch.Tensor, **_: Any) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -26,8 +28,8 @@ def _backends(op: str, kernels: str) -> dict[str, Any]:
 
 ADALN_MODULATE = Differentiable(
     "adaln_modulate",
-    "Tensor x, Tensor shift, Tensor scale",
-    "float eps",
+    "Tensor x, Tensor shift, Tensor scale, Tensor? norm_weight",
+    "float eps, str norm",
     _like_x,
     **_backends("adaln_modulate", "AdalnModulate"),
 )
@@ -41,8 +43,8 @@ GATE_RESIDUAL = Differentiable(
 )
 GATE_RESIDUAL_MODULATE = Differentiable(
     "gate_residual_modulate",
-    "Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale",
-    "float eps",
+    "Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, Tensor? norm_weight",
+    "float eps, str norm",
     lambda **inputs: (_like_x(**inputs), _like_x(**inputs)),
     outputs=2,
     **_backends("gate_residual_modulate", "GateResidualModulate"),
@@ -55,20 +57,26 @@ def adaln_modulate(
     scale: torch.Tensor,
     plan: Packing | None = None,
     eps: float = 1e-6,
+    norm: str = "layer",
+    norm_weight: torch.Tensor | None = None,
     *,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """LayerNorm(x) · (1 + scale_b) + shift_b, the norm without affine (DiT, arXiv 2212.09748 section 3.2).
+    """norm(x) · weight · (1 + scale_b) + shift_b (DiT, arXiv 2212.09748 section 3.2).
 
     Args:
-        x: (capacity, D) packed with `plan`, or (B, L, D) dense without.
-        shift, scale: (B, D), possibly views of one (B, 6·D) tensor.
+        x: (capacity, D) packed with `plan`, any packing, or (B, L, D) dense without.
+        shift, scale: (B, D), possibly views of one (B, 6·D) tensor. Where the segments of a sample have modulators of
+            their own, `plan` is the packing of the segments, as `JoinedPacking.segments`, and B counts them.
+        norm: "layer", (x - mean) / √(variance + eps), or "rms", x / √(mean of x² + eps).
+        norm_weight: (D,), or None for a norm without weight, as DiT's.
 
-    Returns x's shape and dtype; statistics in float32.
+    Returns x's shape and dtype; statistics in float32. Raises ValueError where shapes or options do not fit.
     """
     _check("adaln_modulate", plan, x, None, None, shift, scale)
-    require(eps >= 0, "adaln_modulate: eps must not be negative, got {}", eps)
-    return ADALN_MODULATE(backend, x=x, shift=shift, scale=scale, plan=plan, eps=eps)
+    _check_norm("adaln_modulate", x, eps, norm, norm_weight)
+    tensors = {"x": x, "shift": shift, "scale": scale, "norm_weight": norm_weight}
+    return ADALN_MODULATE(backend, **tensors, plan=plan, eps=eps, norm=norm)
 
 
 def gate_residual(
@@ -92,13 +100,16 @@ def gate_residual_modulate(
     scale: torch.Tensor,
     plan: Packing | None = None,
     eps: float = 1e-6,
+    norm: str = "layer",
+    norm_weight: torch.Tensor | None = None,
     *,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x', adaln_modulate(x', shift, scale)) with x' = gate_residual(x, y, gate), reading x and y once."""
+    """(x', adaln_modulate(x', shift, scale, …)) with x' = gate_residual(x, y, gate), reading x and y once."""
     _check("gate_residual_modulate", plan, x, y, gate, shift, scale)
-    require(eps >= 0, "gate_residual_modulate: eps must not be negative, got {}", eps)
-    return GATE_RESIDUAL_MODULATE(backend, x=x, y=y, gate=gate, shift=shift, scale=scale, plan=plan, eps=eps)
+    _check_norm("gate_residual_modulate", x, eps, norm, norm_weight)
+    tensors = {"x": x, "y": y, "gate": gate, "shift": shift, "scale": scale, "norm_weight": norm_weight}
+    return GATE_RESIDUAL_MODULATE(backend, **tensors, plan=plan, eps=eps, norm=norm)
 
 
 def _check(
@@ -123,3 +134,10 @@ def _check(
             shaped(op, name, tensor, *modulators)
     if y is not None and y.shape != shape:
         raise ValueError(f"{op}: y must have x's shape {tuple(shape)}, got {tuple(y.shape)}")
+
+
+def _check_norm(op: str, x: torch.Tensor, eps: float, norm: str, weight: torch.Tensor | None) -> None:
+    require(eps >= 0, "{}: eps must not be negative, got {}", op, eps)
+    require(norm in NORMS, "{}: norm must be one of {}, got {!r}", op, NORMS, norm)
+    if weight is not None:
+        shaped(op, "norm_weight", weight, x.shape[-1])

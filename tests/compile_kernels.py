@@ -85,15 +85,21 @@ def launch_everything(dtype, grid, width, share, batch=2):
     q, kernel = new(batch, cells, width, dtype=torch.float32), new(width, 3, 3, dtype=torch.float32)
     cu = torch.arange(batch + 1, dtype=torch.int32) * cells
     packed_q = q.view(-1, width)
+    layer = {"eps": 1e-6, "norm": "layer", "norm_weight": None}
+    rms = {"eps": 1e-6, "norm": "rms", "norm_weight": new(width)}
     cases = [
         ("chunk", {"h": h, "pos_embed": new(cells, width), "plan": plan}, [x]),
-        ("adaln_modulate", {"x": x, "shift": shift, "scale": scale, "plan": plan, "eps": 1e-6}, [x]),
-        ("adaln_modulate", {"x": h, "shift": shift, "scale": scale, "plan": None, "eps": 1e-6}, [h]),
+        ("adaln_modulate", {"x": x, "shift": shift, "scale": scale, "plan": plan, **layer}, [x]),
+        ("adaln_modulate", {"x": x, "shift": shift, "scale": scale, "plan": plan, **rms}, [x]),
+        ("adaln_modulate", {"x": h, "shift": shift, "scale": scale, "plan": None, **layer}, [h]),
         ("gate_residual", {"x": x, "y": y, "gate": gate, "plan": plan}, [x]),
-        (
-            "gate_residual_modulate",
-            {"x": x, "y": y, "gate": gate, "shift": shift, "scale": scale, "plan": plan, "eps": 1e-6},
-            [x, x],
+        *(
+            (
+                "gate_residual_modulate",
+                {"x": x, "y": y, "gate": gate, "shift": shift, "scale": scale, "plan": plan, **norm},
+                [x, x],
+            )
+            for norm in (layer, rms)
         ),
         ("ema_smooth", {"x": x, "boundary_prob": prob, "plan": plan}, [x]),
         ("boundary_cosine", {"q": q, "k": q, "kernel": kernel, "grid": grid, "cu_seqlens": None}, [prob]),

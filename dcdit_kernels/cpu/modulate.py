@@ -15,15 +15,21 @@ from ._rows import kernel, live_count, with_tail
 
 
 def adaln_modulate(
-    x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, plan: Packing | None = None, eps: float = 1e-6
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    plan: Packing | None = None,
+    eps: float = 1e-6,
+    norm: str = "layer",
+    norm_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `dcdit_kernels.adaln_modulate`."""
-    return _run(plan, x, None, None, shift, scale, eps)[1]
+    return _run(plan, x, None, None, shift, scale, norm_weight, (eps, norm == "layer"))[1]
 
 
 def gate_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, plan: Packing | None = None) -> torch.Tensor:
     """See `dcdit_kernels.gate_residual`."""
-    return _run(plan, x, y, gate, None, None, 0.0)[0]
+    return _run(plan, x, y, gate, None, None, None, (0.0, False))[0]
 
 
 def gate_residual_modulate(
@@ -34,12 +40,14 @@ def gate_residual_modulate(
     scale: torch.Tensor,
     plan: Packing | None = None,
     eps: float = 1e-6,
+    norm: str = "layer",
+    norm_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `dcdit_kernels.gate_residual_modulate`."""
-    return _run(plan, x, y, gate, shift, scale, eps)
+    return _run(plan, x, y, gate, shift, scale, norm_weight, (eps, norm == "layer"))
 
 
-def _run(plan, x, y, gate, shift, scale, eps) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _run(plan, x, y, gate, shift, scale, weight, norm) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(x', modulated x') in the shape and dtype of x; without y no x', without scale nothing modulated."""
     dtype = accumulate_dtype(x) if y is None else accumulate_dtype(x, y)
     if plan is None:
@@ -55,51 +63,58 @@ def _run(plan, x, y, gate, shift, scale, eps) -> tuple[torch.Tensor | None, torc
         part if part is None or part.stride(1) == 1 else part.contiguous()
         for part in (None if part is None else part.to(dtype) for part in (gate, shift, scale))
     )
-    outputs = AdaLN.apply(rows, rows_y, *modulators, cu_seqlens, eps)
+    weight = None if weight is None else weight.to(dtype).contiguous()
+    outputs = AdaLN.apply(rows, rows_y, *modulators, weight, cu_seqlens, norm)
     if plan is None:
         return tuple(part if part is None else part.view(x.shape).to(x.dtype) for part in outputs)
     return tuple(part if part is None else with_tail(part.to(x.dtype), plan.capacity) for part in outputs)
 
 
 class AdaLN(KernelFunction):
-    """x' = x + gate_b · y and LayerNorm(x') · (1 + scale_b) + shift_b on rows (T, D)."""
+    """x' = x + gate_b · y and norm(x') · weight · (1 + scale_b) + shift_b on rows (T, D).
+
+    `norm` is (eps, whether a mean is subtracted).
+    """
 
     @staticmethod
-    def forward(ctx, x, y, gate, shift, scale, cu_seqlens, eps):
+    def forward(ctx, x, y, gate, shift, scale, weight, cu_seqlens, norm):
         new_x = None if y is None else torch.empty_like(x)
         out = None if scale is None else torch.empty_like(x)
         kernel("modulate", x.dtype)(
-            *_sizes(x, cu_seqlens, eps), x.data_ptr(), _address(y), _modulators(gate, shift, scale),
+            *_sizes(x, cu_seqlens), *norm, x.data_ptr(), _address(y), _modulators(gate, shift, scale), _address(weight),
             _address(new_x), _address(out), _threads(x),
         )  # fmt: skip
         normed = None if scale is None else x if y is None else new_x
-        ctx.save_for_backward(normed, y, gate, scale, cu_seqlens)
-        ctx.eps = eps
+        ctx.save_for_backward(normed, y, gate, scale, weight, cu_seqlens)
+        ctx.norm = norm
         ctx.set_materialize_grads(False)
         return new_x, out
 
     @staticmethod
     @first_order
     def backward(ctx, grad_new_x, grad_out):
-        normed, y, gate, scale, cu_seqlens = ctx.saved_tensors
+        normed, y, gate, scale, weight, cu_seqlens = ctx.saved_tensors
         like = y if normed is None else normed
         grad_new_x, grad_out = (grad if grad is None else grad.contiguous() for grad in (grad_new_x, grad_out))
         if grad_new_x is None and grad_out is None:
-            return (None,) * 7
+            return (None,) * 8
         grad_x, grad_y = torch.empty_like(like), None if y is None else torch.empty_like(y)
         shape = len(cu_seqlens) - 1, like.shape[1]
         grad_gate = None if y is None else like.new_empty(shape)
-        grad_shift, grad_scale = (None if scale is None else like.new_empty(shape) for _ in range(2))
+        grad_shift, grad_normed = (None if scale is None else like.new_empty(shape) for _ in range(2))
         kernel("modulate_backward", like.dtype)(
-            *_sizes(like, cu_seqlens, ctx.eps), _address(normed), _address(y), _modulators(gate, None, scale),
-            _address(grad_new_x), _address(grad_out), grad_x.data_ptr(), _address(grad_y),
-            [_address(grad) for grad in (grad_gate, grad_shift, grad_scale)], _threads(like),
+            *_sizes(like, cu_seqlens), *ctx.norm, _address(normed), _address(y), _modulators(gate, None, scale),
+            _address(weight), _address(grad_new_x), _address(grad_out), grad_x.data_ptr(), _address(grad_y),
+            [_address(grad) for grad in (grad_gate, grad_shift, grad_normed)], _threads(like),
         )  # fmt: skip
-        return grad_x, grad_y, grad_gate, grad_shift, grad_scale, None, None
+        if weight is None:
+            return grad_x, grad_y, grad_gate, grad_shift, grad_normed, None, None, None
+        grad_weight = ((1 + scale) * grad_normed).sum(0)
+        return grad_x, grad_y, grad_gate, grad_shift, grad_normed * weight, grad_weight, None, None
 
 
-def _sizes(x: torch.Tensor, cu_seqlens: torch.Tensor, eps: float) -> tuple[int, int, int, float]:
-    return cu_seqlens.data_ptr(), len(cu_seqlens) - 1, x.shape[1], eps
+def _sizes(x: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[int, int, int]:
+    return cu_seqlens.data_ptr(), len(cu_seqlens) - 1, x.shape[1]
 
 
 def _address(tensor: torch.Tensor | None) -> int:

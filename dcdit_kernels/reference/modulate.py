@@ -24,10 +24,13 @@ def adaln_modulate(
     scale: torch.Tensor,
     plan: Packing | None = None,
     eps: float = 1e-6,
+    norm: str = "layer",
+    norm_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `dcdit_kernels.adaln_modulate`."""
     dtype = accumulate_dtype(x)
-    normed = F.layer_norm(_live(x, plan).to(dtype), x.shape[-1:], eps=eps)
+    rows, weight = _live(x, plan).to(dtype), None if norm_weight is None else norm_weight.to(dtype)
+    normed = (F.rms_norm if norm == "rms" else F.layer_norm)(rows, x.shape[-1:], weight, eps=eps)
     out = normed * (1 + per_row(scale, plan, dtype)) + per_row(shift, plan, dtype)
     return _live(out, plan).to(x.dtype)
 
@@ -47,10 +50,12 @@ def gate_residual_modulate(
     scale: torch.Tensor,
     plan: Packing | None = None,
     eps: float = 1e-6,
+    norm: str = "layer",
+    norm_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `dcdit_kernels.gate_residual_modulate`."""
     x = gate_residual(x, y, gate, plan)
-    return x, adaln_modulate(x, shift, scale, plan, eps)
+    return x, adaln_modulate(x, shift, scale, plan, eps, norm, norm_weight)
 
 
 def _live(x: torch.Tensor, plan: Packing | None) -> torch.Tensor:

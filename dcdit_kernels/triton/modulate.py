@@ -1,4 +1,4 @@
-"""Triton kernels of adaLN: LayerNorm, modulation and gated residual in one pass over the rows.
+"""Triton kernels of adaLN: norm, modulation and gated residual in one pass over the rows.
 
 Bytes for T rows of D elements of e bytes. Forward: adaln_modulate 2·T·D·e, gate_residual 3·T·D·e, fused 4·T·D·e.
 Backward: 3, 4 and 6·T·D·e. The modulators (B, D) and their partial sums are small beside them.
@@ -22,20 +22,23 @@ SLAB, ELEMENTS = 16, 1024
 
 
 @triton.jit
-def normalise(xs, live, eps, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """(LayerNorm of rows in pieces, 1/deviation (rows, 1)); zero in rows that are not live."""
-    total = xs[0]
-    for i in tl.static_range(1, len(xs)):
-        total += xs[i]
-    mean = tl.div_rn(tl.sum(total, 1), WIDTH + 0.0)[:, None]
-    centred = ()
-    squares = tl.zeros_like(total)
+def normalise(xs, live, eps, CENTRED: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """(LayerNorm or, not CENTRED, RMSNorm of rows in pieces, 1/deviation (rows, 1)); zero in rows that are not live."""
+    centred = xs
+    if CENTRED:
+        total = xs[0]
+        for i in tl.static_range(1, len(xs)):
+            total += xs[i]
+        mean = tl.div_rn(tl.sum(total, 1), WIDTH + 0.0)[:, None]
+        centred = ()
+        for i in tl.static_range(len(xs)):
+            apart = xs[i] - mean
+            if (i + 1) * COLUMNS > WIDTH:
+                apart = tl.where((i * COLUMNS + tl.arange(0, COLUMNS) < WIDTH)[None, :], apart, 0.0)
+            centred += (apart,)
+    squares = tl.zeros_like(xs[0])
     for i in tl.static_range(len(xs)):
-        apart = xs[i] - mean
-        if (i + 1) * COLUMNS > WIDTH:
-            apart = tl.where((i * COLUMNS + tl.arange(0, COLUMNS) < WIDTH)[None, :], apart, 0.0)
-        squares += apart * apart
-        centred += (apart,)
+        squares += centred[i] * centred[i]
     rstd = tl.where(live, tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, 1) * (1.0 / WIDTH) + eps)), 0.0)[:, None]
     normed = ()
     for i in tl.static_range(len(xs)):
@@ -45,12 +48,12 @@ def normalise(xs, live, eps, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
 
 @jit_kernel(do_not_specialize=["cells", "total"])
 def modulate_forward(
-    x_ptr, y_ptr, gate_ptr, shift_ptr, scale_ptr, mixed_ptr, out_ptr, sample_ptr,
+    x_ptr, y_ptr, gate_ptr, shift_ptr, scale_ptr, weight_ptr, mixed_ptr, out_ptr, sample_ptr,
     x_stride, y_stride, gate_stride, shift_stride, scale_stride, cells, total, eps,
-    GATE: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
+    GATE: tl.constexpr, NORM: tl.constexpr, CENTRED: tl.constexpr, PACKED: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Some rows: mixed = x + gate·y where GATE, out = LayerNorm(mixed)·(1 + scale) + shift where NORM."""
+    """Some rows: mixed = x + gate·y where GATE, out = norm(mixed)·weight·(1 + scale) + shift where NORM."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     if PACKED:
         sample = tl.load(sample_ptr + row, mask=row < total, other=-1).to(tl.int64)
@@ -68,12 +71,15 @@ def modulate_forward(
             x = mixed.to(tl.float32)  # the norm sees what the next operator will read
         xs += (x,)
     if NORM:
-        normed, _ = normalise(xs, sample >= 0, eps, WIDTH, COLUMNS)
+        normed, _ = normalise(xs, sample >= 0, eps, CENTRED, WIDTH, COLUMNS)
         for i in tl.static_range(PIECES):
             column = i * COLUMNS + tl.arange(0, COLUMNS)
             scale = load_rows(scale_ptr, sample, scale_stride, column, sample >= 0, WIDTH)
             shift = load_rows(shift_ptr, sample, shift_stride, column, sample >= 0, WIDTH)
-            store_rows(out_ptr, row, column, normed[i] * (1 + scale) + shift, row < total, WIDTH)
+            factor = 1 + scale
+            if weight_ptr is not None:
+                factor *= load_columns(weight_ptr, column, WIDTH)[None, :]
+            store_rows(out_ptr, row, column, normed[i] * factor + shift, row < total, WIDTH)
 
 
 @triton.jit
@@ -96,13 +102,13 @@ def store_sums(ptr, pieces, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
 
 @jit_kernel(do_not_specialize=["batch", "cells", "capacity"])
 def modulate_backward(
-    grad_mixed_ptr, grad_out_ptr, x_ptr, y_ptr, gate_ptr, scale_ptr, cu_ptr,
+    grad_mixed_ptr, grad_out_ptr, x_ptr, y_ptr, gate_ptr, scale_ptr, weight_ptr, cu_ptr,
     grad_x_ptr, grad_y_ptr, partial_ptr,
     x_stride, y_stride, gate_stride, scale_stride, batch, cells, capacity, eps,
-    GATE: tl.constexpr, NORM: tl.constexpr, SLAB: tl.constexpr,
+    GATE: tl.constexpr, NORM: tl.constexpr, CENTRED: tl.constexpr, SLAB: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """SLAB rows of one sample: their gradients, and the slab's sums for gate, shift and scale, (kinds, WIDTH).
+    """SLAB rows of one sample: their gradients, and the slab's sums for gate, shift and scale / weight, (kinds, WIDTH).
 
     With `cu` samples are packed, and the programs past the last sample write the zeros of the rows past the last live
     one.
@@ -148,7 +154,7 @@ def modulate_backward(
                 xs += (x,)
                 grad_outs += (load_rows(grad_out_ptr, row, WIDTH, column, live, WIDTH),)
         if NORM:
-            normed, rstd = normalise(xs, live, eps, WIDTH, COLUMNS)
+            normed, rstd = normalise(xs, live, eps, CENTRED, WIDTH, COLUMNS)
             shifts, scales = (), ()
             mean_grad = tl.zeros([ROWS, COLUMNS], tl.float32)
             mean_grad_x = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -156,12 +162,17 @@ def modulate_backward(
                 column = i * COLUMNS + tl.arange(0, COLUMNS)
                 shifts += (shift_sums[i] + grad_outs[i],)
                 scales += (scale_sums[i] + grad_outs[i] * normed[i],)
-                inner = grad_outs[i] * (1 + load_columns(scale_ptr + sample * scale_stride, column, WIDTH)[None, :])
-                mean_grad += inner
+                factor = 1 + load_columns(scale_ptr + sample * scale_stride, column, WIDTH)[None, :]
+                if weight_ptr is not None:
+                    factor *= load_columns(weight_ptr, column, WIDTH)[None, :]
+                inner = grad_outs[i] * factor
+                if CENTRED:
+                    mean_grad += inner
                 mean_grad_x += inner * normed[i]
                 inners += (inner,)
             shift_sums, scale_sums = shifts, scales
-            mean_grad = (tl.sum(mean_grad, 1) * (1.0 / WIDTH))[:, None]  # the compiler's own division is off by 2⁻²²
+            if CENTRED:
+                mean_grad = (tl.sum(mean_grad, 1) * (1.0 / WIDTH))[:, None]  # the compiler's division is off by 2⁻²²
             mean_grad_x = (tl.sum(mean_grad_x, 1) * (1.0 / WIDTH))[:, None]
         sums = ()
         for i in tl.static_range(PIECES):
@@ -205,7 +216,7 @@ def modulator_sums(
     tl.store(out_ptr, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=column < width)
 
 
-def _forward(x, y, gate, shift, scale, plan, eps):
+def _forward(x, y, gate, shift, scale, weight, plan, eps, norm):
     """(mixed, out), either of them None where gate or scale is None; contiguous, in x's dtype."""
     mixed = torch.empty_like(x, memory_format=torch.contiguous_format) if gate is not None else None
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if scale is not None else None
@@ -216,10 +227,10 @@ def _forward(x, y, gate, shift, scale, plan, eps):
     scale, scale_stride = strided_rows(scale)
     total, width = x.shape
     if total and width:
-        rows, kernel = _forward_kernel(width, gate is not None, scale is not None, plan is not None)
+        rows, kernel = _forward_kernel(width, gate is not None, norm, plan is not None)
         cells = total // (scale if gate is None else gate).shape[0] if plan is None else 0
         kernel[(cdiv(total, rows),)](
-            x, y, gate, shift, scale, mixed, out, None if plan is None else plan.sample_index,
+            x, y, gate, shift, scale, _vector(weight), mixed, out, None if plan is None else plan.sample_index,
             x_stride, y_stride, gate_stride, shift_stride, scale_stride, cells, total, eps,
         )  # fmt: skip
     return mixed, out
@@ -231,13 +242,20 @@ def _forward_kernel(width, gate, norm, packed):
     split = pieces(width, 16)
     rows = min(4 * max(8 // split["PIECES"], 1), 16)  # more where they are narrow
     return rows, modulate_forward.bind(
-        GATE=gate, NORM=norm, PACKED=packed, ROWS=rows, WIDTH=width, **split, num_warps=min(split["COLUMNS"] // 64, 32)
+        GATE=gate,
+        NORM=norm is not None,
+        CENTRED=norm == "layer",
+        PACKED=packed,
+        ROWS=rows,
+        WIDTH=width,
+        **split,
+        num_warps=min(split["COLUMNS"] // 64, 32),
     )
 
 
-def _backward(grad_mixed, grad_out, x, y, gate, shift, scale, plan, eps):
-    """Gradients of x and y in their shapes, and of gate, shift, scale (B, D); None where the input is None. Without a
-    scale only shape and dtype of x are looked at."""
+def _backward(grad_mixed, grad_out, x, y, gate, shift, scale, weight, plan, eps, norm):
+    """Gradients of x and y in their shapes, of gate, shift, scale (B, D), of weight (D,); None where the input is None.
+    Without a scale only shape and dtype of x are looked at."""
     shape, width, dtype = x.shape, x.shape[-1], x.dtype
     device = (grad_out if grad_mixed is None else grad_mixed).device
     batch = (scale if gate is None else gate).shape[0]
@@ -254,14 +272,16 @@ def _backward(grad_mixed, grad_out, x, y, gate, shift, scale, plan, eps):
     kinds = [t is not None for t in (gate, scale, scale)]
     partial = torch.empty(batch, slabs, sum(kinds), width, dtype=torch.float32, device=device)
     first, *others = {dtype for dtype in dtypes if dtype is not None}
-    sums = torch.empty(sum(kinds), batch, width, dtype=torch.float32 if others else first, device=device)
+    sums = torch.empty(
+        sum(kinds), batch, width, dtype=first if not others and weight is None else torch.float32, device=device
+    )
     if grad_x.numel():
         split = pieces(width, 3)  # sums of rows stay in registers, and there is room for three pieces
         tile = max(ELEMENTS // split["COLUMNS"], 1)
         modulate_backward[(batch + (plan is not None), slabs)](
-            grad_mixed, grad_out, x, y, gate, scale, cu_seqlens, grad_x, grad_y, partial,
+            grad_mixed, grad_out, x, y, gate, scale, _vector(weight), cu_seqlens, grad_x, grad_y, partial,
             *(0 if t is None else t.stride(0) for t in (x, y, gate, scale)), batch, cells, total, eps,
-            GATE=gate is not None, NORM=scale is not None, SLAB=SLAB,
+            GATE=gate is not None, NORM=scale is not None, CENTRED=norm == "layer", SLAB=SLAB,
             ROWS=tile, WIDTH=width, **split, num_warps=min(max(split["COLUMNS"] // 256, 4), 32),
         )  # fmt: skip
     if sums.numel():
@@ -269,21 +289,30 @@ def _backward(grad_mixed, grad_out, x, y, gate, shift, scale, plan, eps):
             partial, cu_seqlens, sums, batch, cells, slabs, width, SLAB=SLAB, COLUMNS=64, num_warps=4
         )
     found = iter(sums.unbind())
-    modulators = [next(found).to(dtype) if kind else None for kind, dtype in zip(kinds, dtypes, strict=True)]
-    return grad_x, grad_y, *modulators
+    grads = [next(found) if kind else None for kind in kinds]
+    grad_weight = None
+    if weight is not None:
+        grad_weight = ((1 + scale.float()) * grads[2]).sum(0).to(weight.dtype)
+        grads[2] = grads[2] * weight
+    return grad_x, grad_y, *(g if g is None else g.to(d) for g, d in zip(grads, dtypes, strict=True)), grad_weight
+
+
+def _vector(weight):
+    """The weight (D,) with its elements side by side."""
+    return None if weight is None else weight.contiguous()
 
 
 class AdalnModulate:
-    """LayerNorm(x)·(1 + scale) + shift."""
+    """norm(x)·weight·(1 + scale) + shift."""
 
     @staticmethod
-    def forward(x, shift, scale, plan, eps):
-        return _forward(x, None, None, shift, scale, plan, eps)[1]
+    def forward(x, shift, scale, norm_weight, plan, eps, norm):
+        return _forward(x, None, None, shift, scale, norm_weight, plan, eps, norm)[1]
 
     @staticmethod
-    def backward(grad, needs, x, shift, scale, plan, eps):
-        grad_x, _, _, *modulators = _backward(None, grad, x, None, None, shift, scale, plan, eps)
-        return grad_x, *modulators
+    def backward(grad, needs, x, shift, scale, norm_weight, plan, eps, norm):
+        grad_x, _, _, *rest = _backward(None, grad, x, None, None, shift, scale, norm_weight, plan, eps, norm)
+        return grad_x, *rest
 
 
 class GateResidual:
@@ -291,20 +320,20 @@ class GateResidual:
 
     @staticmethod
     def forward(x, y, gate, plan):
-        return _forward(x, y, gate, None, None, plan, 0.0)[0]
+        return _forward(x, y, gate, None, None, None, plan, 0.0, None)[0]
 
     @staticmethod
     def backward(grad, needs, x, y, gate, plan):
-        return _backward(grad, None, x, y, gate, None, None, plan, 0.0)[:3]
+        return _backward(grad, None, x, y, gate, None, None, None, plan, 0.0, None)[:3]
 
 
 class GateResidualModulate:
     """Both, x and y read once."""
 
     @staticmethod
-    def forward(x, y, gate, shift, scale, plan, eps):
-        return _forward(x, y, gate, shift, scale, plan, eps)
+    def forward(x, y, gate, shift, scale, norm_weight, plan, eps, norm):
+        return _forward(x, y, gate, shift, scale, norm_weight, plan, eps, norm)
 
     @staticmethod
-    def backward(grad_mixed, grad_out, needs, x, y, gate, shift, scale, plan, eps):
-        return _backward(grad_mixed, grad_out, x, y, gate, shift, scale, plan, eps)
+    def backward(grad_mixed, grad_out, needs, x, y, gate, shift, scale, norm_weight, plan, eps, norm):
+        return _backward(grad_mixed, grad_out, x, y, gate, shift, scale, norm_weight, plan, eps, norm)
