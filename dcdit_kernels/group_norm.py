@@ -47,16 +47,16 @@ def group_norm_silu(
     Returns (B, C, H, W) in x's dtype, channels-last; sum and statistics in float32 (float64 for float64 input).
     Raises ValueError where shapes or groups do not fit.
     """
-    shaped("group_norm_silu", "x", x, None, None, None, None)
-    channels = x.shape[1]
-    shaped("group_norm_silu", "weight", weight, channels)
-    shaped("group_norm_silu", "bias", bias, channels)
-    if cond is not None:
-        shaped("group_norm_silu", "cond", cond, x.shape[0], channels)
-    if x_bias is not None:
-        shaped("group_norm_silu", "x_bias", x_bias, channels)
-    fits = groups >= 1 and channels % groups == 0
-    require(fits, "group_norm_silu: {} channels do not fit {} groups", channels, groups)
+    shape = x.shape
+    if len(shape) != 4:
+        shaped("group_norm_silu", "x", x, None, None, None, None)
+    channels = shape[1:2]
+    vectors = (("weight", weight, channels), ("bias", bias, channels), ("cond", cond, shape[:2]))
+    for name, tensor, wanted in (*vectors, ("x_bias", x_bias, channels)):
+        if tensor is not None and tensor.shape != wanted:
+            shaped("group_norm_silu", name, tensor, *wanted)
+    fits = groups >= 1 and shape[1] % groups == 0
+    require(fits, "group_norm_silu: {} channels do not fit {} groups", shape[1], groups)
     require(eps >= 0, "group_norm_silu: eps must not be negative, got {}", eps)
     x = x.contiguous(memory_format=torch.channels_last)
     return OPERATOR(backend, x=x, weight=weight, bias=bias, cond=cond, x_bias=x_bias, groups=groups, eps=eps)

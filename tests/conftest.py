@@ -1,5 +1,6 @@
 """Without a GPU Triton's kernels run in its interpreter; the choice must stand before they are imported."""
 
+import math
 import os
 
 import pytest
@@ -36,6 +37,15 @@ def pytest_runtest_makereport(item, call):
 def seeded():
     """Every test draws the same numbers whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Every buffer that a launcher allocates holds NaN, so that an element nobody writes is seen."""
+    fill = lambda t: t.fill_(math.nan) if t.is_floating_point() else t  # noqa: E731
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        allocate = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, allocate=allocate, **k: fill(allocate(*a, **k)))
 
 
 @pytest.fixture

@@ -75,13 +75,6 @@ def value_and_gradients(function, backend, tensors, dtype=None):
     return [out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)]
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Buffers of the launchers hold NaN until they are written."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
-
-
 @pytest.mark.parametrize(
     ("dtype", "name"),
     [

@@ -86,15 +86,6 @@ def outputs_and_gradients(function, backend, tensors, dtype=None):
     return [o.detach() for o in outs] + list(torch.autograd.grad(total, leaves))
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Every buffer the launchers allocate holds NaN, so that an element nobody writes is seen."""
-    empty, empty_like = torch.empty, torch.empty_like
-    fill = lambda t: t.fill_(math.nan) if t.is_floating_point() else t  # noqa: E731
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k)))
-
-
 @pytest.mark.parametrize(
     ("dtype", "grid", "width", "share"),
     [

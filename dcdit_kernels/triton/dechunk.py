@@ -107,7 +107,7 @@ class Dechunk:
 
     @staticmethod
     def forward(x, boundary_prob, residual, plan, sigma, smoothing):
-        out = torch.empty(plan.batch_size, plan.cells, x.shape[1], dtype=x.dtype, device=x.device)
+        out = x.new_empty(plan.batch_size, plan.cells, x.shape[1])
         if out.numel() == 0:
             return out
         x, residual, prob = pointer_rows(x), pointer_rows(residual), boundary_prob.float().contiguous()
@@ -171,7 +171,7 @@ def _scratch(x, plan, buffers):
     """(images at once, `buffers` of float32 rows that any so many images have room in)."""
     images = images_at_once(plan.batch_size, *x.shape)
     rows = min(images * plan.max_seqlen, plan.capacity)
-    return images, [torch.empty(rows, x.shape[1], dtype=torch.float32, device=x.device) for _ in range(buffers)]
+    return images, [x.new_empty(rows, x.shape[1], dtype=torch.float32) for _ in range(buffers)]
 
 
 def _plug(rows, residual, plan, out, first, samples, cu_seqlens):

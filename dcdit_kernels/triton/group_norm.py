@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import jit_kernel
+from ._launch import Kernel, jit_kernel
 from ._rows import FILL, cdiv, next_power_of_2
 
 # Cells up to which one program goes over all cells of its channels.
@@ -261,6 +261,11 @@ def _tile(channels: int, groups: int, elements: int) -> tuple[int, dict[str, int
     return cdiv(channels, share), sizes | {"ROWS": rows, "COLUMNS": columns}
 
 
+@functools.cache
+def _forward_kernel(channels: int, groups: int, split: bool) -> Kernel:
+    return group_norm_silu_forward.bind(SPLIT=split, **_tile(channels, groups, 4096)[1], num_warps=8)
+
+
 def _slabs(batch: int, pieces: int, cells: int) -> tuple[int, int]:
     """(cells of a slab, slabs of a sample): as many as fill the GPU, with at least 256 cells each."""
     if cells <= WHOLE:
@@ -292,9 +297,10 @@ class GroupNormSiLU:
         pieces, tile = _tile(channels, groups, 4096)
         slab_cells, slabs = _slabs(batch, pieces, height * width)
         moments = _moments(x, slab_cells, slabs, pieces, tile)
-        group_norm_silu_forward[(batch * pieces, slabs)](
+        kernel = _forward_kernel(channels, groups, moments is not None)
+        kernel[(batch * pieces, slabs)](
             x, weight, bias, cond, x_bias, moments, out, 0 if cond is None else cond.stride(0),
-            height * width, slab_cells, eps, SPLIT=moments is not None, **tile, num_warps=8,
+            height * width, slab_cells, eps,
         )  # fmt: skip
         return out
 
