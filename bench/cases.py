@@ -23,7 +23,7 @@ class Case:
 
     `backward` adds the backward pass to the time. `dtype` is that of the features; the router is always in float32.
     `clustered` keeps the cells of one disc in place of scattered ones. `ablation` adds the variants of
-    `bench.ablation`.
+    `bench.ablation`. `stride` is the model's encoder_stride.
     """
 
     group: str
@@ -36,10 +36,12 @@ class Case:
     dtype: str = "float32"
     clustered: bool = False
     ablation: bool = False
+    stride: int = 1
 
     @property
     def config(self) -> DCDiTConfig:
-        return preset("digits" if self.size == "digits" else f"DC-DiT-{self.size}/N4" + "-512" * (self.side == 64))
+        name = "digits" if self.size == "digits" else f"DC-DiT-{self.size}/N4" + "-512" * (self.side == 64)
+        return dataclasses.replace(preset(name), encoder_stride=self.stride)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -51,7 +53,14 @@ class Case:
         if self.group in MODELS:
             parts.append(f"drop{self.drop_fraction:g}")
         parts += ["fwdbwd" if self.backward else "fwd", self.dtype]
-        return "-".join([*parts, *["clustered"] * self.clustered, *["ablation"] * self.ablation])
+        return "-".join(
+            [
+                *parts,
+                *["clustered"] * self.clustered,
+                *["ablation"] * self.ablation,
+                *[f"stride{self.stride}"] * (self.stride > 1),
+            ]
+        )
 
 
 def select(device: str, groups: tuple[str, ...] = GROUPS, quick: bool = False) -> list[Case]:

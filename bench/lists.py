@@ -17,9 +17,9 @@ COMPILED = ("dcdit compiled", "dcdit compiled graph", "DiT/2 compiled", "DiT/2 c
 KERNELS = ("native", "native fixed", "triton", "plain")
 
 
-def forward(size: str, batch: int) -> Case:
+def forward(size: str, batch: int, stride: int = 1) -> Case:
     """A forward pass at 256 px in bfloat16 that keeps an eighth of the cells, half of the plain DiT's tokens."""
-    return Case("forward", size, 32, batch, drop_fraction=0.5, dtype="bfloat16")
+    return Case("forward", size, 32, batch, drop_fraction=0.5, dtype="bfloat16", stride=stride)
 
 
 def largest(group: str, backward: bool = False, **changes) -> Case:
@@ -40,11 +40,13 @@ def decisive() -> list[Wanted]:
     kernels += [largest("plan"), largest("plan", side=64), largest("dechunk", clustered=True)]
     step = Case("train", "B", 32, 16, drop_fraction=0.5, backward=True, dtype="bfloat16")
     more = [forward(size, batch) for batch in (64, 8, 1) for size in ("S", "B", "XL")]
+    coarse = [forward(size, batch, 2) for batch in (64, 8, 1) for size in ("S", "B", "XL")]
     centres = select("cuda", OPERATORS, quick=True)
     loop = select("cuda", ("sample",), quick=True)
     wanted = [*((case, SERVED) for case in passes), *((case, KERNELS) for case in kernels), (step, ("dcdit", "DiT/2"))]
     wanted += [
         *((case, SERVED) for case in more),
+        *((case, ("dcdit", "dcdit graph")) for case in coarse),
         *((case, KERNELS) for case in centres),
         *((case, SERVED) for case in loop),
     ]

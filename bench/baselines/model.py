@@ -54,7 +54,9 @@ def dcdit_forward(
     out = net.decoder(refilled.transpose(1, 2).unflatten(2, grid), c)
     shift, scale = net.final.adaln(c)[:, None].chunk(2, dim=2)
     out = net.final.linear(F.layer_norm(out, out.shape[-1:], eps=1e-6) * (1 + scale) + shift)
-    return out.transpose(1, 2).unflatten(2, grid), prob
+    stride = net.config.encoder_stride
+    out = out.transpose(1, 2).unflatten(2, [side // stride for side in grid])
+    return (out if stride == 1 else F.pixel_shuffle(out, stride)), prob
 
 
 def dit_block(
