@@ -14,7 +14,7 @@ from torch import nn
 from dcdit_kernels import group_norm_silu
 
 from .config import DCDiTConfig
-from .layers import BiasApartConv3x3, Conv3x3, PointwiseConv2d, RMSNorm
+from .layers import BiasApartConv3x3, Conv3x3, PointwiseConv2d, RMSNorm, may_overwrite
 
 GROUPS = 32
 
@@ -48,7 +48,8 @@ class ResidualConvBlock(nn.Module):
         c comes through the SiLU of `cond` already, which `ConvStack` computes once for all blocks.
         """
         h = self.norm2(*self.conv1(self.norm1(x)), self.cond[1](c))
-        return self.conv2(h).add_(self.skip(x))
+        out, skip = self.conv2(h), self.skip(x)
+        return out.add_(skip) if may_overwrite(out, self.conv2) else out + skip
 
 
 class ConvStack(nn.Module):

@@ -84,9 +84,9 @@ def linear_gelu(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether layer(x) is a linear map and nothing more: no adapter, quantisation, offload or hook."""
+    """Whether layer(x) is a linear map or convolution and nothing more: no adapter, quantisation, offload or hook."""
     watched = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or hooks._global_forward_hooks
-    return type(layer) is nn.Linear and "forward" not in layer.__dict__ and not watched
+    return type(layer) in (nn.Linear, Conv3x3) and "forward" not in layer.__dict__ and not watched
 
 
 def may_overwrite(x: torch.Tensor, source: nn.Module | None) -> bool:

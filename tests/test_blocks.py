@@ -1,17 +1,19 @@
 """DiT blocks as ordinary modules: what a forward launches, what hooks see, and where weights are read."""
 
+import functools
 from collections import Counter
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from dcdit import blocks
 from dcdit.blocks import MainNetwork, Stream
 from dcdit.config import DCDiTConfig
 from dcdit.model import DCDiT
 from dcdit.plain_dit import PlainDiT
-from dcdit_kernels import plan_chunks
+from dcdit_kernels import plan_chunks, use_backend
 
 SIZES = {"input_size": (6, 5), "num_classes": 5, "hidden_size": 64, "depth": 3, "num_heads": 2, "encoder_width": 32}
 
@@ -122,17 +124,63 @@ def test_every_module_with_parameters_of_its_own_is_called(kind):
     assert own <= called
 
 
-def test_a_hook_may_keep_what_it_saw():
-    """No later layer writes over an output that a hook holds."""
-    net, (x, c, plan) = backbone(), packed()
-    held = []
-    for module in net.modules():
-        module.register_forward_hook(lambda _, args, out: held.append((out, [part.clone() for part in flat(out)])))
-    with torch.no_grad():
-        net(x, c, plan)
-    assert len(held) == 1 + 3 * 6 + 2 - 1
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", ["predictability", "cosine", "plain"])
+def test_a_hook_may_keep_what_it_saw(kind, grad):
+    """No later layer writes over an output that a hook holds, and hooks leave the result as it is."""
+    net, held = make(kind), []
+    x, t, y = model_inputs()
+    x = x[..., :4] if kind == "plain" else x
+    with torch.set_grad_enabled(grad):
+        want = net(x, t, y)
+        for module in net.modules():
+            module.register_forward_hook(lambda _, args, out: held.append((out, [part.clone() for part in flat(out)])))
+            if grad:
+                module.register_full_backward_hook(lambda *_: None)
+        out = net(x, t, y)
+    assert torch.equal(out, want) and len(held) > 30
     for out, copies in held:
         assert all(torch.equal(part, copy) for part, copy in zip(flat(out), copies, strict=True))
+
+
+def test_full_backward_hooks_see_every_module_with_parameters():
+    net, seen, (x, t, y) = make("predictability"), set(), model_inputs()
+    for name, module in net.named_modules():
+        module.register_full_backward_hook(lambda *_, name=name: seen.add(name))
+    net(x, t, y).square().sum().backward()
+    own = {name for name, module in net.named_modules() if next(module.parameters(recurse=False), None) is not None}
+    assert own - seen <= {"router.norm"}  # it has no input to take a gradient of
+
+
+def test_selective_checkpointing_may_save_convolutions_and_products():
+    """Nothing of the model overwrites what such a policy has kept."""
+    net, (x, t, y) = make("predictability"), model_inputs()
+    kept = [torch.ops.aten.convolution.default, torch.ops.aten.addmm.default]
+    policy = functools.partial(create_selective_checkpoint_contexts, kept)
+    gradients = []
+    for run in (net, functools.partial(checkpoint, net, use_reentrant=False, context_fn=policy)):
+        gradients.append(torch.autograd.grad(run(x, t, y).square().sum(), list(net.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("router", ["predictability", "cosine"])
+def test_forward_mode(router):
+    """A given routing's derivative is the one of finite differences; the router's straight-through estimate, which no
+    difference shows, makes forward mode the transpose of the backward."""
+    net, (x, t, y) = make(router).double(), model_inputs()
+    x, t = x.double(), t.double()
+    dx, dt, weight = torch.randn_like(x), torch.randn_like(t), torch.randn(3, 8, 6, 5).double()
+    with use_backend("reference"):
+        with torch.no_grad():
+            _, routing = net(x, t, y, return_routing=True)
+            up, down = (net(x + e * dx, t, y, routing=routing) for e in (1e-6, -1e-6))
+        _, tangent = torch.func.jvp(lambda x: net(x, t, y, routing=routing), (x,), (dx,))
+        torch.testing.assert_close(tangent, (up - down) / 2e-6, rtol=1e-5, atol=1e-6)
+
+        _, tangent = torch.func.jvp(lambda x, t: net(x, t, y), (x, t), (dx, dt))
+        x.requires_grad_(), t.requires_grad_()
+        gx, gt = torch.autograd.grad((net(x, t, y) * weight).sum(), [x, t])
+        torch.testing.assert_close((tangent * weight).sum(), (gx * dx).sum() + (gt * dt).sum())
 
 
 def flat(out):
