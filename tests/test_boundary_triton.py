@@ -95,8 +95,11 @@ def test_against_float64(dtype, name, poisoned, launches, gpu_arithmetic):
     eager, got = (value_and_gradients(function, backend, drawn) for backend in ("reference", "triton"))
     want = value_and_gradients(function, "reference", drawn, torch.float64)
     terms = max(tensors[0][0].numel(), 16)
+    largest = max(w.abs().max().item() for w in want)
     for index, (w, e, g) in enumerate(zip(want, eager, got, strict=True)):
-        budget = 2 * (e - w).abs().max() + w.abs().max().clamp(min=0.1) * math.sqrt(terms) * 2**-23
+        # A gradient that is zero in truth, as at D = 1, has the rounding of the terms that cancel (a GPU's: 2e-7).
+        scale = w.abs().max().clamp(min=0.1) if w.any() else largest
+        budget = 2 * (e - w).abs().max() + scale * math.sqrt(terms) * 2**-23
         assert (g - w).abs().max() <= budget, (index, (g - w).abs().max(), budget)
         assert g.dtype == e.dtype and g.shape == w.shape
     assert got[0].dtype == torch.float32
