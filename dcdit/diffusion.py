@@ -17,12 +17,16 @@ SUB_BATCH = 16  # samples, of the ratio loss
 class FlowMatching:
     """Velocity of the straight path x_t = (1−σ)·x_0 + σ·noise, t = 1000·σ (SiT, arXiv 2401.08740).
 
-    σ is logit-normal (arXiv 2403.03206 eq. 19, location 0, scale 1) and every σ has weight 1.
+    σ is logit-normal (arXiv 2403.03206 eq. 19, location ln `shift`, scale 1) and every σ has weight 1. The location is
+    that paper's shift of the times towards the noise, σ' = shift·σ / (1 + (shift − 1)·σ), its eq. 23.
     """
+
+    def __init__(self, shift: float = 1.0) -> None:
+        self.location = math.log(shift)
 
     def draw_time(self, rng: np.random.Generator) -> float:
         """One time in (0, 1000)."""
-        return 1000 / (1 + math.exp(-rng.standard_normal()))
+        return 1000 / (1 + math.exp(-rng.standard_normal() - self.location))
 
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t of x_0 and noise (B, C, H, W) at t (B,)."""
@@ -40,12 +44,13 @@ class DDPM:
     With `learn_sigma` the second half of the output channels is v of arXiv 2102.09672 eq. 15,
     log σ² = (v+1)/2·log β_t + (1−v)/2·log β̃_t, and the loss is the hybrid of its eq. 16: squared error plus the
     variational bound of the step in bits per dimension, whose gradient reaches the variance only. The paper's
-    λ = 0.001 times 1000 steps gives the bound of one drawn step the weight 1.
+    λ = 0.001 times 1000 steps gives the bound of one drawn step the weight 1. `min_snr` γ weights the squared error by
+    min(SNR, γ)/SNR, SNR = ᾱ/(1 − ᾱ) (arXiv 2303.09556 section 3.4, for noise prediction); 0: by 1.
     """
 
     steps = 1000
 
-    def __init__(self, learn_sigma: bool) -> None:
+    def __init__(self, learn_sigma: bool, min_snr: float = 0.0) -> None:
         self.learn_sigma = learn_sigma
         beta = torch.linspace(1e-4, 0.02, self.steps, dtype=torch.float64)
         alpha_bar = (1 - beta).cumprod(0)
@@ -53,6 +58,8 @@ class DDPM:
         variance = beta * (1 - before) / (1 - alpha_bar)
         variance[0] = variance[1]  # β̃_0 = 0 has no logarithm; the first step is scored by its likelihood
         self.signal, self.noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        snr = alpha_bar / (1 - alpha_bar)
+        self.weight = snr.clamp(max=min_snr) / snr if min_snr else torch.ones_like(snr)
         self.log_beta, self.log_variance = beta.log(), variance.log()
         # Posterior mean = mean_x0·x_0 + mean_xt·x_t.
         self.mean_x0 = before.sqrt() * beta / (1 - alpha_bar)
@@ -70,11 +77,11 @@ class DDPM:
 
     def loss(self, output: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Squared error of the noise, plus the bound with `learn_sigma`, mean over each sample: (B,)."""
+        predicted = output[:, : noise.shape[1]]
+        squared = self._at(self.weight, t, x0).flatten() * (predicted - noise).square().flatten(1).mean(1)
         if not self.learn_sigma:
-            return (output - noise).square().flatten(1).mean(1)
-        predicted, v = output.chunk(2, dim=1)
-        squared = (predicted - noise).square().flatten(1).mean(1)
-        return squared + self.bound(predicted.detach(), v, x0, noise, t)
+            return squared
+        return squared + self.bound(predicted.detach(), output[:, noise.shape[1] :], x0, noise, t)
 
     def bound(
         self, predicted: torch.Tensor, v: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
@@ -98,9 +105,9 @@ class DDPM:
         return _per_sample(self._copies[key][t.long()], like)
 
 
-def make_objective(name: str, learn_sigma: bool) -> FlowMatching | DDPM:
-    """The objective called "flow" or "ddpm"."""
-    return DDPM(learn_sigma) if name == "ddpm" else FlowMatching()
+def make_objective(name: str, learn_sigma: bool, time_shift: float = 1.0, min_snr: float = 0.0) -> FlowMatching | DDPM:
+    """The objective called "flow" (with `time_shift`) or "ddpm" (with `min_snr`)."""
+    return DDPM(learn_sigma, min_snr) if name == "ddpm" else FlowMatching(time_shift)
 
 
 def ratio_loss(

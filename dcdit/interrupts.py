@@ -45,6 +45,13 @@ def held_back(ignore: bool = False) -> Iterator[None]:
         raise Interrupted(received[0])
 
 
+def ignored(_: int = 0) -> None:
+    """For loading processes, which a terminal gives its signals as well: their parent ends them, by SIGTERM."""
+    for number in SIGNALS:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+
+
 def _raise(number: int, frame: FrameType | None) -> None:
     raise Interrupted(number)
 

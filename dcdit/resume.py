@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .config import DCDiTConfig
 from .errors import ConfigError
 from .train_config import TrainConfig
 
@@ -93,10 +92,10 @@ def _defaults(cls: type) -> dict[str, Any]:
     """The defaults of a configuration class, without making one: not every pair of them fits together."""
     values = {}
     for field in dataclasses.fields(cls):
-        if isinstance(field.default_factory, type):
-            values[field.name] = (
-                DCDiTConfig().to_dict() if field.default_factory is DCDiTConfig else _defaults(field.default_factory)
-            )
+        if field.name == "model":
+            values[field.name] = field.default_factory().to_dict()
+        elif isinstance(field.default_factory, type):
+            values[field.name] = _defaults(field.default_factory)
         else:
             values[field.name] = field.default
     return values

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from .data import Source
 from .diffusion import DDPM, SUB_BATCH, FlowMatching
 from .errors import ConfigError, DataError
+from .interrupts import ignored
 
 # Streams of random numbers; each has a key of its own.
 _SAMPLE, _ORDER, _STEP = range(3)
@@ -98,7 +99,10 @@ def batches(
     firsts = (step * stream.batch_size + rank * share for step in range(start, stop))
     try:
         yield from DataLoader(
-            stream, batch_sampler=(range(first, first + share) for first in firsts), num_workers=workers
+            stream,
+            batch_sampler=(range(first, first + share) for first in firsts),
+            num_workers=workers,
+            worker_init_fn=ignored,
         )
     except DataError as error:
         # A worker process sends its whole traceback; the last line is what it had to say.

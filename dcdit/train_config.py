@@ -12,7 +12,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
-from .config import DCDiTConfig, check_keys
+from .config import DCDiTConfig, check_keys, preset
 from .errors import ConfigError
 
 # Which numbers the keys take, and how to say so.
@@ -20,7 +20,8 @@ LIMITS = (
     ("steps batch_size accumulate log_every save_every data.size", lambda value: value >= 1, "be at least 1"),
     ("codec.factor validation.steps", lambda value: value >= 1, "be at least 1"),
     ("batch_size", lambda value: value <= 2**20, "be at most 1048576"),
-    ("seed ratio_weight max_minutes data.workers", lambda value: value >= 0, "not be negative"),
+    ("time_shift", lambda value: value > 0, "be positive"),
+    ("min_snr seed ratio_weight max_minutes data.workers", lambda value: value >= 0, "not be negative"),
     ("optim.lr optim.weight_decay optim.grad_clip", lambda value: value >= 0, "not be negative"),
     ("optim.warmup_steps drop_warmup snapshot_every codec.scale", lambda value: value >= 0, "not be negative"),
     ("upcycle.distill_steps upcycle.distill_weight", lambda value: value >= 0, "not be negative"),
@@ -127,7 +128,8 @@ class TrainConfig:
     """Everything that `dcdit train` reads. `batch_size` is the global one; `drop_fractions` are the ρ to draw from.
 
     `init` is a DC-DiT to start from. `snapshot_every` steps (0: never) the first EMA model is kept in
-    OUTPUT/snapshots. `log_with` names trackers of accelerate.
+    OUTPUT/snapshots. `log_with` names trackers of accelerate. `time_shift` is of flow matching, `min_snr` of ddpm; see
+    `dcdit.diffusion`.
 
     Each process goes through its slice of the batch in `accumulate` parts. With `checkpointing` the backward computes
     the activations of each block again instead of keeping them. With `cuda_graph` the forward and backward of a step
@@ -142,12 +144,14 @@ class TrainConfig:
     accumulate: int = 1
     checkpointing: bool = False
     objective: Literal["flow", "ddpm"] = "flow"
-    model: DCDiTConfig = field(default_factory=DCDiTConfig)
+    model: DCDiTConfig = field(default_factory=lambda: preset("digits"))
     data: DataConfig = field(default_factory=DataConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    time_shift: float = 1.0
+    min_snr: float = 0.0
     label_drop: float = 0.1
     ratio_weight: float = 0.03
     drop_fractions: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
@@ -197,6 +201,9 @@ class TrainConfig:
                 "data.kind=latents needs the autoencoder that made them, for sampling: "
                 "codec.kind=autoencoder_kl codec.pretrained=…"
             )
+        for key, of in (("time_shift", "flow"), ("min_snr", "ddpm")):
+            if self.objective != of and getattr(self, key) != getattr(TrainConfig, key):
+                raise ConfigError(f"{key} is of objective {of}, this run has {self.objective}")
         if self.objective == "flow" and self.model.learn_sigma:
             raise ConfigError("objective flow has no variance to learn: set model.learn_sigma=false or objective=ddpm")
 

@@ -51,8 +51,10 @@ def train(config: TrainConfig, allow: Sequence[str] = ()) -> Path:
         try:
             trainer.accelerator.print(describe_run(trainer), flush=True)
             return trainer.run()
-        except KeyboardInterrupt:
-            trainer.save_interrupted()
+        except (KeyboardInterrupt, RuntimeError) as error:
+            # A signal to the whole group of processes ends those that load first.
+            if isinstance(error, KeyboardInterrupt) or "DataLoader worker" in str(error):
+                trainer.save_interrupted()
             raise
         finally:
             trainer.close()
@@ -68,7 +70,7 @@ class Trainer:
         self.accelerator = make_accelerator(config)
         self.device, self.ranks = self.accelerator.device, self.accelerator.num_processes
         check_split(config.batch_size, self.ranks, config.accumulate)
-        self.objective = make_objective(config.objective, config.model.learn_sigma)
+        self.objective = make_objective(config.objective, config.model.learn_sigma, config.time_shift, config.min_snr)
         self.source = make_source(config.data, config.model)
         check_codec(self.source, config.codec.options())
         self.codec = None if self.source.encoded else make_codec(**config.codec.options())

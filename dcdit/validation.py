@@ -11,6 +11,7 @@ import torch
 from .codecs import PixelUnshuffle, make_codec
 from .data import Digits, Source, make_source
 from .errors import ConfigError
+from .files import replacing
 from .model import DCDiT
 from .pictures import enlarge, grid, save_png, to_uint8
 from .sampling import sample
@@ -77,4 +78,5 @@ class Validation:
         latents = sample(model, labels, objective=self.config.objective, clip=clip, **settings).latents
         images = to_uint8(self.decoder.decode(latents.to(next(model.parameters()).device)))
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_png(file, grid(enlarge(images), min(len(images), 10)))
+        with replacing(file, durable=False) as temporary:
+            save_png(temporary, grid(enlarge(images), min(len(images), 10)))

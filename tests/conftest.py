@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 
 import pytest
 import torch
@@ -37,6 +38,8 @@ def pytest_runtest_makereport(item, call):
 def seeded():
     """Every test draws the same numbers whatever ran before it."""
     torch.manual_seed(0)
+    if "accelerate.state" in sys.modules:  # one state per process: a run with another precision needs a new one
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

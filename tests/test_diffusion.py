@@ -191,3 +191,26 @@ def test_ratio_loss_is_one_at_its_target_and_pushes_towards_it(n):
     value, slope = loss_and_slope(1 / n)
     assert value == pytest.approx(1) and slope == pytest.approx(0, abs=1e-12)
     assert loss_and_slope(2 / n)[1] > 0 > loss_and_slope(0.5 / n)[1]
+
+
+def test_min_snr_weights_the_squared_error():
+    """min(SNR, 5)/SNR of each step, in float64; the bound keeps its weight."""
+    x0, noise, output = (torch.randn(4, 3, 2, 2, dtype=torch.float64) for _ in range(3))
+    t = torch.tensor([0.0, 100.0, 400.0, 999.0])
+    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[t.long()]
+    snr = alpha_bar / (1 - alpha_bar)
+    squared = (output - noise).square().flatten(1).mean(1)
+    loss = make_objective("ddpm", learn_sigma=False, min_snr=5.0).loss(output, x0, noise, t)
+    torch.testing.assert_close(loss, squared * torch.minimum(snr, torch.tensor(5.0)) / snr)
+    both = torch.cat([output, torch.randn_like(output)], dim=1)
+    plain, weighted = (DDPM(True, gamma).loss(both, x0, noise, t) for gamma in (0.0, 5.0))
+    torch.testing.assert_close(plain - weighted, squared - loss)
+
+
+def test_the_time_shift_moves_every_draw():
+    """The same random numbers give σ' = sσ/(1 + (s − 1)σ)."""
+    plain, shifted = (FlowMatching(shift) for shift in (1.0, 3.0))
+    for seed in range(50):
+        sigma = plain.draw_time(np.random.default_rng(seed)) / 1000
+        moved = shifted.draw_time(np.random.default_rng(seed)) / 1000
+        assert moved == pytest.approx(3 * sigma / (1 + 2 * sigma), rel=1e-12)

@@ -39,11 +39,6 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture
 def tiny(tmp_path):
     file = tmp_path / "tiny.yaml"

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dcdit.config import DCDiTConfig
+from dcdit.config import DCDiTConfig, preset
 from dcdit.errors import ConfigError
 from dcdit.train_config import load_config
 
@@ -88,8 +88,25 @@ def test_the_ends_of_the_ranges_are_taken(digits):
     assert config.seed == 2**63 - 1 and config.optim.ema_decay == (1,) and config.drop_fractions == (0.9999999,)
 
 
-def test_defaults_that_need_another_value_say_which(tmp_path):
+def test_the_defaults_fit_each_other(tmp_path):
+    """An empty file trains digits; a model of one's own says what its objective needs."""
     (tmp_path / "empty.yaml").touch()
+    assert load_config(tmp_path / "empty.yaml").model == preset("digits")
     with pytest.raises(ConfigError, match=r"set model\.learn_sigma=false or objective=ddpm$"):
-        load_config(tmp_path / "empty.yaml")
-    assert load_config(tmp_path / "empty.yaml", ["objective=ddpm"]).model == DCDiTConfig()
+        load_config(tmp_path / "empty.yaml", ["model.hidden_size=64"])
+    own = load_config(tmp_path / "empty.yaml", ["objective=ddpm", "model.num_classes=5"]).model
+    assert own == DCDiTConfig(num_classes=5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["time_shift=0"], "time_shift must be positive, got 0"),
+        (["time_shift=3", "objective=ddpm"], "time_shift is of objective flow, this run has ddpm"),
+        (["min_snr=5"], "min_snr is of objective ddpm, this run has flow"),
+        (["min_snr=-1", "objective=ddpm"], "min_snr must not be negative"),
+    ],
+)
+def test_weights_and_shifts_belong_to_an_objective(overrides, message, digits):
+    with pytest.raises(ConfigError, match=message):
+        load_config(digits, overrides)

@@ -43,12 +43,6 @@ TINY = {
 METRICS = ["step", "loss", "diffusion_loss", "ratio_loss", "kept", "drop_fraction", "grad_norm", "lr", "images_per_s"]
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps one state per process; a run with another precision needs a new one."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture
 def tiny(tmp_path):
     """A config file of a run of seconds."""

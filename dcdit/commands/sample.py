@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 
 from ..errors import ConfigError
@@ -46,6 +47,9 @@ def run(args: argparse.Namespace) -> None:
     from ..ranks import cpu_ranks
     from ..sampling import open_checkpoint
 
+    wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if wanted not in ("no", "bf16" if args.bf16 else "no"):
+        raise ConfigError(f"accelerate launch asks for mixed_precision={wanted}; dcdit sample takes --bf16")
     state = PartialState(cpu=args.cpu or cpu_ranks())
     output = check_output(args.output)
     checkpoint = locate(args.checkpoint)
