@@ -78,7 +78,7 @@ class DDPM:
     def loss(self, output: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Squared error of the noise, plus the bound with `learn_sigma`, mean over each sample: (B,)."""
         predicted = output[:, : noise.shape[1]]
-        squared = self._at(self.weight, t, x0).flatten() * (predicted - noise).square().flatten(1).mean(1)
+        squared = self._at("weight", t, x0).flatten() * (predicted - noise).square().flatten(1).mean(1)
         if not self.learn_sigma:
             return squared
         return squared + self.bound(predicted.detach(), output[:, noise.shape[1] :], x0, noise, t)

@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,7 +24,7 @@ from .precision import float32_products
 from .progress import Progress
 from .resume import Change, check_allowed, compare, describe_data
 from .routing import Routing
-from .run_header import describe_run
+from .run_output import average, describe_run, look, place, use
 from .step_graphs import StepGraphs
 from .stream import TrainingStream, batches, check_split, draw_drop_fraction
 from .train_config import TrainConfig, learning_rate
@@ -119,7 +118,7 @@ class Trainer:
             self.graphs = StepGraphs(self.losses, self.net.parameters(), config.model.cells, config.accumulate)
 
         for decay in config.optim.ema_decay:
-            check_place(self._place(decay))  # as each save will: the steps before it would be lost
+            check_place(place(self, decay))  # as each save will: the steps before it would be lost
         self.held = contextlib.ExitStack()
         if self.accelerator.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)
@@ -191,7 +190,7 @@ class Trainer:
                         self._report(progress, {"step": self.step, **numbers, "images_per_s": speed})
                     if self.step % config.save_every == 0:
                         self._save()
-                    self._look()
+                    look(self)
                 if config.max_minutes and self._time_is_up(start):
                     break
         if self.saved != self.step or not (self.output / "model").exists():
@@ -304,10 +303,11 @@ class Trainer:
         return DCDiTError(f"training diverged: {how} at step {self.step}{again or '; try a smaller optim.lr'}")
 
     def _report(self, progress: Progress, values: dict[str, float]) -> None:
-        self._log(values)
+        self.log(values)
         progress.report(f"loss {values['loss']:.4f}, kept {values['kept']:.1%}, {values['images_per_s']:.1f} images/s")
 
-    def _log(self, values: dict[str, float]) -> None:
+    def log(self, values: dict[str, float]) -> None:
+        """Write numbers of a step to metrics.jsonl and the trackers."""
         if self.metrics:
             self.metrics.write(values)
         if self.config.log_with:
@@ -315,48 +315,13 @@ class Trainer:
                 {key: value for key, value in values.items() if key != "step"}, step=int(values["step"])
             )
 
-    def _look(self) -> None:
-        """Snapshots and validation, where their step has come. On the first process, from the averaged weights."""
-        config = self.config
-        snapshot = config.snapshot_every and self.step % config.snapshot_every == 0
-        validate = self.validation and self.step % config.validation.every == 0
-        if not (snapshot or validate) or not self.accelerator.is_main_process:
-            return
-        model = self._average(self.emas[0]).to(self.device).eval()
-        if snapshot:
-            save_checkpoint(self.output / "snapshots" / f"step-{self.step:07d}", model, self._use())
-        if validate:
-            numbers = self.validation.loss(model, self.accelerator.autocast)
-            if numbers:
-                self._log({"step": self.step, **numbers})
-            if config.validation.samples:
-                self.validation.draw(model, self.output / "samples" / f"step-{self.step:07d}.png")
-
-    def _average(self, ema: EMA) -> DCDiT:
-        average = DCDiT(self.config.model)
-        average.load_state_dict(ema.state_dict() | dict(self.net.named_buffers()))
-        return average
-
-    def _place(self, decay: float) -> Path:
-        """The folder of an average: model, and model-DECAY for those after the first."""
-        return self.output / ("model" if decay == self.config.optim.ema_decay[0] else f"model-{decay:g}")
-
-    def _use(self) -> dict[str, Any]:
-        """What a checkpoint says about its use and its making."""
-        config = self.config.to_dict()
-        use = {"objective": config["objective"], "codec": self.config.codec.options(), "data": config["data"]}
-        names = self.source.class_names
-        use |= {"class_names": names} if names else {}
-        use |= {"changes": self.changes} if self.changes else {}
-        return {**use, "step": self.step, "training": config}
-
     def _save(self) -> None:
         """Raises DCDiTError, before anything is written, where training has diverged since the last log."""
         if not all(value.isfinite().all() for value in (*self.net.parameters(), *self.emas[0].values)):
             raise self._diverged("weights that are not finite")
         if self.accelerator.is_main_process:
             for decay, ema in zip(self.config.optim.ema_decay, self.emas, strict=True):
-                save_checkpoint(self._place(decay), self._average(ema), self._use())
+                save_checkpoint(place(self, decay), average(self, ema), use(self))
             # Last, so that a run killed between the two comes back to an older step and writes both again.
             header = {"step": self.step, "config": self.config.to_dict(), "data": self.data, "changes": self.changes}
             header |= {"rows": self.graphs.rows} if self.graphs else {}

@@ -93,7 +93,7 @@ def test_the_defaults_fit_each_other(tmp_path):
     (tmp_path / "empty.yaml").touch()
     assert load_config(tmp_path / "empty.yaml").model == preset("digits")
     with pytest.raises(ConfigError, match=r"set model\.learn_sigma=false or objective=ddpm$"):
-        load_config(tmp_path / "empty.yaml", ["model.hidden_size=64"])
+        load_config(tmp_path / "empty.yaml", ["model.hidden_size=96"])
     own = load_config(tmp_path / "empty.yaml", ["objective=ddpm", "model.num_classes=5"]).model
     assert own == DCDiTConfig(num_classes=5)
 
