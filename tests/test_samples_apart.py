@@ -39,6 +39,12 @@ def vectors(*shape):
     return torch.linspace(-1, 1, math.prod(shape), device=DEVICE).view(shape)
 
 
+def attention(q, k, plan, backend):
+    q, k = (part.view(-1, 2, WIDTH // 2) for part in (q, k))
+    cu, longest = plan.cu_seqlens, plan.max_seqlen
+    return K.varlen_attention(q, k, k, cu, cu, longest, longest, backend=backend)
+
+
 OPERATORS = {
     "chunk": lambda b, plan, t: K.chunk(t["x"], plan, vectors(CELLS, WIDTH), backend=b),
     "adaln_modulate": lambda b, plan, t: K.adaln_modulate(rows(t["x"], plan), t["shift"], t["scale"], plan, backend=b),
@@ -49,9 +55,27 @@ OPERATORS = {
     "gate_residual_modulate": lambda b, plan, t: K.gate_residual_modulate(
         rows(t["x"], plan), rows(t["y"], plan), t["gate"], t["shift"], t["scale"], plan, backend=b
     ),
+    "gate_residual_modulate, RMS": lambda b, plan, t: K.gate_residual_modulate(
+        rows(t["x"], plan),
+        rows(t["y"], plan),
+        t["gate"],
+        t["shift"],
+        t["scale"],
+        plan,
+        norm="rms",
+        norm_weight=vectors(WIDTH),
+        backend=b,
+    ),
+    "varlen_attention": lambda b, plan, t: attention(rows(t["x"], plan), rows(t["y"], plan), plan, b),
     "ema_smooth": lambda b, plan, t: K.ema_smooth(rows(t["x"], plan), t["prob"], plan, backend=b),
     "boundary_cosine": lambda b, plan, t: K.boundary_cosine(t["x"], t["y"], vectors(WIDTH, 3, 3), GRID, backend=b),
     "boundary_cosine, 1D": lambda b, plan, t: K.boundary_cosine(t["x"], t["y"], backend=b),
+    "boundary_cosine, packed": lambda b, plan, t: K.boundary_cosine(
+        rows(t["x"], plan), rows(t["y"], plan), cu_seqlens=plan.cu_seqlens, backend=b
+    ),
+    "group_norm_silu": lambda b, plan, t: K.group_norm_silu(
+        t["features"], *vectors(2, 8).unbind(), 2, t["gate"][:, :8], backend=b
+    ),
     "boundary_predictability": lambda b, plan, t: K.boundary_predictability(
         t["features"], *vectors(3, 8).unbind(), vectors(1), groups=2, backend=b
     ),
@@ -89,15 +113,14 @@ def run(operator, backend, tensors):
     leaves = {name: t.clone().requires_grad_() for name, t in tensors.items()}
     outs = OPERATORS[operator](backend, plan, leaves)
     outs = outs if isinstance(outs, tuple) else (outs,)
-    weights = torch.linspace(-1, 2, CELLS * WIDTH, device=DEVICE).view(CELLS, WIDTH)
+    weights = torch.linspace(-1, 2, CELLS * WIDTH, device=DEVICE)
     first, total = plan.cu_seqlens.tolist(), 0
     samples = [[] for _ in range(plan.batch_size)]
     for out in outs:
         for b, sample in enumerate(samples):
             own = out[first[b] : first[b + 1]] if out.shape[0] == plan.capacity != plan.batch_size else out[b]
             sample.append(own.detach())
-            weight = weights[: own.shape[0]] if own.dim() == 2 else weights.flatten()[: own.shape[0]]
-            total = total + (own * weight).sum()
+            total = total + (own * weights[: own.numel()].view(own.shape)).sum()
     gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     for b, sample in enumerate(samples):
         sample.extend(grad[b] for grad in gradients if grad is not None)
@@ -108,13 +131,32 @@ def same(first, second):
     return all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(first, second, strict=True))
 
 
+@pytest.fixture
+def small_gpu(monkeypatch):
+    """A GPU that few programs fill: launch rules that look at the whole batch decide differently for one sample."""
+    for module in ("_rows", "boundary_cosine", "group_norm"):
+        monkeypatch.setattr(f"dcdit_kernels.triton.{module}.FILL", 8)
+
+
 @pytest.mark.parametrize(("operator", "backend"), [case for case in CASES if case not in PYTORCHS])
-def test_a_sample_alone_has_the_bits_it_has_in_a_batch(operator, backend):
+def test_a_sample_alone_has_the_bits_it_has_in_a_batch(operator, backend, small_gpu):
     tensors = draw()
     together = run(operator, backend, tensors)
     for b in range(len(SHARES)):
         (alone,) = run(operator, backend, {name: t[b : b + 1] for name, t in tensors.items()})
         assert same(alone, together[b]), f"sample {b}"
+
+
+@pytest.mark.parametrize("grid", [None, (3, 7)])
+def test_wide_rows_of_the_cosine_score(grid, small_gpu):
+    """Rows of several blocks of columns, whose number is chosen by the size of the tile."""
+    q, k = torch.randn(2, 4, 21, 264, device=DEVICE)
+    kernel = None if grid is None else vectors(264, 3, 3)
+    together = K.boundary_cosine(q, k, kernel, grid, backend="triton")
+    for b in range(4):
+        assert torch.equal(
+            K.boundary_cosine(q[b : b + 1], k[b : b + 1], kernel, grid, backend="triton")[0], together[b]
+        )
 
 
 @pytest.mark.parametrize("poison", [math.inf, math.nan])

@@ -187,8 +187,9 @@ def cosine_backward(
 def _tiles(q, kernel, grid, backward):
     """(height, columns, tiles, launch) of q (B, L, D)."""
     height, columns = grid if kernel is not None else (1, q.shape[1])
-    # Few cells a program where there are few of them, to fill the GPU; the block's size stays.
-    size = 16 if q.shape[0] * q.shape[1] >= FILL * 4 else 4
+    # On large grids more cells a program, for the neighbours that they share. The batch has no say: sums over a row
+    # depend on the tile, and a sample has the same bits in every batch.
+    size = 16 if kernel is not None and height * columns >= FILL else 4
     tile_h = min(next_power_of_2(height), 4 if size == 16 else 2)
     elements, taps, warps = (512, 16, 16) if kernel is not None else (2048, 1, 4)
     if backward and kernel is not None:  # twice as much is held, and may not spill
