@@ -39,12 +39,15 @@ def decisive() -> list[Wanted]:
     kernels = [*both("dechunk"), *both("modulate"), *both("boundary"), *both("attention"), *both("chunk")]
     kernels += [largest("plan"), largest("plan", side=64), largest("dechunk", clustered=True)]
     step = Case("train", "B", 32, 16, drop_fraction=0.5, backward=True, dtype="bfloat16")
+    larger = replace(step, size="XL", batch=32)
     more = [forward(size, batch) for batch in (64, 8, 1) for size in ("S", "B", "XL")]
     coarse = [forward(size, batch, 2) for batch in (64, 8, 1) for size in ("S", "B", "XL")]
     centres = select("cuda", OPERATORS, quick=True)
     loop = select("cuda", ("sample",), quick=True)
-    wanted = [*((case, SERVED) for case in passes), *((case, KERNELS) for case in kernels), (step, ("dcdit", "DiT/2"))]
+    wanted = [*((case, SERVED) for case in passes), *((case, KERNELS) for case in kernels)]
     wanted += [
+        (step, SERVED),
+        (larger, SERVED),
         *((case, SERVED) for case in more),
         *((case, ("dcdit", "dcdit graph")) for case in coarse),
         *((case, KERNELS) for case in centres),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -15,13 +15,14 @@ from dcdit.diffusion import ratio_loss
 from dcdit.flops import dcdit_flops, dit_flops
 from dcdit.plain_dit import PlainDiT
 from dcdit.precision import float32_products
+from dcdit.routing import Routing
 from dcdit_kernels import use_backend
 
 from .baselines.model import dcdit_forward, dit_block
 from .cases import Case
 from .operators import routed_prob
 from .problem import Family, Problem, Tensors, Variant, Work
-from .replay import Replay, Shipped
+from .replay import Replay, ReplayedStep, Shipped, ShippedStep
 
 SAMPLING_STEPS = {"cpu": 4, "cuda": 8}
 UNCOND_DROP = 0.9  # ρ of the unconditional half of Lite-CFG
@@ -53,11 +54,20 @@ class Nets:
 
     def __init__(self, master: nn.Module, finish: Callable[[nn.Module], nn.Module] = lambda net: net) -> None:
         self.master, self.finish, self.made = master, finish, {}
+        self._optimizer: torch.optim.Optimizer | None = None
 
     def __getitem__(self, dtype: torch.dtype) -> nn.Module:
         if dtype not in self.made:
             self.made[dtype] = self.finish(cast_net(copy.deepcopy(self.master), dtype))
         return self.made[dtype]
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW of the float32 weights, which leaves them as they are; made at the first step, after the gate."""
+        if self._optimizer is None:
+            parameters = self[torch.float32].parameters()
+            self._optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True)
+        return self._optimizer
 
 
 def cast_net(net: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -144,18 +154,19 @@ def model_problem(case: Case, device: str, compiled: bool) -> Problem:
         networks["DiT/2 compiled"] = Nets(master, compile_parts), predict_dit
     if case.group == "forward":
         networks["plain padded"] = nets, functools.partial(predict_plain, pad=True)
-    if device == "cuda" and case.group != "train":
+    graphs = TrainGraph(case, device) if case.group == "train" else task
+    if device == "cuda" and case.group == "train":
+        networks |= {f"{name} graph": networks[name] for name in ("dcdit", "DiT/2")}
+    elif device == "cuda":
         for end in ("", " compiled") if compiled else ("",):
             ours, plain = networks["dcdit" + end][0], networks["DiT/2" + end][0]
-            networks[f"dcdit{end} graph"] = (
-                ours,
-                Shipped(capacity=tokens, max_seqlen=longest),
-            )
+            networks[f"dcdit{end} graph"] = ours, Shipped(capacity=tokens, max_seqlen=longest)
             networks[f"DiT/2{end} graph"] = plain, Replay(predict_dit)
     variants = {}
     for name, network in networks.items():
         family = "DiT/2" if "DiT" in name else ""
-        variants[name] = Variant(functools.partial(task.run, *network), family=family, timed=task.step(*network))
+        own = graphs if name.endswith(" graph") else task
+        variants[name] = Variant(functools.partial(own.run, *network), family=family, timed=own.step(*network))
     families = {"": Family(reference="dcdit reference"), "DiT/2": Family(yardstick="DiT/2", reference="DiT/2")}
     ours, dit = task.gflop()
     work = Work(sum(p.nbytes for p in nets[case.torch_dtype].parameters()), 1e9 * case.batch * ours, tokens)
@@ -215,33 +226,85 @@ class Train(Forward):
             return loss.detach(), *torch.autograd.grad(loss, weights)
 
     def loss(self, net: nn.Module, predict: Callable, x, t, y) -> torch.Tensor:
-        out, prob = predict(net, x, t, y, self.case.drop_fraction, routed=True)
-        loss = (out - torch.linspace(-1, 1, out.numel(), device=x.device).view(out.shape).to(x.dtype)).square().mean()
+        return self.distance(*predict(net, x, t, y, self.case.drop_fraction, routed=True))
+
+    def distance(self, out: torch.Tensor, prob: torch.Tensor | None) -> torch.Tensor:
+        loss = (
+            (out - torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape).to(self.inputs[0].dtype))
+            .square()
+            .mean()
+        )
         if prob is not None:
             loss = loss + RATIO_WEIGHT * ratio_loss(prob, prob > 0.5, self.case.config.target_ratio)
         return loss
 
     def step(self, nets: Nets, predict: Callable) -> Callable[[], object]:
         x, t, y = self.inputs
-        state = {}  # made at the first step, so that the gate holds no optimiser
-        mixed = self.case.torch_dtype != torch.float32
 
         def step() -> None:
             net = nets[torch.float32]
-            if not state:
-                state["optimizer"] = torch.optim.AdamW(net.parameters(), lr=0.0, weight_decay=0.0, fused=True)
             with products(self.case.torch_dtype):
-                with torch.autocast(self.device, torch.bfloat16, enabled=mixed):
+                with self.autocast():
                     loss = self.loss(net, predict, x, t, y)
                 loss.backward()
-            state["optimizer"].step()
-            state["optimizer"].zero_grad()
+            nets.optimizer.step()
+            nets.optimizer.zero_grad()
 
         return step
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """As the step that is timed has it."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.case.torch_dtype != torch.float32)
 
     def gflop(self) -> tuple[float, float]:
         ours, dit = super().gflop()
         return 3 * ours, 3 * dit
+
+
+class TrainGraph(Train):
+    """`Train` with forward and backward as CUDA graphs: those of `dcdit train cuda_graph=true`, one of the plain DiT.
+
+    The host launches the optimiser; that of a DC-DiT waits for the number of tokens, as in `dcdit train`.
+    """
+
+    def run(self, nets: Nets, predict: Callable, x, t, y) -> Tensors:
+        net = nets[x.dtype]
+        loss = self.backward(net, predict, (x, t, y))()
+        grads = [p.grad for p in net.parameters() if p.dim() > 1]
+        net.zero_grad()
+        return loss, *grads
+
+    def step(self, nets: Nets, predict: Callable) -> Callable[[], object]:
+        made = []
+
+        def step() -> None:
+            net = nets[torch.float32]
+            with products(self.case.torch_dtype):
+                if not made:
+                    made.append(self.backward(net, predict, self.inputs, self.autocast))
+                made[0]()
+            nets.optimizer.step()
+            nets.optimizer.zero_grad()
+
+        return step
+
+    def backward(
+        self, net: nn.Module, predict: Callable, inputs: Tensors, around: Callable = nullcontext
+    ) -> Callable[[], torch.Tensor]:
+        """A function that leaves the gradients of these inputs' loss in `grad`, which must be None, and returns it."""
+
+        def losses(x, t, y, drop_fraction, **limits: int) -> tuple[dict[str, torch.Tensor], Routing]:
+            with around():
+                out, routing = net(x, t, y, drop_fraction, True, **limits)
+                return {"loss": self.distance(out, routing.boundary_prob)}, routing
+
+        def loss(*inputs: torch.Tensor) -> torch.Tensor:
+            with around():
+                return self.loss(net, predict, *inputs)
+
+        if isinstance(net, DCDiT):
+            return ShippedStep(losses, net, inputs, self.case.drop_fraction)
+        return ReplayedStep(loss, net, inputs)
 
 
 class Sample(Forward):

@@ -1,4 +1,4 @@
-"""A forward pass as a CUDA graph: what a server of small batches runs, for which an eager pass waits on its host."""
+"""Forward passes and training steps as CUDA graphs: where batches are small an eager pass waits on its host."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from dcdit import DCDiT
 from dcdit.graphs import Graphed
+from dcdit.step_graphs import StepGraphs
 
 from .timing import captured
 
@@ -53,3 +54,55 @@ class Replay:
 
     def _run(self, net: torch.nn.Module, drop_fraction: float) -> None:
         self.out = self.predict(net, *self.inputs, drop_fraction)
+
+
+class ShippedStep:
+    """Gradients of a DC-DiT by `dcdit.step_graphs`, as `dcdit train` has them; `losses` as there. An eager step comes
+    first, and tells how many rows are needed.
+
+    Raises RuntimeError where a graph could not be replayed.
+    """
+
+    def __init__(self, losses: Callable, net: DCDiT, inputs: tuple[torch.Tensor, ...], drop_fraction: float) -> None:
+        self.graphs = StepGraphs(losses, net.parameters(), net.config.cells)
+        self.inputs, self.drop_fraction = inputs, drop_fraction
+        with torch.enable_grad():
+            self.graphs.backward(inputs, drop_fraction)
+        net.zero_grad()
+
+    @torch.enable_grad()
+    def __call__(self) -> torch.Tensor:
+        """The loss; gradients are left in `grad`, which must be None."""
+        loss = self.graphs.backward(self.inputs, self.drop_fraction)["loss"]
+        if self.graphs.eager.total() > 1:
+            raise RuntimeError(self.graphs.summary())
+        return loss
+
+
+class ReplayedStep:
+    """Gradients of a plain DiT's loss(*inputs), captured at the first call."""
+
+    def __init__(
+        self, loss: Callable[..., torch.Tensor], net: torch.nn.Module, inputs: tuple[torch.Tensor, ...]
+    ) -> None:
+        self.loss, self.parameters, self.inputs = loss, list(net.parameters()), inputs
+        self.own: tuple[torch.Tensor, ...] = ()
+
+    @torch.enable_grad()
+    def __call__(self) -> torch.Tensor:
+        """The loss; gradients are left in `grad`, which must be None."""
+        if not self.own:
+            self.own = tuple(tensor.clone() for tensor in self.inputs)
+            self.grads = [torch.zeros_like(parameter) for parameter in self.parameters]
+            self.replay = captured([self._run])
+        for own, new in zip(self.own, self.inputs, strict=True):
+            own.copy_(new)
+        self.replay()
+        for parameter, grad in zip(self.parameters, self.grads, strict=True):
+            parameter.grad = grad
+        return self.out
+
+    def _run(self) -> None:
+        loss = self.loss(*self.own)
+        torch._foreach_copy_(self.grads, torch.autograd.grad(loss, self.parameters))
+        self.out = loss.detach()

@@ -1,6 +1,7 @@
 """Runs of the benches as a whole: what a crash, a fault or the end of the time costs; a GPU's stages; comparing."""
 
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -15,6 +16,8 @@ from bench import measure as measuring
 from bench.cases import Case, select
 from bench.machine import version
 from bench.measure import build
+from bench.models import TrainGraph
+from dcdit.step_graphs import StepGraphs
 
 ROOT = Path(__file__).parents[1]
 
@@ -179,6 +182,34 @@ def test_what_ships_is_timed_as_a_graph_or_not_at_all():
         RuntimeError, match="0 of 1 forwards replayed from 0 CUDA graphs, 1 eager: needs a GPU, got cpu"
     ):
         replay.Shipped(capacity=400)(nets[torch.float32], *problem.inputs, 0.5)
+
+
+def test_a_training_step_in_graphs_has_the_gradients_of_an_eager_one(monkeypatch):
+    """With stand-ins that run again what was captured. The step that is timed leaves the weights as they are."""
+    captures = []
+
+    def capture(function):
+        captures.append(function)
+        return function, function()
+
+    monkeypatch.setattr(replay, "captured", lambda calls: capture(calls[0])[0])
+    monkeypatch.setattr(replay, "StepGraphs", functools.partial(StepGraphs, capture=capture))
+    case = Case("train", "digits", 14, 2, drop_fraction=0.5, backward=True)
+    problem, graph = build(case, "cpu"), TrainGraph(case, "cpu")
+    for name in ("dcdit", "DiT/2"):
+        nets, predict = problem.variants[name].run.args
+        want = problem.variants[name].run(*problem.inputs)
+        with torch.no_grad():
+            got = graph.run(nets, predict, *problem.inputs)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+        parameters, step = list(nets[torch.float32].parameters()), graph.step(nets, predict)
+        before = [p.clone() for p in parameters]
+        captures.clear()
+        for _ in range(3):
+            step()
+        assert len(captures) == 1
+        assert all(torch.equal(p, q) and p.grad is None for p, q in zip(parameters, before, strict=True))
 
 
 SLOW = """
