@@ -44,10 +44,8 @@ def decisive() -> list[Wanted]:
     coarse = [forward(size, batch, 2) for batch in (64, 8, 1) for size in ("S", "B", "XL")]
     centres = select("cuda", OPERATORS, quick=True)
     loop = select("cuda", ("sample",), quick=True)
-    wanted = [*((case, SERVED) for case in passes), *((case, KERNELS) for case in kernels)]
+    wanted = [*((case, SERVED) for case in (*passes, step, larger)), *((case, KERNELS) for case in kernels)]
     wanted += [
-        (step, SERVED),
-        (larger, SERVED),
         *((case, SERVED) for case in more),
         *((case, ("dcdit", "dcdit graph")) for case in coarse),
         *((case, KERNELS) for case in centres),
