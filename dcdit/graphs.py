@@ -1,8 +1,8 @@
-"""graphed: a model's forward replayed as CUDA graphs, where the host would hold up a small batch.
+"""graphed: a model's forward replayed as CUDA graphs, because a small batch waits for its host.
 
-A graph has a fixed number of rows for the retained tokens, while the number that a batch needs is known after its
-router only. `Graphed` therefore takes the counts of the last batch of the same shape with room to spare, reads the
-counts that come with the result, and computes a batch that had too little room once more, eagerly.
+A graph has a fixed number of rows for the retained tokens; the router decides how many a batch needs. `Graphed`
+captures a graph with room for the last batch of the same shape and some more. The result comes with the true counts. A
+batch that had too little room is computed again by the eager model.
 """
 
 from __future__ import annotations
@@ -14,26 +14,28 @@ from typing import Any
 
 import torch
 
+from dcdit_kernels._dispatch import requested_backend
+
 from .model import DCDiT
 from .routing import Routing
 
 # The prediction, its routing, and `report` of it.
 Outputs = tuple[torch.Tensor, Routing, torch.Tensor]
-# Runs a function as often as it needs, and returns what starts it again, with the tensors that it then overwrites.
+# capture(function) returns (start, outputs): each start() runs the function again and overwrites the outputs.
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], Any], Any]]
 SHARES = 16  # a graph has rows for so many sixteenths of all cells
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A captured function: the tensors that it reads, those that it overwrites, and how it is started."""
+    """A captured function: start() reads `inputs` and overwrites `outputs`."""
 
     inputs: tuple[torch.Tensor, ...]
     outputs: Any
     start: Callable[[], Any]
 
     def replay(self, inputs: tuple[torch.Tensor, ...]) -> Any:
-        """The outputs on these inputs, which the next replay overwrites."""
+        """The outputs on these inputs. The next replay overwrites them."""
         for own, new in zip(self.inputs, inputs, strict=True):
             own.copy_(new)
         self.start()
@@ -71,22 +73,22 @@ class GraphCache:
 
 
 class Graphed:
-    """A model called as before and replayed as a CUDA graph where shapes repeat; its other attributes are the model's.
+    """A model, called as before, that is replayed as a CUDA graph where shapes repeat. It has the model's attributes.
 
-    On a GPU, under `torch.no_grad()`, without autocast and forward hooks, a call copies its inputs into those of a
-    graph, starts it, and copies its outputs; the first call of a kind captures it. All other calls are the model's own,
-    for reasons that `eager` counts. Results are those of the eager model with the same `capacity` and `max_seqlen`, bit
-    by bit.
+    A call copies its inputs into a graph's, starts the graph, and copies the outputs. The first call of a shape
+    captures it. The results have the bits of the eager model with the same `capacity` and `max_seqlen`. The eager model
+    itself runs on a CPU, under autocast, with forward hooks, and where a gradient is needed; `eager` counts the
+    reasons.
 
-    With a `capacity` no host waits, and what has no room is counted in `routing.plan.overflow`. Without, the rows are
-    those of the last batch of this shape and some more (`room`). One copy to the host says whether they were enough;
-    where not, the eager model computes the batch again, so that no token is lost.
+    - With `capacity` nothing waits. Tokens without room are dropped and counted in `routing.plan.overflow`.
+    - Without `capacity` the graph has rows for the last batch of this shape and some more (`room`). One copy to the
+      host tells the true number. If there are too few rows, the eager model computes the batch again: no token is lost.
 
-    Weights may change in place or move; after modules have been exchanged, `reset()`. One object serves one thread.
+    Weights may change in place or move. Call `reset()` after an exchange of modules. One object serves one thread.
     """
 
     def __init__(self, model: DCDiT, max_graphs: int = 8, capture: Capture | None = None) -> None:
-        """Keep `max_graphs` graphs, the least recently used of which goes first. `capture` is for tests."""
+        """Keep `max_graphs` graphs; the least recently used one goes first. `capture` is for tests."""
         if max_graphs < 1:
             raise ValueError(f"max_graphs must be at least 1, got {max_graphs}")
         self.model, self.replays = model, 0
@@ -168,7 +170,7 @@ class Graphed:
             if not overflow and not improper:
                 self._lengths[kind] = lengths
                 return out, routing
-            graph = "more tokens than there was room for"  # or no probability, for which the eager model raises
+            graph = "more tokens than there was room for"  # improper probabilities make the eager model raise
         out, routing = self._eagerly(graph, inputs, {})
         self._lengths[kind] = routing.plan.lengths.tolist()
         return out, routing
@@ -245,8 +247,10 @@ def report(routing: Routing) -> torch.Tensor:
 
 
 def room(tokens: int, longest: int, batch: int, cells: int, shares: int = SHARES) -> dict[str, int | None]:
-    """`capacity` and `max_seqlen` for about so many tokens of a batch and of its longest sample: a sixteenth more, up
-    to a whole share of all cells and a quarter of one sample's, so that few graphs serve many batches."""
+    """`capacity` and `max_seqlen` for about so many tokens of a batch and of its longest sample, with a sixteenth more.
+
+    Rounded up to a whole share of all cells, and to quarters of one sample's: few graphs then serve many batches.
+    """
     return {
         "capacity": _rounded(tokens, batch * cells, shares),
         "max_seqlen": _rounded(longest, cells, 4),
@@ -259,6 +263,11 @@ def _rounded(rows: int, most: int, shares: int) -> int:
 
 
 def _kind(inputs: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
-    """What a graph depends on beside its limits."""
-    settings = (torch.backends.cuda.matmul.fp32_precision, torch.are_deterministic_algorithms_enabled())
+    """Shapes, dtypes and devices of the inputs, and the settings that decide which kernels run."""
+    settings = (
+        requested_backend(),
+        torch.backends.cuda.matmul.fp32_precision,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_inference_mode_enabled(),
+    )
     return (*((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs), settings)

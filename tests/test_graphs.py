@@ -11,6 +11,7 @@ import dcdit
 from dcdit import DCDiT, DCDiTConfig
 from dcdit.graphs import Graphed, room
 from dcdit.sampling import sample
+from dcdit_kernels import use_backend
 
 CONFIG = DCDiTConfig(input_size=(8, 8), hidden_size=64, depth=1, num_heads=2, encoder_width=32, num_classes=5)
 
@@ -92,6 +93,17 @@ def test_room(cells):
         assert sum(lengths) <= limits["capacity"] <= most and max(lengths) <= limits["max_seqlen"] <= cells
         assert limits["capacity"] == most or limits["capacity"] <= sum(lengths) * 17 / 16 + most / 16 + 2
     assert room(0, 0, 0, cells) == {"capacity": 0, "max_seqlen": room(0, 0, 1, cells)["max_seqlen"]}
+
+
+def test_settings_have_graphs_of_their_own(net, graph):
+    inputs, limits = batch(), {"capacity": 150}
+    graph(*inputs, **limits)
+    with torch.inference_mode():
+        assert torch.equal(graph(*inputs, **limits), net(*inputs, **limits))
+    with use_backend("reference"):
+        assert torch.equal(graph(*inputs, **limits), net(*inputs, **limits))
+    assert torch.equal(graph(*inputs, **limits), net(*inputs, **limits))
+    assert (graph.captures, graph.replays) == (3, 4)
 
 
 def test_the_least_recently_used_graph_goes(net):
