@@ -280,7 +280,14 @@ def test_caches_that_it_refuses():
 
 def test_every_field_of_the_configuration_reaches_the_diffusers_model():
     fields = {"input_size": (6, 4), "in_channels": 3, "num_classes": 7, "hidden_size": 96, "depth": 2, "num_heads": 3}
-    fields |= {"encoder_width": 64, "mlp_ratio": 2.0, "target_ratio": 8.0, "router": "cosine", "sigma": 2.0}
+    fields |= {
+        "encoder_width": 64,
+        "mlp_ratio": 2.0,
+        "target_ratio": 8.0,
+        "router": "cosine",
+        "sigma": 2.0,
+        "encoder_stride": 2,
+    }
     config = DCDiTConfig(**fields, learn_sigma=False, cond_norm=True)
     default = DCDiTConfig()
     assert all(value != default.to_dict()[key] for key, value in config.to_dict().items())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,18 @@ DIT_NULL = 1000
 CACHES = ("FirstBlockCacheConfig", "MagCacheConfig", "TaylorSeerCacheConfig")
 
 
+def _with_fields_of_the_configuration(init: Callable) -> Callable:
+    """`init` with the fields of DCDiTConfig in its signature, by which diffusers saves and loads a model."""
+    own = [p for p in inspect.signature(init).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    fields = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default)
+        for field in dataclasses.fields(DCDiTConfig)
+        if field.name not in ("input_size", "learn_sigma")
+    ]
+    init.__signature__ = inspect.Signature([*own, *fields])
+    return init
+
+
 class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     """A DCDiT with the configuration and forward of diffusers' DiTTransformer2DModel.
 
@@ -50,31 +63,20 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
     _supports_gradient_checkpointing = True
 
     @register_to_config
+    @_with_fields_of_the_configuration
     def __init__(
         self,
         sample_size: int | tuple[int, int] = 32,
-        in_channels: int = 4,
         out_channels: int = 8,
-        num_classes: int = 1000,
-        hidden_size: int = 384,
-        depth: int = 12,
-        num_heads: int = 6,
-        encoder_width: int = 96,
-        encoder_stride: int = 1,
-        mlp_ratio: float = 4.0,
-        target_ratio: float = 4.0,
-        router: str = "predictability",
-        sigma: float = 1.0,
-        cond_norm: bool = False,
         objective: str | None = None,
+        **sizes: Any,
     ) -> None:
         super().__init__()
-        if out_channels not in (in_channels, 2 * in_channels):
-            raise ConfigError(f"out_channels must be {in_channels} or {2 * in_channels}, got {out_channels}")
-        config = dict(self.config)
-        size, learn_sigma = config.pop("sample_size"), config.pop("out_channels") == 2 * in_channels
-        fields = {key: value for key, value in config.items() if not key.startswith("_") and key != "objective"}
-        self.model = DCDiT(DCDiTConfig(input_size=size, learn_sigma=learn_sigma, **fields))
+        channels = sizes["in_channels"] = self.config.in_channels
+        if out_channels not in (channels, 2 * channels):
+            raise ConfigError(f"out_channels must be {channels} or {2 * channels}, got {out_channels}")
+        learn_sigma = out_channels == 2 * channels
+        self.model = DCDiT(DCDiTConfig(input_size=sample_size, learn_sigma=learn_sigma, **sizes))
         # Without parameters: the backbone as caches see it.
         self.blocks = nn.ModuleList([GridStage(slice(1)), GridStage(slice(1, None))])
         self.change = GridChange()
