@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .config import DCDiTConfig
 from .embedders import sincos_2d
@@ -81,7 +82,8 @@ def save_checkpoint(directory: str | Path, model: DCDiT, extra: dict[str, Any] |
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         (temporary / "model.safetensors").write_bytes(save(_tensors(model)))
-        config = {"model": model.config.to_dict(), **extra}
+        own = {"own_parts": model.own_parts} if model.own_parts else {}
+        config = {"model": model.config.to_dict(), **own, **extra}
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name in FILES:
             sync(temporary / name)
@@ -98,9 +100,16 @@ def save_checkpoint(directory: str | Path, model: DCDiT, extra: dict[str, Any] |
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tuple[DCDiT, dict[str, Any]]:
+def load_checkpoint(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    router: nn.Module | None = None,
+    backbone: nn.Module | None = None,
+) -> tuple[DCDiT, dict[str, Any]]:
     """The model of a checkpoint directory, in eval mode, and the values that were saved with it, also as `model.use`.
 
+    `router` and `backbone` are the modules of a model that was made with its own; they get the checkpoint's weights.
     The sizes in config.json are compared with the weights' header before anything is allocated. Raises CheckpointError
     for a missing, truncated, foreign or mismatched checkpoint.
     """
@@ -117,20 +126,24 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
             raise CheckpointError(f"no checkpoint at {path}: {file.name} is missing{inner}")
     try:
         extra = json.loads(config_file.read_text(encoding="utf-8"))
-        config = DCDiTConfig.from_dict(extra.pop("model"))
+        config, own_parts = DCDiTConfig.from_dict(extra.pop("model")), dict(extra.pop("own_parts", {}))
     except ConfigError as error:
         raise CheckpointError(f"{config_file}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{config_file} is not a dcdit config: {error!r}") from error
+    parts = {"router": router, "backbone": backbone}
+    for name, kind in own_parts.items():
+        if parts.get(name) is None:
+            raise CheckpointError(f"{path} has a {name} of its own, {kind}: give the module as {name}=")
     try:
-        _check_header(weights, config)
+        _check_header(weights, config, parts)
         state = load_file(weights)
     except SafetensorError as error:
         raise CheckpointError(f"{weights} is truncated or not a safetensors file: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{weights} cannot be read: {error}") from error
     _check_grid(state["pos_embed"], config, path)
-    model = DCDiT(config).to(device)
+    model = DCDiT(config, **parts).to(device)
     load_state(model, {key: tensor.to(torch.float32) for key, tensor in state.items()})
     return _with_use(model.eval(), extra), extra
 
@@ -150,7 +163,7 @@ def _check_grid(table: torch.Tensor, config: DCDiTConfig, path: Path) -> None:
             return
 
 
-def _check_header(weights: Path, config: DCDiTConfig) -> None:
+def _check_header(weights: Path, config: DCDiTConfig, parts: dict[str, nn.Module | None]) -> None:
     """Compare a safetensors file's names, shapes and dtypes with a model that has no memory. Raises CheckpointError."""
     from safetensors import safe_open
 
@@ -169,7 +182,7 @@ def _check_header(weights: Path, config: DCDiTConfig) -> None:
         )
     try:
         with torch.device("meta"):
-            model = DCDiT(config if blocks else dataclasses.replace(config, depth=1))
+            model = DCDiT(config if blocks else dataclasses.replace(config, depth=1), **parts)
     except (RuntimeError, OverflowError, MemoryError) as error:
         raise CheckpointError(f"{weights.parent}: config.json's sizes make no model: {_first_line(error)}") from error
     _compare(_shapes(model), shapes)
@@ -202,12 +215,20 @@ def locate(name: str | Path, **hub: Any) -> Path:
         ) from error
 
 
-def from_pretrained(name: str | Path, device: str | torch.device = "cpu", **hub: Any) -> DCDiT:
+def from_pretrained(
+    name: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    router: nn.Module | None = None,
+    backbone: nn.Module | None = None,
+    **hub: Any,
+) -> DCDiT:
     """The model of a checkpoint that `locate` finds, in eval mode and float32; `model.use` says what it is for.
 
-    `hub` goes to `huggingface_hub.snapshot_download`, such as revision= or local_files_only=. Raises CheckpointError.
+    `router` and `backbone` as in `load_checkpoint`. `hub` goes to `huggingface_hub.snapshot_download`, such as
+    revision= or local_files_only=. Raises CheckpointError.
     """
-    return load_checkpoint(locate(name, **hub), device)[0]
+    return load_checkpoint(locate(name, **hub), device, router=router, backbone=backbone)[0]
 
 
 def _check_hub_options(hub: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ def dcdit_flops(config: DCDiTConfig, tokens: float, router: nn.Module | None = N
     A `router` of your own says its multiply-adds by `macs(cells)`; raises ConfigError where it does not.
     """
     width, narrow, cells = config.hidden_size, config.encoder_width, config.cells
+    conv_stack: float
     if config.encoder_stride == 1:
         conv_stack = 9 * narrow * narrow * 3 + 9 * narrow * width + (narrow * width if narrow != width else 0)
     else:

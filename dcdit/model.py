@@ -55,7 +55,8 @@ class DCDiT(nn.Module):
         self.decoder = make_decoder(config)
         self.final = FinalLayer(narrow, width, config.out_channels * config.encoder_stride**2)
         self.register_buffer("pos_embed", sincos_2d(width, config.input_size))
-        self._foreign = [name for name, given in (("router", router), ("main", backbone)) if given is not None]
+        given = {"router": router, "backbone": backbone}
+        self.own_parts = {name: type(part).__name__ for name, part in given.items() if part is not None}
         self._init_linears()
 
     def init_weights(self) -> None:
@@ -67,15 +68,16 @@ class DCDiT(nn.Module):
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
                 reset()
-        if "router" not in self._foreign:
+        if "router" not in self.own_parts:
             self.router.init_weights()  # type: ignore[operator]
         self.pos_embed.copy_(sincos_2d(self.config.hidden_size, self.config.input_size))
         self._init_linears()
 
     def _init_linears(self) -> None:
         """Xavier linears, zero adaLN and output (DiT), zero residual projection (H-Net)."""
+        skipped = ("router", "main") if "backbone" in self.own_parts else ("router",)
         for name, module in self.named_modules():
-            if not isinstance(module, nn.Linear) or name.split(".")[0] in ("router", *self._foreign):
+            if not isinstance(module, nn.Linear) or name.split(".")[0] in skipped:
                 continue
             if name.endswith(("adaln.1", "final.linear", "residual_proj")):
                 nn.init.zeros_(module.weight)
@@ -87,11 +89,11 @@ class DCDiT(nn.Module):
         nn.init.normal_(self.class_embed.weight, std=0.02)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, **hub: Any) -> DCDiT:
+    def from_pretrained(cls, name: str | Path, **options: Any) -> DCDiT:
         """The model of a checkpoint directory or Hub repository, in eval mode; see `dcdit.checkpoints`."""
         from .checkpoints import from_pretrained
 
-        return from_pretrained(name, **hub)
+        return from_pretrained(name, **options)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write model.safetensors and config.json."""

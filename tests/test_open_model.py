@@ -5,7 +5,10 @@ import torch
 from torch import nn
 
 from dcdit.config import DCDiTConfig
+from dcdit.errors import CheckpointError, ConfigError
+from dcdit.flops import dcdit_flops
 from dcdit.model import DCDiT
+from dcdit.routing import Routing
 from dcdit_kernels import adaln_modulate
 
 CONFIG = DCDiTConfig(input_size=(6, 5), num_classes=5, hidden_size=64, depth=2, num_heads=2, encoder_width=32)
@@ -116,8 +119,6 @@ def test_parts_of_ones_own_keep_their_weights():
 def test_a_step_may_be_overridden():
     class Everywhere(DCDiT):
         def route(self, h, c, drop_fraction=0.0, capacity=None):
-            from dcdit.routing import Routing
-
             return Routing.of(torch.ones(h.shape[:2]), self.config.input_size, drop_fraction, capacity=capacity)
 
     torch.manual_seed(0)
@@ -143,11 +144,22 @@ def test_init_weights_after_meta_gives_a_fresh_model(router, cond_norm):
 
 
 def test_a_router_says_what_it_costs():
-    from dcdit.errors import ConfigError
-    from dcdit.flops import dcdit_flops
-
     ours, theirs = dcdit_flops(CONFIG, 10), dcdit_flops(CONFIG, 10, LateRouter())
     assert theirs["router"] == 2e-9 * 64 * 30 and theirs["main"] == ours["main"]
     assert theirs["total"] == pytest.approx(ours["total"] - ours["router"] + theirs["router"])
     with pytest.raises(ConfigError, match="the FLOPs of Linear are unknown"):
         dcdit_flops(CONFIG, 10, nn.Linear(2, 2))
+
+
+def test_parts_of_ones_own_are_saved_and_loaded(tmp_path):
+    model, (x, t, y) = build(router=LateRouter(), backbone=TextBackbone()).eval(), batch()
+    model.save_pretrained(tmp_path)
+    text = torch.randn(3, 7)
+    again = DCDiT.from_pretrained(tmp_path, router=LateRouter(), backbone=TextBackbone())
+    assert torch.equal(again(x, t, y, text=text), model(x, t, y, text=text))
+    with pytest.raises(CheckpointError, match="has a router of its own, LateRouter: give the module as router="):
+        DCDiT.from_pretrained(tmp_path, backbone=TextBackbone())
+    with pytest.raises(CheckpointError, match="has a backbone of its own, TextBackbone"):
+        DCDiT.from_pretrained(tmp_path, router=LateRouter())
+    with pytest.raises(CheckpointError, match=r"missing keys in checkpoint: router"):
+        DCDiT.from_pretrained(tmp_path, router=nn.Bilinear(2, 2, 2), backbone=TextBackbone())
