@@ -75,17 +75,30 @@ def test_against_float64(dtype, case, cond, poisoned, launches, gpu_arithmetic):
 
 
 @pytest.mark.parametrize("cond", [True, False], ids=["cond", "plain"])
-def test_slabs(cond, poisoned, launches, monkeypatch):
-    """Cells cut into slabs, the last of them short: statistics and sums have launches of their own."""
-    monkeypatch.setattr("dcdit_kernels.triton.group_norm.WHOLE", 100)
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "whole"])
+def test_slabs(cond, shared, poisoned, launches, monkeypatch):
+    """A grid of three slabs, the last one short: a few programs each take them all, or share them in more launches."""
+    monkeypatch.setattr("dcdit_kernels.triton.group_norm.ENOUGH", 5 if shared else 4)
     tensors = inputs((2, 96, 25, 27), cond)
     assert_within_budget(tensors, 32)
     if launches is not None:
-        names = [name for name, programs in launches]
-        assert names == [
-            "slab_moments", "group_norm_silu_forward", "slab_moments", *["group_norm_silu_backward"] * 2,
-        ]  # fmt: skip
-        assert {programs for _, programs in launches} == {2 * 2 * 3}
+        forward, backward = "group_norm_silu_forward", "group_norm_silu_backward"
+        names = ["slab_moments", forward, "slab_moments", backward, backward] if shared else [forward, backward]
+        assert launches == [(name, 2 * 2 * (3 if shared else 1)) for name in names]
+
+
+def test_a_sample_gets_the_same_bits_in_any_batch(monkeypatch):
+    """Whether programs share its slabs or not."""
+    x, weight, bias, cond, x_bias = inputs((3, 48, 20, 30))
+    runs = []
+    for samples, enough in ((slice(1, 2), 128), (slice(0, 3), 128), (slice(0, 3), 1), (slice(1, 2), 1)):
+        monkeypatch.setattr("dcdit_kernels.triton.group_norm.ENOUGH", enough)
+        leaves = [t.detach().requires_grad_() for t in (x[samples], cond[samples])]
+        out = K.group_norm_silu(leaves[0], weight, bias, 16, leaves[1], x_bias, backend="triton")
+        grads = torch.autograd.grad((out * (x[samples] - 5)).sum(), leaves)
+        runs.append([t[len(t) // 2] for t in (out, *grads)])
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
 def test_one_launch_forward_and_one_backward(launches):

@@ -74,7 +74,7 @@ OPERATORS = {
         rows(t["x"], plan), rows(t["y"], plan), cu_seqlens=plan.cu_seqlens, backend=b
     ),
     "group_norm_silu": lambda b, plan, t: K.group_norm_silu(
-        t["features"], *vectors(2, 8).unbind(), 2, t["gate"][:, :8], backend=b
+        t["features"], *vectors(2, 8).unbind(), 2, t["gate"][:, :8], vectors(8), backend=b
     ),
     "boundary_predictability": lambda b, plan, t: K.boundary_predictability(
         t["features"], *vectors(3, 8).unbind(), vectors(1), groups=2, backend=b

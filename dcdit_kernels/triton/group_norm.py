@@ -2,8 +2,11 @@
 
 A program takes whole groups of one sample, some 32 to 128 neighbouring channels, and goes over the cells twice: for the
 statistics, then to write. Bytes for N elements of e bytes: forward 2·N·e, backward 3·N·e, as long as the cells of a
-program come back from the cache; 3·N·e and 6·N·e where they do not. Grids of more than 2048 cells are cut into slabs,
-so that one sample fills a GPU; statistics and sums of the slabs are then made by launches of their own.
+program come back from the cache; 3·N·e and 6·N·e where they do not.
+
+Statistics are made slab by slab of the cells and merged in an order that the grid alone decides, so that a sample has
+the same bits in any batch. A small batch has too few programs for a GPU. Its slabs then have programs of their own, in
+one launch for the statistics and one to write; the backward has three.
 """
 
 from __future__ import annotations
@@ -15,89 +18,21 @@ import torch
 import triton
 import triton.language as tl
 
+from ._group_moments import (
+    all_moments,
+    channel_moments,
+    group_statistics,
+    group_sum,
+    load_pair,
+    load_tile,
+    store_pair,
+    store_tile,
+)  # fmt: skip
 from ._launch import Kernel, jit_kernel
-from ._rows import FILL, cdiv, next_power_of_2
+from ._rows import cdiv, next_power_of_2
 
-# Cells up to which one program goes over all cells of its channels.
-WHOLE = 2048
-
-
-@triton.jit
-def load_tile(ptr, row, stop, channel, known, CHANNELS: tl.constexpr):
-    """Cells × channels of one sample in float32, zero outside."""
-    place = row.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
-    return tl.load(ptr + place, mask=(row < stop)[:, None] & known[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store_tile(ptr, row, stop, channel, known, values, CHANNELS: tl.constexpr):
-    """The same cells × channels of another tensor, in its dtype."""
-    place = row.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
-    tl.store(ptr + place, values.to(ptr.dtype.element_ty), mask=(row < stop)[:, None] & known[None, :])
-
-
-@triton.jit
-def channel_moments(x_ptr, start, stop, channel, known, CHANNELS: tl.constexpr, ROWS: tl.constexpr):
-    """(mean, sum of squared deviations) of each channel over the cells [start, stop): Welford's update in each lane,
-    Chan's between them."""
-    mean = tl.zeros([ROWS, channel.shape[0]], tl.float32)
-    spread = tl.zeros([ROWS, channel.shape[0]], tl.float32)
-    lane = tl.arange(0, ROWS)
-    for first in tl.range(start, stop, ROWS, num_stages=3):
-        x = load_tile(x_ptr, first + lane, stop, channel, known, CHANNELS)
-        apart = tl.where((first + lane < stop)[:, None], x - mean, 0.0)
-        mean += apart * tl.div_rn(1.0, ((first - start) // ROWS + 1).to(tl.float32))
-        spread += apart * (x - mean)
-    seen = tl.maximum((stop - start - lane + ROWS - 1) // ROWS, 0).to(tl.float32)[:, None]
-    level = tl.div_rn(tl.sum(mean * seen, 0), (stop - start).to(tl.float32))
-    apart = mean - level[None, :]
-    return level, tl.sum(spread + seen * apart * apart, 0)
-
-
-@triton.jit
-def merged_moments(moments_ptr, slab_cells, cells, channel, known, CHANNELS: tl.constexpr):
-    """`channel_moments` of all cells from those of the slabs."""
-    mean = tl.zeros([channel.shape[0]], tl.float32)
-    spread = tl.zeros([channel.shape[0]], tl.float32)
-    for start in range(0, cells, slab_cells):
-        place = start // slab_cells * 2 * CHANNELS + channel
-        apart = tl.load(moments_ptr + place, mask=known, other=0.0) - mean
-        count = tl.minimum(slab_cells, cells - start).to(tl.float32)
-        share = tl.div_rn(count, start + count)
-        spread += tl.load(moments_ptr + place + CHANNELS, mask=known, other=0.0) + apart * apart * start * share
-        mean += apart * share
-    return mean, spread
-
-
-@triton.jit
-def merged_sums(sums_ptr, slab_cells, cells, channel, known, CHANNELS: tl.constexpr):
-    """Sums of the slabs' two sums by channel."""
-    first = tl.zeros([channel.shape[0]], tl.float32)
-    second = tl.zeros([channel.shape[0]], tl.float32)
-    for start in range(0, cells, slab_cells):
-        place = start // slab_cells * 2 * CHANNELS + channel
-        first += tl.load(sums_ptr + place, mask=known, other=0.0)
-        second += tl.load(sums_ptr + place + CHANNELS, mask=known, other=0.0)
-    return first, second
-
-
-@triton.jit
-def group_sum(values, SIZE: tl.constexpr, GROUPS: tl.constexpr):
-    """For each channel the sum over the channels of its group."""
-    member = (tl.arange(0, values.shape[0]) // SIZE)[:, None] == tl.arange(0, GROUPS)[None, :]
-    total = tl.sum(tl.where(member, values[:, None], 0.0), 0)
-    return tl.sum(tl.where(member, total[None, :], 0.0), 1)
-
-
-@triton.jit
-def group_statistics(mean, spread, added, cells, eps, SIZE: tl.constexpr, GROUPS: tl.constexpr):
-    """From the moments of x by channel, for x + added: (centre, 1/deviation, distance of the channel's mean), so that
-    x - centre is x + added less the mean of its group."""
-    count = cells.to(tl.float32)
-    level = group_sum(mean + added, SIZE, GROUPS) * (1.0 / SIZE)
-    apart = mean + added - level
-    variance = tl.div_rn(group_sum(spread + count * apart * apart, SIZE, GROUPS), count * SIZE)
-    return level - added, tl.div_rn(1.0, tl.sqrt_rn(variance + eps)), apart
+# From so many programs on, each goes over all cells of its channels: an SM has one, which keeps it busy.
+ENOUGH = 128
 
 
 @triton.jit
@@ -137,29 +72,24 @@ def slab_moments(
     start = tl.program_id(1) * slab_cells
     stop = tl.minimum(start + slab_cells, cells)
     mean, spread = channel_moments(x_ptr + sample * cells * CHANNELS, start, stop, channel, known, CHANNELS, ROWS)
-    moments_ptr += (sample * tl.num_programs(1) + tl.program_id(1)) * 2 * CHANNELS
-    tl.store(moments_ptr + channel, mean, mask=known)
-    tl.store(moments_ptr + CHANNELS + channel, spread, mask=known)
+    slab = sample * tl.num_programs(1) + tl.program_id(1)
+    store_pair(moments_ptr, slab, channel, known, mean, spread, CHANNELS)
 
 
 @jit_kernel(do_not_specialize=["cells", "slab_cells"])
 def group_norm_silu_forward(
     x_ptr, weight_ptr, bias_ptr, cond_ptr, x_bias_ptr, moments_ptr, out_ptr, cond_stride, cells, slab_cells, eps,
-    SPLIT: tl.constexpr,
     CHANNELS: tl.constexpr, SHARE: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Some groups of one sample, over all cells or, where SPLIT, over one slab with the moments of all given."""
+    """Some groups of one sample, over all cells or over one slab."""
     sample, channel, known = piece(CHANNELS, SHARE, COLUMNS)
     start = tl.program_id(1) * slab_cells
-    stop = tl.minimum(start + slab_cells, cells)
+    stop = cells if tl.num_programs(1) == 1 else tl.minimum(start + slab_cells, cells)
     x_ptr += sample * cells * CHANNELS
     out_ptr += sample * cells * CHANNELS
-    if SPLIT:
-        moments_ptr += sample * tl.num_programs(1) * 2 * CHANNELS
-        mean, spread = merged_moments(moments_ptr, slab_cells, cells, channel, known, CHANNELS)
-    else:
-        mean, spread = channel_moments(x_ptr, start, stop, channel, known, CHANNELS, ROWS)
+    moments_ptr += sample * tl.num_programs(1) * 2 * CHANNELS
+    mean, spread = all_moments(x_ptr, moments_ptr, cells, slab_cells, channel, known, CHANNELS, ROWS)
     if cond_ptr is not None:
         cond_ptr += sample * cond_stride
     added = added_values(cond_ptr, x_bias_ptr, channel, known)
@@ -186,58 +116,75 @@ def silu_backward(grad, normed):
     return grad * (gate * (1 + normed * (1 - gate)))
 
 
+@triton.jit
+def slab_sums(
+    grad_ptr, x_ptr, start, stop, channel, known, centre, rstd, weight, bias,
+    CHANNELS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Sums over the cells [start, stop) of grad · normalised x and of grad, the gradient in front of the SiLU."""
+    alongs = tl.zeros([ROWS, channel.shape[0]], tl.float32)
+    levels = tl.zeros([ROWS, channel.shape[0]], tl.float32)
+    for first in tl.range(start, stop, ROWS, num_stages=2):
+        row = first + tl.arange(0, ROWS)
+        normed = (load_tile(x_ptr, row, stop, channel, known, CHANNELS) - centre[None, :]) * rstd[None, :]
+        grad = load_tile(grad_ptr, row, stop, channel, known, CHANNELS)
+        grad = silu_backward(grad, normed * weight[None, :] + bias[None, :])
+        alongs += grad * normed
+        levels += grad
+    return tl.sum(alongs, 0), tl.sum(levels, 0)
+
+
 @jit_kernel(do_not_specialize=["cells", "slab_cells"])
 def group_norm_silu_backward(
     grad_ptr, x_ptr, weight_ptr, bias_ptr, cond_ptr, x_bias_ptr, moments_ptr, sums_ptr, grad_x_ptr, grad_rest_ptr,
-    cond_stride, cells, slab_cells, eps, SPLIT: tl.constexpr, LAST: tl.constexpr,
+    cond_stride, cells, slab_cells, eps, LAST: tl.constexpr,
     CHANNELS: tl.constexpr, SHARE: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of some groups of one sample, over all cells; where SPLIT, over one slab: at first its sums by channel,
-    and in the LAST launch, with those of all slabs given, the gradients."""
+    """Gradients of some groups of one sample, over all cells or over one slab. Where programs share the slabs, a launch
+    that is not the LAST stores the sums of each, which the last one takes."""
     sample, channel, known = piece(CHANNELS, SHARE, COLUMNS)
     start = tl.program_id(1) * slab_cells
-    stop = tl.minimum(start + slab_cells, cells)
+    stop = cells if tl.num_programs(1) == 1 else tl.minimum(start + slab_cells, cells)
     x_ptr += sample * cells * CHANNELS
     grad_ptr += sample * cells * CHANNELS
-    slab = sample * tl.num_programs(1) * 2 * CHANNELS
-    if SPLIT:
-        mean, spread = merged_moments(moments_ptr + slab, slab_cells, cells, channel, known, CHANNELS)
-    else:
-        mean, spread = channel_moments(x_ptr, start, stop, channel, known, CHANNELS, ROWS)
+    moments_ptr += sample * tl.num_programs(1) * 2 * CHANNELS
+    sums_ptr += sample * tl.num_programs(1) * 2 * CHANNELS
+    mean, spread = all_moments(x_ptr, moments_ptr, cells, slab_cells, channel, known, CHANNELS, ROWS)
     if cond_ptr is not None:
         cond_ptr += sample * cond_stride
     added = added_values(cond_ptr, x_bias_ptr, channel, known)
     centre, rstd, apart = group_statistics(mean, spread, added, cells, eps, SIZE, GROUPS)
     weight = channel_values(weight_ptr, channel, known)
     bias = channel_values(bias_ptr, channel, known)
-    if SPLIT and LAST:
-        along_sum, level_sum = merged_sums(sums_ptr + slab, slab_cells, cells, channel, known, CHANNELS)
-    else:
-        alongs = tl.zeros([ROWS, COLUMNS], tl.float32)
-        levels = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for first in tl.range(start, stop, ROWS, num_stages=2):
-            row = first + tl.arange(0, ROWS)
-            normed = (load_tile(x_ptr, row, stop, channel, known, CHANNELS) - centre[None, :]) * rstd[None, :]
-            grad = load_tile(grad_ptr, row, stop, channel, known, CHANNELS)
-            grad = silu_backward(grad, normed * weight[None, :] + bias[None, :])
-            alongs += grad * normed
-            levels += grad
-        along_sum, level_sum = tl.sum(alongs, 0), tl.sum(levels, 0)
     if not LAST:
-        sums_ptr += slab + tl.program_id(1) * 2 * CHANNELS
-        tl.store(sums_ptr + channel, along_sum, mask=known)
-        tl.store(sums_ptr + CHANNELS + channel, level_sum, mask=known)
+        along_sum, level_sum = slab_sums(
+            grad_ptr, x_ptr, start, stop, channel, known, centre, rstd, weight, bias, CHANNELS, ROWS
+        )
+        store_pair(sums_ptr, tl.program_id(1), channel, known, along_sum, level_sum, CHANNELS)
     else:
+        along_sum = tl.zeros([COLUMNS], tl.float32)
+        level_sum = tl.zeros([COLUMNS], tl.float32)
+        if tl.num_programs(1) == 1:
+            for first in range(0, cells, slab_cells):
+                end = tl.minimum(first + slab_cells, cells)
+                own_along, own_level = slab_sums(
+                    grad_ptr, x_ptr, first, end, channel, known, centre, rstd, weight, bias, CHANNELS, ROWS
+                )
+                along_sum += own_along
+                level_sum += own_level
+        else:
+            for slab in range(tl.num_programs(1)):
+                own_along, own_level = load_pair(sums_ptr, slab, channel, known, CHANNELS)
+                along_sum += own_along
+                level_sum += own_level
         count = cells.to(tl.float32)
         along = tl.div_rn(group_sum(along_sum * weight, SIZE, GROUPS), count * SIZE)
         level = tl.div_rn(group_sum(level_sum * weight, SIZE, GROUPS), count * SIZE)
         if tl.program_id(1) == 0:
-            grad_rest_ptr += sample * 3 * CHANNELS
             added_sum = rstd * (level_sum * weight - count * (level + along * apart * rstd))
-            tl.store(grad_rest_ptr + channel, along_sum, mask=known)
-            tl.store(grad_rest_ptr + CHANNELS + channel, level_sum, mask=known)
-            tl.store(grad_rest_ptr + 2 * CHANNELS + channel, added_sum, mask=known)
+            store_pair(grad_rest_ptr + sample * 3 * CHANNELS, 0, channel, known, along_sum, level_sum, CHANNELS)
+            tl.store(grad_rest_ptr + (sample * 3 + 2) * CHANNELS + channel, added_sum, mask=known)
         for first in tl.range(start, stop, ROWS, num_stages=2):
             row = first + tl.arange(0, ROWS)
             normed = (load_tile(x_ptr, row, stop, channel, known, CHANNELS) - centre[None, :]) * rstd[None, :]
@@ -248,39 +195,45 @@ def group_norm_silu_backward(
 
 
 @functools.cache
-def _tile(channels: int, groups: int, elements: int) -> tuple[int, dict[str, int]]:
-    """(programs a sample, their constants): as few whole groups as start at 16 bytes and are at least 32 channels."""
+def _tile(channels: int, groups: int, elements: int) -> dict[str, int]:
+    """Constants of a launch: as few whole groups as start at 16 bytes and are at least 32 channels."""
     size = channels // groups
     step = 8 // math.gcd(size, 8)
     if step * size > 128:
         step = 1
     share = min(step * cdiv(32, step * size), groups) * size
     columns = next_power_of_2(share)
-    rows = max(elements // columns, 1)
     sizes = {"CHANNELS": channels, "SHARE": share, "SIZE": size, "GROUPS": next_power_of_2(share // size)}
-    return cdiv(channels, share), sizes | {"ROWS": rows, "COLUMNS": columns}
+    return {**sizes, "ROWS": max(elements // columns, 1), "COLUMNS": columns, "num_warps": 8}
 
 
 @functools.cache
-def _forward_kernel(channels: int, groups: int, split: bool) -> Kernel:
-    return group_norm_silu_forward.bind(SPLIT=split, **_tile(channels, groups, 4096)[1], num_warps=8)
+def _forward_kernels(channels: int, groups: int) -> tuple[int, Kernel, Kernel]:
+    """(programs a sample, `slab_moments`, `group_norm_silu_forward`)."""
+    tile = _tile(channels, groups, 4096)
+    return cdiv(channels, tile["SHARE"]), slab_moments.bind(**tile), group_norm_silu_forward.bind(**tile)
 
 
-def _slabs(batch: int, pieces: int, cells: int) -> tuple[int, int]:
-    """(cells of a slab, slabs of a sample): as many as fill the GPU, with at least 256 cells each."""
-    if cells <= WHOLE:
-        return cells, 1
-    slab_cells = min(max(cdiv(cells * batch * pieces, FILL), 256), cells)
-    return slab_cells, cdiv(cells, slab_cells)
+@functools.cache
+def _backward_kernels(channels: int, groups: int) -> tuple[int, Kernel, Kernel, Kernel]:
+    """(programs a sample, `slab_moments`, `group_norm_silu_backward` before the last and the last)."""
+    tile = _tile(channels, groups, 2048)
+    backward = [group_norm_silu_backward.bind(LAST=last, **tile) for last in (False, True)]
+    return cdiv(channels, tile["SHARE"]), slab_moments.bind(**tile), *backward
 
 
-def _moments(x, slab_cells, slabs, pieces, tile):
-    """(B, slabs, 2, C) where the cells are cut into slabs, else None."""
-    batch, channels, height, width = x.shape
-    if height * width <= WHOLE:
-        return None
-    moments = torch.empty(batch, slabs, 2, channels, dtype=torch.float32, device=x.device)
-    slab_moments[(batch * pieces, slabs)](x, moments, height * width, slab_cells, **tile, num_warps=8)
+def _slabs(programs: int, cells: int) -> tuple[int, int]:
+    """(cells of a slab, programs that share a sample's slabs)."""
+    slab_cells = max(256, cdiv(cells, 8))
+    return slab_cells, 1 if programs >= ENOUGH else cdiv(cells, slab_cells)
+
+
+def _moments(x, kernel, programs, cells, slab_cells, slabs):
+    """(B, slabs, 2, C) where programs share the slabs, else nothing."""
+    if slabs == 1:
+        return torch.empty(0, dtype=torch.float32, device=x.device)
+    moments = torch.empty(x.shape[0], slabs, 2, x.shape[1], dtype=torch.float32, device=x.device)
+    kernel[(programs, slabs)](x, moments, cells, slab_cells)
     return moments
 
 
@@ -294,14 +247,12 @@ class GroupNormSiLU:
         if x.numel() == 0:
             return out
         weight, bias, cond, x_bias = (_unit_stride(t) for t in (weight, bias, cond, x_bias))
-        pieces, tile = _tile(channels, groups, 4096)
-        slab_cells, slabs = _slabs(batch, pieces, height * width)
-        moments = _moments(x, slab_cells, slabs, pieces, tile)
-        kernel = _forward_kernel(channels, groups, moments is not None)
-        kernel[(batch * pieces, slabs)](
-            x, weight, bias, cond, x_bias, moments, out, 0 if cond is None else cond.stride(0),
-            height * width, slab_cells, eps,
-        )  # fmt: skip
+        pieces, make_moments, kernel = _forward_kernels(channels, groups)
+        cells, programs = height * width, batch * pieces
+        slab_cells, slabs = _slabs(programs, cells)
+        moments = _moments(x, make_moments, programs, cells, slab_cells, slabs)
+        stride = 0 if cond is None else cond.stride(0)
+        kernel[(programs, slabs)](x, weight, bias, cond, x_bias, moments, out, stride, cells, slab_cells, eps)
         return out
 
     @staticmethod
@@ -311,18 +262,17 @@ class GroupNormSiLU:
         if x.numel() == 0:
             return tuple(None if t is None else torch.zeros_like(t) for t in (x, *rest))
         grad = grad.contiguous(memory_format=torch.channels_last)
-        pieces, tile = _tile(channels, groups, 2048)
-        slab_cells, slabs = _slabs(batch, pieces, height * width)
-        moments = _moments(x, slab_cells, slabs, pieces, tile)
+        weight, bias, cond, x_bias = (_unit_stride(t) for t in rest)
+        pieces, make_moments, before, last = _backward_kernels(channels, groups)
+        cells, programs = height * width, batch * pieces
+        slab_cells, slabs = _slabs(programs, cells)
+        moments = _moments(x, make_moments, programs, cells, slab_cells, slabs)
         grad_x = torch.empty_like(x, memory_format=torch.channels_last)
         grad_rest = torch.empty(batch, 3, channels, dtype=torch.float32, device=x.device)
-        sums = None if moments is None else torch.empty_like(moments)
-        for last in (True,) if moments is None else (False, True):
-            group_norm_silu_backward[(batch * pieces, slabs)](
-                grad, x, *(_unit_stride(t) for t in rest), moments, sums, grad_x, grad_rest,
-                0 if cond is None else _unit_stride(cond).stride(0), height * width, slab_cells, eps,
-                SPLIT=moments is not None, LAST=last, **tile, num_warps=8,
-            )  # fmt: skip
+        stride = 0 if cond is None else cond.stride(0)
+        tensors = grad, x, weight, bias, cond, x_bias, moments, torch.empty_like(moments), grad_x, grad_rest
+        for kernel in (last,) if slabs == 1 else (before, last):
+            kernel[(programs, slabs)](*tensors, stride, cells, slab_cells, eps)
         total = grad_rest.sum(0)
         grads = total[0], total[1], grad_rest[:, 2], total[2]
         return grad_x, *(None if t is None else g.to(t.dtype) for g, t in zip(grads, rest, strict=True))
