@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcdit import DCDiT, DCDiTConfig, preset
 from dcdit_kernels import _triton_support, use_backend
+from dcdit_kernels.triton.group_norm import _forward_kernels, _slabs
 
 from .models import cast_net
 
@@ -66,6 +67,9 @@ class Counter(TorchDispatchMode):
         outs = [out] if isinstance(out, torch.Tensor) else [t for t in out if isinstance(t, torch.Tensor)]
         moved = PASSES.get(name, 1) * sum(t.nbytes for t in tensors) + sum(t.nbytes for t in outs)
         count, launches = self.parts[self.part], LAUNCHES.get(name, 1)
+        if name == "group_norm_silu":
+            batch, channels, *grid = args[0].shape
+            launches += _slabs(batch * _forward_kernels(channels, args[-3])[0], math.prod(grid))[1] > 1
         if name == "embedding":
             moved = 2 * outs[0].nbytes
         count.add(launches, moved, self.flops(name, args, outs), RATES.get(outs[0].dtype, math.inf))
