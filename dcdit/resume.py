@@ -1,4 +1,4 @@
-"""What may differ between a run and its resumption."""
+"""Differences between a run and its resumption: free, allowed or refused."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check_allowed(allow: Sequence[str], config: dict[str, Any]) -> None:
 
 
 def describe_data(source) -> dict[str, Any]:
-    """What is compared of the data: its fingerprint, number of items and names of classes."""
+    """The fingerprint of the data, its number of items and the names of its classes."""
     return {"fingerprint": source.fingerprint(), "items": len(source), "class_names": source.class_names}
 
 
@@ -89,7 +89,7 @@ def _paths(values: dict[str, Any]) -> Iterator[str]:
 
 
 def _defaults(cls: type) -> dict[str, Any]:
-    """The defaults of a configuration class, without making one: not every pair of them fits together."""
+    """The defaults of a configuration class. No instance is made: its own checks might refuse it."""
     values = {}
     for field in dataclasses.fields(cls):
         if field.name == "model":

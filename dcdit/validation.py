@@ -1,4 +1,4 @@
-"""What a training run looks at now and then: the loss on held-out data, and a sheet of samples."""
+"""Validation during training: the loss on held-out data, and a sheet of samples."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ BATCH = 64
 
 
 class Validation:
-    """The same held-out items, noises and times at every call, ρ = 0, with the averaged weights.
+    """Held-out items with fixed noises and times, at ρ = 0, with the averaged weights.
 
-    It draws none of the training's random numbers: a run with validation has the losses of one without.
+    Validation draws no random number of the training, so it leaves the training's losses as they are.
     """
 
     def __init__(self, config: TrainConfig, objective, codec, class_names: list[str] | None) -> None:
@@ -70,7 +70,7 @@ class Validation:
         return {"validation_loss": float(torch.cat(losses).mean()), "validation_kept": float(torch.cat(kept).mean())}
 
     def draw(self, model: DCDiT, file: Path) -> None:
-        """A sheet of samples of the first classes, the same noises every time."""
+        """Write a sheet of samples of the first classes. The noises are fixed."""
         options = self.config.validation
         labels = np.arange(options.samples) % self.config.model.num_classes
         settings = {"steps": options.steps, "guidance": options.guidance, "seed": self.config.seed % 2**32}

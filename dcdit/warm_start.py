@@ -1,4 +1,4 @@
-"""Training that starts from the weights of a DC-DiT: what fits is taken over, and what does not is said."""
+"""Training that starts from the weights of a DC-DiT."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .model import DCDiT
 
 
 def start_from(net: DCDiT, source: str, class_names: list[str] | None, use: dict[str, Any]) -> str:
-    """Copy the weights of `source` that fit into `net`; return a line that says what was taken and what is fresh.
+    """Copy fitting weights of `source` into `net`; return a line that lists the taken and the fresh tensors.
 
-    `source` is a checkpoint as `locate` finds it, or a `.pt` of the public release. The embeddings of classes go by
-    name where both sides have names, by id where there are as many; the one without a class always fits. `use` holds
-    the run's objective and codec, to say where they differ. Raises CheckpointError, and ConfigError where less than a
-    tenth of the weights fits.
+    `source` is a checkpoint as `locate` finds it, or a `.pt` of the public release. Class embeddings go by name where
+    both sides have names, else by id where both have the same number of classes. The embedding without a class always
+    fits. `use` holds the run's objective and codec; the line names differences. Raises CheckpointError, and ConfigError
+    where less than a tenth of the weights fits.
     """
     path = Path(source).expanduser()
     model, theirs = read_release(path) if path.is_file() else load_checkpoint(locate(source))

@@ -1,6 +1,6 @@
-"""What reads foreign bytes, as functions of bytes that return or raise one of the project's own errors.
+"""The parsers of foreign bytes, each as a function of bytes. It returns, or raises one of the project's own errors.
 
-`seeds` gives good inputs to start from; tests/data/fuzz/TARGET holds inputs that once failed.
+`seeds` gives good inputs; tests/data/fuzz/TARGET holds inputs of earlier failures.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def release(data: bytes) -> None:
 
 
 def checkpoint(data: bytes) -> None:
-    """config.json, and the JSON header of model.safetensors before as many zeros as the good one has."""
+    """config.json, and the JSON header of model.safetensors. The weights are zeros, as many as in the good file."""
     config, _, header = data.partition(SPLIT)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -75,7 +75,7 @@ def picture(data: bytes) -> None:
 
 
 def mask(data: bytes) -> None:
-    """An attention mask: the first byte is its dtype, the second its width. What is taken is what the mask marks."""
+    """An attention mask: the first byte is its dtype, the second its width. The marked rows are taken, in order."""
     if len(data) < 3:
         return
     dtype = (torch.bool, torch.uint8, torch.int8, torch.float16, torch.float32, torch.float64)[data[0] % 6]
@@ -101,7 +101,7 @@ TARGETS = {f.__name__: f for f in (release, checkpoint, config, latents, picture
 
 
 def refuse_only(read) -> None:
-    """Run a reader; what it may raise is one line of the project's own, nothing else."""
+    """Run a reader, which may raise the project's own errors only."""
     try:
         read()
     except DCDiTError as error:
@@ -125,7 +125,7 @@ def tiny() -> tuple[bytes, int]:
 
 @functools.cache
 def seeds(target: str) -> list[bytes]:
-    """Good inputs, then those that once failed."""
+    """Good inputs, then inputs of earlier failures."""
     good: list[bytes] = []
     if target == "release":
         with zipfile.ZipFile(RELEASE) as file:

@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def try_out(model, label: int, options: dict) -> None:
-    """One forward for one image: what `sample` refuses is refused before the output is touched."""
+    """Run one forward for one image: `sample` checks its options, and the output is still untouched."""
     from ..sampling import sample
 
     class Enough(Exception):
@@ -109,8 +109,10 @@ def try_out(model, label: int, options: dict) -> None:
 
 
 class Rounds:
-    """The indices of this process's batches in which a picture is missing. Batches are the same in every call, so that
-    a run that goes on gives the pictures of an uninterrupted one to the bit."""
+    """Indices of this process's batches with a missing picture.
+
+    The batches are the same in every call. A resumed run is therefore bit-equal to an uninterrupted one.
+    """
 
     def __init__(self, pictures, batch_size: int, processes: int, process: int) -> None:
         together = batch_size * processes
@@ -131,7 +133,7 @@ class Rounds:
 
 
 def draw(pictures, indices: range, model, codec, options: dict, costs: Costs) -> None:
-    """Sample the pictures of one batch and write those that are missing."""
+    """Sample one batch and write its missing pictures."""
     from ..pictures import to_uint8
     from ..sampling import sample
 
@@ -145,7 +147,7 @@ def draw(pictures, indices: range, model, codec, options: dict, costs: Costs) ->
 
 
 class Costs:
-    """Sums over the pictures that this process drew."""
+    """Sums over the pictures of this process."""
 
     def __init__(self, config) -> None:
         self.config, self.images, self.kept, self.uncond, self.gflops, self.seconds = config, 0, 0.0, None, 0.0, 0.0
