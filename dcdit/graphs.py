@@ -223,10 +223,12 @@ class CudaCapture:
 
     def __init__(self) -> None:
         self.pool: Any = None
+        self.side: Any = None  # one for all: cuBLAS keeps a workspace for each stream
 
     def __call__(self, function: Callable[[], Outputs]) -> tuple[Callable[[], Any], Outputs]:
-        self.pool = torch.cuda.graph_pool_handle() if self.pool is None else self.pool
-        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        if self.pool is None:
+            self.pool, self.side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        side, graph = self.side, torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # around the capture too: one that fails does not restore the stream
             for _ in range(2):

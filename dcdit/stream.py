@@ -92,9 +92,18 @@ class TrainingStream(Dataset):
 
 
 def batches(
-    stream: TrainingStream, start: int, stop: int, rank: int = 0, ranks: int = 1, workers: int = 0
+    stream: TrainingStream,
+    start: int,
+    stop: int,
+    rank: int = 0,
+    ranks: int = 1,
+    workers: int = 0,
+    pin_memory: bool = False,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of the steps [start, stop): the `rank`-th of `ranks` equal slices of each global batch."""
+    """Batches of the steps [start, stop): the `rank`-th of `ranks` equal slices of each global batch.
+
+    With `pin_memory` a copy to a GPU with `non_blocking=True` does not wait for the steps before it.
+    """
     share = stream.batch_size // ranks
     firsts = (step * stream.batch_size + rank * share for step in range(start, stop))
     try:
@@ -102,6 +111,7 @@ def batches(
             stream,
             batch_sampler=(range(first, first + share) for first in firsts),
             num_workers=workers,
+            pin_memory=pin_memory,
             worker_init_fn=ignored,
         )
     except DataError as error:

@@ -175,7 +175,8 @@ class Trainer:
         start, since, since_step = time.monotonic(), time.monotonic(), self.step
         progress = Progress(self.step, config.steps, main)
         with contextlib.closing(progress), float32_products("high" if config.precision == "bf16" else None):
-            for batch in batches(self.stream, self.step, config.steps, rank, self.ranks, workers):
+            pin = self.device.type == "cuda"
+            for batch in batches(self.stream, self.step, config.steps, rank, self.ranks, workers, pin):
                 # The first process saves the step that it is in; the others stay for it until they are ended.
                 with held_back(ignore=not main):
                     values = self._guarded_step(batch)
@@ -229,7 +230,7 @@ class Trainer:
             # The last part's backward adds up the gradients of all ranks.
             alone = self.accelerator.no_sync(self.model) if number + 1 < count else contextlib.nullcontext()
             with alone:
-                values = self._backward(*(tensor.to(self.device) for tensor in part), rho)
+                values = self._backward(*(tensor.to(self.device, non_blocking=True) for tensor in part), rho)
             for key, value in values.items():
                 sums[key] = sums.get(key, 0) + value.detach() / count
         # No clipping is clipping at infinity: the norm is still measured.

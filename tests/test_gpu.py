@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,7 @@ from dcdit import DCDiT, graphed, preset
 from dcdit.diffusion import FlowMatching, ratio_loss
 from dcdit.layers import linear_gelu
 from dcdit.step_graphs import StepGraphs
+from dcdit.stream import TrainingStream, batches
 
 pytestmark = [
     pytest.mark.gpu,
@@ -283,6 +285,25 @@ def test_graphed_training_step(record_property):
     batch = inputs()
     graphs.backward(batch, 0.4)  # captures
     assert host_waits(lambda: graphs.backward(batch, 0.4)) == 1, graphs.summary()
+
+
+class Noise(list):
+    """A source of training data."""
+
+    def load(self, index, flip):
+        return self[index], 0
+
+
+def test_the_next_batch_is_copied_while_the_gpu_works():
+    source = Noise(np.random.default_rng(0).standard_normal((64, 4, 32, 32), dtype=np.float32))
+    stream = TrainingStream(source, FlowMatching(), (4, 32, 32), 10, batch_size=64)
+    for batch in batches(stream, 0, 2, pin_memory=True):
+        torch.cuda._sleep(100_000_000)
+        copied = {key: tensor.to(DEVICE, non_blocking=True) for key, tensor in batch.items()}
+        event = torch.cuda.Event()
+        event.record()
+        assert not event.query()
+        assert all(torch.equal(copied[key].cpu(), tensor) for key, tensor in batch.items())
 
 
 def psnr(got, want):
