@@ -94,9 +94,8 @@ class ChunkPlan(Packing):
         cell = torch.arange(nearest.numel(), device=token.device)
         # An index that is out of range fails its own rule; the others follow a spare entry in its place.
         before = torch.cat([token.new_full((1,), -1), token])[:-1]
-        placed = ((token > before) | (row >= live)) & (
-            token.div(self.cells, rounding_mode="floor") == self.sample_index
-        )
+        mine = token.div(self.cells, rounding_mode="floor") == self.sample_index
+        placed = torch.where(row < live, (token > before) & mine, token == -1)
         refill = torch.where((nearest >= 0) & (nearest < live), nearest, capacity)
         sample = torch.cat([self.sample_index, token.new_full((1,), -1)])[refill]
         local = (nearest == -1) | (sample == cell // self.cells)

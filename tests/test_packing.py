@@ -60,7 +60,7 @@ def plan_of(seed, grid, nearest, capacity):
 PLANS = [((4, 5), "2d"), ((20,), "previous"), ((1, 7), "1d"), ((2, 3, 4), "3d"), ((1, 1), "2d")]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**32))
 def test_every_plan_is_valid_and_no_edit_of_one_number_is(data, seed):
     grid, nearest = data.draw(st.sampled_from(PLANS))
