@@ -8,6 +8,8 @@ batch that had too little room is computed again by the eager model.
 from __future__ import annotations
 
 import collections
+import itertools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -105,9 +107,11 @@ class Graphed:
         """Forget the graphs and the counts of earlier batches."""
         self.cache.graphs.clear()
         self._lengths: dict[tuple[Any, ...], list[int]] = {}
-        self._modules = dict(self.model.named_modules())
+        modules = list(self.model.modules())
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._attributes = [module.__dict__ for module in modules]
         self._weights = [*self.model.parameters(), *self.model.buffers()]
-        self._addresses = [weight.data_ptr() for weight in self._weights]
+        self._addresses = list(map(torch.Tensor.data_ptr, self._weights))
 
     @property
     def captures(self) -> int:
@@ -139,7 +143,7 @@ class Graphed:
         if reason is not None:
             self.eager[reason] += 1
             return self.model(x, t, y, drop_fraction, return_routing, **limits, **others)
-        if self._addresses != [weight.data_ptr() for weight in self._weights]:
+        if self._addresses != list(map(torch.Tensor.data_ptr, self._weights)):
             self.reset()
         if not isinstance(drop_fraction, torch.Tensor):  # a number would be captured as it is
             drop_fraction = torch.full((len(x),), drop_fraction, device=x.device)
@@ -203,11 +207,17 @@ class Graphed:
             return "a gradient is needed"
         if torch.is_autocast_enabled(x.device.type):
             return "under autocast, which casts weights outside of the graph"
-        for name, module in self._modules.items():
-            # `_hf_hook` is accelerate's. hasattr would take a module's own, slow way of finding that there is none.
-            if module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in module.__dict__:
-                return f"{name or 'the model'} has forward hooks"
+        # Each call looks, so without a loop in Python. `_hf_hook` is accelerate's.
+        if any(self._hooks) or any(map(operator.contains, self._attributes, itertools.repeat("_hf_hook"))):
+            return f"{self._hooked()} has forward hooks"
         return None
+
+    def _hooked(self) -> str:
+        """The first module with forward hooks."""
+        for name, module in self.model.named_modules():
+            if module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in module.__dict__:
+                return name or "the model"
+        raise AssertionError("no module has hooks")
 
 
 def graphed(model: DCDiT, max_graphs: int = 8) -> Graphed:
@@ -269,6 +279,7 @@ def _kind(inputs: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
     settings = (
         requested_backend(),
         torch.backends.cuda.matmul.fp32_precision,
+        torch.backends.cudnn.conv.fp32_precision,
         torch.are_deterministic_algorithms_enabled(),
         torch.is_inference_mode_enabled(),
     )

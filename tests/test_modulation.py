@@ -8,8 +8,8 @@ import torch
 import dcdit_kernels as K
 from dcdit_kernels import Packing
 
-BACKENDS = ["reference", "native", "triton"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ["reference", "triton", *["native"] * (DEVICE == "cpu")]  # native adaLN is for CPUs
 LENGTHS = [3, 0, 70, 1]
 WIDTH = 72
 
