@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 
@@ -23,16 +25,11 @@ def dcdit_flops(config: DCDiTConfig, tokens: float, router: nn.Module | None = N
         conv_stack = 9 * narrow * narrow * 3 + 9 * narrow * width + (narrow * width if narrow != width else 0)
     else:
         conv_stack = 9 * narrow * narrow * 4 / config.encoder_stride**2 + narrow * width
-    if router is None:
-        with torch.device("meta"):
-            router = make_router(config)
-    if not hasattr(router, "macs"):
-        raise ConfigError(f"the FLOPs of {type(router).__name__} are unknown: give it macs(cells), see dcdit.router")
     outside = 9 * config.in_channels * narrow + width**2 + narrow * config.out_channels
     embedders = 256 * width + width**2 + 2 * narrow * width
     macs = {
         "encoder": cells * conv_stack + 2 * narrow * width,
-        "router": router.macs(cells),  # type: ignore[operator]
+        "router": _named_router(config) if router is None else _macs(router, cells),
         "main": _blocks(config, tokens),
         "dechunk": tokens**2 * width,
         "decoder": cells * conv_stack + 2 * narrow * width,
@@ -47,6 +44,18 @@ def dit_flops(config: DCDiTConfig, tokens: float) -> float:
     """GFLOP of one image through the plain DiT of the same backbone on `tokens` tokens (2×2 patches)."""
     patches = 4 * config.in_channels + 4 * config.out_channels
     return 2e-9 * (_blocks(config, tokens) + tokens * patches * config.hidden_size)
+
+
+@functools.cache
+def _named_router(config: DCDiTConfig) -> float:
+    with torch.device("meta"):
+        return _macs(make_router(config), config.cells)
+
+
+def _macs(router: nn.Module, cells: int) -> float:
+    if not hasattr(router, "macs"):
+        raise ConfigError(f"the FLOPs of {type(router).__name__} are unknown: give it macs(cells), see dcdit.router")
+    return router.macs(cells)  # type: ignore[operator]
 
 
 def _blocks(config: DCDiTConfig, tokens: float) -> float:

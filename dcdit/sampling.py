@@ -53,10 +53,12 @@ class Trace:
     tokens: torch.Tensor
     uncond_tokens: torch.Tensor | None
 
-    def gflops(self, config: DCDiTConfig) -> torch.Tensor:
-        """GFLOP of each step, mean over the images, both halves together: (S,)."""
+    def gflops(self, config: DCDiTConfig, router: torch.nn.Module | None = None) -> torch.Tensor:
+        """GFLOP of each step, mean over the images, both halves together: (S,); `router` as in `dcdit_flops`."""
         halves = [self.tokens] if self.uncond_tokens is None else [self.tokens, self.uncond_tokens]
-        costs = [[np.mean([dcdit_flops(config, m)["total"] for m in row]) for row in h.tolist()] for h in halves]
+        costs = [
+            [np.mean([dcdit_flops(config, m, router)["total"] for m in row]) for row in h.tolist()] for h in halves
+        ]
         return torch.tensor(costs).nan_to_num(0.0).sum(0)
 
 
