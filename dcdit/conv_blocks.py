@@ -77,7 +77,10 @@ class Stem(Conv3x3):
         self.unshuffle = stride
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, C, H, W) → (B, width, H/stride, W/stride)."""
+        """x (B, C, H, W) → (B, width, H/stride, W/stride). Raises ValueError for another dtype than the model's."""
+        wanted = self.weight.dtype
+        if not x.is_floating_point() or (x.dtype != wanted and not torch.is_autocast_enabled(x.device.type)):
+            raise ValueError(f"x must be {wanted} as the model is, got {x.dtype}")
         return super().forward(x if self.unshuffle == 1 else F.pixel_unshuffle(x, self.unshuffle))
 
 

@@ -7,19 +7,21 @@ import math
 import torch
 from torch import nn
 
+from .layers import CastLinear
+
 
 class TimestepEmbedding(nn.Module):
     """Sinusoid of t (scale 0 to 1000), 256 numbers → MLP → D (DiT, arXiv 2212.09748)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(CastLinear(256, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, t: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """t (B,) → (B, D). The sinusoid is computed in float32 and given to the MLP in `dtype`."""
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        """t (B,) → (B, D). The sinusoid is computed in float32."""
         frequency = torch.exp(-math.log(10000) * torch.arange(128, device=t.device, dtype=torch.float32) / 128)
         angle = t.float()[:, None] * frequency
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(dtype))
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
 
 
 def sincos_2d(width: int, grid: tuple[int, int], patch: int = 1) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,6 +18,14 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+class CastLinear(nn.Linear):
+    """A linear map in its weight's dtype, or autocast's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, in) of any dtype → (…, out)."""
+        return super().forward(x.to(self.weight.dtype))
+
+
 class WideLinear(nn.Linear):
     """A linear map in its weight's dtype, under autocast too: the method computes it in float32 in any model."""
 
@@ -26,11 +36,27 @@ class WideLinear(nn.Linear):
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3×3 convolution, 'same', with channels-last weights: a GPU would convert others in each call."""
+    """A 3×3 convolution, 'same'.
+
+    On a GPU its weights are channels-last, or each call would convert them; elsewhere contiguous, for `fully_shard`.
+    """
+
+    channels_last_on = ("cuda",)
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__(channels_in, channels_out, 3, padding=1)
-        self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
+        self._lay_out()
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Conv3x3:
+        before = self.weight.device
+        super()._apply(fn, recurse)
+        if self.weight.device != before:
+            self._lay_out()
+        return self
+
+    def _lay_out(self) -> None:
+        if self.weight.device.type in self.channels_last_on and type(self.weight.data) is torch.Tensor:
+            self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
 
 
 class BiasApartConv3x3(Conv3x3):

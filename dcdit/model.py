@@ -101,11 +101,6 @@ class DCDiT(nn.Module):
 
         save_checkpoint(directory, self)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of inputs and outputs. Router and residual path compute in their own."""
-        return self.pos_embed.dtype
-
     def forward(
         self,
         x: torch.Tensor,
@@ -157,7 +152,7 @@ class DCDiT(nn.Module):
 
     def condition(self, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """t, y (B,) → the conditioning (B, D) of the backbone, and that of encoder and decoder."""
-        c = self.time_embed(t, self.dtype) + self.class_embed(y)
+        c = self.time_embed(t) + self.class_embed(y)
         return c, self.cond_norm(c)
 
     def encode(self, x: torch.Tensor, outer: torch.Tensor) -> torch.Tensor:
@@ -194,9 +189,6 @@ class DCDiT(nn.Module):
         shape = (self.config.in_channels, *self.config.input_size)
         if x.dim() != 4 or tuple(x.shape[1:]) != shape:
             raise ValueError(f"x must have shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
-        wanted = self.dtype
-        if not x.is_floating_point() or (x.dtype != wanted and not torch.is_autocast_enabled(x.device.type)):
-            raise ValueError(f"x must be {wanted} as the model is, got {x.dtype}")
         for name, tensor in (("t", t), ("y", y)):
             if tuple(tensor.shape) != (x.shape[0],):
                 raise ValueError(f"{name} must have shape ({x.shape[0]},), got {tuple(tensor.shape)}")

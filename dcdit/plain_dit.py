@@ -29,7 +29,7 @@ class PlainDiT(nn.Module):
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """x (B, C, H, W), t and y (B,) → (B, C, H, W), or (B, 2C, H, W) with config.learn_sigma."""
-        c = self.time_embed(t, self.pos_embed.dtype) + self.class_embed(y)
+        c = self.time_embed(t) + self.class_embed(y)
         # Token after token in memory: the transposed view would make each pass over h in every block a strided one.
         h = self.stem(x).flatten(2).transpose(1, 2).contiguous() + self.pos_embed
         for block in self.blocks:

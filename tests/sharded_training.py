@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,7 +18,7 @@ from dcdit.config import DCDiTConfig
 from dcdit.model import DCDiT
 
 RANKS, BATCH = 2, 4
-CASES = [("fsdp", "predictability"), ("fsdp", "cosine"), ("ddp", "predictability")]
+CASES = [("fsdp", "predictability"), ("fsdp", "cosine"), ("fsdp bf16", "predictability"), ("ddp", "predictability")]
 
 
 def make_model(router):
@@ -30,10 +30,11 @@ def make_model(router):
     return model
 
 
-def shard(model):
+def shard(model, kind):
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if "bf16" in kind else None)
     for block in model.main.blocks:
-        fully_shard(block)
-    return fully_shard(model)
+        fully_shard(block, mp_policy=policy)
+    return fully_shard(model, mp_policy=policy)
 
 
 def two_steps(net, rank=0, ranks=1):
@@ -58,7 +59,9 @@ def train(rank, file):
     results = {}
     for kind, router in CASES:
         model = make_model(router)
-        losses, gradients = two_steps(shard(model) if kind == "fsdp" else DistributedDataParallel(model), rank, RANKS)
+        losses, gradients = two_steps(
+            shard(model, kind) if "fsdp" in kind else DistributedDataParallel(model), rank, RANKS
+        )
         dist.all_reduce(losses)
         whole = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients.items()}
         results[kind, router] = losses / RANKS, whole

@@ -93,6 +93,8 @@ def test_no_layout_is_converted(layout):
     )
     x = torch.randn(2, 4, 6, 8).to(memory_format=layout)
     decoder = ConvStack(WIDTHS[::-1], 48)
+    for module in (stem, net, router, decoder):  # as the weights are on a GPU
+        module.to(memory_format=torch.channels_last)
     with use_backend("triton"), Layouts(features=2 * 32 * 48) as seen:
         c = torch.randn(2, 48, requires_grad=True)
         h = net(stem(x.contiguous(memory_format=torch.channels_last)), c)
@@ -101,9 +103,20 @@ def test_no_layout_is_converted(layout):
     assert seen.convolutions == 2 * 11 and not seen.wrong
 
 
+def test_weights_are_channels_last_on_a_gpu_alone(monkeypatch):
+    monkeypatch.setattr(Conv3x3, "channels_last_on", ("meta",))
+    with torch.device("meta"):
+        made_there = Conv3x3(8, 16)
+    moved = Conv3x3(8, 16)
+    assert moved.weight.is_contiguous()
+    for conv in (made_there, moved.to("meta")):
+        assert conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert moved.to(memory_format=torch.contiguous_format).weight.is_contiguous()
+
+
 def test_layout_of_weights_outlives_casts_and_loading():
     net = stack()
-    copied = ConvStack(WIDTHS, 48).to(torch.bfloat16).float()
+    copied = ConvStack(WIDTHS, 48).to(memory_format=torch.channels_last).to(torch.bfloat16).float()
     copied.load_state_dict({name: weight.contiguous() for name, weight in net.state_dict().items()})
     convolutions = [module for module in copied.modules() if isinstance(module, Conv3x3)]
     assert len(convolutions) == 4

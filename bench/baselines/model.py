@@ -34,7 +34,7 @@ def dcdit_forward(
     """(prediction, boundary_prob) of `net`, whose router is a `bench.models.FixedRouter`; `block` is `dit_block`, with
     `pad` its attention is the padded one."""
     grid = net.config.input_size
-    c = net.time_embed(t, net.dtype) + net.class_embed(y)
+    c = net.time_embed(t) + net.class_embed(y)
     h = net.encoder(net.stem(x), c)
     with torch.autocast(x.device.type, enabled=False):
         wide = h.to(torch.promote_types(h.dtype, torch.float32))
