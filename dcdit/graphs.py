@@ -258,20 +258,22 @@ def report(routing: Routing) -> torch.Tensor:
     return torch.cat([plan.lengths, torch.stack([plan.overflow, improper.int()])])
 
 
-def room(tokens: int, longest: int, batch: int, cells: int, shares: int = SHARES) -> dict[str, int | None]:
-    """`capacity` and `max_seqlen` for about so many tokens of a batch and of its longest sample, with a sixteenth more.
+def room(
+    tokens: int, longest: int, batch: int, cells: int, shares: int = SHARES, spare: int = 16
+) -> dict[str, int | None]:
+    """`capacity` and `max_seqlen` for about so many tokens of a batch and of its longest sample, with 1/spare more.
 
     Rounded up to a whole share of all cells, and to quarters of one sample's: few graphs then serve many batches.
     """
     return {
-        "capacity": _rounded(tokens, batch * cells, shares),
-        "max_seqlen": _rounded(longest, cells, 4),
+        "capacity": _rounded(tokens + tokens // spare + 1, batch * cells, shares),
+        "max_seqlen": _rounded(longest + longest // spare + 1, cells, 4),
     }
 
 
 def _rounded(rows: int, most: int, shares: int) -> int:
     step = -(-most // shares)
-    return min(most, -(-(rows + rows // 16 + 1) // step) * step) if step else 0
+    return min(most, -(-rows // step) * step) if step else 0
 
 
 def _kind(inputs: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ from .routing import Routing
 
 Losses = dict[str, torch.Tensor]  # "loss" is the one to minimise
 SHARES = 128  # a graph has rows for so many 128ths of all cells: spare rows cost a training step three products each
+SPARE = 32  # one row more for so many: those are the most that were needed so far
 FORGET = 1024  # of the largest number of tokens so far, one part in so many is forgotten with each step
 
 
@@ -69,7 +70,8 @@ class StepGraphs:
         if rows:
             if not self.grads:
                 self.grads = [torch.zeros_like(parameter) for parameter in self.parameters]
-            graph = self.cache.get(inputs, room(*rows, len(inputs[0]), self.cells, SHARES), self._run)
+            limits = room(*rows, len(inputs[0]), self.cells, SHARES, SPARE)
+            graph = self.cache.get(inputs, limits, self._run)
             if isinstance(graph, Graph):
                 values, told = graph.replay(inputs)
                 *lengths, overflow, improper = told.tolist()

@@ -271,15 +271,15 @@ def test_graphed_training_step(record_property):
         loss.backward()
         return loss.detach()
 
-    graphs, worst = StepGraphs(losses, net.parameters(), 196), 0.0
+    graphs, errors = StepGraphs(losses, net.parameters(), 196), []
     for rho in (0.0, 0.4, 0.4, 0.0, 0.4, 0.0, 0.0, 0.4):
         batch = inputs()
         loss, got = gradients(lambda: graphs.backward(batch, rho)["loss"])  # noqa: B023
         want_loss, want = gradients(lambda: eager(batch, rho))  # noqa: B023
         torch.testing.assert_close(loss, want_loss, rtol=1e-2, atol=0)
-        worst = max(worst, ((got - want).norm() / want.norm()).item())
-    record_property("relative error of the gradients", str(worst))
-    assert worst < 0.03
+        errors.append(((got - want).norm() / want.norm()).item())
+    record_property("relative errors of the gradients", str(errors))
+    assert all(error < 0.03 for error in errors), errors
     assert graphs.replays >= 4 and not any("captured" in reason for reason in graphs.eager), graphs.summary()
     graphs.rows["0.4"] = [8 * 196, 196]
     batch = inputs()

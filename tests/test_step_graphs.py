@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import dcdit.training
 from dcdit.errors import ConfigError
-from dcdit.step_graphs import StepGraphs
+from dcdit.step_graphs import SHARES, SPARE, StepGraphs, room
 from dcdit.train_config import load_config
 from dcdit.training import Trainer, train
 
@@ -82,7 +82,7 @@ class Eager:
         graphs, losses = self.graphs, self.graphs.losses
         rows = graphs.rows.get(str(drop_fraction))
         if rows:
-            limits = dcdit.step_graphs.room(*rows, len(inputs[0]), graphs.cells, dcdit.step_graphs.SHARES)
+            limits = room(*rows, len(inputs[0]), graphs.cells, SHARES, SPARE)
             with torch.no_grad():
                 fits = not losses(*inputs, torch.tensor(drop_fraction), **limits)[1].plan.overflow
             graphs.losses = functools.partial(losses, **limits) if fits else losses
