@@ -16,7 +16,7 @@ FORWARD_MODE = 'kernels have no forward-mode derivative; it needs use_backend("r
 
 
 class KernelFunction(torch.autograd.Function):
-    """An autograd.Function whose forward and backward are kernels. Its `backward` is decorated with `first_order`."""
+    """An autograd.Function with kernels as forward and backward. `first_order` decorates its `backward`."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -25,7 +25,7 @@ class KernelFunction(torch.autograd.Function):
 
 
 class _FirstOrder(torch.autograd.Function):
-    """The first `count` of the tensors, as depending on all of them; a derivative through it raises."""
+    """Returns the first `count` tensors as functions of all the tensors; a derivative through it raises."""
 
     @staticmethod
     def forward(ctx, count, *tensors):
@@ -54,7 +54,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def connect(grads: Iterable[torch.Tensor | None], depends: Iterable[torch.Tensor | None]) -> tuple[Any, ...]:
-    """The gradients, depending on these tensors, so that a derivative of a gradient raises BackendError."""
+    """The gradients as functions of these tensors: a derivative of a gradient raises BackendError."""
     grads = tuple(grads)
     given = [grad for grad in grads if grad is not None]
     if not given:

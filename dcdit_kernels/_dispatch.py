@@ -21,7 +21,7 @@ ENVIRONMENT = os.environ.get("DCDIT_BACKEND") or "auto"  # read once: a look tak
 
 
 class BackendError(RuntimeError):
-    """The back-end that was asked for cannot run this call; the message says why and what to do."""
+    """The requested back-end cannot run this call; the message gives the reason and the remedy."""
 
 
 _name: ContextVar[str] = ContextVar("dcdit_backend")  # each thread and each asyncio task has its own
@@ -30,11 +30,11 @@ _name: ContextVar[str] = ContextVar("dcdit_backend")  # each thread and each asy
 class _Choice(threading.local):
     """The back-end of `use_backend`."""
 
-    # torch.compile cannot call a ContextVar. It can read, and guard, a property whose getter is written in C.
+    # torch.compile cannot call a ContextVar. It can read, and guard, a property with a getter written in C.
     eager = property(_name.get)  # the name, or this object itself where there is none
 
     def __init__(self) -> None:
-        # Nor can it set one: inside a graph `use_backend` sets an attribute of the thread, which it can follow.
+        # torch.compile cannot set a ContextVar either: inside a graph `use_backend` sets this attribute of the thread.
         self.traced: str | None = None
 
 

@@ -14,7 +14,7 @@ MADE_OF = {"unpad_input": ("plan_chunks", "pack_rows"), "pad_input": ("unpack_ro
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> str:
-    """One line per back-end: chosen, able to run, or the reason why it cannot run tensors like these.
+    """One line per back-end: chosen, able to run, or the reason against it.
 
     Any of the operator's arguments will do, as long as one is a tensor: devices and dtypes decide. A function that is
     made of operators gets the lines of each. Raises BackendError for an unknown operator, without a tensor, and where

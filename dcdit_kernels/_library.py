@@ -1,7 +1,7 @@
-"""torch.library operators `dcdit::NAME` and `dcdit::NAME_backward`: what torch.compile, make_fx and opcheck see.
+"""torch.library operators `dcdit::NAME` and `dcdit::NAME_backward`, for torch.compile, make_fx and opcheck.
 
-An operator is a function of its inputs, and its backward one of the gradients and the same inputs. A plan travels as
-its tensors and sizes. A back-end that is a function recomputes the forward to differentiate it: the price of
+An operator is a function of its inputs; its backward is a function of the gradients and the same inputs. A plan travels
+as its tensors and sizes. A back-end that is a function recomputes the forward to differentiate it: the price of
 torch.compile on a CPU.
 """
 
@@ -27,7 +27,7 @@ _operators: dict[str, Differentiable] = {}
 
 
 def implement(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> str:
-    """Define `dcdit::schema` with its implementation on every device and what it returns for fake tensors."""
+    """Define `dcdit::schema` with one implementation for every device, and `fake` for fake tensors."""
     name = schema.split("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     # Where a graph breaks at an operator, torch.compile would go on inside it.
@@ -131,7 +131,7 @@ def _backward(operator: Differentiable, args: tuple[Any, ...]) -> list[torch.Ten
     else:
         got = _differentiate(operator, backend, grads, needs, inputs)
     like = _like(needs, args[: len(needs)])
-    # Nor may its outputs share memory, with one another or with what came in.
+    # The outputs of an operator may share no memory with each other or with the inputs.
     memory = {grad.untyped_storage().data_ptr() for grad in grads}
     return [_own(have, made, memory) if need else made for have, need, made in zip(got, needs, like, strict=True)]
 
@@ -164,7 +164,7 @@ def _differentiate(operator: Differentiable, backend: str, grads: Any, needs: An
 
 
 def _layout(t: torch.Tensor) -> torch.memory_format:
-    """Channels-last features stay so: convolutions would put back what came in another layout."""
+    """Channels-last features stay channels-last: convolutions would convert any other layout back."""
     last = t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
 

@@ -11,7 +11,7 @@ Who calls whom, where the back-end is a class with `forward` and `backward`, and
                         function   dcdit::NAME_backward → the function once more, and PyTorch's graph of it
 
 A call is traced where torch.compile, torch.export or make_fx records it. Eager calls do without torch.library, which
-costs the host more than a small kernel takes, and look a back-end up by the devices and dtypes that led to it before.
+costs the host more than a small kernel takes, and remember the back-end by devices and dtypes.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ class Operator:
         OPERATORS[name] = self
 
     def choose(self, backend: str | None, *tensors: torch.Tensor | None) -> str:
-        """Name of the back-end that runs tensors like these; BackendError where the one asked for cannot."""
+        """Name of the back-end for tensors of these devices and dtypes; BackendError if a requested one cannot run."""
         given = [t for t in tensors if t is not None]
         return _chosen(self.name, requested_backend(backend), backend is None, given[0].device,
                        tuple([t.dtype for t in given]))  # fmt: skip
 
     def why_not(self, backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
-        """Reason why `backend` cannot run tensors like these, or None where it can."""
+        """Why `backend` cannot run tensors of this device and these dtypes, or None."""
         if backend not in self.backends:
             return f"{self.name} has no {backend} implementation"
         return self.backends[backend].why_not(device, dtypes)
@@ -132,8 +132,8 @@ class Differentiable(Operator):
 
     `tensors` and `constants` are fragments of its schema, such as "Tensor x, Tensor? residual" and "float sigma".
     `fake(**inputs)` gets all arguments by name and returns the outputs, a tuple where `outputs` is above 1. `plan` says
-    whether it takes one. `integers` are the tensors that have no gradient, `unread` the large ones of which a backward
-    needs no more than shape and dtype.
+    whether it takes one. `integers` are the tensors without gradient. Of the tensors `unread`, large ones, a backward
+    needs shape and dtype alone.
     """
 
     def __init__(
@@ -179,11 +179,11 @@ class Differentiable(Operator):
             chosen = self.choose(backend, *tensors)
             if chosen != "reference":
                 with_memory(self.name, {name: inputs[name] for name in self.tensors})
-            found = _known[known] = chosen, self.backends[chosen].implementation
-        chosen, implementation = found
+            found = _known[known] = chosen, self.backends[chosen].implementation, self.has_backward(chosen)
+        chosen, implementation, own_backward = found
         if chosen != "reference" and torch._C._are_functorch_transforms_active():
             raise BackendError(f"{self.name}: {TRANSFORMS}")
-        if not hasattr(implementation, "backward"):
+        if not own_backward:
             return _full_precision(implementation, tensors[0].device, **inputs)
         if (graph and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
             return _Node.apply(self, implementation, inputs, *tensors)

@@ -1,4 +1,4 @@
-"""What the host does to launch: bytes that reach the driver, and how many functions a public operator calls.
+"""The host's side of launches: the bytes that reach the driver, and the number of functions a public operator calls.
 
 Triton's genuine launcher runs over a stand-in for libcuda.so.1, which `test_host` builds and puts in the environment.
 A process of its own, as compile_kernels is. Prints a JSON object.
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import compile_kernels  # before triton, whose interpreter it turns off
+import compile_kernels  # before triton: it turns the interpreter off
 import torch
 import triton
 from triton.backends.nvidia.driver import CudaLauncher, CudaUtils

@@ -116,7 +116,7 @@ def test_a_tensor_without_memory_of_its_own_is_refused(operator):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_the_default_device_changes_nothing(operator):
-    """What an operator makes lies where its inputs do."""
+    """An operator makes its tensors on the device of its inputs."""
     h, prob, plan = case()
     if operator == "pack_rows":
         pytest.skip("the test makes an index")
@@ -129,7 +129,7 @@ def test_the_default_device_changes_nothing(operator):
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
 def test_saved_tensors_may_be_moved(backend):
-    """save_on_cpu copies what a node keeps; shapes alone are kept of tensors whose values no backward reads."""
+    """save_on_cpu copies the tensors of a node; of tensors that no backward reads a node keeps shapes alone."""
     if torch.cuda.is_available() and backend == "triton":
         pytest.skip("the tensors are a CPU's")
     grads = []

@@ -1,4 +1,4 @@
-"""The host's side of a call: what reaches Triton's driver, and what it costs to get there.
+"""The host's side of a call: the bytes that reach the CUDA driver, and the functions called on the way.
 
 Functions are counted, not seconds: on the machine where this was written one takes 0.12 µs on average.
 """
@@ -34,7 +34,7 @@ MOST = {
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
-    """What tests/host_side.py says; Triton's compiler is not to be had where its interpreter is."""
+    """The output of tests/host_side.py, a process of its own: Triton's interpreter excludes its compiler."""
     if sys.platform != "linux" or torch.version.hip or not shutil.which("cc"):
         pytest.skip("the stand-in for the CUDA driver needs Linux and a C compiler")
     stub = tmp_path_factory.mktemp("stub")
@@ -48,7 +48,7 @@ def told(tmp_path_factory):
 
 
 def test_this_triton_is_known():
-    """Else every launch goes Triton's way, and costs the host four times as much: look at what it does now."""
+    """Otherwise every launch goes Triton's way, at four times the cost to the host."""
     assert _launch.KNOWN or torch.version.hip
 
 

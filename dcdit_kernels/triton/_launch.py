@@ -1,10 +1,10 @@
 """Launches of Triton kernels that keep the compiled kernel.
 
-Triton's own launch binds, describes and looks up its arguments anew each time, which costs the host more than a small
-kernel takes. Here the compiled kernel is kept under what Triton specialises on: the device, the constants, and of each
-argument its dtype and whether its address is a multiple of 16 bytes, whether it is 1 or a multiple of 16, or that it is
-None. Triton launches itself what is new, what does not fit 32 bits, under launch hooks and in the interpreter; and
-everything where it launches its compiled kernels in another way than is known here.
+Triton's own launch binds, describes and looks up its arguments anew each time; a small kernel takes less time than that
+takes the host. A `Kernel` keeps the compiled kernel under a key of everything that Triton specialises on: the device;
+the constants; of a tensor its dtype and whether its address is a multiple of 16 bytes; of an integer whether it is 1 or
+a multiple of 16; None. Triton's own launch serves new keys, integers beyond 32 bits, launch hooks, the interpreter,
+AMD's GPUs, and any Triton with another way to launch compiled kernels than `_is_known` knows.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Kernel:
             self.special = [None if p.is_constexpr else not p.do_not_specialize for p in function.params]
 
     def bind(self, **constants: Any) -> Kernel:
-        """This kernel with constants of its own, for a caller that keeps it and spares each launch the look-up."""
+        """This kernel with more constants. A caller that keeps it spares each launch a look-up of the constants."""
         return Kernel(self.function, **self.constants, **constants)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -107,5 +107,5 @@ class Kernel:
 
 
 def jit_kernel(**options: Any) -> Callable[[Callable[..., Any]], Kernel]:
-    """Decorates a kernel that is launched from the host: `triton.jit` with these options, its launches kept."""
+    """Decorates a kernel for launches from the host: `triton.jit` with these options, as a `Kernel`."""
     return lambda function: Kernel(triton.jit(function, **options))
