@@ -40,6 +40,9 @@ def boundary_cosine(
         k = F.conv2d(field, kernel.to(dtype)[:, None], padding=1, groups=width).flatten(2).transpose(1, 2)
     else:
         k = torch.roll(k, 1, dims=-2)  # the first cell's wrapped neighbour is overwritten below
+        if cu_seqlens is not None:  # no NaN of the sample before, which would reach the gradient
+            row = torch.arange(q.shape[0], device=q.device)
+            k = torch.where(torch.isin(row, cu_seqlens)[:, None], 0.0, k)
     prob = ((1 - (q * k).sum(-1)) / 2).clamp(0, 1)
     if cu_seqlens is None:
         return force_ends(prob)
