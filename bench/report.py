@@ -170,12 +170,14 @@ def baseline(entry: dict) -> dict | None:
 
 
 def ratio_cell(entry: dict, name: str) -> str:
-    """Median (quartiles) of the time over the baseline's, or the status."""
+    """Median (quartiles) of the time over the baseline's, the time itself where there is no baseline, or the status."""
     variant, base = entry["variants"].get(name), baseline(entry)
-    if variant is None or variant["status"] == "absent" or base is None:
+    if variant is None or variant["status"] == "absent":
         return "–"
     if variant["status"] == "failed":
         return "**failed**"
+    if base is None:
+        return milliseconds(variant)
     return "{:.2f} ({:.2f}–{:.2f})".format(*ratios(variant["samples"], base["samples"]))
 
 
@@ -194,7 +196,9 @@ def present(entries: list[dict], names: tuple[str, ...]) -> list[str]:
 def size(entry: dict) -> str:
     case = entry["case"]
     name = case["size"] if case["size"] == "digits" else f"{case['size']}, {8 * case['side']} px"
-    return f"{name}, B {case['batch']}" + ", clustered" * case.get("clustered", False)
+    stride = case.get("stride", 1)
+    marks = ", clustered" * case.get("clustered", False) + f", encoder_stride {stride}" * (stride > 1)
+    return f"{name}, B {case['batch']}{marks}"
 
 
 def milliseconds(variant: dict | None) -> str:
