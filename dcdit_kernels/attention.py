@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from . import flash, flash_calls
-from ._check import floating, offsets, one_device, require, shaped
+from ._check import floating, offsets, one_device, require, shaped, traced
+from ._dispatch import current
 from ._ops import Backend, Differentiable
 from .packing import Packing
 
@@ -66,33 +67,37 @@ def varlen_attention(
     devices that do not fit; on a CPU also for offsets, and for samples longer than the bound given. On a GPU, which the
     host does not wait for, the rows past that bound are undefined.
     """
-    floating("varlen_attention", q=q, k=k, v=v)
     kind = q.device.type
     if torch.is_autocast_enabled(kind) and torch.float64 not in (q.dtype, k.dtype, v.dtype):
         q, k, v = (part.to(torch.get_autocast_dtype(kind)) for part in (q, k, v))  # as PyTorch's own attention
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"varlen_attention: q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    shaped("varlen_attention", "q", q, None, None, None)
-    shaped("varlen_attention", "k", k, None, None, q.shape[2])
-    fits = k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0
-    require(fits, "varlen_attention: heads of k must divide those of q, {}, got {}", q.shape[1], k.shape[1])
-    shaped("varlen_attention", "v", v, *k.shape)
+    rows_q, rows_k = q.shape[:1], k.shape[:1]
+    alike = cu_seqlens_k is cu_seqlens_q and rows_q == rows_k
+    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k)
+    if traced(q):
+        name, library = _choose(backend, causal and not alike, *tensors)
+    else:
+        like = [(t.dtype, t.device, t.shape[1:]) for t in tensors]
+        key = (backend, current.eager, causal and not alike, 0 in (*rows_q, *rows_k), *like)
+        if key not in _chosen:
+            _chosen[key] = _choose(backend, causal and not alike, *tensors)
+        name, library = _chosen[key]
+    if v.shape[0] != k.shape[0]:
+        shaped("varlen_attention", "v", v, *k.shape)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        shapes = f"cu_seqlens_q {tuple(cu_seqlens_q.shape)} and cu_seqlens_k {tuple(cu_seqlens_k.shape)}"
+        raise ValueError(f"varlen_attention: {shapes} must describe one batch")
     _lengths("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-    if cu_seqlens_k is not cu_seqlens_q or k.shape[0] != q.shape[0] or max_seqlen_k != max_seqlen_q:
+    if not alike or max_seqlen_k != max_seqlen_q:
         _lengths("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
-    shapes = tuple(cu_seqlens_q.shape), tuple(cu_seqlens_k.shape)
-    require(
-        shapes[0] == shapes[1], "varlen_attention: cu_seqlens_q {} and cu_seqlens_k {} must describe one batch", *shapes
-    )
-    alike = cu_seqlens_k is cu_seqlens_q and k.shape[0] == q.shape[0]
-    name = OPERATOR.choose(backend, q, k, v)
-    library = flash.choose(q, k, v, causal and not alike) if name == "native" else None
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and (library is None or not library.grouped):
         k, v = (part.repeat_interleave(groups, dim=1) for part in (k, v))
-    tensors = {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     inputs: dict[str, Any] = {
-        **tensors,
+        "q": q,
+        "k": k,
+        "v": v,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
         "max_seqlen_q": max_seqlen_q,
         "max_seqlen_k": max_seqlen_k,
         "softmax_scale": softmax_scale,
@@ -100,9 +105,36 @@ def varlen_attention(
     }
     if library is None:
         return OPERATOR(name, **inputs)
-    one_device("varlen_attention", q, tensors)
     exact = exact or (packing is not None and packing.exact and alike)
     return flash_calls.attend(library, packing, exact, **inputs)
+
+
+# (request, dtypes, devices, shapes without rows) → the back-end and the library, once the checks of these have passed.
+_chosen: dict[tuple[Any, ...], tuple[str, flash.Library | None]] = {}
+
+
+def _choose(
+    backend: str | None,
+    uneven_causal: bool,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+) -> tuple[str, flash.Library | None]:
+    """The back-end, and on native the library. Raises for dtypes, devices, heads and widths that do not fit."""
+    floating("varlen_attention", q=q, k=k, v=v)
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"varlen_attention: q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    shaped("varlen_attention", "q", q, None, None, None)
+    shaped("varlen_attention", "k", k, None, None, q.shape[2])
+    fits = k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0
+    require(fits, "varlen_attention: heads of k must divide those of q, {}, got {}", q.shape[1], k.shape[1])
+    shaped("varlen_attention", "v", v, *k.shape)
+    tensors = {"k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    one_device("varlen_attention", q, tensors)
+    name = OPERATOR.choose(backend, q, k, v)
+    return name, flash.choose(q, k, v, uneven_causal) if name == "native" else None
 
 
 def _lengths(of: str, cu_seqlens: torch.Tensor, rows: int, max_seqlen: int) -> None:

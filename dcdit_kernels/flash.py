@@ -60,7 +60,6 @@ LIBRARIES = (
 
 # (module, function) → the function with the names of its parameters, or why there is none. Filled on first use.
 _found: dict[tuple[str, str], tuple[Callable[..., Any], frozenset[str]] | str] = {}
-_chosen: dict[tuple[Any, ...], Library | None] = {}
 
 
 # Both see names, not objects: torch.compile evaluates them once, as constants.
@@ -135,16 +134,7 @@ def why_not(
 
 
 def choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, uneven_causal: bool = False) -> Library | None:
-    """The first library that can take these tensors, or None; remembered by what the reasons look at."""
-    if torch.compiler.is_compiling():
-        return _first(q, k, v, uneven_causal)
-    key = (q.dtype, k.dtype, v.dtype, q.shape[2], q.device, q.shape[0] == 0 or k.shape[0] == 0, uneven_causal)
-    if key not in _chosen:
-        _chosen[key] = _first(q, k, v, uneven_causal)
-    return _chosen[key]
-
-
-def _first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, uneven_causal: bool) -> Library | None:
+    """The first library that can take these tensors, or None."""
     for library in LIBRARIES:
         if why_not(library, q, k, v, uneven_causal) is None:
             return library

@@ -10,7 +10,7 @@ import torch
 
 import dcdit_kernels as K
 from dcdit import DCDiT, DCDiTConfig
-from dcdit_kernels import Packing, flash, flash_calls, reference
+from dcdit_kernels import Packing, attention, flash, flash_calls, reference
 
 CU_Q, CU_K = (torch.tensor(cu, dtype=torch.int32) for cu in ([0, 4, 4, 9], [0, 2, 5, 11]))
 
@@ -112,7 +112,7 @@ STAND_INS = {
 def install(monkeypatch):
     """Install stand-ins, and nothing else, on a machine where any GPU would do."""
     monkeypatch.setattr(flash, "_found", {})
-    monkeypatch.setattr(flash, "_chosen", {})
+    monkeypatch.setattr(attention, "_chosen", {})
     operators = {}
 
     def aten(name):
@@ -127,7 +127,7 @@ def install(monkeypatch):
 
     def put(*names):
         flash._found.clear()
-        flash._chosen.clear()
+        attention._chosen.clear()
         for name in names:
             if name in ATEN:
                 operators[next(x.function for x in flash.LIBRARIES if x.name == name)] = ATEN[name]
