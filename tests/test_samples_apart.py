@@ -194,8 +194,8 @@ def test_dechunk_takes_some_images_at_a_time(images, monkeypatch, launches):
 
 
 @pytest.mark.parametrize(
-    ("batch", "width", "images"), [(64, 1152, 13), (16, 1152, 8), (8, 1152, 8), (64, 384, 32), (16, 768, 16), (1, 9, 1)]
+    ("batch", "width", "images"), [(64, 1152, 64), (256, 1152, 128), (300, 1152, 150), (512, 384, 512), (1, 9, 1)]
 )
 def test_images_at_once(batch, width, images):
-    """At 256 px and a quarter kept: what is below 16 MiB is done in one pass."""
+    """At 256 px and a quarter kept: what is below 256 MiB is done in one pass."""
     assert dechunk.images_at_once(batch, 256 * batch, width) == images

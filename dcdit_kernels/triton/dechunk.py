@@ -4,8 +4,9 @@ Bytes for T rows and B·L cells of D elements of e bytes, with a residual of r b
 its backward B·L·D·(e + r) + T·D·(e + 8), without r where r = e; the smoothing between is in `smooth.py` and `ema.py`.
 Nothing is saved for the backward but the inputs.
 
-Gaussian smoothing and plug-back take some images at a time, so that smoothed rows and their gradients stay in the L2
-cache from one kernel to the next: `images_at_once`.
+Gaussian smoothing and plug-back share float32 rows, of which SCRATCH_BYTES bounds the memory: `images_at_once`. Few
+images at a time, whose rows would stay in the L2 cache, were slower on an H200: XL, B = 64 took 246 µs in five passes
+and 215 in one.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from .confidence import clamp_confidence, prob_gradient
 from .ema import scan, scan_backward
 from .smooth import Smoothing
 
-# Bytes of smoothed rows at a time: an L2 of 50 MB keeps these beside what streams through it.
-SCRATCH_BYTES = 16 << 20
+SCRATCH_BYTES = 256 << 20
 
 
 def images_at_once(batch: int, capacity: int, width: int) -> int:
