@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcdit import DCDiT, DCDiTConfig, preset
+from dcdit.layers import Conv3x3
 from dcdit_kernels import _triton_support, use_backend
 from dcdit_kernels.triton.group_norm import _forward_kernels, _slabs
 
@@ -93,7 +94,8 @@ def count(config: DCDiTConfig, batch: int, tokens: int, dtype: torch.dtype = tor
 
     `tokens` are those that each sample keeps. Weights and features in `dtype`, what the method says in float32.
     """
-    net = cast_net(DCDiT(config), dtype).eval()
+    with patch.object(Conv3x3, "channels_last_on", ("cpu",)):  # as they are on a GPU
+        net = cast_net(DCDiT(config), dtype).eval()
     net._check = lambda *args: None  # it looks at values
     counter = Counter(tokens)
     net.main.register_forward_pre_hook(lambda *_: setattr(counter, "part", "main"))
