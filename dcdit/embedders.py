@@ -13,24 +13,14 @@ from .layers import CastLinear
 class TimestepEmbedding(nn.Module):
     """Sinusoid of t (scale 0 to 1000), 256 numbers → MLP → D (DiT, arXiv 2212.09748)."""
 
-    frequency_bits: torch.Tensor
-
     def __init__(self, width: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(CastLinear(256, width), nn.SiLU(), nn.Linear(width, width))
-        # A table spares each forward four kernels; it holds integers, because casts leave those alone.
-        self.register_buffer("frequency_bits", torch.empty(128, dtype=torch.int32), persistent=False)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Fill the table."""
-        with torch.no_grad():
-            steps = torch.arange(128, device=self.frequency_bits.device, dtype=torch.float32)
-            self.frequency_bits.copy_(torch.exp(-math.log(10000) * steps / 128).view(torch.int32))
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         """t (B,) → (B, D). The sinusoid is computed in float32."""
-        angle = t.float()[:, None] * self.frequency_bits.view(torch.float32)
+        frequency = torch.exp(-math.log(10000) * torch.arange(128, device=t.device, dtype=torch.float32) / 128)
+        angle = t.float()[:, None] * frequency
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
 
 
