@@ -318,7 +318,7 @@ def test_half_precision_casts_no_weight_while_it_samples(flow):
     model = half(flow, torch.bfloat16)
     assert all(torch.equal(a, b) for a, b in zip(model.router.parameters(), flow.router.parameters(), strict=True))
     assert {p.dtype for p in model.residual_proj.parameters()} == {torch.float32}
-    assert model.dtype == model.main.blocks[0].qkv.weight.dtype == torch.bfloat16
+    assert model.pos_embed.dtype == model.main.blocks[0].qkv.weight.dtype == torch.bfloat16
     seen, weights = [], {p.data_ptr() for p in model.parameters() if p.dim() > 1}
     with Casts():
         got = sample(model, [0, 1, 2], objective="flow", steps=3, batch_size=2).latents
