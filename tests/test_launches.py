@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcdit import DCDiT, DCDiTConfig
 from dcdit.graphs import Graphed
-from dcdit_kernels import flash, flash_calls, use_backend
+from dcdit_kernels import attention, flash, flash_calls, use_backend
 
 DEPTH = 2
 ALLOCATIONS = (
@@ -50,6 +50,7 @@ class Launches(TorchDispatchMode):
 @pytest.fixture
 def net(monkeypatch):
     monkeypatch.setattr(flash, "choose", lambda *_: flash.LIBRARIES[-1])
+    monkeypatch.setattr(attention, "_chosen", {})  # what was remembered before, and what is remembered here
     one = lambda library, q, k, v, *_: torch.addcmul(v, q, k)  # noqa: E731
     monkeypatch.setitem(flash_calls.CALLS, flash.LIBRARIES[-1].keywords, one)
     net = DCDiT(DCDiTConfig(input_size=(4, 4), hidden_size=64, depth=DEPTH, num_heads=2, encoder_width=32)).eval()

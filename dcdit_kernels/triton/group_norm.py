@@ -217,7 +217,7 @@ def _forward_kernels(channels: int, groups: int) -> tuple[int, Kernel, Kernel]:
 @functools.cache
 def _backward_kernels(channels: int, groups: int) -> tuple[int, Kernel, Kernel, Kernel]:
     """(programs a sample, `slab_moments`, `group_norm_silu_backward` before the last and the last)."""
-    tile = _tile(channels, groups, 2048)
+    tile = _tile(channels, groups, 1024)
     backward = [group_norm_silu_backward.bind(LAST=last, **tile) for last in (False, True)]
     return cdiv(channels, tile["SHARE"]), slab_moments.bind(**tile), *backward
 
