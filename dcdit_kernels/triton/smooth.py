@@ -306,7 +306,8 @@ def _launch(axes, width, operand):
 
 
 def _block_d(width):
-    return min(max(next_power_of_2(width), 16), 128)
+    """Half as many columns where rows do not start at 16 bytes: each element needs an address of its own."""
+    return min(max(next_power_of_2(width), 16), 128 if width % 16 == 0 else 64)
 
 
 def _parts(backward):
