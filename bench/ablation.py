@@ -36,9 +36,9 @@ CONTEXTS: dict[str, dict[str, Callable]] = {
     "dechunk": {
         f"{n} MiB at a time": under("dcdit_kernels.triton.dechunk.SCRATCH_BYTES", n << 20) for n in (5, 10, 16)
     },
-    # Rows of a sample in one program of the backward, and the rows that it works on at a time doubled.
+    # Rows of a sample in one program of the backward, and the rows that it works on at a time halved.
     "modulate": {f"slabs of {n}": under("dcdit_kernels.triton.modulate.SLAB", n) for n in (8, 32, 64)}
-    | {"two rows at a time": under("dcdit_kernels.triton.modulate.ELEMENTS", 1024)},
+    | {"a row at a time": under("dcdit_kernels.triton.modulate.ELEMENTS", 512)},
 }
 # group → variants that are functions of their own.
 MASKS = ("no mask", "a mask for each plan", "a mask for each call")
