@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcdit import DCDiT, DCDiTConfig, preset
-from dcdit.layers import Conv3x3
+from dcdit.model.layers import Conv3x3
 from dcdit_kernels import _triton_support, use_backend
 from dcdit_kernels.triton.group_norm import _forward_kernels, _slabs
 

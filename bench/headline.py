@@ -13,8 +13,8 @@ from unittest.mock import patch
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dcdit import routing as routing_module
-from dcdit.flops import dcdit_flops
+from dcdit.model import routing as routing_module
+from dcdit.model.flops import dcdit_flops
 
 from .cases import Case
 from .measure import build

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from dcdit import DCDiT
-from dcdit.diffusion import ratio_loss
-from dcdit.flops import dcdit_flops, dit_flops
-from dcdit.plain_dit import PlainDiT
-from dcdit.precision import float32_products
-from dcdit.routing import Routing
+from dcdit.model.flops import dcdit_flops, dit_flops
+from dcdit.model.plain_dit import PlainDiT
+from dcdit.model.precision import float32_products
+from dcdit.model.routing import Routing
+from dcdit.training.objectives import ratio_loss
 from dcdit_kernels import use_backend
 
 from .baselines.model import dcdit_forward, dit_block

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 import dcdit_kernels as K
-from dcdit.embedders import sincos_2d
+from dcdit.model.embedders import sincos_2d
 
 from . import baselines
 from .cases import Case

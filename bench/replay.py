@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 
 from dcdit import DCDiT
-from dcdit.graphs import Graphed
-from dcdit.step_graphs import StepGraphs
+from dcdit.model.graphs import Graphed
+from dcdit.training.step_graphs import StepGraphs
 
 from .timing import captured
 

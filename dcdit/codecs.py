@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .config import check_keys
+from .checkpoints.hub import hub_options
 from .errors import ConfigError, DataError
-from .hub import hub_options
+from .model.config import check_keys
 
 
 class PixelUnshuffle:

@@ -6,3 +6,4 @@ in docs/ops.md.
 
 from dcdit_kernels import *  # noqa: F403
 from dcdit_kernels import __all__ as __all__
+from dcdit_kernels import __version__ as __version__

@@ -15,8 +15,8 @@ from .group_norm import group_norm_silu
 from .modulate import adaln_modulate, gate_residual, gate_residual_modulate
 from .pack import pack_rows, unpack_rows
 from .packing import Packing
+from .padding import pad_input, unpad_input
 from .plan import plan_chunks
-from .varlen import pad_input, unpad_input
 
 __version__ = "0.1.0"
 

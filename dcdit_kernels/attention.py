@@ -25,7 +25,7 @@ OPERATOR = Differentiable(
     plan=False,
     integers=("cu_seqlens_q", "cu_seqlens_k"),
     describe=flash.describe,
-    native=Backend("dcdit_kernels.cpu.attention:varlen_attention", _why_not),
+    native=Backend("dcdit_kernels.sdpa:varlen_attention", _why_not),
 )
 
 

@@ -6,8 +6,8 @@ python examples/dit_diffusers.py
 import torch
 from diffusers import DiTTransformer2DModel
 
-from dcdit.diffusion import ratio_loss
 from dcdit.integrations.attention import add_dynamic_chunking
+from dcdit.training.objectives import ratio_loss
 
 
 def small_dit() -> DiTTransformer2DModel:

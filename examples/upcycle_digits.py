@@ -18,16 +18,16 @@ import torch
 from torch import nn
 
 from dcdit.codecs import make_codec
-from dcdit.config import preset
-from dcdit.data import Digits, load_digits
-from dcdit.diffusion import FlowMatching
-from dcdit.model import DCDiT
-from dcdit.plain_dit import PlainDiT
-from dcdit.stream import TrainingStream, batches
-from dcdit.train_config import OptimConfig, load_config
-from dcdit.train_state import EMA
-from dcdit.training import Trainer, learning_rate
-from dcdit.upcycle import Upcycler, to_dit
+from dcdit.data.sources import Digits, load_digits
+from dcdit.model.config import preset
+from dcdit.model.dcdit import DCDiT
+from dcdit.model.plain_dit import PlainDiT
+from dcdit.training.config import OptimConfig, load_config
+from dcdit.training.objectives import FlowMatching
+from dcdit.training.state import EMA
+from dcdit.training.stream import TrainingStream, batches
+from dcdit.training.trainer import Trainer, learning_rate
+from dcdit.training.upcycle import Upcycler, to_dit
 
 CONFIG, BATCH = preset("digits"), 64  # as in configs/digits.yaml
 TEACHER = ["upcycle.source={folder}/teacher.pt", "upcycle.distill_steps=200", "upcycle.output_share=0.8"]

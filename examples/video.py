@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import dcdit
-from dcdit.diffusion import ratio_loss
 from dcdit.ops import varlen_attention
+from dcdit.training.objectives import ratio_loss
 
 FRAMES, HEIGHT, WIDTH, D, HEADS = 4, 8, 8, 64, 2
 

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 import yaml
 
-from dcdit.checkpoints import load_checkpoint, load_release
-from dcdit.config import DCDiTConfig
-from dcdit.data import Latents
+from dcdit.checkpoints.folder import load_checkpoint, load_release
+from dcdit.data.picture_files import read_square
+from dcdit.data.sources import Latents
 from dcdit.errors import DCDiTError
-from dcdit.model import DCDiT
-from dcdit.picture_files import read_square
-from dcdit.train_config import load_config
+from dcdit.model.config import DCDiTConfig
+from dcdit.model.dcdit import DCDiT
+from dcdit.training.config import load_config
 from dcdit_kernels import unpad_input
 
 ROOT = Path(__file__).parent.parent

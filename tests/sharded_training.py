@@ -14,8 +14,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dcdit.config import DCDiTConfig
-from dcdit.model import DCDiT
+from dcdit.model.config import DCDiTConfig
+from dcdit.model.dcdit import DCDiT
 
 RANKS, BATCH = 2, 4
 CASES = [("fsdp", "predictability"), ("fsdp", "cosine"), ("fsdp bf16", "predictability"), ("ddp", "predictability")]

@@ -3,8 +3,8 @@
 import pytest
 
 from bench.count import count, main
-from dcdit.config import DCDiTConfig
-from dcdit.flops import dcdit_flops
+from dcdit.model.config import DCDiTConfig
+from dcdit.model.flops import dcdit_flops
 
 CONFIG = DCDiTConfig(input_size=(8, 8), hidden_size=128, depth=2, num_heads=2, encoder_width=32, num_classes=5)
 

@@ -17,7 +17,7 @@ from bench.cases import Case, select
 from bench.machine import version
 from bench.measure import build
 from bench.models import TrainGraph
-from dcdit.step_graphs import StepGraphs
+from dcdit.training.step_graphs import StepGraphs
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from dcdit import blocks
-from dcdit.blocks import MainNetwork, Stream
-from dcdit.config import DCDiTConfig
-from dcdit.model import DCDiT
-from dcdit.plain_dit import PlainDiT
+from dcdit.model import blocks
+from dcdit.model.blocks import MainNetwork, Stream
+from dcdit.model.config import DCDiTConfig
+from dcdit.model.dcdit import DCDiT
+from dcdit.model.plain_dit import PlainDiT
 from dcdit_kernels import plan_chunks, use_backend
 
 SIZES = {"input_size": (6, 5), "num_classes": 5, "hidden_size": 64, "depth": 3, "num_heads": 2, "encoder_width": 32}

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import dcdit
-from dcdit.diffusion import ratio_loss
 from dcdit.errors import ConfigError
+from dcdit.training.objectives import ratio_loss
 from dcdit_kernels import varlen_attention
 
 GRIDS = [(9,), (4, 5), (2, 3, 4)]

@@ -10,11 +10,11 @@ import sys
 import pytest
 import torch
 
-from dcdit.checkpoints import load_checkpoint, save_checkpoint
+from dcdit.checkpoints.folder import load_checkpoint, save_checkpoint
 from dcdit.cli import main
-from dcdit.config import DCDiTConfig
-from dcdit.model import DCDiT
-from dcdit.pictures import output_folder
+from dcdit.model.config import DCDiTConfig
+from dcdit.model.dcdit import DCDiT
+from dcdit.pictures.images import output_folder
 
 TINY = DCDiTConfig(
     input_size=(6, 5), num_classes=4, hidden_size=32, depth=1, num_heads=1, encoder_width=32, learn_sigma=False
@@ -110,7 +110,7 @@ def test_train_refuses_an_empty_data_folder(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("function", "kept"), [("dcdit.training.Trainer._report", 2), ("dcdit.train_state.EMA.update", None)]
+    ("function", "kept"), [("dcdit.training.trainer.Trainer._report", 2), ("dcdit.training.state.EMA.update", None)]
 )
 def test_interrupted_training_saves_whole_steps(function, kept, tmp_path, monkeypatch, capsys):
     """In the report of step 2 it is done; between the update of its weights and of their average it is not."""

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcdit import DCDiT, DCDiTConfig
-from dcdit.conv_blocks import CoarseDecoder, CoarseEncoder, ConvStack, Stem
 from dcdit.errors import ConfigError
-from dcdit.flops import dcdit_flops
-from dcdit.layers import Conv3x3, PointwiseConv2d
-from dcdit.router import PredictabilityRouter
+from dcdit.model.conv_blocks import CoarseDecoder, CoarseEncoder, ConvStack, Stem
+from dcdit.model.flops import dcdit_flops
+from dcdit.model.layers import Conv3x3, PointwiseConv2d
+from dcdit.model.routers import PredictabilityRouter
 from dcdit_kernels import use_backend
 
 WIDTHS = (64, 64, 128)  # two channels a group: with one the conditioning is taken away

@@ -6,13 +6,13 @@ import torch
 from PIL import Image
 
 from dcdit.codecs import make_codec
-from dcdit.config import DCDiTConfig
-from dcdit.data import Digits, Latents, load_digits, make_source
-from dcdit.diffusion import DDPM, FlowMatching
+from dcdit.data.image_folder import ImageFolder
+from dcdit.data.sources import Digits, Latents, load_digits, make_source
 from dcdit.errors import ConfigError, DataError
-from dcdit.image_folder import ImageFolder
-from dcdit.stream import TrainingStream, batches, draw_drop_fraction
-from dcdit.train_config import DataConfig
+from dcdit.model.config import DCDiTConfig
+from dcdit.training.config import DataConfig
+from dcdit.training.objectives import DDPM, FlowMatching
+from dcdit.training.stream import TrainingStream, batches, draw_drop_fraction
 
 SHAPE = (4, 6, 6)
 

@@ -8,18 +8,18 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dcdit import demo
-from dcdit.blocks import MainNetwork
-from dcdit.checkpoints import save_checkpoint
-from dcdit.classifier import DigitClassifier
+from dcdit.checkpoints.folder import save_checkpoint
 from dcdit.cli import main
 from dcdit.codecs import PixelUnshuffle
-from dcdit.config import DCDiTConfig, preset
-from dcdit.data import load_digits
-from dcdit.flops import dit_flops
-from dcdit.model import DCDiT
-from dcdit.plain_dit import PlainDiT
-from dcdit.sampling import Trace
+from dcdit.data.sources import load_digits
+from dcdit.model.blocks import MainNetwork
+from dcdit.model.config import DCDiTConfig, preset
+from dcdit.model.dcdit import DCDiT
+from dcdit.model.flops import dit_flops
+from dcdit.model.plain_dit import PlainDiT
+from dcdit.pictures import demo
+from dcdit.pictures.classifier import DigitClassifier
+from dcdit.sampling.sampler import Trace
 from dcdit_kernels import plan_chunks
 
 DIGITS = DCDiTConfig(

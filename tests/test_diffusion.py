@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from dcdit.diffusion import DDPM, FlowMatching, make_objective, ratio_loss
+from dcdit.training.objectives import DDPM, FlowMatching, make_objective, ratio_loss
 
 SHAPE = (3, 4, 5)
 

@@ -7,10 +7,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dcdit.checkpoints import from_release, load_state, release_key
-from dcdit.config import DCDiTConfig
-from dcdit.diffusion import ratio_loss
-from dcdit.model import DCDiT
+from dcdit.checkpoints.folder import from_release, load_state, release_key
+from dcdit.model.config import DCDiTConfig
+from dcdit.model.dcdit import DCDiT
+from dcdit.training.objectives import ratio_loss
 from dcdit_kernels import chunk, dechunk, plan_chunks, use_backend
 
 DATA = Path(__file__).parent / "data"

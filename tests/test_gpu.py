@@ -19,10 +19,10 @@ from bench.measure import build, host_waits
 from bench.operators import routed_prob
 from bench.timing import captured
 from dcdit import DCDiT, graphed, preset
-from dcdit.diffusion import FlowMatching, ratio_loss
-from dcdit.layers import linear_gelu
-from dcdit.step_graphs import StepGraphs
-from dcdit.stream import TrainingStream, batches
+from dcdit.model.layers import linear_gelu
+from dcdit.training.objectives import FlowMatching, ratio_loss
+from dcdit.training.step_graphs import StepGraphs
+from dcdit.training.stream import TrainingStream, batches
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,8 +9,8 @@ import torch
 
 import dcdit
 from dcdit import DCDiT, DCDiTConfig
-from dcdit.graphs import Graphed, room
-from dcdit.sampling import sample
+from dcdit.model.graphs import Graphed, room
+from dcdit.sampling.sampler import sample
 from dcdit_kernels import use_backend
 
 CONFIG = DCDiTConfig(input_size=(8, 8), hidden_size=64, depth=1, num_heads=2, encoder_width=32, num_classes=5)

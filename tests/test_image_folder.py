@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 from dcdit.cli import main
-from dcdit.data import Latents, make_source
-from dcdit.diffusion import FlowMatching
+from dcdit.data.image_folder import ImageFolder
+from dcdit.data.picture_files import read_picture, read_square
+from dcdit.data.sources import Latents, make_source
 from dcdit.errors import ConfigError, DataError
-from dcdit.image_folder import ImageFolder
-from dcdit.picture_files import read_picture, read_square
-from dcdit.stream import TrainingStream, batches
+from dcdit.training.objectives import FlowMatching
+from dcdit.training.stream import TrainingStream, batches
 
 GREY = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040  # 16 bits, nearly to the top
 
@@ -214,8 +214,8 @@ def test_encode_goes_on_and_trains(tmp_path, capsys, monkeypatch):
     from diffusers import AutoencoderKL
 
     from dcdit.codecs import make_codec
-    from dcdit.config import DCDiTConfig
-    from dcdit.train_config import DataConfig
+    from dcdit.model.config import DCDiTConfig
+    from dcdit.training.config import DataConfig
 
     torch.manual_seed(0)
     AutoencoderKL(block_out_channels=(32,), latent_channels=4, sample_size=8, shift_factor=0.1).save_pretrained(

@@ -15,7 +15,6 @@ from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
 from safetensors.torch import load_file
 from torch import nn
 
-from dcdit.diffusion import ratio_loss
 from dcdit.errors import ConfigError
 from dcdit.integrations.attention import (
     ChunkedBlocks,
@@ -23,6 +22,7 @@ from dcdit.integrations.attention import (
     add_dynamic_chunking,
     remove_dynamic_chunking,
 )
+from dcdit.training.objectives import ratio_loss
 
 SIDE = 4  # tokens
 SIZES = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2, "sample_size": 2 * SIDE, "patch_size": 2}

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcdit import DCDiT, DCDiTConfig
-from dcdit.graphs import Graphed
+from dcdit.model.graphs import Graphed
 from dcdit_kernels import attention, flash, flash_calls, use_backend
 
 DEPTH = 2

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dcdit.checkpoints import load_checkpoint, save_checkpoint
+from dcdit.checkpoints.folder import load_checkpoint, save_checkpoint
 from dcdit.commands.info import count_parameters
-from dcdit.config import PRESETS, DCDiTConfig, preset
 from dcdit.errors import CheckpointError, ConfigError
-from dcdit.flops import dcdit_flops, dit_flops
-from dcdit.layers import RMSNorm, gelu_tanh
-from dcdit.model import DCDiT
+from dcdit.model.config import PRESETS, DCDiTConfig, preset
+from dcdit.model.dcdit import DCDiT
+from dcdit.model.flops import dcdit_flops, dit_flops
+from dcdit.model.layers import RMSNorm, gelu_tanh
 
 TINY = DCDiTConfig(
     input_size=(7, 9), in_channels=3, num_classes=5, hidden_size=64, depth=2, num_heads=2, encoder_width=32

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from dcdit.config import DCDiTConfig
 from dcdit.errors import CheckpointError, ConfigError
-from dcdit.flops import dcdit_flops
-from dcdit.model import DCDiT
-from dcdit.routing import Routing
+from dcdit.model.config import DCDiTConfig
+from dcdit.model.dcdit import DCDiT
+from dcdit.model.flops import dcdit_flops
+from dcdit.model.routing import Routing
 from dcdit_kernels import adaln_modulate
 
 CONFIG = DCDiTConfig(input_size=(6, 5), num_classes=5, hidden_size=64, depth=2, num_heads=2, encoder_width=32)

@@ -13,7 +13,7 @@ from dcdit import DCDiT, DCDiTConfig
 from dcdit.errors import ConfigError
 from dcdit.integrations.pipeline import DCDiTPipeline
 from dcdit.integrations.transformer import DCDiTTransformer2DModel
-from dcdit.sampling import sample
+from dcdit.sampling.sampler import sample
 
 CELLS = 36
 

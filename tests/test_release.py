@@ -16,13 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dcdit.checkpoints import load_checkpoint, load_release, save_checkpoint, save_release
+from dcdit.checkpoints.folder import load_checkpoint, load_release, save_checkpoint, save_release
+from dcdit.checkpoints.release_keys import RELEASE_USE, from_release, infer_heads, to_release
+from dcdit.checkpoints.safe_pickle import Record, read_pickle
 from dcdit.cli import main
-from dcdit.config import DCDiTConfig
 from dcdit.errors import CheckpointError, ConfigError
-from dcdit.model import DCDiT
-from dcdit.release import RELEASE_USE, from_release, infer_heads, to_release
-from dcdit.state_dict import Record, read_pickle
+from dcdit.model.config import DCDiTConfig
+from dcdit.model.dcdit import DCDiT
 
 DATA = Path(__file__).parent / "data"
 RELEASE = DATA / "dcdit_tiny_release.pt"
@@ -310,7 +310,7 @@ def test_convert_keeps_what_the_model_is_used_by(tmp_path, use):
 
 def test_a_model_carries_its_use_along(tmp_path, capsys):
     """from_pretrained → save_release and load_release → save_pretrained; nothing is guessed."""
-    from dcdit.checkpoints import ASSETS, read_release
+    from dcdit.checkpoints.folder import ASSETS, read_release
 
     digits = DCDiT.from_pretrained("digits")
     assert digits.use["objective"] == "flow"

@@ -14,18 +14,18 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
-from dcdit.checkpoints import load_checkpoint, load_release, save_checkpoint
+from dcdit.checkpoints.folder import load_checkpoint, load_release, save_checkpoint
 from dcdit.cli import main
-from dcdit.config import DCDiTConfig
-from dcdit.data import Digits
-from dcdit.diffusion import FlowMatching
+from dcdit.data.sources import Digits
 from dcdit.files import locked
-from dcdit.model import DCDiT
-from dcdit.progress import Progress
-from dcdit.resume import compare
-from dcdit.stream import TrainingStream
-from dcdit.train_config import load_config
-from dcdit.training import Trainer
+from dcdit.model.config import DCDiTConfig
+from dcdit.model.dcdit import DCDiT
+from dcdit.training.config import load_config
+from dcdit.training.objectives import FlowMatching
+from dcdit.training.progress import Progress
+from dcdit.training.resume import compare
+from dcdit.training.stream import TrainingStream
+from dcdit.training.trainer import Trainer
 
 TINY = {
     "model": {"preset": "digits", "input_size": 7, "in_channels": 16, "hidden_size": 32, "depth": 1, "num_heads": 1},
@@ -299,7 +299,7 @@ def test_the_launcher_is_obeyed_or_refused(name, value, words, message, tiny, tm
 
 def test_progress_in_a_log_is_whole_lines_now_and_then(capsys, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("dcdit.progress.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("dcdit.training.progress.time.monotonic", lambda: clock[0])
     progress = Progress(100, 200)
     for _ in range(100):
         clock[0] += 1

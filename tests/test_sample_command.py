@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dcdit.checkpoints import load_checkpoint, save_checkpoint
+from dcdit.checkpoints.folder import load_checkpoint, save_checkpoint
 from dcdit.cli import main
-from dcdit.config import DCDiTConfig
 from dcdit.files import locked
 from dcdit.interrupts import SIGNALS, Interrupted, held_back, raised
-from dcdit.model import DCDiT
+from dcdit.model.config import DCDiTConfig
+from dcdit.model.dcdit import DCDiT
 
 TINY = DCDiTConfig(
     input_size=(6, 5), num_classes=4, hidden_size=32, depth=1, num_heads=1, encoder_width=32, learn_sigma=False
@@ -131,16 +131,16 @@ def test_pictures_are_not_kept_in_memory(checkpoint, tmp_path, monkeypatch):
     """At the last batch no image of an earlier one is alive."""
     import weakref
 
-    import dcdit.pictures
+    import dcdit.pictures.images
 
-    convert, alive = dcdit.pictures.to_uint8, []
+    convert, alive = dcdit.pictures.images.to_uint8, []
 
     def watched(images):
         result = convert(images)
         alive.append(weakref.ref(result.base if result.base is not None else result))
         return result
 
-    monkeypatch.setattr(dcdit.pictures, "to_uint8", watched)
+    monkeypatch.setattr(dcdit.pictures.images, "to_uint8", watched)
     assert main(words(checkpoint, tmp_path, "--num", "12", "--batch-size", "2", "--format", "npz")) == 0
     assert len(alive) >= 6 and sum(reference() is not None for reference in alive) <= 1
 

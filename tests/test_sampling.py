@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dcdit.checkpoints import save_checkpoint
+from dcdit.checkpoints.folder import save_checkpoint
 from dcdit.cli import main
 from dcdit.commands.options import parse_classes, parse_drop_fraction
-from dcdit.config import DCDiTConfig
 from dcdit.errors import ConfigError, DCDiTError
-from dcdit.model import DCDiT
-from dcdit.precision import cast_weights
-from dcdit.sampling import (
+from dcdit.model.config import DCDiTConfig
+from dcdit.model.dcdit import DCDiT
+from dcdit.model.precision import cast_weights
+from dcdit.sampling.sampler import (
     SCHEDULERS,
     drop_table,
     image_generator,
@@ -211,7 +211,7 @@ def test_guidance_of_some_channels_in_an_interval_by_hand(flow):
 
 def test_the_release_guides_three_channels(tmp_path):
     """`convert` says so, and `dcdit sample` obeys it: the fourth channel is the conditional one."""
-    from dcdit.checkpoints import read_release
+    from dcdit.checkpoints.folder import read_release
 
     model, use = read_release("tests/data/dcdit_tiny_release.pt")
     assert use["guidance_channels"] == 3 and model.use == use
@@ -219,7 +219,7 @@ def test_the_release_guides_three_channels(tmp_path):
     y[2:] = model.config.num_classes
     with torch.no_grad():
         out = model(torch.cat([x, x]), t, y)
-    from dcdit.sampling import guide
+    from dcdit.sampling.sampler import guide
 
     cond, uncond = out.chunk(2)
     guided = guide(out, 4.0, use["guidance_channels"])

@@ -11,11 +11,11 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
 
-import dcdit.training
+import dcdit.training.trainer
 from dcdit.errors import ConfigError
-from dcdit.step_graphs import SHARES, SPARE, StepGraphs, room
-from dcdit.train_config import load_config
-from dcdit.training import Trainer, train
+from dcdit.training.config import load_config
+from dcdit.training.step_graphs import SHARES, SPARE, StepGraphs, room
+from dcdit.training.trainer import Trainer, train
 
 RHO = [0.0, 0.2, 0.4, 0.6]
 TINY = {
@@ -58,7 +58,7 @@ def stand_in(monkeypatch):
         made.append(StepGraphs(*args, **options, capture=run_again))
         return made[-1]
 
-    monkeypatch.setattr(dcdit.training, "StepGraphs", make)
+    monkeypatch.setattr(dcdit.training.trainer, "StepGraphs", make)
     return made
 
 
@@ -111,7 +111,7 @@ def test_the_bits_of_eager_steps(overrides, stand_in, tmp_path, monkeypatch):
     graphs, parts = stand_in[0], 1 + ("accumulate=2" in overrides)
     assert graphs.replays > 10 * parts and graphs.eager["first step of its ρ"] == len(RHO), graphs.summary()
     assert graphs.replays + sum(graphs.eager.values()) == 20 * parts
-    monkeypatch.setattr(dcdit.training, "StepGraphs", Eager)
+    monkeypatch.setattr(dcdit.training.trainer, "StepGraphs", Eager)
     train(config(tmp_path / "eager", *overrides))
     assert_same_run(tmp_path / "graph", tmp_path / "eager")
 
@@ -163,7 +163,7 @@ def test_a_capture_that_fails_leaves_eager_steps(tmp_path, monkeypatch, capsys):
     def fails(function):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(dcdit.training, "StepGraphs", functools.partial(StepGraphs, capture=fails))
+    monkeypatch.setattr(dcdit.training.trainer, "StepGraphs", functools.partial(StepGraphs, capture=fails))
     for name, use in (("failed", "true"), ("exact", "false")):
         train(config(tmp_path / name, f"cuda_graph={use}", "steps=6", "drop_fractions=0"))
     assert metrics(tmp_path / "failed") == metrics(tmp_path / "exact")

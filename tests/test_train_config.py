@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from dcdit.config import DCDiTConfig, preset
 from dcdit.errors import ConfigError
-from dcdit.train_config import load_config
+from dcdit.model.config import DCDiTConfig, preset
+from dcdit.training.config import load_config
 
 
 @pytest.fixture

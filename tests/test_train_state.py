@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load, save
 
 from dcdit.errors import CheckpointError
-from dcdit.train_state import EMA, Metrics, load_state, read_header, save_state
+from dcdit.training.state import EMA, Metrics, load_state, read_header, save_state
 
 CONFIG = {"steps": 4, "optim": {"lr": 0.1}}
 

@@ -19,15 +19,15 @@ import yaml
 from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType
 
-from dcdit.checkpoints import load_checkpoint
+from dcdit.checkpoints.folder import load_checkpoint
 from dcdit.cli import main
-from dcdit.data import Digits
-from dcdit.diffusion import FlowMatching, ratio_loss
-from dcdit.model import DCDiT
-from dcdit.stream import TrainingStream, batches, draw_drop_fraction
-from dcdit.train_config import OptimConfig, load_config
-from dcdit.train_state import EMA
-from dcdit.training import check_split, learning_rate, train
+from dcdit.data.sources import Digits
+from dcdit.model.dcdit import DCDiT
+from dcdit.training.config import OptimConfig, load_config
+from dcdit.training.objectives import FlowMatching, ratio_loss
+from dcdit.training.state import EMA
+from dcdit.training.stream import TrainingStream, batches, draw_drop_fraction
+from dcdit.training.trainer import check_split, learning_rate, train
 
 TINY = {
     "model": {"preset": "digits", "input_size": 7, "in_channels": 16, "hidden_size": 32, "depth": 1, "num_heads": 1}
@@ -184,7 +184,7 @@ def test_bf16_channels_last_and_tracing_change_rounding_only(tiny, tmp_path, mon
         products.append(torch.get_float32_matmul_precision())
         return ratio_loss(*args)
 
-    monkeypatch.setattr("dcdit.training.ratio_loss", watched)
+    monkeypatch.setattr("dcdit.training.trainer.ratio_loss", watched)
     for options, tolerance in ((["precision=bf16", "channels_last=true"], 0.02), (["compile=true"], 1e-6)):
         AcceleratorState._reset_state(reset_partial_state=True)
         output = tmp_path / options[0]

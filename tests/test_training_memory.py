@@ -13,10 +13,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 
-from dcdit.blocks import DiTBlock, MainNetwork
 from dcdit.errors import ConfigError
-from dcdit.train_config import load_config
-from dcdit.training import Trainer, check_split
+from dcdit.model.blocks import DiTBlock, MainNetwork
+from dcdit.training.config import load_config
+from dcdit.training.trainer import Trainer, check_split
 from dcdit_kernels import plan_chunks
 
 TINY = {

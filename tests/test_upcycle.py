@@ -8,12 +8,12 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from torch import nn
 
 from dcdit import DCDiT, DCDiTConfig
+from dcdit.checkpoints.dit import from_dit, from_sit
 from dcdit.cli import main
 from dcdit.errors import CheckpointError, ConfigError
-from dcdit.plain_dit import PlainDiT
-from dcdit.pretrained_dit import from_dit, from_sit
-from dcdit.train_config import load_config
-from dcdit.upcycle import Upcycler, distillation_loss, load_dit, to_dit, upcycle
+from dcdit.model.plain_dit import PlainDiT
+from dcdit.training.config import load_config
+from dcdit.training.upcycle import Upcycler, distillation_loss, load_dit, to_dit, upcycle
 
 CONFIG = DCDiTConfig(
     input_size=8, num_classes=5, hidden_size=64, depth=2, num_heads=2, encoder_width=32, cond_norm=True

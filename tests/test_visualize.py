@@ -6,12 +6,12 @@ import torch
 from PIL import Image
 
 from dcdit.codecs import PixelUnshuffle
-from dcdit.config import DCDiTConfig
 from dcdit.errors import DataError
-from dcdit.model import DCDiT
-from dcdit.pictures import enlarge, grid, to_uint8
-from dcdit.sampling import Trace
-from dcdit.visualize import TINT, chunk_map, draw_budgets, draw_chunk_maps, draw_curves, draw_poster, record
+from dcdit.model.config import DCDiTConfig
+from dcdit.model.dcdit import DCDiT
+from dcdit.pictures.images import enlarge, grid, to_uint8
+from dcdit.pictures.trajectory import TINT, chunk_map, draw_budgets, draw_chunk_maps, draw_curves, draw_poster, record
+from dcdit.sampling.sampler import Trace
 
 CONFIG = DCDiTConfig(
     input_size=(6, 5), num_classes=4, hidden_size=32, depth=1, num_heads=1, encoder_width=32, learn_sigma=False
@@ -77,7 +77,7 @@ def test_pictures_are_written(run, tmp_path):
 
 
 def test_gflops_of_a_trace_add_up_both_halves():
-    from dcdit.flops import dcdit_flops
+    from dcdit.model.flops import dcdit_flops
 
     tokens, uncond = torch.tensor([[4.0, 8.0], [6.0, 6.0]]), torch.tensor([[2.0, 2.0], [2.0, 4.0]])
     cost = {m: dcdit_flops(CONFIG, m)["total"] for m in (2, 4, 6, 8)}

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from dcdit import DCDiT
-from dcdit.blocks import DiTBlock
-from dcdit.router import PredictabilityRouter
+from dcdit.model.blocks import DiTBlock
+from dcdit.model.routers import PredictabilityRouter
 from dcdit_kernels import varlen_attention
 
 from .attention import attention

@@ -17,7 +17,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Convert. Tensors are copied bit by bit."""
-    from ..checkpoints import load_checkpoint, read_release, save_checkpoint, save_release
+    from ..checkpoints.folder import load_checkpoint, read_release, save_checkpoint, save_release
 
     if Path(args.source).is_dir():
         model, use = load_checkpoint(args.source)

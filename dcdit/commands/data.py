@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..data import Latents, load_npy
+from ..data.image_folder import ImageFolder, looks
+from ..data.picture_files import read_picture
+from ..data.sources import Latents, load_npy
 from ..errors import ConfigError, DataError
-from ..image_folder import ImageFolder, looks
-from ..picture_files import read_picture
 
 ACTIONS = ("check", "encode")
 
@@ -86,7 +86,7 @@ def encode(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from ..codecs import AutoencoderKL
-    from ..encode import encode_folder
+    from ..data.encode import encode_folder
     from ..files import check_folder, locked
 
     source = ImageFolder(args.folder, args.size, args.background)

@@ -32,12 +32,12 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from ..demo import LATE, run_budget, table, time_plain_dit
-    from ..drop_fraction import drop_table
-    from ..pictures import check_output, output_folder
-    from ..sampling import open_checkpoint
-    from ..schedulers import make_scheduler
-    from ..visualize import draw_budgets, draw_chunk_maps, draw_curves, draw_poster, record
+    from ..pictures.demo import LATE, run_budget, table, time_plain_dit
+    from ..pictures.images import check_output, output_folder
+    from ..pictures.trajectory import draw_budgets, draw_chunk_maps, draw_curves, draw_poster, record
+    from ..sampling.drop_fraction import drop_table
+    from ..sampling.sampler import open_checkpoint
+    from ..sampling.schedulers import make_scheduler
 
     check_output(args.output)
     if args.samples < 1 or args.batch_size < 1:
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     _, timesteps = make_scheduler("auto", objective, args.steps)
     for rho in args.drop_fractions:
         drop_table(rho, timesteps, 1)
-    from ..classifier import DigitClassifier
+    from ..pictures.classifier import DigitClassifier
 
     print("Fitting a classifier to real digits …", flush=True)
     classifier = DigitClassifier()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..config import PRESETS, DCDiTConfig, preset
+from ..model.config import PRESETS, DCDiTConfig, preset
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +15,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the tables."""
-    from ..flops import dcdit_flops, dit_flops
+    from ..model.flops import dcdit_flops, dit_flops
 
     config = _config(args.preset)
     trainable, table = count_parameters(config)
@@ -46,7 +46,7 @@ def count_parameters(config: DCDiTConfig) -> tuple[int, int]:
     """(trainable parameters, numbers in the position table), without allocating the model."""
     import torch
 
-    from ..model import DCDiT
+    from ..model.dcdit import DCDiT
 
     with torch.device("meta"):
         model = DCDiT(config)
@@ -57,7 +57,7 @@ def _config(name: str) -> DCDiTConfig:
     if name in PRESETS and not Path(name).exists():
         return preset(name)
     if Path(name).expanduser().exists() or (name.count("/") == 1 and not name.startswith("DC-DiT")):
-        from ..checkpoints import load_checkpoint, locate
+        from ..checkpoints.folder import load_checkpoint, locate
 
         return load_checkpoint(locate(name))[0].config
     return preset(name)

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..config import check_keys
 from ..errors import ConfigError
-from ..schedulers import SCHEDULERS
+from ..model.config import check_keys
+from ..sampling.schedulers import SCHEDULERS
 
 
 def output_path(text: str) -> str:
@@ -86,8 +86,8 @@ def prepared(model, args: argparse.Namespace):
     """A model that was opened for sampling, in the precision and as the graphs that the options ask for."""
     import torch
 
-    from ..graphs import Graphed
-    from ..precision import cast_weights
+    from ..model.graphs import Graphed
+    from ..model.precision import cast_weights
 
     if args.bf16:
         cast_weights(model, torch.bfloat16)
@@ -129,7 +129,7 @@ def sampling_arguments(args: argparse.Namespace, objective: str, codec, model) -
 
 def settings_of(args: argparse.Namespace, checkpoint: Path, ids: list[int]) -> dict[str, Any]:
     """What decides how the pictures of a run look, in JSON types."""
-    from ..checkpoints import weights_hash
+    from ..checkpoints.folder import weights_hash
 
     names = ("scheduler", "steps", "guidance", "guidance_channels", "eta", "shift")
     names += ("drop_fraction", "uncond_drop_fraction", "seed", "bf16", "cuda_graph")

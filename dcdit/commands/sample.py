@@ -40,12 +40,12 @@ def run(args: argparse.Namespace) -> None:
     from accelerate import PartialState
     from tqdm import tqdm
 
-    from ..checkpoints import locate
+    from ..checkpoints.folder import locate
     from ..files import locked
-    from ..picture_run import PictureRun
-    from ..pictures import check_output
-    from ..ranks import cpu_ranks
-    from ..sampling import open_checkpoint
+    from ..pictures.images import check_output
+    from ..sampling.picture_run import PictureRun
+    from ..sampling.sampler import open_checkpoint
+    from ..training.ranks import cpu_ranks
 
     wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if wanted not in ("no", "bf16" if args.bf16 else "no"):
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
 
 def try_out(model, label: int, options: dict) -> None:
     """Run one forward for one image: `sample` checks its options, and the output is still untouched."""
-    from ..sampling import sample
+    from ..sampling.sampler import sample
 
     class Enough(Exception):
         pass
@@ -134,8 +134,8 @@ class Rounds:
 
 def draw(pictures, indices: range, model, codec, options: dict, costs: Costs) -> None:
     """Sample one batch and write its missing pictures."""
-    from ..pictures import to_uint8
-    from ..sampling import sample
+    from ..pictures.images import to_uint8
+    from ..sampling.sampler import sample
 
     labels = [pictures.label(index) for index in indices]
     result = sample(model, labels, indices=list(indices), batch_size=len(indices), **options)

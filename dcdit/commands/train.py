@@ -16,7 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train or resume."""
-    from ..train_config import load_config
-    from ..training import train
+    from ..training.config import load_config
+    from ..training.trainer import train
 
     train(load_config(args.config, args.overrides), args.allow)

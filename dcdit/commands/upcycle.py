@@ -23,7 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Upcycle, or resume."""
-    from ..train_config import load_config
-    from ..training import train
+    from ..training.config import load_config
+    from ..training.trainer import train
 
     train(load_config(args.config, [*args.overrides, f"upcycle.source={args.source}"]), args.allow)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..config import DCDiTConfig
 from ..errors import ConfigError
+from ..model.config import DCDiTConfig
 from .options import add_sampling_options, output_path, parse_classes, prepared, sampling_arguments
 
 # What the cost of a forward and the levels in curves.png depend on.
@@ -29,9 +29,9 @@ def run(args: argparse.Namespace) -> None:
     import numpy as np
     import torch
 
-    from ..pictures import check_output, output_folder
-    from ..sampling import open_checkpoint
-    from ..visualize import draw_chunk_maps, draw_curves, record
+    from ..pictures.images import check_output, output_folder
+    from ..pictures.trajectory import draw_chunk_maps, draw_curves, record
+    from ..sampling.sampler import open_checkpoint
 
     if args.num < 1 or args.times < 1:
         raise ConfigError(f"expected at least one sample and one timestep, got {args.num} and {args.times}")

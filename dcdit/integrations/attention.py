@@ -18,8 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from dcdit_kernels import ChunkPlan, Packing, adaln_modulate, unpad_input, varlen_attention
 
-from ..chunking import DynamicChunking
 from ..errors import ConfigError
+from ..model.dynamic_chunking import DynamicChunking
 
 BLOCK_KINDS = ("ada_norm_zero", "ada_norm_single", "layer_norm")
 

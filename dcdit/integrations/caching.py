@@ -13,7 +13,7 @@ from torch import nn
 
 from dcdit_kernels import ChunkPlan, chunk
 
-from ..blocks import MainNetwork, Stream
+from ..model.blocks import MainNetwork, Stream
 
 
 def on_grid(tokens: torch.Tensor, plan: ChunkPlan) -> torch.Tensor:

@@ -13,11 +13,11 @@ from diffusers.schedulers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..codecs import latent_scaling
-from ..drop_fraction import DropFraction, drop_table
 from ..errors import ConfigError
-from ..precision import float32_products
-from ..sampling import class_ids, guide
-from ..schedulers import set_timesteps
+from ..model.precision import float32_products
+from ..sampling.drop_fraction import DropFraction, drop_table
+from ..sampling.sampler import class_ids, guide
+from ..sampling.schedulers import set_timesteps
 from .transformer import DCDiTTransformer2DModel
 
 

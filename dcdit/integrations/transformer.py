@@ -18,13 +18,13 @@ from torch import nn
 
 from dcdit_kernels import ChunkPlan, chunk
 
-from ..blocks import Stream
-from ..config import DCDiTConfig
-from ..drop_fraction import DropFraction
 from ..errors import ConfigError
-from ..graphs import Graphed
-from ..model import DCDiT
-from ..schedulers import TRAIN_STEPS
+from ..model.blocks import Stream
+from ..model.config import DCDiTConfig
+from ..model.dcdit import DCDiT
+from ..model.graphs import Graphed
+from ..sampling.drop_fraction import DropFraction
+from ..sampling.schedulers import TRAIN_STEPS
 from .caching import GridChange, GridStage, on_grid
 
 # DiTPipeline's id of 'no label', whatever the number of classes.

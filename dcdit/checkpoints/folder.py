@@ -1,0 +1,319 @@
+"""Checkpoints: a directory of model.safetensors and config.json, or a `.pt` of the public release.
+
+Loading one never runs code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError, ConfigError
+from ..files import replacing, sync
+from ..model.config import DCDiTConfig
+from ..model.dcdit import DCDiT
+from ..model.embedders import sincos_2d
+from .release_keys import from_release, infer_config, release_content, stored_use
+from .release_keys import release_key as release_key
+from .safe_pickle import read_state
+
+FILES = ("config.json", "model.safetensors")
+KEPT = ("README.md", "LICENSE", "LICENSE.md", ".gitattributes")  # what repositories hold beside them
+ASSETS = Path(__file__).parents[1] / "assets"
+SHIPPED = ("digits",)  # checkpoints in ASSETS
+
+
+def load_state(model: DCDiT, state: dict[str, torch.Tensor]) -> None:
+    """Load a state dict strictly. Raises CheckpointError naming the keys or shapes that differ."""
+    _compare(_shapes(model), {key: tuple(tensor.shape) for key, tensor in state.items()})
+    model.load_state_dict(state)
+
+
+def _shapes(model: DCDiT) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+
+
+def _compare(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+    for what, keys in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
+        if keys:
+            raise CheckpointError(f"{what} keys in checkpoint: {_some(keys)}")
+    for key, shape in expected.items():
+        if shape != found[key]:
+            raise CheckpointError(f"{key}: expected shape {shape}, found {found[key]}")
+
+
+def check_place(directory: Path) -> None:
+    """Raise CheckpointError where a directory holds anything but a checkpoint and its description."""
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file, expected a folder for {' and '.join(FILES)}")
+    entries = [entry.name for entry in directory.iterdir()] if directory.exists() else []
+    foreign = [name for name in entries if name not in (*FILES, *KEPT)]
+    if foreign:
+        raise CheckpointError(
+            f"{directory} holds more than a checkpoint ({_some(foreign)}); give a directory of its own"
+        )
+
+
+def save_checkpoint(directory: str | Path, model: DCDiT, extra: dict[str, Any] | None = None) -> None:
+    """Write model.safetensors and config.json; the directory appears whole or not at all.
+
+    `extra` holds JSON values about the model's use, such as {"objective": "flow"}; None: those that it was loaded with,
+    `model.use`. A checkpoint that is there already is replaced, and its README.md and licence stay; raises
+    CheckpointError where the directory holds anything else.
+    """
+    from safetensors.torch import save
+
+    extra = getattr(model, "use", {}) if extra is None else extra
+    directory = Path(directory).expanduser()
+    check_place(directory)
+    directory = directory.resolve() if directory.is_symlink() else directory  # a link stays, what it names is replaced
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        (temporary / "model.safetensors").write_bytes(save(_tensors(model)))
+        own = {"own_parts": model.own_parts} if model.own_parts else {}
+        config = {"model": model.config.to_dict(), **own, **extra}
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name in FILES:
+            sync(temporary / name)
+        for name in KEPT:
+            if (directory / name).is_file():
+                shutil.copy2(directory / name, temporary / name)
+        temporary.chmod(0o755)
+        old = temporary.with_name(temporary.name + ".old")
+        if directory.exists():
+            os.rename(directory, old)
+        os.rename(temporary, directory)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_checkpoint(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    router: nn.Module | None = None,
+    backbone: nn.Module | None = None,
+) -> tuple[DCDiT, dict[str, Any]]:
+    """The model of a checkpoint directory, in eval mode, and the values that were saved with it, also as `model.use`.
+
+    `router` and `backbone` are the modules of a model that was made with its own; they get the checkpoint's weights.
+    The sizes in config.json are compared with the weights' header before anything is allocated. Raises CheckpointError
+    for a missing, truncated, foreign or mismatched checkpoint.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path).expanduser()
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file, expected a folder of {' and '.join(FILES)}; dcdit convert makes one")
+    config_file, weights = (path / name for name in FILES)
+    for file in (config_file, weights):
+        if not file.is_file():
+            inner = f"; did you mean {path / 'model'}?" if (path / "model" / file.name).is_file() else ""
+            raise CheckpointError(f"no checkpoint at {path}: {file.name} is missing{inner}")
+    try:
+        extra = json.loads(config_file.read_text(encoding="utf-8"))
+        config, own_parts = DCDiTConfig.from_dict(extra.pop("model")), dict(extra.pop("own_parts", {}))
+    except ConfigError as error:
+        raise CheckpointError(f"{config_file}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{config_file} is not a dcdit config: {error!r}") from error
+    parts = {"router": router, "backbone": backbone}
+    for name, kind in own_parts.items():
+        if parts.get(name) is None:
+            raise CheckpointError(f"{path} has a {name} of its own, {kind}: give the module as {name}=")
+    try:
+        _check_header(weights, config, parts)
+        state = load_file(weights)
+    except SafetensorError as error:
+        raise CheckpointError(f"{weights} is truncated or not a safetensors file: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{weights} cannot be read: {error}") from error
+    _check_grid(state["pos_embed"], config, path)
+    model = DCDiT(config, **parts).to(device)
+    load_state(model, {key: tensor.to(torch.float32) for key, tensor in state.items()})
+    return _with_use(model.eval(), extra), extra
+
+
+def _check_grid(table: torch.Tensor, config: DCDiTConfig, path: Path) -> None:
+    """Raise CheckpointError where the position table is that of another grid with as many cells."""
+    cells, width = config.cells, config.hidden_size
+    grids = [config.input_size, *((h, cells // h) for h in range(1, cells + 1) if cells % h == 0)]
+    for grid in grids:
+        # In units of cells, or of the patches of a DiT that the model comes from.
+        if any(torch.allclose(table, sincos_2d(width, grid, patch), atol=1e-4) for patch in (1, 2)):
+            if grid != config.input_size:
+                ours, theirs = ("×".join(map(str, size)) for size in (config.input_size, grid))
+                raise CheckpointError(
+                    f"{path}: config.json says a grid of {ours}, the position table is that of {theirs}"
+                )
+            return
+
+
+def _check_header(weights: Path, config: DCDiTConfig, parts: dict[str, nn.Module | None]) -> None:
+    """Compare a safetensors file's names, shapes and dtypes with a model that has no memory. Raises CheckpointError."""
+    from safetensors import safe_open
+
+    with safe_open(weights, framework="pt") as file:
+        shapes = {}
+        for key in file.keys():
+            part = file.get_slice(key)
+            shapes[key] = tuple(part.get_shape())
+            if not part.get_dtype().startswith(("F", "BF")):
+                raise CheckpointError(f"{weights}: {key}: expected floating-point weights, found {part.get_dtype()}")
+    blocks = len({key.split(".")[2] for key in shapes if key.startswith("main.blocks.")})
+    # The depth first: a thousand million blocks fill the memory even without weights.
+    if blocks not in (0, config.depth):
+        raise CheckpointError(
+            f"{weights.parent}: config.json says depth {config.depth}, the weights have {blocks} blocks"
+        )
+    try:
+        with torch.device("meta"):
+            model = DCDiT(config if blocks else dataclasses.replace(config, depth=1), **parts)
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        raise CheckpointError(f"{weights.parent}: config.json's sizes make no model: {_first_line(error)}") from error
+    _compare(_shapes(model), shapes)
+
+
+def locate(name: str | Path, **hub: Any) -> Path:
+    """The folder of a checkpoint: a path, the name of one that ships with the package (digits), or a Hub repository.
+
+    `hub` goes to `huggingface_hub.snapshot_download`. The Hub is asked only for owner/name where no folder `owner` is.
+    Raises CheckpointError.
+    """
+    path = Path(name).expanduser()
+    if hub:
+        _check_hub_options(hub)
+    if path.exists():
+        return path
+    if str(name) in SHIPPED:
+        return ASSETS / str(name)
+    if not re.fullmatch(r"[\w][\w.-]*/[\w.-]+", str(name)) or path.parent.exists():
+        raise CheckpointError(f"no checkpoint at {name}; {', '.join(SHIPPED)} ships with dcdit")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise CheckpointError(f"there is no folder {name}; the Hub needs pip install huggingface_hub") from error
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=list(FILES), **hub))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{name} is neither a directory nor a repository that can be read: {_first_line(error)}"
+        ) from error
+
+
+def from_pretrained(
+    name: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    router: nn.Module | None = None,
+    backbone: nn.Module | None = None,
+    **hub: Any,
+) -> DCDiT:
+    """The model of a checkpoint that `locate` finds, in eval mode and float32; `model.use` says what it is for.
+
+    `router` and `backbone` as in `load_checkpoint`. `hub` goes to `huggingface_hub.snapshot_download`, such as
+    revision= or local_files_only=. Raises CheckpointError.
+    """
+    return load_checkpoint(locate(name, **hub), device, router=router, backbone=backbone)[0]
+
+
+def _check_hub_options(hub: dict[str, Any]) -> None:
+    from huggingface_hub import snapshot_download
+
+    known = inspect.signature(snapshot_download).parameters.keys() - {"repo_id", "allow_patterns", "dry_run"}
+    for key in hub.keys() - known:
+        cast = "; the model is float32: cast it with .to(dtype)" if "dtype" in key else ""
+        raise CheckpointError(f"from_pretrained has no option {key}{cast}")
+
+
+def weights_hash(directory: Path) -> str:
+    """A short hash of a checkpoint's weights: their length, beginning and end."""
+    file = directory / "model.safetensors"
+    with open(file, "rb") as stream:
+        digest = hashlib.sha256(str(file.stat().st_size).encode() + stream.read(2**20))
+        stream.seek(max(0, file.stat().st_size - 2**20))
+        digest.update(stream.read())
+    return digest.hexdigest()[:16]
+
+
+def load_release(
+    path: str | Path, *, num_heads: int | None = None, sigma: float | None = None, which: str = "ema"
+) -> DCDiT:
+    """The model of a checkpoint of the public release (AMD-AGI/DynamicChunkingDiT), in eval mode.
+
+    Args:
+        path: the `.pt` file: a dict of model, ema and config, or a bare state dict.
+        num_heads, sigma: what the shapes do not tell. None: from the stored configuration where it can be read, else
+            heads of 72 or 64 channels and σ = 1.
+        which: "ema" or "model".
+
+    Sizes come from the tensors. Nothing that the file names is imported or run. Raises CheckpointError naming the key,
+    the expected and the found shape where they do not fit, and ConfigError for sizes that make no model.
+    """
+    return read_release(path, num_heads=num_heads, sigma=sigma, which=which)[0]
+
+
+def read_release(
+    path: str | Path, *, num_heads: int | None = None, sigma: float | None = None, which: str = "ema"
+) -> tuple[DCDiT, dict[str, Any]]:
+    """`load_release`, and `model.use`: what `save_release` stored, or the release's own objective and codec."""
+    state, config = read_state(path, which)
+    state = from_release(state)
+    model = DCDiT(infer_config(state, config, num_heads, sigma))
+    load_state(model, {key: tensor.to(torch.float32) for key, tensor in state.items()})
+    use = stored_use(config)
+    return _with_use(model.eval(), use), use
+
+
+def save_release(path: str | Path, model: DCDiT, extra: dict[str, Any] | None = None) -> None:
+    """Write `model` as a `.pt` in the public release's layout; the file appears whole or not at all.
+
+    Of `extra`, as of `save_checkpoint`, it keeps objective, codec, guidance channels and class names; the file says so
+    where they are not known. Raises CheckpointError for a model that the layout has no place for, such as one on a grid
+    that is not square.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder, expected the name of a .pt file")
+    extra = getattr(model, "use", {}) if extra is None else extra
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with replacing(path) as temporary:
+            torch.save(release_content(_tensors(model), model.config, extra), temporary)
+    except RuntimeError as error:  # torch's writer hides the system's reason
+        if not os.access(path.parent, os.W_OK):
+            raise OSError(f"cannot write {path}: no permission to write in {path.parent}") from error
+        raise OSError(f"cannot write {path}, is the disk full? {_first_line(error)}") from error
+
+
+def _with_use(model: DCDiT, use: dict[str, Any]) -> DCDiT:
+    """`model` with its use, which `save_checkpoint` and `save_release` write again."""
+    model.use = use  # type: ignore[assignment]
+    return model
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _tensors(model: DCDiT) -> dict[str, torch.Tensor]:
+    return {key: tensor.cpu().contiguous() for key, tensor in model.state_dict().items()}
+
+
+def _some(keys) -> str:
+    keys = sorted(keys)
+    return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")

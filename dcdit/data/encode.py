@@ -1,0 +1,85 @@
+"""A folder of pictures as latents on disk: the autoencoder then runs once, not in every epoch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..codecs import AutoencoderKL
+from ..errors import DataError
+from ..files import replacing
+from .image_folder import ImageFolder
+from .sources import DATASET
+
+
+def encode_folder(
+    source: ImageFolder,
+    target: Path,
+    codec: AutoencoderKL,
+    use: dict[str, Any],
+    *,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+    skip_broken: bool = False,
+    progress: Callable[[int], Any] = lambda count: None,
+) -> list[str]:
+    """Write picture K of `source` as TARGET/latents_features/K.npy, float32 (C, H, W), and its class id beside.
+
+    `use` is the codec as `make_codec` takes it; TARGET/dataset.json keeps it with the names of the classes. A second
+    call goes on where the first one ended. Returns a line for each unreadable picture, which `skip_broken` leaves out.
+    Raises DataError, also where TARGET holds latents of other pictures or of another codec.
+    """
+    features, labels = target / "latents_features", target / "latents_labels"
+    for folder in (features, labels):
+        folder.mkdir(parents=True, exist_ok=True)
+    settings = {"class_names": source.class_names, "codec": use, "size": source.size}
+    settings |= {"fingerprint": source.fingerprint(), "pictures": len(source)}
+    _begin(target / DATASET, settings)
+    todo = [i for i in range(len(source)) if not (labels / f"{i}.npy").exists()]
+    progress(len(source) - len(todo))
+    broken = []
+    for first in range(0, len(todo), batch_size):
+        part, pixels = [], []
+        for index in todo[first : first + batch_size]:
+            try:
+                image, label = source.load(index, flip=False)
+            except DataError as error:
+                if not skip_broken:
+                    raise
+                broken.append(str(error))
+                continue
+            part.append((index, label))
+            pixels.append(torch.from_numpy(np.ascontiguousarray(image)))
+        if part:
+            latents = codec.encode(torch.stack(pixels).to(device)).float().cpu().numpy()
+            for (index, label), latent in zip(part, latents, strict=True):
+                # The label last: an item counts as done when it is there.
+                for folder, array in ((features, latent), (labels, np.array(label))):
+                    with replacing(folder / f"{index}.npy", durable=False) as temporary, open(temporary, "wb") as file:
+                        np.save(file, array)
+        progress(min(batch_size, len(todo) - first))
+    _write(target / DATASET, {**settings, "finished": True})
+    return broken
+
+
+def _begin(file: Path, settings: dict[str, Any]) -> None:
+    if file.exists():
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{file} is not what dcdit data encode writes: {error}") from error
+        for key, value in settings.items():
+            if before.get(key) != value:
+                raise DataError(f"{file.parent} holds latents with {key}={before.get(key)}, this call asks for {value}")
+    else:
+        _write(file, {**settings, "finished": False})
+
+
+def _write(file: Path, values: dict[str, Any]) -> None:
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

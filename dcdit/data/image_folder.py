@@ -1,0 +1,146 @@
+"""A folder of pictures, one sub-folder for each class: its files, their order, and what is left out."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import DataError
+from .picture_files import SUFFIXES, check_colour, read_square
+
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+LOOKED_AT = 64  # pictures that the description opens
+
+
+class ImageFolder:
+    """A folder with one sub-folder of pictures per class; centre-cropped, resized to `size`, RGB: (3, size, size).
+
+    Classes are numbered in the natural order of their names (2 before 10); links are followed. Names that begin with a
+    dot, such as .ipynb_checkpoints, count neither as classes nor as pictures. Other left-out files are counted in
+    `skipped`. Raises DataError where there is no picture, or where the sub-folders are splits such as train and val.
+    """
+
+    encoded = False
+
+    def __init__(self, path: str | Path, size: int, background: str = "white") -> None:
+        check_colour(background)
+        self.root, self.size, self.background = Path(path).expanduser(), size, background
+        if not self.root.is_dir():
+            raise DataError(f"no image folder at {self.root}")
+        self.skipped: Counter[str] = Counter()
+        self.class_names: list[str] = []
+        self.files: list[tuple[Path, int]] = []
+        entries = sorted((entry for entry in self.root.iterdir() if not entry.name.startswith(".")), key=_natural)
+        folders = [entry for entry in entries if entry.is_dir()]
+        if folders and {folder.name.lower() for folder in folders} <= SPLITS:
+            names = ", ".join(folder.name for folder in folders)
+            raise DataError(f"{self.root} holds splits, not classes: {names}; give one of them, such as {folders[0]}")
+        for folder in folders:
+            files = [file for file in _walk(folder) if self._is_picture(file)]
+            if not files:
+                self.skipped["folder without pictures"] += 1
+                continue
+            self.files += [(file, len(self.class_names)) for file in files]
+            self.class_names.append(folder.name)
+        for entry in entries:
+            if not entry.is_dir():
+                beside = entry.suffix.lower() in SUFFIXES
+                self.skipped["picture beside the class folders" if beside else _kind(entry)] += 1
+        if not self.files:
+            left_out = f"; left out: {self._left_out()}" if self.skipped else ""
+            raise DataError(
+                f"{self.root} has no images: expected a sub-folder per class with {', '.join(SUFFIXES)} files{left_out}"
+            )
+        self.classes = len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def load(self, index: int, flip: bool) -> tuple[np.ndarray, int]:
+        file, label = self.files[index]
+        pixels = read_square(file, self.size, self.background)
+        return (pixels[..., ::-1] if flip else pixels), label
+
+    def describe(self) -> str:
+        """One line: pictures, classes, sizes and modes of some files, and what is left out."""
+        looked = [
+            self.files[i][0] for i in np.linspace(0, len(self.files) - 1, min(LOOKED_AT, len(self.files))).astype(int)
+        ]
+        text = f"{len(self.files)} pictures in {self.root}, {len(self.class_names)} classes ({_some(self.class_names)})"
+        text += f"; {looks(looked)}"
+        if len(looked) < len(self.files):
+            text += f" ({len(looked)} looked at)"
+        return text + (f"; left out: {self._left_out()}" if self.skipped else "")
+
+    def fingerprint(self) -> str:
+        """A hash of the files' places inside the folder, their sizes in bytes and their classes."""
+        digest = hashlib.sha256()
+        for file, label in self.files:
+            digest.update(f"{file.relative_to(self.root).as_posix()}\0{file.stat().st_size}\0{label}\n".encode())
+        return digest.hexdigest()[:16]
+
+    def _is_picture(self, file: Path) -> bool:
+        if file.suffix.lower() not in SUFFIXES:
+            self.skipped[_kind(file)] += 1
+            return False
+        if not file.is_file():
+            self.skipped["link to nothing"] += 1
+            return False
+        return True
+
+    def _left_out(self) -> str:
+        return ", ".join(f"{count} × {reason}" for reason, count in sorted(self.skipped.items()))
+
+
+def looks(files: list[Path]) -> str:
+    """Smallest and largest size and the colour modes of readable files, from their headers."""
+    from PIL import Image
+
+    sizes, modes = [], Counter()
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                sizes.append(image.size)
+                modes[image.mode] += 1
+        except Exception:  # reported where the file is read whole
+            modes["unreadable"] += 1
+    shown = sorted(sizes, key=lambda size: size[0] * size[1])
+    ends = " to ".join(f"{width}×{height}" for width, height in dict.fromkeys((shown[0], shown[-1]))) if shown else ""
+    return ", ".join(filter(None, [ends, *(f"{count} {mode}" for mode, count in modes.most_common())]))
+
+
+def _walk(folder: Path) -> list[Path]:
+    """Files below a folder in natural order, through links, each folder once."""
+    files: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
+
+    for where, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        status = os.stat(where)
+        if (status.st_dev, status.st_ino) in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted((name for name in folders if not name.startswith(".")), key=_natural)
+        files += [Path(where, name) for name in names if not name.startswith(".")]
+    return sorted(files, key=lambda file: [_natural(part) for part in file.relative_to(folder).parts])
+
+
+def _natural(name: Path | str) -> tuple:
+    text = name if isinstance(name, str) else name.name
+    return tuple(int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", text))), text
+
+
+def _kind(file: Path) -> str:
+    return f"{file.suffix.lower()} file" if file.suffix else "file without extension"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")

@@ -1,0 +1,19 @@
+"""The network: configuration, encoder, router, main network and decoder; the plain DiT; FLOPs; CUDA graphs."""
+
+from .._lazy import lazy
+
+__getattr__, __all__ = lazy(
+    __name__,
+    {
+        "blocks": "DiTBlock MainNetwork",
+        "config": "DCDiTConfig preset",
+        "dcdit": "DCDiT",
+        "dynamic_chunking": "DynamicChunking",
+        "flops": "dcdit_flops dit_flops",
+        "graphs": "graphed",
+        "plain_dit": "PlainDiT",
+        "precision": "cast_weights float32_products",
+        "routers": "CosineRouter PredictabilityRouter",
+        "routing": "Routing route",
+    },
+)

@@ -1,0 +1,202 @@
+"""DC-DiT: encoder, router, chunk, DiT backbone on the retained tokens, dechunk, decoder (arXiv 2603.06351)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dcdit_kernels import Packing
+
+from .blocks import MainNetwork
+from .config import DCDiTConfig
+from .conv_blocks import Stem, make_decoder, make_encoder
+from .embedders import TimestepEmbedding, sincos_2d
+from .final_layer import FinalLayer
+from .layers import WideLinear
+from .routers import make_router
+from .routing import Routing, route
+
+
+class DCDiT(nn.Module):
+    """A Dynamic Chunking Diffusion Transformer on (B, C, H, W) latents, one token per latent cell.
+
+    A forward is five steps: `condition`, `encode`, `route`, `backbone`, `decode`. Each can be called alone, and
+    overridden.
+
+    Args:
+        config: the sizes.
+        router: a module of your own in place of the router that the configuration names; see `dcdit.router`.
+        backbone: a module of your own in place of the DiT blocks, called as backbone(tokens, c, packing, **inputs) with
+            packed tokens (capacity, D), c (B, D) and the plan; it returns tokens of that shape. `inputs` are further
+            arguments of the model's forward.
+    """
+
+    pos_embed: torch.Tensor
+
+    def __init__(
+        self, config: DCDiTConfig, *, router: nn.Module | None = None, backbone: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        width, narrow = config.hidden_size, config.encoder_width
+        self.stem = Stem(config.in_channels, narrow, config.encoder_stride)
+        self.time_embed = TimestepEmbedding(width)
+        self.class_embed = nn.Embedding(config.num_classes + 1, width)  # the last class is 'no label'
+        # Pretrained embedders have a scale of their own; the fresh layers around the backbone see it normalised.
+        self.cond_norm = nn.LayerNorm(width, eps=1e-6) if config.cond_norm else nn.Identity()
+        self.encoder = make_encoder(config)
+        self.residual_proj = WideLinear(width, width)
+        self.router = make_router(config) if router is None else router
+        self.main = backbone or MainNetwork(width, config.depth, config.num_heads, config.mlp_ratio)
+        self.decoder = make_decoder(config)
+        self.final = FinalLayer(narrow, width, config.out_channels * config.encoder_stride**2)
+        self.register_buffer("pos_embed", sincos_2d(width, config.input_size))
+        given = {"router": router, "backbone": backbone}
+        self.own_parts = {name: type(part).__name__ for name, part in given.items() if part is not None}
+        self._init_linears()
+
+    def init_weights(self) -> None:
+        """The weights of a fresh model, for one made on the meta device and given memory by `to_empty`.
+
+        Modules of your own are asked for their `reset_parameters`, where they have it.
+        """
+        for module in self.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+        if "router" not in self.own_parts:
+            self.router.init_weights()  # type: ignore[operator]
+        self.pos_embed.copy_(sincos_2d(self.config.hidden_size, self.config.input_size))
+        self._init_linears()
+
+    def _init_linears(self) -> None:
+        """Xavier linears, zero adaLN and output (DiT), zero residual projection (H-Net)."""
+        skipped = ("router", "main") if "backbone" in self.own_parts else ("router",)
+        for name, module in self.named_modules():
+            if not isinstance(module, nn.Linear) or name.split(".")[0] in skipped:
+                continue
+            if name.endswith(("adaln.1", "final.linear", "residual_proj")):
+                nn.init.zeros_(module.weight)
+            elif name.startswith("time_embed"):
+                nn.init.normal_(module.weight, std=0.02)
+            else:
+                nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+        nn.init.normal_(self.class_embed.weight, std=0.02)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **options: Any) -> DCDiT:
+        """The model of a checkpoint directory or Hub repository, in eval mode; see `dcdit.checkpoints`."""
+        from ..checkpoints.folder import from_pretrained
+
+        return from_pretrained(name, **options)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write model.safetensors and config.json."""
+        from ..checkpoints.folder import save_checkpoint
+
+        save_checkpoint(directory, self)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor,
+        drop_fraction: float | torch.Tensor = 0.0,
+        return_routing: bool = False,
+        capacity: int | None = None,
+        *,
+        max_seqlen: int | None = None,
+        routing: Routing | None = None,
+        **backbone_inputs: Any,
+    ) -> torch.Tensor | tuple[torch.Tensor, Routing]:
+        """Predict noise (and variance) or velocity.
+
+        Args:
+            x: (B, C, H, W) with (H, W) = config.input_size.
+            t: (B,) timesteps from 0 (data) to 1000 (noise).
+            y: (B,) int64 class ids; `config.num_classes` stands for no label.
+            drop_fraction: ρ in [0, 1), the share of boundaries to drop; a tensor (B,) for one per sample.
+            capacity: rows for the retained tokens of the whole batch. None: as many as there are, for which the host
+                waits once; a number: nothing waits, as CUDA graphs need, and what has no room is dropped from the end
+                of the batch and counted in `routing.plan.overflow`.
+            max_seqlen: rows for each sample's at most; its least probable boundaries past them are dropped and counted
+                likewise. Under a fixed capacity attention's launches are sized by it.
+            routing: an earlier call's, for a batch of this size, to use in place of the router's. It has a budget
+                already: drop_fraction, capacity and max_seqlen must be left out.
+            backbone_inputs: what a backbone of your own takes beside tokens, c and packing.
+
+        Returns (B, C, H, W), or (B, 2C, H, W) with config.learn_sigma; with `return_routing` also the Routing.
+        Raises ValueError for a wrong shape, dtype, class id, ρ or routing.
+        """
+        self._check(x, t, y)
+        limits = {"capacity": capacity, "max_seqlen": max_seqlen}
+        budget: dict[str, Any] = {name: rows for name, rows in limits.items() if rows is not None}
+        if isinstance(drop_fraction, torch.Tensor) or drop_fraction != 0.0:
+            budget["drop_fraction"] = drop_fraction
+        if routing is not None:
+            routing.check(len(x), self.config.input_size, budget)
+        c, outer = self.condition(t, y)
+        h = self.encode(x, outer)
+        # Router and residual path are at least float32, whatever autocast makes of the rest; h is copied once for both.
+        wide = h.to(torch.promote_types(h.dtype, torch.float32))
+        if routing is None:
+            routing = self.route(wide, c, **budget)
+        tokens = self.backbone(routing.chunk(h, self.pos_embed), c, routing.plan, **backbone_inputs)
+        out = self.decode(tokens, wide, routing, outer)
+        return (out, routing) if return_routing else out
+
+    def condition(self, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """t, y (B,) → the conditioning (B, D) of the backbone, and that of encoder and decoder."""
+        c = self.time_embed(t) + self.class_embed(y)
+        return c, self.cond_norm(c)
+
+    def encode(self, x: torch.Tensor, outer: torch.Tensor) -> torch.Tensor:
+        """x (B, C, H, W), outer (B, D) → h (B, L, D), a feature of each cell in raster order."""
+        return self.encoder(self.stem(x), outer)
+
+    def route(
+        self,
+        h: torch.Tensor,
+        c: torch.Tensor,
+        drop_fraction: float | torch.Tensor = 0.0,
+        **limits: int,
+    ) -> Routing:
+        """h (B, L, D), c (B, D) → which cells the backbone gets. The router sees both in float32 at least.
+
+        `limits` are `capacity` and `max_seqlen` where given, as `plan_chunks` takes them.
+        """
+        c = c.to(torch.promote_types(h.dtype, torch.float32))
+        return route(self.router, h, c, grid=self.config.input_size, drop_fraction=drop_fraction, **limits)
+
+    def backbone(self, tokens: torch.Tensor, c: torch.Tensor, packing: Packing, **inputs: Any) -> torch.Tensor:
+        """Packed tokens (capacity, D), c (B, D) → tokens (capacity, D)."""
+        return self.main(tokens, c, packing, **inputs)
+
+    def decode(self, tokens: torch.Tensor, h: torch.Tensor, routing: Routing, outer: torch.Tensor) -> torch.Tensor:
+        """Tokens (capacity, D) back on the grid, with h (B, L, D) beside them → the prediction (B, C or 2C, H, W)."""
+        grid, stride = routing.plan.grid, self.config.encoder_stride
+        refilled = routing.dechunk(tokens, self.residual_proj(h), self.config.sigma)
+        out = self.decoder(refilled.transpose(1, 2).unflatten(2, grid), outer)
+        out = self.final(out, outer).transpose(1, 2).unflatten(2, [side // stride for side in grid])
+        return out if stride == 1 else F.pixel_shuffle(out, stride)
+
+    def _check(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> None:
+        shape = (self.config.in_channels, *self.config.input_size)
+        if x.dim() != 4 or tuple(x.shape[1:]) != shape:
+            raise ValueError(f"x must have shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
+        for name, tensor in (("t", t), ("y", y)):
+            if tuple(tensor.shape) != (x.shape[0],):
+                raise ValueError(f"{name} must have shape ({x.shape[0]},), got {tuple(tensor.shape)}")
+        if y.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"y must hold integer class ids, got {y.dtype}")
+        # On a GPU this look would be a synchronisation; there the embedding's own assert speaks.
+        on_cpu = y.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu and y.numel() and not 0 <= int(y.min()) <= int(y.max()) <= self.config.num_classes:
+            raise ValueError(
+                f"class ids must be in [0, {self.config.num_classes}], got {int(y.min())} to {int(y.max())}"
+            )

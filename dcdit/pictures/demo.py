@@ -1,0 +1,107 @@
+"""The demo: digits from the shipped checkpoint at several budgets, and what each budget saves and costs."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..model.config import DCDiTConfig
+from ..model.dcdit import DCDiT
+from ..model.flops import dit_flops
+from ..model.plain_dit import PlainDiT
+from ..sampling.sampler import Samples, Step, sample
+from .images import to_uint8
+
+LATE = 0.8  # of the way from noise to image
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One row of the table: what N samples at one ρ cost, and how many the classifier took for the class asked for.
+
+    `share` is the mean share of cells kept by the conditional half, over images and steps. `ink` and `blank` are the
+    shares of inked and of blank cells kept late in sampling.
+    """
+
+    drop_fraction: float
+    samples: Samples
+    images: np.ndarray
+    share: float
+    gflops: float
+    seconds: float
+    recognised: int
+    ink: float
+    blank: float
+
+
+def run_budget(model: DCDiT, codec, classify, drop_fraction: float, classes: np.ndarray, **options) -> Budget:
+    """Sample `classes` (N,) at ρ and measure. `options` are those of `sample`; `classify` maps uint8 (N, 28, 28) to
+    digits (N,)."""
+    cells = model.config.cells
+    kept = torch.zeros(len(classes), cells)
+    late_steps = 0
+
+    def count(step: Step) -> None:
+        nonlocal late_steps
+        if step.number >= int(LATE * step.steps):  # the last step at least
+            kept[step.indices] += step.routing.boundary_mask.cpu().float()
+            late_steps += int(step.indices[0] == 0)
+
+    result = sample(model, classes, drop_fraction=drop_fraction, callback=count, **options)
+    trace = result.trace
+    images = to_uint8(codec.decode(result.latents))
+    brightest = result.latents.amax(1).flatten(1)  # the codec's channels are a cell's pixels
+    often = kept / late_steps
+    return Budget(
+        drop_fraction=drop_fraction,
+        samples=result,
+        images=images,
+        share=float(trace.tokens.mean()) / cells,
+        gflops=float(trace.gflops(model.config).sum()),
+        seconds=float(trace.seconds.sum()) / len(classes),
+        recognised=int((classify(images[..., 0]) == classes).sum()),
+        ink=float(often[brightest > 0].mean()),
+        blank=float(often[brightest < -0.8].mean()),
+    )
+
+
+@torch.no_grad()
+def time_plain_dit(
+    config: DCDiTConfig, patch: int, images: int, steps: int, halves: int, device: torch.device, repeats: int = 5
+) -> tuple[int, float, float]:
+    """(tokens, GFLOP per image, seconds per image) of a plain DiT with random weights over a whole trajectory.
+
+    The median of `repeats` forwards on `halves` times `images`, times `steps`.
+    """
+    model = PlainDiT(config, patch).to(device).eval()
+    batch = images * halves
+    x = torch.randn(batch, config.in_channels, *config.input_size, device=device)
+    t, y = torch.full((batch,), 500.0, device=device), torch.zeros(batch, dtype=torch.long, device=device)
+    seconds = []
+    for _ in range(1 + repeats):
+        begin = time.perf_counter()
+        model(x, t, y)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+    tokens = model.grid[0] * model.grid[1]
+    return tokens, dit_flops(config, tokens) * steps * halves, float(np.median(seconds[1:])) * steps / images
+
+
+def table(budgets: list[Budget], plain: list[tuple[int, float, float]], cells: int) -> str:
+    """The table as text, one row for each budget, then the plain DiTs."""
+    lines = [
+        f"{'':<22}{'tokens kept':>18}{'GFLOP/image':>14}{'s/image':>10}{'recognised':>14}",
+        *(
+            f"{f'DC-DiT  ρ = {b.drop_fraction:g}':<22}{f'{b.share * cells:.1f} ({b.share:.1%})':>18}{b.gflops:14.2f}"
+            f"{b.seconds:10.3f}{f'{b.recognised} of {len(b.images)}':>14}"
+            for b in budgets
+        ),
+    ]
+    for tokens, gflops, seconds in plain:
+        name = f"plain DiT, {'2×2' if tokens < cells else '1×1'} patches"
+        lines.append(f"{name:<22}{f'{tokens} ({tokens / cells:.1%})':>18}{gflops:14.2f}{seconds:10.3f}{'–':>14}")
+    return "\n".join(lines)

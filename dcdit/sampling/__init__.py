@@ -1,0 +1,11 @@
+"""Sampling: from a checkpoint to pictures, step by step."""
+
+from .._lazy import lazy
+
+__getattr__, __all__ = lazy(
+    __name__,
+    {
+        "sampler": "Samples Step Trace open_checkpoint sample",
+        "schedulers": "make_scheduler",
+    },
+)

@@ -1,0 +1,41 @@
+"""ρ, the share of the boundaries to drop, over the steps and images of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..errors import ConfigError
+
+DropFraction = float | torch.Tensor | Sequence[float] | Callable[[float], float]
+
+
+def drop_table(drop: DropFraction, timesteps: torch.Tensor, count: int) -> torch.Tensor:
+    """ρ of every step and image (S, N), float32, for `timesteps` (S,) from 1000 (noise) to 0 (data) and N = `count`.
+
+    `drop` is a number; a tensor (N,), one for each image; a list of at most S numbers, each for an equal share of the
+    steps (S of them: one for each step); or a function of the timestep. Raises ConfigError.
+    """
+    steps = len(timesteps)
+    if isinstance(drop, torch.Tensor) and drop.dim() == 1:
+        if len(drop) != count:
+            raise ConfigError(f"a drop fraction for each image needs {count} values, got {len(drop)}")
+        table = drop.float().cpu().expand(steps, count)
+    else:
+        if callable(drop):
+            drop = [drop(t) for t in timesteps.tolist()]
+        try:
+            values = torch.as_tensor(drop, dtype=torch.float32).cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"drop fractions must be numbers, got {drop!r}") from error
+        if values.dim() > 1 or not 1 <= values.numel() <= steps:
+            raise ConfigError(
+                f"drop fractions over {steps} steps must be 1 to {steps} numbers, got shape {tuple(values.shape)}"
+            )
+        share = torch.arange(steps) * values.numel() // steps
+        table = values.reshape(-1, 1)[share].expand(steps, count)
+    wrong = table[~((table >= 0) & (table < 1))]
+    if len(wrong):
+        raise ConfigError(f"drop fractions must be in [0, 1), got {wrong[0]:g}")
+    return table

@@ -1,0 +1,279 @@
+"""Sampling with diffusers' schedulers, classifier-free guidance and a budget of tokens for each half.
+
+Every image has random numbers of its own, made on the CPU from (seed, image index): the same image comes out
+whatever the batch size, the order or the number of devices.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..checkpoints.folder import load_checkpoint, locate
+from ..codecs import make_codec
+from ..errors import CheckpointError, ConfigError, DCDiTError
+from ..model.config import DCDiTConfig, check_keys
+from ..model.dcdit import DCDiT
+from ..model.flops import dcdit_flops
+from ..model.graphs import Graphed
+from ..model.precision import float32_products
+from ..model.routing import Routing
+from ..pictures.images import to_uint8
+from .drop_fraction import DropFraction, drop_table
+from .schedulers import SCHEDULERS, make_scheduler
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a callback sees before each update: x (B, C, H, W) at `timestep` (0 data to 1000 noise), the images' indices
+    (B,), and the Routing of the conditional half (its plan covers both halves where there is guidance)."""
+
+    number: int
+    steps: int
+    timestep: float
+    x: torch.Tensor
+    indices: torch.Tensor
+    routing: Routing
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run cost: `timesteps` (S,), `seconds` (S,) over all images, and the retained tokens of each image,
+    `tokens` (S, N) and `uncond_tokens` (S, N); the latter None without guidance, NaN in steps without it."""
+
+    timesteps: torch.Tensor
+    seconds: torch.Tensor
+    tokens: torch.Tensor
+    uncond_tokens: torch.Tensor | None
+
+    def gflops(self, config: DCDiTConfig, router: torch.nn.Module | None = None) -> torch.Tensor:
+        """GFLOP of each step, mean over the images, both halves together: (S,); `router` as in `dcdit_flops`."""
+        halves = [self.tokens] if self.uncond_tokens is None else [self.tokens, self.uncond_tokens]
+        costs = [
+            [np.mean([dcdit_flops(config, m, router)["total"] for m in row]) for row in h.tolist()] for h in halves
+        ]
+        return torch.tensor(costs).nan_to_num(0.0).sum(0)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Clean latents (N, C, H, W), float32 on the CPU, and the Trace of the run."""
+
+    latents: torch.Tensor
+    trace: Trace
+
+
+def image_generator(seed: int, index: int) -> torch.Generator:
+    """The random numbers of one image.
+
+    The CPU generator reads 32 bits of its seed. Within a run the indices keep them apart; the odd multiplier
+    (2³² divided by the golden ratio) puts the runs of nearby seeds far from each other.
+    """
+    return torch.Generator().manual_seed((seed * 0x9E3779B1 + index) % 2**32)
+
+
+@torch.no_grad()
+def sample(
+    model: DCDiT | Graphed,
+    classes: Sequence[int] | torch.Tensor,
+    *,
+    objective: str,
+    scheduler: str = "auto",
+    steps: int = 50,
+    guidance: float = 1.0,
+    guidance_channels: int | None = None,
+    guidance_interval: tuple[float, float] = (0.0, 1000.0),
+    eta: float = 0.0,
+    shift: float = 1.0,
+    drop_fraction: DropFraction = 0.0,
+    uncond_drop_fraction: DropFraction | None = None,
+    seed: int = 0,
+    indices: Sequence[int] | None = None,
+    batch_size: int = 64,
+    clip: bool = False,
+    callback: Callable[[Step], Any] | None = None,
+) -> Samples:
+    """Sample one latent for each class id in `classes` (N,).
+
+    Args:
+        model: in half precision (`dcdit.precision.cast_weights`) its float32 products are in TF32; a graphed one
+            (`dcdit.graphed`) is replayed as CUDA graphs.
+        objective: what the model was trained by, "flow" or "ddpm".
+        scheduler: "auto", "flow-euler", "flow-heun", "ddpm" (variance learned where the model has it), "ddim",
+            "dpm-solver++".
+        guidance: classifier-free guidance, uncond + guidance·(cond − uncond), of the noise or velocity; a learned
+            variance is the conditional one. 1 runs no unconditional half; less than 1 mixes it in, where
+            DCDiTPipeline, as diffusers does, runs without guidance. Both halves are one packed batch.
+        guidance_channels: how many of the latent's channels it moves (DiT: 3); None: all.
+        guidance_interval: the timesteps from 0 (data) to 1000 (noise) between which it is applied (arXiv 2404.07724).
+        eta: noise of "ddim", 0 (none) to 1 (as much as DDPM's; arXiv 2010.02502 eq. 16).
+        shift: of the times of flow matching, see `make_scheduler`.
+        drop_fraction: ρ in [0, 1), see `drop_table`: a number, a tensor (N,), a list over the steps, a function of t.
+        uncond_drop_fraction: likewise for the unconditional half (Lite-CFG, arXiv 2603.06351); None: the same.
+        seed, indices: image i draws from (seed, indices[i]); the indices are 0 to N − 1 by default.
+        clip: clamp the predicted x_0 of "ddpm" and "ddim" to [−1, 1], for codecs whose latents are pixels.
+        callback: called with a Step before each update.
+
+    Raises ConfigError for a class id outside [0, num_classes), ρ outside [0, 1), or a scheduler that does not fit;
+    DCDiTError where the router's probabilities are NaN.
+    """
+    config = model.config
+    classes = class_ids(classes, config.num_classes)
+    count = len(classes)
+    indices = torch.arange(count) if indices is None else torch.as_tensor(indices)
+    if len(indices) != count:
+        raise ConfigError(f"indices must have one entry for each of the {count} classes, got {len(indices)}")
+    for name, value in (("steps", steps), ("seed", seed)):
+        if not isinstance(value, int | np.integer):
+            raise ConfigError(f"{name} must be an integer, got {value!r}")
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed must be in [0, 2**32), got {seed}")
+    if not isinstance(guidance, int | float) or not 0 <= guidance < float("inf"):
+        raise ConfigError(f"guidance must be a number of at least 0, got {guidance}")
+    if guidance_channels is not None and not 1 <= guidance_channels <= config.in_channels:
+        raise ConfigError(f"guidance_channels must be in [1, {config.in_channels}], got {guidance_channels}")
+    if not 0 <= eta <= 1 or (eta and scheduler != "ddim"):
+        raise ConfigError(f"eta must be in [0, 1] and is of the scheduler ddim, got {eta} and {scheduler}")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+    if uncond_drop_fraction is None:
+        uncond_drop_fraction = drop_fraction
+    make = functools.partial(make_scheduler, scheduler, objective, steps, config.learn_sigma, clip, shift)
+    _, timesteps = make()
+    low, high = guidance_interval
+    guidances = [guidance if low <= t <= high else 1.0 for t in timesteps.tolist()]
+    # (S, N) each, checked before the first step is taken.
+    budgets = [drop_table(drop_fraction, timesteps, count)]
+    if any(value != 1 for value in guidances):
+        budgets.append(drop_table(uncond_drop_fraction, timesteps, count))
+
+    latents = torch.empty(count, config.in_channels, *config.input_size)
+    tokens = torch.full((len(budgets), len(timesteps), count), torch.nan)
+    seconds = torch.zeros(len(timesteps))
+    with float32_products("high" if next(model.parameters()).dtype.itemsize < 4 else None):
+        for start in range(0, count, batch_size):
+            part = slice(start, start + batch_size)
+            # A scheduler for each batch: multistep ones keep state.
+            run = _Batch(model, make()[0], classes[part], indices[part], seed, guidance_channels, eta)
+            for i, t in enumerate(timesteps.tolist()):
+                begin = time.perf_counter()
+                halves = 1 if guidances[i] == 1 else 2
+                rho = torch.cat([budget[i, part] for budget in budgets[:halves]])
+                routing = run.predict(t, rho, guidances[i])
+                if callback is not None:
+                    paused = time.perf_counter()
+                    callback(Step(i, len(timesteps), t, run.x, indices[part], routing))
+                    begin += time.perf_counter() - paused
+                tokens[:halves, i, part] = routing.plan.lengths.view(halves, -1).cpu().float()
+                run.update(i)
+                seconds[i] += time.perf_counter() - begin
+            latents[part] = run.x.cpu()
+            if not latents[part].isfinite().all():
+                raise DCDiTError(f"sampling diverged: latents that are not finite; {_hint(guidance)}")
+    trace = Trace(timesteps, seconds, tokens[0], tokens[1] if len(budgets) == 2 else None)
+    return Samples(latents, trace)
+
+
+class _Batch:
+    """The images of one batch on their way from noise to data."""
+
+    def __init__(self, model, scheduler, classes, indices, seed, guidance_channels, eta) -> None:
+        self.model, self.scheduler = model, scheduler
+        self.channels = guidance_channels or model.config.in_channels
+        self.options = {"eta": eta} if eta else {}
+        weight = next(model.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+        self.generators = [image_generator(seed, index) for index in indices.tolist()]
+        shape = (1, model.config.in_channels, *model.config.input_size)
+        self.x = torch.cat([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
+        null = torch.full_like(classes, model.config.num_classes)
+        self.y = torch.cat([classes, null]).to(self.device)
+
+    def predict(self, t: float, rho: torch.Tensor, guidance: float) -> Routing:
+        """Run the model at time t with ρ (B or, with guidance, 2B); keep the output, return the conditional routing."""
+        x = torch.cat([self.x] * (len(rho) // len(self.x))).to(self.dtype)
+        times = torch.full((len(x),), t, device=self.device)
+        try:
+            out, routing = self.model(x, times, self.y[: len(x)], rho.to(self.device), return_routing=True)
+        except ValueError as error:
+            if "NaN" not in str(error):
+                raise
+            raise DCDiTError(f"sampling diverged at t = {t:g}: {error}; {_hint(guidance)}") from error
+        self.output = out.float() if guidance == 1 else guide(out.float(), guidance, self.channels)
+        batch = len(self.x)
+        return Routing(routing.boundary_prob[:batch], routing.plan)
+
+    def update(self, i: int) -> None:
+        """Let the scheduler take step i."""
+        scheduler, output = self.scheduler, self.output
+        if scheduler.config.get("variance_type") != "learned_range":
+            output = output[:, : self.x.shape[1]]
+        # diffusers draws a list of generators one image at a time, on the CPU.
+        self.x = scheduler.step(
+            output, scheduler.timesteps[i], self.x, generator=self.generators, **self.options
+        ).prev_sample
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _hint(guidance: float) -> str:
+    return f"are the weights finite, is guidance {guidance:g} too large?"
+
+
+def class_ids(classes: Sequence[int] | torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Ids (N,), int64, of classes in [0, num_classes). Raises ConfigError."""
+    try:
+        classes = torch.as_tensor(classes)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"classes must be a list of class ids, got {classes!r}") from error
+    if classes.dim() != 1 or classes.is_floating_point() or len(classes) == 0:
+        raise ConfigError(f"classes must be a list of class ids, got {classes.dtype} of shape {tuple(classes.shape)}")
+    low, high = int(classes.min()), int(classes.max())
+    if low < 0 or high >= num_classes:
+        wrong = low if low < 0 else high
+        raise ConfigError(f"class id {wrong} is outside [0, {num_classes - 1}], the classes of this model")
+    return classes.long()
+
+
+def guide(out: torch.Tensor, guidance: float, channels: int) -> torch.Tensor:
+    """Classifier-free guidance of `out` (2B, C or 2C, H, W), the conditional half first, on the first `channels`.
+
+    The channels after them, such as a learned variance, are the conditional ones.
+    """
+    cond, uncond = out.chunk(2)
+    mean = uncond[:, :channels] + guidance * (cond[:, :channels] - uncond[:, :channels])
+    return torch.cat([mean, cond[:, channels:]], dim=1)
+
+
+def open_checkpoint(path: str | Path, device: str | torch.device = "cpu"):
+    """What a checkpoint needs to become images: (model, objective, codec). `path` as in `dcdit.checkpoints.locate`.
+
+    Raises CheckpointError or ConfigError, also for a codec that cannot decode the model's latents.
+    """
+    path = locate(path)
+    model, extra = load_checkpoint(path, device)
+    for key, kind in (("objective", str), ("codec", dict)):
+        if not isinstance(extra.get(key), kind):
+            raise CheckpointError(
+                f"{path / 'config.json'} does not say the model's {key}; "
+                'save it with extra={"objective": "flow" or "ddpm", "codec": {"kind": …}}'
+            )
+    check_keys([extra["objective"]], set(SCHEDULERS.values()), "objective")
+    names, channels = extra.get("class_names"), extra.get("guidance_channels")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise CheckpointError(f"{path / 'config.json'}: class_names must be a list of text, got {names!r}")
+    if channels is not None and type(channels) is not int:
+        raise CheckpointError(f"{path / 'config.json'}: guidance_channels must be an integer, got {channels!r}")
+    codec = make_codec(**extra["codec"])
+    try:
+        to_uint8(codec.decode(torch.zeros(1, model.config.in_channels, *model.config.input_size, device=device)))
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"the codec {extra['codec']} does not fit the model: {str(error).splitlines()[0]}") from error
+    return model, extra["objective"], codec

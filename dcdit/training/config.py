@@ -1,0 +1,303 @@
+"""The training configuration: one YAML file and `key=value` overrides, checked key by key."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import typing
+from dataclasses import dataclass, field
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import ConfigError
+from ..model.config import DCDiTConfig, check_keys, preset
+
+# Which numbers the keys take, and how to say so.
+LIMITS = (
+    ("steps batch_size accumulate log_every save_every data.size", lambda value: value >= 1, "be at least 1"),
+    ("codec.factor validation.steps", lambda value: value >= 1, "be at least 1"),
+    ("batch_size", lambda value: value <= 2**20, "be at most 1048576"),
+    ("time_shift", lambda value: value > 0, "be positive"),
+    ("min_snr seed ratio_weight max_minutes data.workers", lambda value: value >= 0, "not be negative"),
+    ("optim.lr optim.weight_decay optim.grad_clip", lambda value: value >= 0, "not be negative"),
+    ("optim.warmup_steps drop_warmup snapshot_every codec.scale", lambda value: value >= 0, "not be negative"),
+    ("upcycle.distill_steps upcycle.distill_weight", lambda value: value >= 0, "not be negative"),
+    ("validation.every validation.items validation.samples", lambda value: value >= 0, "not be negative"),
+    ("validation.guidance", lambda value: value >= 0, "not be negative"),
+    ("upcycle.output_share", lambda value: 0 <= value <= 1, "be in [0, 1]"),
+    ("label_drop optim.beta2", lambda value: 0 <= value < 1, "be in [0, 1)"),
+)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """`kind` digits, folder (`path`, `size` pixels, transparency on `background`) or latents (`path`).
+
+    `skip_broken` takes the next picture of the epoch in the place of an unreadable one; all others keep their places.
+    """
+
+    kind: Literal["digits", "folder", "latents"] = "digits"
+    path: str = ""
+    size: int = 256
+    flip: bool = False
+    background: str = "white"
+    skip_broken: bool = False
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """`kind` pixel_unshuffle (`factor`) or autoencoder_kl (`pretrained`, `scale`; 0 takes the weights' own)."""
+
+    kind: Literal["pixel_unshuffle", "autoencoder_kl"] = "pixel_unshuffle"
+    factor: int = 2
+    pretrained: str = "stabilityai/sd-vae-ft-ema"
+    scale: float = 0.0
+
+    def options(self) -> dict[str, Any]:
+        """The keywords of `dcdit.codecs.make_codec`, without those of the other kind."""
+        if self.kind == "pixel_unshuffle":
+            return {"kind": self.kind, "factor": self.factor}
+        return {"kind": self.kind, "pretrained": self.pretrained, "scale": self.scale or None}
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay to 0, gradients clipped by norm (0: not), EMAs of the weights.
+
+    `ema_decay` may be several; the first is the one of OUTPUT/model, the others are OUTPUT/model-DECAY.
+    """
+
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    beta2: float = 0.999
+    warmup_steps: int = 0
+    cosine: bool = True
+    grad_clip: float = 1.0
+    ema_decay: tuple[float, ...] = (0.9999,)
+
+
+def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
+    """Linear warm-up, then half a cosine to 0 at the last step (or constant)."""
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    if not optim.cosine:
+        return optim.lr
+    progress = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
+    return optim.lr * (1 + math.cos(math.pi * progress)) / 2
+
+
+@dataclass(frozen=True)
+class UpcycleConfig:
+    """`source`: the DiT to start from (empty: from scratch); its blocks teach in the first `distill_steps` steps.
+
+    `output_share` is the share that the distance from the teacher's prediction has in the first step's diffusion loss;
+    it falls linearly to 0. The teacher must have the same objective. `teacher` is its convention: dit (times 0 to 1000,
+    as here) or sit (times in [0, 1], 1 is data, velocity data − noise; arXiv 2401.08740). `check_teacher` refuses one
+    whose loss on the first items is no better than predicting zero.
+    """
+
+    source: str = ""
+    teacher: Literal["dit", "sit"] = "dit"
+    check_teacher: bool = True
+    distill_steps: int = 5000
+    distill_weight: float = 1.0
+    output_share: float = 0.0
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Every so many steps (0: never) the loss of `items` held-out items, and a sheet of `samples` images.
+
+    Digits have held-out items of their own; other data needs `path`, of the same kind as data.path.
+    """
+
+    every: int = 0
+    path: str = ""
+    items: int = 512
+    samples: int = 0
+    steps: int = 25
+    guidance: float = 2.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that `dcdit train` reads. `batch_size` is the global one; `drop_fractions` are the ρ to draw from.
+
+    `init` is a DC-DiT to start from. `snapshot_every` steps (0: never) the first EMA model is kept in
+    OUTPUT/snapshots. `log_with` names trackers of accelerate. `time_shift` is of flow matching, `min_snr` of ddpm; see
+    `dcdit.diffusion`.
+
+    Each process goes through its slice of the batch in `accumulate` parts. With `checkpointing` the backward computes
+    the activations of each block again instead of keeping them. With `cuda_graph` the forward and backward of a step
+    are replayed as CUDA graphs, see `dcdit.step_graphs`.
+    """
+
+    output: str = "runs/train"
+    init: str = ""
+    seed: int = 0
+    steps: int = 400_000
+    batch_size: int = 256
+    accumulate: int = 1
+    checkpointing: bool = False
+    objective: Literal["flow", "ddpm"] = "flow"
+    model: DCDiTConfig = field(default_factory=lambda: preset("digits"))
+    data: DataConfig = field(default_factory=DataConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    time_shift: float = 1.0
+    min_snr: float = 0.0
+    label_drop: float = 0.1
+    ratio_weight: float = 0.03
+    drop_fractions: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    drop_warmup: int = 5000
+    precision: Literal["no", "bf16"] = "no"
+    channels_last: bool = False
+    compile: bool = False
+    cuda_graph: bool = False
+    log_every: int = 10
+    save_every: int = 1000
+    snapshot_every: int = 0
+    max_minutes: float = 0.0
+    log_with: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for names, fits, words in LIMITS:
+            for name in names.split():
+                value = attrgetter(name)(self)
+                if not fits(value):
+                    raise ConfigError(f"{name} must {words}, got {value}")
+        if self.seed >= 2**63:  # NumPy makes keys of int64
+            raise ConfigError(f"seed must be below 2**63, got {self.seed}")
+        for rho in self.drop_fractions:
+            if not 0 <= rho < 1 - 2**-25:  # from there on float32 has 1
+                raise ConfigError(f"drop_fractions must lie in [0, 1), got {rho}")
+        for decay in self.optim.ema_decay:
+            if not 0 <= decay <= 1:
+                raise ConfigError(f"optim.ema_decay must be in [0, 1], got {decay}")
+        if not self.optim.ema_decay or len(set(self.optim.ema_decay)) < len(self.optim.ema_decay):
+            raise ConfigError(f"optim.ema_decay needs one or several different values, got {self.optim.ema_decay}")
+        if not self.output:
+            raise ConfigError("output must be a folder, got an empty name")
+        if self.init and self.upcycle.source:
+            raise ConfigError("a run starts from init or from upcycle.source, not from both")
+        if self.cuda_graph:
+            for name, value in {"compile": self.compile, "checkpointing": self.checkpointing}.items():
+                if value:
+                    raise ConfigError(f"cuda_graph and {name} exclude each other: leave one of them out")
+            if self.upcycle.source:
+                raise ConfigError("cuda_graph is not for upcycling, whose loss changes with the step: leave it out")
+        if not self.drop_fractions:
+            raise ConfigError("drop_fractions needs at least one value; [0] trains without dropping")
+        if self.data.kind != "digits" and not self.data.path:
+            raise ConfigError(f"data.kind={self.data.kind} needs data.path")
+        if self.data.kind == "latents" and self.codec.kind == "pixel_unshuffle":
+            raise ConfigError(
+                "data.kind=latents needs the autoencoder that made them, for sampling: "
+                "codec.kind=autoencoder_kl codec.pretrained=…"
+            )
+        for key, of in (("time_shift", "flow"), ("min_snr", "ddpm")):
+            if self.objective != of and getattr(self, key) != getattr(TrainConfig, key):
+                raise ConfigError(f"{key} is of objective {of}, this run has {self.objective}")
+        if self.objective == "flow" and self.model.learn_sigma:
+            raise ConfigError("objective flow has no variance to learn: set model.learn_sigma=false or objective=ddpm")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values in JSON types."""
+        values = dataclasses.asdict(self)
+        return json.loads(json.dumps({**values, "model": self.model.to_dict()}))
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> TrainConfig:
+    """A YAML file under `key=value` overrides, dots for nesting. Raises ConfigError for what cannot be used."""
+    import yaml
+
+    try:
+        values = _read_yaml(Path(path).expanduser().read_text(encoding="utf-8")) or {}
+    except FileNotFoundError as error:
+        raise ConfigError(f"no config file {path}") from error
+    except IsADirectoryError as error:
+        raise ConfigError(f"{path} is a folder, expected a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping of keys, found {type(values).__name__}")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"expected key=value, got {override!r}")
+        try:
+            value = _read_yaml(text)
+        except (yaml.YAMLError, RecursionError) as error:
+            raise ConfigError(f"cannot read the value of {override!r}") from error
+        _assign(values, key.split("."), value)
+    return _build(TrainConfig, values, "")
+
+
+def _read_yaml(text: str) -> Any:
+    """Plain YAML; a key that stands twice in one mapping is refused, where PyYAML takes the last."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+            twice = next((key for key in keys if keys.count(key) > 1), None)
+            if twice is not None:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {twice} is there twice", node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader)  # a SafeLoader: plain values only
+
+
+def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{key} is not a group of keys")
+    values[keys[-1]] = value
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(cls) | ({"preset": str} if cls is DCDiTConfig else {})
+    for key in values:
+        groups = [name for name, hint in hints.items() if key in getattr(hint, "__dataclass_fields__", ())]
+        if key not in hints and groups:
+            raise ConfigError(f"unknown config key {key!r}; did you mean '{groups[0]}.{key}'?")
+    check_keys(values, hints, (prefix or "config").rstrip("."))
+    given = {key: _convert(hints[key], value, prefix + key) for key, value in values.items()}
+    return cls.from_dict(given) if cls is DCDiTConfig else cls(**given)
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    """`value` as the type that the field has. YAML reads 1e-3 as text and 4 as an integer; both are fine floats."""
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{name} must be a group of keys, got {value!r}")
+        return _build(hint, value, name + ".")
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        value = "no" if value is False and "no" in args else value  # YAML reads a bare no as false
+        if value not in args:
+            raise ConfigError(f"{name} must be one of {', '.join(args)}, got {value!r}")
+        return value
+    if origin is tuple:
+        # One value stands for a list of it, a size for both sides.
+        single = isinstance(value, int | float | str)
+        items = [value] * (1 if Ellipsis in args else len(args)) if single else value
+        if not isinstance(items, list):
+            raise ConfigError(f"{name} must be a list, got {value!r}")
+        return tuple(_convert(args[0], item, name) for item in items)
+    if hint is float and type(value) in (int, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if type(value) is hint:
+        if hint is float and not math.isfinite(value):
+            raise ConfigError(f"{name} must be finite, got {value}")
+        return value
+    kinds = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    raise ConfigError(f"{name} must be {kinds[hint]}, got {value!r}")

@@ -1,0 +1,78 @@
+"""accelerate's Accelerator for a training configuration: what the launcher asks for is obeyed or refused."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+from ..errors import ConfigError
+from .config import TrainConfig
+from .ranks import cpu_ranks
+
+# Ways of splitting a model that need its blocks wrapped: the trainer holds the whole model on every process.
+REFUSED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+}
+
+
+def make_accelerator(config: TrainConfig):
+    """The Accelerator of a run. Raises ConfigError where `accelerate launch` and the configuration disagree.
+
+    `--mixed_precision no` is also the launcher's default, so the configuration may ask for more.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    for name, words in REFUSED.items():
+        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
+            raise ConfigError(
+                f"accelerate launch asks for {words}, which dcdit train does not support: use --multi_gpu"
+            )
+    for flag, name, key, ours, free in (
+        ("mixed_precision", "ACCELERATE_MIXED_PRECISION", "precision", config.precision, "no"),
+        ("gradient_accumulation_steps", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "accumulate", config.accumulate, "1"),
+        ("dynamo_backend", "ACCELERATE_DYNAMO_BACKEND", "compile", config.compile, "no"),
+    ):
+        theirs = os.environ.get(name, free).lower()
+        fits = str(ours) if key != "compile" else ("inductor" if ours else "no")
+        if theirs not in (free, fits):
+            raise ConfigError(
+                f"accelerate launch asks for {flag}={theirs}, the configuration has {key}={ours}: set {key} there"
+            )
+    _check_trackers(config.log_with)
+    output = Path(config.output).expanduser()
+    project = ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "tensorboard"))
+    # Accumulation and compilation are the trainer's own: accelerate would divide each loss once more.
+    # PyTorch's remark on gradients of convolutions in channels_last: true, and nothing to be done about it.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    hidden = {name: os.environ.pop(name, None) for name in _OWN}
+    try:
+        return Accelerator(
+            mixed_precision=config.precision,
+            cpu=cpu_ranks(),
+            log_with=list(config.log_with) or None,
+            project_config=project,
+        )
+    finally:
+        os.environ.update({name: value for name, value in hidden.items() if value is not None})
+
+
+_OWN = ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND")
+
+
+def _check_trackers(names: tuple[str, ...]) -> None:
+    """Raise ConfigError for trackers that accelerate does not know, or would leave out with a warning."""
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    known = [kind.value for kind in LoggerType if kind.value != "all"]
+    available = [str(getattr(name, "value", name)) for name in get_available_trackers()]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"log_with must be among {', '.join(known)}, got {name!r}")
+        if name not in available:
+            raise ConfigError(f"log_with={name} needs a package that is not installed: pip install {name}")

@@ -1,0 +1,101 @@
+"""Differences between a run and its resumption: free, allowed or refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..errors import ConfigError
+from .config import TrainConfig
+
+# Keys of a configuration, or groups of keys, that change no number of the steps that were made.
+FREE_KEYS = (
+    *("output", "log_every", "save_every", "snapshot_every", "max_minutes", "log_with", "validation"),
+    *("data.path", "data.workers", "data.skip_broken"),  # the data's fingerprint is compared
+    *("accumulate", "checkpointing", "cuda_graph"),  # the same numbers, up to the order of sums
+)
+Change = dict[str, Any]  # {"step", "key", "from", "to"}
+
+
+def compare(
+    step: int,
+    old: dict[str, Any],
+    new: dict[str, Any],
+    allow: Sequence[str],
+    old_data: dict[str, Any] | None = None,
+    new_data: dict[str, Any] | None = None,
+) -> list[Change]:
+    """The differences that `allow` lets pass, each with the step from which it holds.
+
+    `old` and `new` are configurations as `TrainConfig.to_dict` gives them, the data descriptions as
+    `describe_data` does. Raises ConfigError that names every other difference.
+    """
+    differences = [(key, a, b) for key, a, b in _differences(old, new) if not _free(key, new)]
+    if old_data and new_data and old_data["fingerprint"] != new_data["fingerprint"]:
+        key = next(key for key in ("class_names", "items", "fingerprint") if old_data[key] != new_data[key])
+        differences.append(("data", f"{key} {old_data[key]}", f"{key} {new_data[key]}"))
+    refused = [(key, a, b) for key, a, b in differences if not any(key == k or key.startswith(f"{k}.") for k in allow)]
+    if refused:
+        changes = ", ".join(f"{key}={a}, this run asks for {b}" for key, a, b in refused)
+        keys = ",".join(key for key, *_ in refused)
+        raise ConfigError(
+            f"the run at step {step} was trained with {changes}; give another output, or go on with --allow {keys}"
+        )
+    return [{"step": step, "key": key, "from": a, "to": b} for key, a, b in differences]
+
+
+def check_allowed(allow: Sequence[str], config: dict[str, Any]) -> None:
+    """Raise ConfigError for a name that is no key or group of keys of a configuration."""
+    known = set(_paths(config))
+    for key in allow:
+        if key not in known:
+            raise ConfigError(f"--allow {key}: there is no such key")
+
+
+def describe_data(source) -> dict[str, Any]:
+    """The fingerprint of the data, its number of items and the names of its classes."""
+    return {"fingerprint": source.fingerprint(), "items": len(source), "class_names": source.class_names}
+
+
+def _free(key: str, new: dict[str, Any]) -> bool:
+    # At a constant rate the steps made do not depend on how many are to come.
+    constant = not new["optim"]["cosine"] and not new["upcycle"]["output_share"] if "upcycle" in new else False
+    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS) or (key == "steps" and constant)
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Differing values by dotted key. A run of a version without a key had its default; keys that went are skipped."""
+    before, after = dict(_values(old)), dict(_values(new))
+    defaults = dict(_values(_defaults(TrainConfig)))
+    for key, b in sorted(after.items()):
+        a = before.get(key, defaults.get(key, b))
+        if b not in (a, [a]):  # several values where there was one
+            yield key, a, b
+
+
+def _values(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _values(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, list(value) if isinstance(value, tuple) else value
+
+
+def _paths(values: dict[str, Any]) -> Iterator[str]:
+    for key, _ in _values(values):
+        parts = key.split(".")
+        yield from (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    """The defaults of a configuration class. No instance is made: its own checks might refuse it."""
+    values = {}
+    for field in dataclasses.fields(cls):
+        if field.name == "model":
+            values[field.name] = field.default_factory().to_dict()
+        elif isinstance(field.default_factory, type):
+            values[field.name] = _defaults(field.default_factory)
+        else:
+            values[field.name] = field.default
+    return values

@@ -1,0 +1,346 @@
+"""The training loop: one objective, the ratio loss, multi-budget ρ, AdamW and EMA, on accelerate."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..checkpoints.folder import check_place, save_checkpoint
+from ..codecs import make_codec
+from ..data.sources import check_codec, make_source
+from ..errors import ConfigError, DataError, DCDiTError
+from ..files import check_folder, locked
+from ..interrupts import held_back, raised
+from ..model.dcdit import DCDiT
+from ..model.precision import float32_products
+from ..model.routing import Routing
+from .config import TrainConfig, learning_rate
+from .launch import make_accelerator
+from .objectives import make_objective, ratio_loss
+from .progress import Progress
+from .resume import Change, check_allowed, compare, describe_data
+from .run_output import average, describe_run, look, place, use
+from .state import EMA, Metrics, load_state, read_header, save_state
+from .step_graphs import StepGraphs
+from .stream import TrainingStream, batches, check_split, draw_drop_fraction
+from .validation import Validation
+from .warm_start import start_from
+
+
+def train(config: TrainConfig, allow: Sequence[str] = ()) -> Path:
+    """Train, or resume what `config.output` holds, and return the directory of the EMA model.
+
+    Writes OUTPUT/last.safetensors (to resume from), OUTPUT/model (the EMA, for `dcdit sample`) and
+    OUTPUT/metrics.jsonl. `allow` names keys that may differ from those of the run that is resumed. Raises DCDiTError
+    for input that cannot be used.
+    """
+    kind = Trainer
+    if config.upcycle.source:
+        from .upcycle import Upcycler
+
+        kind = Upcycler
+    with raised():
+        trainer = kind(config, allow)
+        try:
+            trainer.accelerator.print(describe_run(trainer), flush=True)
+            return trainer.run()
+        except (KeyboardInterrupt, RuntimeError) as error:
+            # A signal to the whole group of processes ends those that load first.
+            if isinstance(error, KeyboardInterrupt) or "DataLoader worker" in str(error):
+                trainer.save_interrupted()
+            raise
+        finally:
+            trainer.close()
+
+
+class Trainer:
+    """One run. Everything random about a step is a function of (seed, step), see `dcdit.stream`."""
+
+    def __init__(self, config: TrainConfig, allow: Sequence[str] = ()) -> None:
+        self.config = config
+        check_allowed(allow, config.to_dict())
+        self.output = check_folder(Path(config.output).expanduser())
+        self.accelerator = make_accelerator(config)
+        self.device, self.ranks = self.accelerator.device, self.accelerator.num_processes
+        check_split(config.batch_size, self.ranks, config.accumulate)
+        self.objective = make_objective(config.objective, config.model.learn_sigma, config.time_shift, config.min_snr)
+        self.source = make_source(config.data, config.model)
+        check_codec(self.source, config.codec.options())
+        self.codec = None if self.source.encoded else make_codec(**config.codec.options())
+        self.stream = TrainingStream(
+            self.source,
+            self.objective,
+            (config.model.in_channels, *config.model.input_size),
+            config.model.num_classes,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            label_drop=config.label_drop,
+            flip=config.data.flip,
+            skip_broken=config.data.skip_broken,
+        )
+        self._check_latents()
+        self.validation = None
+        if config.validation.every:
+            self.validation = Validation(config, self.objective, self.codec, self.source.class_names)
+
+        torch.manual_seed(config.seed)
+        net = self.make_net()
+        self.started = "fresh weights"
+        if config.init:
+            use = {"objective": config.objective, "codec": config.codec.options()}
+            self.started = start_from(net, config.init, self.source.class_names, use)
+        self.net = net.to(self.device)
+        self.net.main.gradient_checkpointing = config.checkpointing
+        if config.channels_last:
+            self.net = self.net.to(memory_format=torch.channels_last)
+        compiled = torch.compile(self.net, fullgraph=True, dynamic=True) if config.compile else self.net
+        self.model = self.accelerator.prepare(compiled)
+        self.emas = [EMA(self.net, decay) for decay in config.optim.ema_decay]
+        optim = config.optim
+        self.optimizer = torch.optim.AdamW(
+            self.net.parameters(),
+            lr=optim.lr,
+            betas=(0.9, optim.beta2),
+            weight_decay=optim.weight_decay,
+            fused=True,
+        )
+
+        self.graphs = None
+        if config.cuda_graph:
+            if self.ranks > 1:
+                raise ConfigError(f"cuda_graph is for a single process, got {self.ranks}; leave it out")
+            self.graphs = StepGraphs(self.losses, self.net.parameters(), config.model.cells, config.accumulate)
+
+        for decay in config.optim.ema_decay:
+            check_place(place(self, decay))  # as each save will: the steps before it would be lost
+        self.held = contextlib.ExitStack()
+        if self.accelerator.is_main_process:
+            self.output.mkdir(parents=True, exist_ok=True)
+            self.held.enter_context(locked(self.output))
+        try:
+            self._resume(allow)
+        except BaseException:
+            self.held.close()
+            raise
+
+    def _resume(self, allow: Sequence[str]) -> None:
+        """Load what the output holds, and open the metrics. Raises ConfigError for a run of another configuration."""
+        config = self.config
+        self.last, self.step = self.output / "last.safetensors", 0
+        self.data, self.changes = describe_data(self.source), list[Change]()
+        if self.last.exists():
+            header = read_header(self.last)
+            new = compare(header["step"], header["config"], config.to_dict(), allow, header.get("data"), self.data)
+            load_state(self.last, self.net, self.emas, self.optimizer)
+            self.step, self.changes = header["step"], [*header.get("changes", []), *new]
+            if self.graphs:
+                self.graphs.rows = header.get("rows", {})
+        self.saved, self.updating = self.step, False
+        self.metrics = None
+        if self.accelerator.is_main_process:
+            for copy in self.output.glob(".model*"):  # of a run that was killed in the middle of a save
+                shutil.rmtree(copy, ignore_errors=True)
+            self.metrics = Metrics(self.output, self.step)
+        if config.log_with:
+            values = {
+                key: value if isinstance(value, int | float | str) else str(value)
+                for key, value in config.to_dict().items()
+            }
+            purge = {"tensorboard": {"purge_step": self.step + 1}}
+            self.accelerator.init_trackers("dcdit", config=values, init_kwargs=purge)
+
+    def make_net(self) -> DCDiT:
+        """The model before its first step."""
+        return DCDiT(self.config.model)
+
+    def teach(
+        self, diffusion: torch.Tensor, inputs: tuple[torch.Tensor, ...], output: torch.Tensor, routing: Routing
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """What this step minimises next to the ratio loss, and its further parts by their names in metrics.jsonl.
+
+        `inputs` are those of the model: x_t, t and y.
+        """
+        return diffusion, {}
+
+    def run(self) -> Path:
+        """Train to the last step, or to `max_minutes`; save, and return the directory of the EMA model."""
+        config, main = self.config, self.accelerator.is_main_process
+        rank, workers = self.accelerator.process_index, config.data.workers
+        start, since, since_step = time.monotonic(), time.monotonic(), self.step
+        progress = Progress(self.step, config.steps, main)
+        with contextlib.closing(progress), float32_products("high" if config.precision == "bf16" else None):
+            pin = self.device.type == "cuda"
+            for batch in batches(self.stream, self.step, config.steps, rank, self.ranks, workers, pin):
+                # The first process saves the step that it is in; the others stay for it until they are ended.
+                with held_back(ignore=not main):
+                    values = self._guarded_step(batch)
+                    self.step += 1
+                    self.updating = False
+                    progress.advance()
+                    if self.step % config.log_every == 0 or self.step == config.steps:
+                        numbers = self._reduced(values)
+                        now = time.monotonic()
+                        speed = (self.step - since_step) * config.batch_size / (now - since)
+                        since, since_step = now, self.step
+                        self._report(progress, {"step": self.step, **numbers, "images_per_s": speed})
+                    if self.step % config.save_every == 0:
+                        self._save()
+                    look(self)
+                if config.max_minutes and self._time_is_up(start):
+                    break
+        if self.saved != self.step or not (self.output / "model").exists():
+            self._save()
+        self.accelerator.wait_for_everyone()
+        if self.graphs:
+            self.accelerator.print(self.graphs.summary())
+        self.accelerator.print(f"EMA model after step {self.step}: {self.output / 'model'}")
+        # Not after a failure: where the other ranks wait for this one, NCCL would wait for them.
+        self.accelerator.end_training()
+        return self.output / "model"
+
+    def save_interrupted(self) -> None:
+        """Save the steps since the last save; not half an update."""
+        if self.saved != self.step and not self.updating:
+            self._save()
+
+    def close(self) -> None:
+        """Let others have the output, and end the trackers."""
+        self.held.close()
+        if self.accelerator.is_main_process:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+
+    def train_step(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | float]:
+        """One optimiser step on this rank's slice of the batch; returns what metrics.jsonl records."""
+        config, count = self.config, self.config.accumulate
+        rho = draw_drop_fraction(config.seed, self.step, config.drop_fractions, config.drop_warmup)
+        lr = learning_rate(config.optim, self.step, config.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = [batch[key].chunk(count) for key in ("image", "noise", "t", "y")]
+        sums: dict[str, torch.Tensor] = {}
+        for number, part in enumerate(zip(*parts, strict=True)):
+            # The last part's backward adds up the gradients of all ranks.
+            alone = self.accelerator.no_sync(self.model) if number + 1 < count else contextlib.nullcontext()
+            with alone:
+                values = self._backward(*(tensor.to(self.device, non_blocking=True) for tensor in part), rho)
+            for key, value in values.items():
+                sums[key] = sums.get(key, 0) + value.detach() / count
+        # No clipping is clipping at infinity: the norm is still measured.
+        norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), config.optim.grad_clip or math.inf)
+        self.updating = True  # until the step is counted
+        self.optimizer.step()
+        for ema in self.emas:
+            ema.update(self.net, self.step)
+        return {**sums, "drop_fraction": rho, "grad_norm": norm, "lr": lr}
+
+    def _backward(
+        self, image: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, y: torch.Tensor, rho: float
+    ) -> dict[str, torch.Tensor]:
+        """Add the gradients of one part of the batch to those of the others; returns its losses."""
+        x0 = image if self.codec is None else self.codec.encode(image)
+        if self.graphs:
+            return self.graphs.backward((x0, noise, t, y), rho)
+        # A tensor, because a compiled graph would be made anew for each number.
+        values, _ = self.losses(x0, noise, t, y, torch.full((), rho, device=x0.device))
+        self.accelerator.backward(values["loss"] / self.config.accumulate)
+        return values
+
+    def losses(
+        self,
+        x0: torch.Tensor,
+        noise: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor,
+        rho: torch.Tensor,
+        **limits: int,
+    ) -> tuple[dict[str, torch.Tensor], Routing]:
+        """The loss of latents (B, C, H, W) at drop fraction ρ, its parts, and the share of the cells that was kept.
+
+        `limits` are `capacity` and `max_seqlen` of the model.
+        """
+        config = self.config
+        x = self.objective.add_noise(x0, noise, t)
+        if config.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        output, routing = self.model(x, t, y, drop_fraction=rho, return_routing=True, **limits)
+        output = output.float()
+        diffusion = self.objective.loss(output, x0, noise, t).mean()
+        ratio = ratio_loss(routing.boundary_prob, routing.natural_mask, config.model.target_ratio)
+        taught, parts = self.teach(diffusion, (x, t, y), output, routing)
+        loss = taught + config.ratio_weight * ratio
+        kept = routing.plan.lengths.float().mean() / routing.plan.cells
+        return {"loss": loss, "diffusion_loss": diffusion, "ratio_loss": ratio, **parts, "kept": kept}, routing
+
+    def _reduced(self, values: dict[str, torch.Tensor | float]) -> dict[str, float]:
+        """Means over the ranks, as numbers. Raises DCDiTError where training has diverged."""
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        stacked = torch.stack([torch.as_tensor(v, dtype=wide).to(self.device) for v in values.values()])
+        numbers = dict(zip(values, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
+        if not math.isfinite(numbers["loss"] + numbers["grad_norm"]):
+            raise self._diverged(f"loss {numbers['loss']}, gradient norm {numbers['grad_norm']}")
+        return numbers
+
+    def _guarded_step(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | float]:
+        """`train_step`, where the operators' complaint about NaN is the news that training has diverged."""
+        try:
+            return self.train_step(batch)
+        except ValueError as error:
+            if "NaN" not in str(error):
+                raise
+            raise self._diverged(str(error)) from error
+
+    def _diverged(self, how: str) -> DCDiTError:
+        again = (
+            f"; step {self.saved} is saved: resume with a smaller optim.lr and --allow optim.lr" if self.saved else ""
+        )
+        return DCDiTError(f"training diverged: {how} at step {self.step}{again or '; try a smaller optim.lr'}")
+
+    def _report(self, progress: Progress, values: dict[str, float]) -> None:
+        self.log(values)
+        progress.report(f"loss {values['loss']:.4f}, kept {values['kept']:.1%}, {values['images_per_s']:.1f} images/s")
+
+    def log(self, values: dict[str, float]) -> None:
+        """Write numbers of a step to metrics.jsonl and the trackers."""
+        if self.metrics:
+            self.metrics.write(values)
+        if self.config.log_with:
+            self.accelerator.log(
+                {key: value for key, value in values.items() if key != "step"}, step=int(values["step"])
+            )
+
+    def _save(self) -> None:
+        """Raises DCDiTError, before anything is written, where training has diverged since the last log."""
+        if not all(value.isfinite().all() for value in (*self.net.parameters(), *self.emas[0].values)):
+            raise self._diverged("weights that are not finite")
+        if self.accelerator.is_main_process:
+            for decay, ema in zip(self.config.optim.ema_decay, self.emas, strict=True):
+                save_checkpoint(place(self, decay), average(self, ema), use(self))
+            # Last, so that a run killed between the two comes back to an older step and writes both again.
+            header = {"step": self.step, "config": self.config.to_dict(), "data": self.data, "changes": self.changes}
+            header |= {"rows": self.graphs.rows} if self.graphs else {}
+            save_state(self.last, header, self.net, self.emas, self.optimizer)
+        self.saved = self.step
+
+    def _time_is_up(self, start: float) -> bool:
+        # The ranks must agree, or one waits for ever.
+        late = torch.tensor(float(time.monotonic() - start > 60 * self.config.max_minutes), device=self.device)
+        return self.accelerator.reduce(late, "sum").item() > 0
+
+    def _check_latents(self) -> None:
+        item = self.stream[0]
+        latent = item["image"][None]
+        if self.codec is not None:
+            latent = self.codec.encode(latent)
+        if latent[0].shape != item["noise"].shape:
+            raise DataError(
+                f"the data gives latents of shape {tuple(latent[0].shape)}, "
+                f"the model takes {tuple(item['noise'].shape)} (model.in_channels, model.input_size)"
+            )
