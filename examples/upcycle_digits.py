@@ -27,7 +27,7 @@ from dcdit.training.objectives import FlowMatching
 from dcdit.training.state import EMA
 from dcdit.training.stream import TrainingStream, batches
 from dcdit.training.trainer import Trainer, learning_rate
-from dcdit.training.upcycle import Upcycler, to_dit
+from dcdit.training.upcycling import Upcycler, to_dit
 
 CONFIG, BATCH = preset("digits"), 64  # as in configs/digits.yaml
 TEACHER = ["upcycle.source={folder}/teacher.pt", "upcycle.distill_steps=200", "upcycle.output_share=0.8"]

@@ -13,7 +13,7 @@ from dcdit.cli import main
 from dcdit.errors import CheckpointError, ConfigError
 from dcdit.model.plain_dit import PlainDiT
 from dcdit.training.config import load_config
-from dcdit.training.upcycle import Upcycler, distillation_loss, load_dit, to_dit, upcycle
+from dcdit.training.upcycling import Upcycler, distillation_loss, load_dit, to_dit, upcycle
 
 CONFIG = DCDiTConfig(
     input_size=8, num_classes=5, hidden_size=64, depth=2, num_heads=2, encoder_width=32, cond_norm=True

@@ -8,6 +8,6 @@ __getattr__, __all__ = lazy(
         "config": "TrainConfig load_config",
         "objectives": "DDPM FlowMatching ratio_loss",
         "trainer": "Trainer train",
-        "upcycle": "upcycle",
+        "upcycling": "upcycle",
     },
 )

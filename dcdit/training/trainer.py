@@ -42,7 +42,7 @@ def train(config: TrainConfig, allow: Sequence[str] = ()) -> Path:
     """
     kind = Trainer
     if config.upcycle.source:
-        from .upcycle import Upcycler
+        from .upcycling import Upcycler
 
         kind = Upcycler
     with raised():
