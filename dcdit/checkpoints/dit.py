@@ -17,7 +17,7 @@ from .release_keys import PARTS
 from .safe_pickle import inverse, read_state, shape_of, swap_parts, swap_prefix
 
 # Prefixes of the original DiT and ours; the blocks are the release's.
-_OUTER = (
+OUTER = (
     ("x_embedder.proj.", "stem."),
     ("t_embedder.", "time_embed."),
     ("y_embedder.embedding_table.", "class_embed."),
@@ -35,16 +35,16 @@ _DIFFUSERS = (
 
 def from_dit(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """PlainDiT's state dict from that of the original DiT, such as DiT-XL-2-256x256.pt. Raises CheckpointError."""
-    ours = {swap_prefix(key, _OUTER) or swap_parts(key, PARTS): tensor for key, tensor in state.items()}
+    ours = {swap_prefix(key, OUTER) or swap_parts(key, PARTS): tensor for key, tensor in state.items()}
     if "pos_embed" in ours:
         ours["pos_embed"] = ours["pos_embed"].squeeze(0)
-    return _reorder_head(ours, to_ours=True)
+    return reorder_head(ours, to_ours=True)
 
 
 def to_dit(model: PlainDiT) -> dict[str, torch.Tensor]:
     """The inverse of `from_dit`: `model` in the names and shapes of the original DiT."""
-    outer, parts = inverse(_OUTER), inverse(PARTS)
-    state = _reorder_head(model.state_dict(), to_ours=False)
+    outer, parts = inverse(OUTER), inverse(PARTS)
+    state = reorder_head(model.state_dict(), to_ours=False)
     state["pos_embed"] = state["pos_embed"][None]
     return {swap_prefix(key, outer) or swap_parts(key, parts): tensor for key, tensor in state.items()}
 
@@ -70,10 +70,10 @@ def from_diffusers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         for i in blocks:
             qkv = [state[f"transformer_blocks.{i}.attn1.to_{x}.{part}"] for x in "qkv"]
             ours[f"blocks.{i}.qkv.{part}"] = torch.cat(qkv)
-    return _reorder_head(ours, to_ours=True)
+    return reorder_head(ours, to_ours=True)
 
 
-def _reorder_head(state: dict[str, torch.Tensor], to_ours: bool) -> dict[str, torch.Tensor]:
+def reorder_head(state: dict[str, torch.Tensor], to_ours: bool) -> dict[str, torch.Tensor]:
     """DiT's output is (cell of the patch, channel), ours (channel, cell)."""
     if "head.weight" not in state or "stem.weight" not in state:
         raise CheckpointError("this is no DiT: expected final_layer.linear.weight and x_embedder.proj.weight")

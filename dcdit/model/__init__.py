@@ -8,6 +8,8 @@ __getattr__, __all__ = lazy(
         "blocks": "DiTBlock MainNetwork",
         "config": "DCDiTConfig preset",
         "dcdit": "DCDiT",
+        "density": "Density",
+        "dit_config": "DiTConfig DyDiTConfig SparseDiTConfig",
         "dynamic_chunking": "DynamicChunking",
         "flops": "dcdit_flops dit_flops",
         "graphs": "graphed",
@@ -15,5 +17,6 @@ __getattr__, __all__ = lazy(
         "precision": "cast_weights float32_products",
         "routers": "CosineRouter PredictabilityRouter",
         "routing": "Routing route",
+        "sparse_dit": "SparseDiT",
     },
 )

@@ -46,11 +46,20 @@ class DiTBlock(nn.Module):
         super().__init__()
         self.heads = heads
         hidden = int(width * mlp_ratio)
-        self.qkv = nn.Linear(width, 3 * width)
+        self._attention(width)
         self.proj = nn.Linear(width, width)
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
         self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def _attention(self, width: int) -> None:
+        """The layers in front of attention, in which other kinds of blocks differ."""
+        self.qkv = nn.Linear(width, 3 * width)
+
+    @staticmethod
+    def from_qkv(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A block's state dict from that of a DiT's."""
+        return state
 
     def forward(self, stream: Stream, c: torch.Tensor, packing: Packing) -> Stream:
         """Stream of (T, D), c (B, D) → Stream; `stream.hidden(packing)` gives the block's output itself.

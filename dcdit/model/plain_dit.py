@@ -8,35 +8,26 @@ from torch import nn
 
 from .blocks import DiTBlock
 from .config import DCDiTConfig
-from .embedders import TimestepEmbedding, sincos_2d
+from .dit_config import DiTConfig
+from .dit_shell import DiTShell
 
 
-class PlainDiT(nn.Module):
+class PlainDiT(DiTShell):
     """`patch`×`patch` cells to a token, DiT blocks on all tokens, and back: (B, C, H, W) → (B, C or 2C, H, W)."""
 
-    def __init__(self, config: DCDiTConfig, patch: int = 2) -> None:
-        super().__init__()
-        self.patch, self.grid = patch, tuple(n // patch for n in config.input_size)
+    def __init__(self, config: DCDiTConfig | DiTConfig, patch: int = 2) -> None:
+        super().__init__(config, patch)
         width = config.hidden_size
-        self.stem = nn.Conv2d(config.in_channels, width, patch, stride=patch)
-        self.time_embed = TimestepEmbedding(width)
-        self.class_embed = nn.Embedding(config.num_classes + 1, width)
         self.blocks = nn.ModuleList(_Block(width, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-        self.head = nn.Linear(width, patch**2 * config.out_channels)
-        self.register_buffer("pos_embed", sincos_2d(width, self.grid))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """x (B, C, H, W), t and y (B,) → (B, C, H, W), or (B, 2C, H, W) with config.learn_sigma."""
         c = self.time_embed(t) + self.class_embed(y)
-        # Token after token in memory: the transposed view would make each pass over h in every block a strided one.
-        h = self.stem(x).flatten(2).transpose(1, 2).contiguous() + self.pos_embed
+        h = self.patches(x)
         for block in self.blocks:
             h = block(h, c)
         shift, scale = self.adaln(c)[:, None].chunk(2, dim=2)
-        h = self.head(self.norm(h) * (1 + scale) + shift)
-        return F.pixel_shuffle(h.transpose(1, 2).unflatten(2, self.grid), self.patch)
+        return self.pixels(self.head(self.norm(h) * (1 + scale) + shift))
 
 
 class _Block(DiTBlock):

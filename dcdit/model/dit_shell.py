@@ -1,0 +1,58 @@
+"""What stands around the blocks of a DiT: patches, positions, time and class in front, pixels of patches behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dcdit_kernels import Packing
+
+from .embedders import TimestepEmbedding, sincos_2d
+
+
+class DiTShell(nn.Module):
+    """A DiT (arXiv 2212.09748) without its blocks.
+
+    `config` is a DCDiTConfig or a DiTConfig; `patch`×`patch` cells are a token.
+    """
+
+    pos_embed: torch.Tensor
+
+    def __init__(self, config: Any, patch: int) -> None:
+        super().__init__()
+        self.patch, self.grid = patch, tuple(n // patch for n in config.input_size)
+        width = config.hidden_size
+        self.stem = nn.Conv2d(config.in_channels, width, patch, stride=patch)
+        self.time_embed = TimestepEmbedding(width)
+        self.class_embed = nn.Embedding(config.num_classes + 1, width)  # the last class is 'no label'
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.head = nn.Linear(width, patch**2 * config.out_channels)
+        self.register_buffer("pos_embed", sincos_2d(width, self.grid))
+
+    def patches(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, C, H, W) → tokens (B, N, D), their positions added."""
+        # Token after token in memory: the transposed view would make each pass over h in every block a strided one.
+        return self.stem(x).flatten(2).transpose(1, 2).contiguous() + self.pos_embed
+
+    def pixels(self, out: torch.Tensor) -> torch.Tensor:
+        """What the head gives for tokens, (B, N, patch²·C), → (B, C, H, W)."""
+        return F.pixel_shuffle(out.transpose(1, 2).unflatten(2, self.grid), self.patch)
+
+    def check(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> None:
+        """Raise ValueError where the inputs are not x (B, C, H, W) of the configured grid, and t and y (B,)."""
+        shape = (self.stem.in_channels, *(side * self.patch for side in self.grid))
+        if x.dim() != 4 or tuple(x.shape[1:]) != shape:
+            raise ValueError(f"x must have shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
+        for name, tensor in (("t", t), ("y", y)):
+            if tuple(tensor.shape) != x.shape[:1]:
+                raise ValueError(f"{name} must have shape ({x.shape[0]},), got {tuple(tensor.shape)}")
+
+
+def dense_packing(batch: int, tokens: int, device: torch.device) -> Packing:
+    """The packing of `batch` samples of `tokens` rows each."""
+    cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * tokens
+    return Packing.from_cu_seqlens(cu_seqlens, tokens, batch * tokens, exact=True)
