@@ -1,4 +1,4 @@
-"""Where training images come from: the digits, a folder, or latents on disk."""
+"""Where training images come from: the digits, a folder, idx files, or latents on disk."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 from ..errors import ConfigError, DataError
 from ..model.config import DCDiTConfig
 from ..training.config import DataConfig
+from .idx import Idx
 from .image_folder import ImageFolder
 
 HELD_OUT = 50  # of each digit, the last ones
@@ -148,6 +149,8 @@ def make_source(data: DataConfig, model: DCDiTConfig) -> Source:
         source = Digits()
     elif data.kind == "folder":
         source = ImageFolder(data.path, data.size, data.background)
+    elif data.kind == "idx":
+        source = Idx(data.path)
     else:
         if data.flip:
             raise ConfigError("data.flip works on images: mirror them before they are encoded to latents")

@@ -16,7 +16,7 @@ from .config import DCDiTConfig
 from .conv_blocks import Stem, make_decoder, make_encoder
 from .embedders import TimestepEmbedding, sincos_2d
 from .final_layer import FinalLayer
-from .layers import WideLinear
+from .layers import WideLinear, init_linears
 from .routers import make_router
 from .routing import Routing, route
 
@@ -76,16 +76,7 @@ class DCDiT(nn.Module):
     def _init_linears(self) -> None:
         """Xavier linears, zero adaLN and output (DiT), zero residual projection (H-Net)."""
         skipped = ("router", "main") if "backbone" in self.own_parts else ("router",)
-        for name, module in self.named_modules():
-            if not isinstance(module, nn.Linear) or name.split(".")[0] in skipped:
-                continue
-            if name.endswith(("adaln.1", "final.linear", "residual_proj")):
-                nn.init.zeros_(module.weight)
-            elif name.startswith("time_embed"):
-                nn.init.normal_(module.weight, std=0.02)
-            else:
-                nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+        init_linears(self, ("adaln.1", "final.linear", "residual_proj"), skipped)
         nn.init.normal_(self.class_embed.weight, std=0.02)
 
     @classmethod

@@ -121,3 +121,18 @@ def may_overwrite(x: torch.Tensor, source: nn.Module | None) -> bool:
     if x.requires_grad or source is None:
         return not x.requires_grad
     return is_plain(source)
+
+
+def init_linears(model: nn.Module, zero: tuple[str, ...], skipped: tuple[str, ...] = ()) -> None:
+    """DiT's initialisation of linear maps: Xavier, the time embedding's normal, those whose names end in `zero` zero;
+    biases zero. Children that `skipped` names keep what they have."""
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or name.split(".")[0] in skipped:
+            continue
+        if name.endswith(zero):
+            nn.init.zeros_(module.weight)
+        elif name.startswith("time_embed"):
+            nn.init.normal_(module.weight, std=0.02)
+        else:
+            nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)

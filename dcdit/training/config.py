@@ -34,12 +34,14 @@ LIMITS = (
 
 @dataclass(frozen=True)
 class DataConfig:
-    """`kind` digits, folder (`path`, `size` pixels, transparency on `background`) or latents (`path`).
+    """`kind` digits, folder (`path`, `size` pixels, transparency on `background`), idx or latents (`path`).
+
+    The `path` of idx files is their folder and the beginning of their names, see `dcdit.data.idx`.
 
     `skip_broken` takes the next picture of the epoch in the place of an unreadable one; all others keep their places.
     """
 
-    kind: Literal["digits", "folder", "latents"] = "digits"
+    kind: Literal["digits", "folder", "idx", "latents"] = "digits"
     path: str = ""
     size: int = 256
     flip: bool = False

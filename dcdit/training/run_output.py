@@ -54,7 +54,7 @@ def look(trainer) -> None:
 
 def average(trainer, ema: EMA) -> DCDiT:
     """A model with averaged weights."""
-    model = DCDiT(trainer.config.model)
+    model = trainer.blank()
     model.load_state_dict(ema.state_dict() | dict(trainer.net.named_buffers()))
     return model
 

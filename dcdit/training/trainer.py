@@ -157,6 +157,10 @@ class Trainer:
 
     def make_net(self) -> DCDiT:
         """The model before its first step."""
+        return self.blank()
+
+    def blank(self) -> DCDiT:
+        """A model of this run's kind, for averaged weights to be put into."""
         return DCDiT(self.config.model)
 
     def teach(

@@ -1,0 +1,140 @@
+"""Quality of small models at equal steps: python -m bench.quality VARIANT… [--steps N] [--seed N]
+
+Each variant is trained on one thread, sampled from and judged, and a line with its numbers goes to
+bench/results/quality.jsonl. A run that was stopped goes on from its last save; one that has its line is not run again.
+`docs/quality.md` says what the variants and the numbers are; python -m bench.quality_tables writes its tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dcdit.data.idx import Idx
+from dcdit.model.flops import dit_flops
+from dcdit.pictures.images import grid, save_png, to_uint8
+from dcdit.sampling.sampler import sample
+from dcdit.training.config import TrainConfig, load_config
+from dcdit.training.run_output import average
+
+from . import judge, machine
+from .rivals import RivalTrainer
+
+CONFIG = Path(__file__).with_name("quality.yaml")
+RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
+
+# Name → the kind of rival, and what it changes of bench/quality.yaml.
+VARIANTS: dict[str, tuple[str, list[str]]] = {
+    "learned": ("learned", []),
+    "random": ("random", []),
+    "grid": ("grid", []),
+    "plain": ("plain", ["model.depth=11"]),
+}
+SAMPLES = {"steps": 30, "guidance": 1.5, "seed": 0, "batch_size": 100}
+
+
+class StudyTrainer(RivalTrainer):
+    """Keeps the CPU seconds of the process beside the run, over all its parts."""
+
+    def __init__(self, config: TrainConfig, kind: str) -> None:
+        self.kind, self.file = kind, Path(config.output) / "cpu_seconds"
+        self.before = float(self.file.read_text()) if self.file.exists() else 0.0
+        self.begin = time.process_time()
+        super().__init__(config)
+
+    @property
+    def cpu_seconds(self) -> float:
+        """CPU seconds so far."""
+        return self.before + time.process_time() - self.begin
+
+    def _save(self) -> None:
+        super()._save()
+        self.file.write_text(str(self.cpu_seconds))
+
+
+def run(name: str, args: argparse.Namespace) -> dict:
+    """Train or go on, sample and judge: the line of one variant."""
+    kind, changes = VARIANTS[name]
+    folder = args.runs / f"{name}-{args.steps}-{args.seed}"
+    changes = [*changes, f"output={folder}", f"steps={args.steps}", f"seed={args.seed}", *data_paths(args.data)]
+    config = load_config(CONFIG, changes)
+    trainer = StudyTrainer(config, kind)
+    trainer.run()
+    trained = trainer.cpu_seconds
+    model = average(trainer, trainer.emas[0]).eval()
+    held_out = trainer.validation.loss(model, trainer.accelerator.autocast)
+    labels = torch.arange(args.samples) % config.model.num_classes
+    torch.manual_seed(args.seed)
+    drawn = sample(model, labels, objective=config.objective, clip=True, **SAMPLES)
+    pictures = to_uint8(trainer.codec.decode(drawn.latents))
+    np.save(folder / "pictures.npy", pictures[..., 0])
+    save_png(folder / "pictures.png", grid(pictures[:100], 10))
+    kept = drawn.trace.tokens.mean(1) / config.model.cells
+    gflop = dit_flops(config.model, 49) if kind == "plain" else drawn.trace.gflops(config.model, model.router)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [
+        line["diffusion_loss"] for line in lines if line.get("diffusion_loss") and line["step"] > args.steps - 200
+    ]
+    trainer.close()
+    return {
+        **judged(pictures[..., 0], labels.numpy(), args),
+        **held_out,
+        "running_loss": float(np.mean(losses)),
+        "train_cpu_seconds": trained,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "gflop_per_step": float(gflop if kind == "plain" else gflop.mean() / 2),
+        "sampling_kept": [round(share, 4) for share in kept.tolist()],
+    }
+
+
+def judged(pictures: np.ndarray, labels: np.ndarray, args: argparse.Namespace) -> dict[str, float]:
+    """The judges' numbers of uint8 pictures (N, H, W), which are to show `labels`, against the held-out set."""
+    train, held_out = Idx(f"{args.data}/train"), Idx(f"{args.data}/t10k")
+    net = judge.fit(train.images, train.labels, args.runs / "classifier.pt")
+    features, seen = judge.describe(net, pictures)
+    reference, right = judge.describe(net, held_out.images)
+    return {
+        "frechet": judge.frechet(features, reference),
+        "frechet_patches": judge.frechet(judge.patches(pictures), judge.patches(held_out.images)),
+        "recognised": float((seen == labels).mean()),
+        "classifier_accuracy": float((right == held_out.labels).mean()),
+    }
+
+
+def data_paths(folder: Path) -> list[str]:
+    """The configuration's keys of the data in a folder of idx files."""
+    return [f"data.path={folder}/train", f"validation.path={folder}/t10k"]
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="+", choices=VARIANTS, metavar="VARIANT", help=", ".join(VARIANTS))
+    parser.add_argument("--steps", type=int, default=1300)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=800)
+    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder for the runs")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in args.variants:
+        key = {"set": args.data.name, "variant": name, "steps": args.steps, "seed": args.seed, "samples": args.samples}
+        done = args.results.read_text().splitlines() if args.results.exists() else []
+        if any(key.items() <= json.loads(line).items() for line in done):
+            continue
+        facts = machine.describe("cpu")
+        facts = {fact: facts[fact] for fact in ("machine", "commit", "date", "torch")}
+        line = {**key, **run(name, args), **facts}
+        with open(args.results, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

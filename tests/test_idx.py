@@ -1,0 +1,62 @@
+"""Pictures in idx files: what the format says, and what is wrong with a file in one line."""
+
+import gzip
+import struct
+
+import numpy as np
+import pytest
+
+from dcdit.data.idx import IMAGES, LABELS, Idx
+from dcdit.data.sources import make_source
+from dcdit.errors import DataError
+from dcdit.model.config import preset
+from dcdit.training.config import DataConfig
+
+PICTURES = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4) * 10
+
+
+def content(array, kind=8):
+    return struct.pack(f">HBB{array.ndim}I", 0, kind, array.ndim, *array.shape) + array.tobytes()
+
+
+def write(folder, labels=(7, 3), pictures=PICTURES):
+    (folder / f"train{IMAGES}.gz").write_bytes(gzip.compress(content(pictures)))
+    (folder / f"train{LABELS}").write_bytes(content(np.array(labels, dtype=np.uint8)))
+    return f"{folder}/train"
+
+
+def test_pictures_and_labels(tmp_path):
+    source = make_source(DataConfig(kind="idx", path=write(tmp_path)), preset("digits"))
+    assert (len(source), source.classes) == (2, 8)
+    for flip in (False, True):
+        image, label = source.load(1, flip)
+        want = PICTURES[1].astype(np.float64) / 127.5 - 1
+        np.testing.assert_allclose(image, (want[:, ::-1] if flip else want)[None], atol=1e-6)
+        assert label == 3 and image.dtype == np.float32
+    before = source.fingerprint()
+    write(tmp_path, labels=(7, 4))
+    assert Idx(f"{tmp_path}/train").fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "complaint"),
+    [
+        (f"train{IMAGES}.gz", gzip.compress(content(PICTURES))[:-9], "cannot be read"),
+        (f"train{IMAGES}.gz", b"plain", "cannot be read"),
+        (f"train{IMAGES}.gz", gzip.compress(content(PICTURES)[:-1]), "expected 2×3×4 bytes after the head, found 23"),
+        (f"train{IMAGES}.gz", gzip.compress(content(PICTURES, 13)), r"must begin with 0, 0, 8, 3.*found \[0, 0, 13, 3\]"),
+        (f"train{LABELS}", content(PICTURES), r"must begin with 0, 0, 8, 1"),
+        (f"train{LABELS}", b"", r"found \[\]"),
+        (f"train{LABELS}", content(np.zeros(3, dtype=np.uint8)), "found 2 pictures and 3 labels"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said(tmp_path, name, data, complaint):
+    path = write(tmp_path)
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=complaint):
+        Idx(path)
+
+
+def test_missing(tmp_path):
+    with pytest.raises(DataError, match=r"there is no file .*train-images-idx3-ubyte or .*\.gz"):
+        Idx(tmp_path / "train")
