@@ -37,6 +37,8 @@ enum Mode : int { kGrid = 0, kLine = 1, kPrevious = 2 };
 
 struct CountArgs {
     const void* prob;       // (batch, cells) float or double
+    const uint8_t* keep;    // (batch, cells), or null: boundaries whatever their probability, and the last to be dropped
+    const uint8_t* ban;     // (batch, cells), or null: no boundaries, and their numbers are not looked at; goes before `keep`
     const float* fraction;  // (batch,), or null: `fraction_all` for every sample
     float fraction_all;
     double threshold;
@@ -45,11 +47,11 @@ struct CountArgs {
     int64_t capacity;  // -1: as many rows as are retained
     int mode;
     int* prefix;       // (batch, cells): retained cells up to and with this one
-    int* info;         // (batch, 3): retained cells; the first of them; cells past max_seqlen, or -1 where a number is no probability
+    int* info;         // (batch, 3): retained cells; the first of them; cells past max_seqlen, or -1 where a cell is improper
     int* member_base;  // (batch + 1,): refilled cells of the samples before
     int* cu_seqlens;   // (batch + 1,)
     int* overflow;     // ()
-    int* status;       // (2,): retained cells of the batch, or -1 where a number is outside [0, 1]; longest sample
+    int* status;       // (2,): retained cells of the batch, or -1 where a cell is improper; longest sample
     int max_seqlen = INT_MAX;  // cells that a sample retains at most
 };
 
@@ -77,7 +79,7 @@ struct Shared {
     int64_t values[Size];
     int64_t carry;
     int histogram[256];
-    int count, improper, digit, before, first, longest;
+    int count, forced, improper, digit, before, first, longest;
 };
 
 // The bits of a number above 0, as an unsigned integer, are in the order of the numbers.
@@ -91,6 +93,31 @@ HD uint64_t ordered(double p) {
     memcpy(&bits, &p, sizeof bits);
     return bits;
 }
+
+// The cells of one sample.
+template <class Real>
+struct Cells {
+    const Real* prob;
+    const uint8_t *keep, *ban;
+    Real threshold;
+
+    HD Cells(const CountArgs& a, int b)
+        : prob(static_cast<const Real*>(a.prob) + b * a.cells), keep(a.keep ? a.keep + b * a.cells : nullptr),
+          ban(a.ban ? a.ban + b * a.cells : nullptr), threshold(Real(a.threshold)) {}
+
+    HD bool banned(int64_t i) const { return ban && ban[i]; }
+    HD bool forced(int64_t i) const { return keep && keep[i] && !banned(i); }
+    HD bool boundary(int64_t i) const { return forced(i) | (!banned(i) & (prob[i] > threshold)); }
+    // A number outside [0, 1], NaN among them, or a cell both kept and banned.
+    HD bool improper(int64_t i) const {
+        return banned(i) ? keep && keep[i] : !((prob[i] >= 0) & (prob[i] <= 1));
+    }
+    // What boundaries are ordered by: the larger stays.
+    HD auto key(int64_t i) const {
+        const auto bits = ordered(prob[i]);
+        return forced(i) ? decltype(bits)(~0ull) : bits;
+    }
+};
 
 // store(i, sum of load(0 .. i)) for i < n; returns the whole sum.
 template <class Exec, class Block, class Load, class Store>
@@ -155,23 +182,25 @@ HD Key select(Exec& exec, Block& shared, int64_t n, int keep, Valid valid, Load 
 // Threshold and tail drop of sample b: prefix and info.
 template <class Real, class Exec, class Block>
 HD void count_sample(Exec& exec, Block& shared, const CountArgs& a, int b) {
-    const Real* prob = static_cast<const Real*>(a.prob) + b * a.cells;
-    const Real threshold = Real(a.threshold);
+    const Cells<Real> cell(a, b);
     using Key = decltype(ordered(Real()));
 
-    exec.each([&](int t) { if (t == 0) shared.count = shared.improper = 0, shared.first = -1; });
+    exec.each([&](int t) { if (t == 0) shared.count = shared.forced = shared.improper = 0, shared.first = -1; });
     exec.each([&](int t) {
-        int count = 0, improper = 0;
+        int count = 0, forced = 0, improper = 0;
         for (int64_t i = t; i < a.cells; i += Exec::size) {
-            count += prob[i] > threshold;
-            improper += !((prob[i] >= 0) & (prob[i] <= 1));  // NaN is not below 1 either
+            count += cell.boundary(i);
+            forced += cell.forced(i);
+            improper += cell.improper(i);
         }
         if (count) exec.add(&shared.count, count);
+        if (forced) exec.add(&shared.forced, forced);
         if (improper) exec.add(&shared.improper, improper);
     });
     const int count = shared.count;
     const float dropped = float(count) * (a.fraction ? a.fraction[b] : a.fraction_all);
-    const int budget = dropped >= float(count) ? 0 : dropped >= 1 ? count - int(dropped) : count;
+    const int rest = dropped >= float(count) ? 0 : dropped >= 1 ? count - int(dropped) : count;
+    const int budget = rest > shared.forced ? rest : shared.forced;
     const int keep = budget < a.max_seqlen ? budget : a.max_seqlen;
 
     // A boundary stays where its key is above `cut`, and so do the first `equals` of those equal to it.
@@ -180,8 +209,8 @@ HD void count_sample(Exec& exec, Block& shared, const CountArgs& a, int b) {
     if (keep == 0) cut = ~Key(0);
     if (0 < keep && keep < count) {
         cut = select<Key>(
-            exec, shared, a.cells, keep, [&](int64_t i) { return prob[i] > threshold; },
-            [&](int64_t i) { return ordered(prob[i]); }, &equals);
+            exec, shared, a.cells, keep, [&](int64_t i) { return cell.boundary(i); },
+            [&](int64_t i) { return cell.key(i); }, &equals);
     }
     int* prefix = a.prefix + b * a.cells;
     auto kept = [&](int64_t sums) {
@@ -189,9 +218,9 @@ HD void count_sample(Exec& exec, Block& shared, const CountArgs& a, int b) {
         return int(sums >> 32) + int(equal < equals ? equal : equals);
     };
     auto load = [&](int64_t i) {
-        const Key key = ordered(prob[i]);
-        const bool natural = prob[i] > threshold;
-        return pair(natural & (key > cut), natural & (key == cut));
+        const Key key = cell.key(i);
+        const bool boundary = cell.boundary(i);
+        return pair(boundary & (key > cut), boundary & (key == cut));
     };
     scan(exec, shared, a.cells, load, [&](int64_t i, int64_t sums) {
         prefix[i] = kept(sums);

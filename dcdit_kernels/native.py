@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ._autograd import KernelFunction
-from ._check import probabilities
+from ._check import proper_cells
 from ._triton_support import assume_constant, capability
 from .chunk_plan import ChunkPlan
 
@@ -86,6 +86,8 @@ def plan_chunks(
     nearest: str = "2d",
     capacity: int | None = None,
     max_seqlen: int | None = None,
+    keep: torch.Tensor | None = None,
+    ban: torch.Tensor | None = None,
     *,
     block: int = 1,
 ) -> ChunkPlan:
@@ -97,11 +99,11 @@ def plan_chunks(
     """
     with device_of(boundary_prob):
         return _plan_chunks(
-            boundary_prob.detach(), grid, drop_fraction, threshold, nearest, capacity, max_seqlen, block
+            boundary_prob.detach(), grid, drop_fraction, threshold, nearest, capacity, max_seqlen, keep, ban, block
         )
 
 
-def _plan_chunks(boundary_prob, grid, drop_fraction, threshold, nearest, capacity, max_seqlen, block):
+def _plan_chunks(boundary_prob, grid, drop_fraction, threshold, nearest, capacity, max_seqlen, keep, ban, block):
     (batch, cells), device = boundary_prob.shape, boundary_prob.device
     # Euclidean distance along a single axis is the 1d distance, ties included.
     if nearest in ("2d", "3d"):
@@ -113,6 +115,7 @@ def _plan_chunks(boundary_prob, grid, drop_fraction, threshold, nearest, capacit
         threshold = torch.tensor(threshold, dtype=prob.dtype, device="cpu").item()
         prob = prob.float()
     prob = prob.contiguous()
+    masks = [mask if mask is None else mask.contiguous() for mask in (keep, ban)]
     fractions = None
     if isinstance(drop_fraction, torch.Tensor):
         fractions = drop_fraction.detach().to(device, torch.float32).expand(batch).contiguous()
@@ -130,7 +133,7 @@ def _plan_chunks(boundary_prob, grid, drop_fraction, threshold, nearest, capacit
     cu_seqlens, overflow = ints(batch + 1), ints(())
     limit = cells if max_seqlen is None else min(cells, max_seqlen)
     _C.plan_count(
-        prob.data_ptr(), prob.dtype == torch.float64,
+        prob.data_ptr(), *(0 if mask is None else mask.data_ptr() for mask in masks), prob.dtype == torch.float64,
         0 if fractions is None else fractions.data_ptr(), 0.0 if fractions is not None else drop_fraction, threshold,
         batch, cells, -1 if capacity is None else capacity, limit, mode,
         prefix, info, member_base, cu_seqlens.data_ptr(), overflow.data_ptr(), status, where,
@@ -139,7 +142,7 @@ def _plan_chunks(boundary_prob, grid, drop_fraction, threshold, nearest, capacit
     if capacity is None or device.type == "cpu":
         total, retained = shared[first : first + 2].tolist()  # the one copy from the device
         if total < 0:
-            probabilities("plan_chunks", boundary_prob)
+            proper_cells("plan_chunks", boundary_prob, keep, ban)
         if capacity is None:
             capacity, longest = total, retained
 

@@ -29,6 +29,8 @@ def plan_chunks(
     valid: torch.Tensor | None = None,
     *,
     max_seqlen: int | None = None,
+    keep: torch.Tensor | None = None,
+    ban: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> ChunkPlan:
     """Decide which cells stay, pack them, and find who refills whom (arXiv 2603.06351 section 3).
@@ -51,9 +53,14 @@ def plan_chunks(
         max_seqlen: rows that a sample takes at most, for attention's launches under a fixed capacity: without it they
             are as many as if one sample had all rows. Where a sample has more boundaries, those of lowest p are
             dropped and counted in `ChunkPlan.overflow`.
+        keep: bool (B, L), True at cells that are boundaries whatever their probability. The drop spares them; as rows
+            past `max_seqlen` they are the last to go, the later first.
+        ban: bool (B, L), True at cells that are none. A cell may not be both kept and banned, nor kept and padded;
+            where nobody looks (on a GPU with a fixed capacity, under torch.compile) it is banned.
 
-    Raises ValueError for a wrong shape, grid, ρ, threshold or probability (on a GPU with a fixed capacity
-    probabilities are not looked at), TypeError for a wrong dtype, BackendError where `backend` cannot run.
+    Raises ValueError for a wrong shape, grid, ρ, threshold, mask or probability (on a GPU with a fixed
+    capacity probabilities and masks are not looked at), TypeError for a wrong dtype, BackendError where `backend`
+    cannot run.
     """
     grid = tuple(grid)
     require(nearest in NEAREST, "plan_chunks: nearest must be one of {}, got {!r}", NEAREST, nearest)
@@ -66,11 +73,15 @@ def plan_chunks(
     shaped("plan_chunks", "boundary_prob", boundary_prob, None, math.prod(grid))
     fits = isinstance(threshold, (float, Real)) and 0 <= threshold <= 1
     require(fits, "plan_chunks: threshold must be in [0, 1], got {}", threshold)
+    for name, mask in (("valid", valid), ("keep", keep), ("ban", ban)):
+        if mask is not None:
+            shaped("plan_chunks", name, mask, *boundary_prob.shape)
+            if mask.dtype != torch.bool:
+                raise TypeError(f"plan_chunks: {name} must be bool, got {mask.dtype}")
+            require(mask.device == boundary_prob.device, "plan_chunks: {} must be on {}, as boundary_prob is, got {}",
+                    name, boundary_prob.device, mask.device)  # fmt: skip
     if valid is not None:
-        shaped("plan_chunks", "valid", valid, *boundary_prob.shape)
-        if valid.dtype != torch.bool:
-            raise TypeError(f"plan_chunks: valid must be bool, got {valid.dtype}")
-        boundary_prob = torch.where(valid, boundary_prob.detach(), 0.0)
+        ban = ~valid if ban is None else ban | ~valid
     for name, rows in (("capacity", capacity), ("max_seqlen", max_seqlen)):
         fits = rows is None or (isinstance(rows, int | torch.SymInt) and rows >= 0)
         require(fits, "plan_chunks: {} must be a number of rows, 0 or more, got {!r}", name, rows)
@@ -89,12 +100,12 @@ def plan_chunks(
         count = boundary_prob.numel()
         require(count < 2**31, "plan_chunks: cells are counted in int32, got {} of them", count)
         with kept_for_backward():
-            args = (boundary_prob, grid, drop_fraction, threshold, nearest, capacity, max_seqlen)
+            args = (boundary_prob, grid, drop_fraction, threshold, nearest, capacity, max_seqlen, keep, ban)
             return OPERATOR.run(backend, *args)
     if not isinstance(drop_fraction, torch.Tensor):  # a number would be compiled in, each of them anew
         drop_fraction = torch.full((), drop_fraction, dtype=torch.float32, device=boundary_prob.device)
-    limits = capacity, max_seqlen
-    tensors = torch.ops.dcdit.plan_chunks(boundary_prob, drop_fraction, grid, threshold, nearest, *limits, backend)
+    options = threshold, nearest, capacity, max_seqlen, keep, ban, backend
+    tensors = torch.ops.dcdit.plan_chunks(boundary_prob, drop_fraction, grid, *options)
     parts = dict(zip(_library.PLAN_TENSORS, tensors, strict=True))
     # A graph does not know the longest sample before it runs; max_seqlen may be an upper bound.
     rows = parts["token_index"].shape[0]
@@ -103,13 +114,13 @@ def plan_chunks(
     return ChunkPlan.unchecked(grid=grid, **sizes, **parts, exact=capacity is None)
 
 
-def _plan_tensors(prob, drop_fraction, grid, threshold, nearest, capacity, max_seqlen, backend):
-    args = (prob.detach(), tuple(grid), drop_fraction, threshold, nearest, capacity, max_seqlen)
-    plan = OPERATOR.run(backend, *args)
+def _plan_tensors(prob, drop_fraction, grid, *options):
+    *options, backend = options
+    plan = OPERATOR.run(backend, prob.detach(), tuple(grid), drop_fraction, *options)
     return [getattr(plan, part) for part in _library.PLAN_TENSORS]
 
 
-def _plan_fake(prob, drop_fraction, grid, threshold, nearest, capacity, max_seqlen, backend):
+def _plan_fake(prob, drop_fraction, grid, threshold, nearest, capacity, *_):
     batch, cells = prob.shape
     rows = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
     shapes = {
@@ -126,7 +137,7 @@ def _plan_fake(prob, drop_fraction, grid, threshold, nearest, capacity, max_seql
 
 _library.implement(
     "plan_chunks(Tensor boundary_prob, Tensor drop_fraction, int[] grid, float threshold, str nearest, "
-    "SymInt? capacity, SymInt? max_seqlen, str? backend) -> Tensor[]",
+    "SymInt? capacity, SymInt? max_seqlen, Tensor? keep, Tensor? ban, str? backend) -> Tensor[]",
     _plan_tensors,
     _plan_fake,
 )

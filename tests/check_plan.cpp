@@ -35,7 +35,14 @@ struct Problem {
     float drop;
     std::vector<float> prob;
     int max_seqlen = INT_MAX;
+    bool masked = false;  // a part of the cells kept, another banned
     int64_t cells() const { return int64_t(dim[0]) * dim[1] * dim[2]; }
+    // Of five cells two are kept (1) and one is banned (2).
+    std::vector<uint8_t> mask(int kind) const {
+        std::vector<uint8_t> out(prob.size());
+        for (size_t i = 0; i < out.size(); ++i) out[i] = (i % 5 == 1 || i % 5 == 2 ? 1 : i % 5 == 3 ? 2 : 0) == kind;
+        return out;
+    }
 };
 
 // One array in the memory of its executor, an allocation of its own, so that a tool sees where it ends.
@@ -155,13 +162,14 @@ template <class Where>
 struct Buffers {
     template <class T> using Array = typename Where::template Array<T>;
     Array<float> prob;
+    Array<uint8_t> keep, ban;
     Array<int> prefix, info, base, cu, overflow, status;
     CountArgs count;
 
     explicit Buffers(const Problem& p)
-        : prob(p.prob), prefix(p.batch * p.cells()), info(3 * p.batch), base(p.batch + 1), cu(p.batch + 1), overflow(1),
+        : prob(p.prob), keep(p.mask(1)), ban(p.mask(2)), prefix(p.batch * p.cells()), info(3 * p.batch), base(p.batch + 1), cu(p.batch + 1), overflow(1),
           status(2),
-          count{prob.data(), nullptr, p.drop, 0.5, p.batch, p.cells(), p.capacity, p.mode, prefix.data(), info.data(),
+          count{prob.data(), p.masked ? keep.data() : nullptr, p.masked ? ban.data() : nullptr, nullptr, p.drop, 0.5, p.batch, p.cells(), p.capacity, p.mode, prefix.data(), info.data(),
                 base.data(), cu.data(), overflow.data(), status.data(), p.max_seqlen} {}
 };
 
@@ -212,6 +220,7 @@ std::vector<Problem> problems() {
                 if (kind) p.capacity = kind == 1 ? all + 5 : all / 4;  // spare rows; too few for some
                 if (kind == 2) p.max_seqlen = int(p.cells() / 5);  // the longest samples lose their least probable
                 p.prob = draw(random, p.batch, p.cells(), kind == 0 ? 1.0f : 0.3f);
+                p.masked = kind == 2 || mode == kLine;
                 out.push_back(p);
             }
     Problem none{{7, 9, 1}, 2, 2, kGrid, -1, 0, std::vector<float>(126, 0.25f)};

@@ -7,6 +7,7 @@ from test_chunking import Attend, Fixed, batch, build
 from torch import nn
 
 import dcdit
+from dcdit.model.dynamic_chunking import run_in_turn
 
 GRID = (4, 5)
 
@@ -98,6 +99,11 @@ def test_a_budget_by_attribute_or_by_call():
     assert chunking.routing.plan.capacity == 70 and not chunking.routing.plan.exact
     chunking(h, scale, capacity=60, max_seqlen=4)
     assert chunking.routing.plan.capacity == 60 and chunking.routing.plan.lengths.max() <= 4
+    chunking.capacity, chunking.ban = None, torch.arange(20).repeat(3, 1) % 4 == 0
+    chunking(h, scale, drop_fraction=0.5)
+    assert chunking.routing.plan.lengths.tolist() == [8] * 3  # of 15, 7 are dropped
+    chunking(h, scale, drop_fraction=0.5, ban=None, keep=chunking.ban)
+    assert chunking.routing.boundary_mask[chunking.ban].all()
 
 
 def build_dropped(h, scale):
@@ -149,7 +155,7 @@ class Greedy(nn.Module):
 
 
 def run_with_bias(blocks, tokens, plan, scale, **kwargs):
-    return dcdit.chunking.run_in_turn(blocks, tokens, plan, scale)
+    return run_in_turn(blocks, tokens, plan, scale)
 
 
 def test_arguments_of_forward_reach_the_router():

@@ -41,6 +41,23 @@ def test_fixed_rows_with_a_bound():
         assert torch.equal(got, want)
 
 
+def test_masks_that_change():
+    """One graph for all masks."""
+
+    def masked(prob, keep, ban):
+        plan = K.plan_chunks(prob, (8, 8), 0.3, keep=keep, ban=ban)
+        return plan.cu_seqlens, plan.token_index
+
+    compiled = torch.compile(masked, fullgraph=True, dynamic=True, backend="aot_eager")
+    prob = torch.rand(3, 64)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            ban = torch.rand(3, 64) < 0.3
+            keep = (torch.rand(3, 64) < 0.3) & ~ban
+            for got, want in zip(compiled(prob, keep, ban), masked(prob, keep, ban), strict=True):
+                assert torch.equal(got, want)
+
+
 def test_rows_are_packed_and_put_back():
     def twice(x, mask):
         rows, indices, *_ = K.unpad_input(x, mask)

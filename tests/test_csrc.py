@@ -51,12 +51,14 @@ native.CELLS_PER_THREAD = native.BYTES_PER_THREAD = 1  # threads from the first 
 for grid in [(7, 9), (1, 13), (5, 1), (2, 3, 4), (3, 4, 5), (17,), (1, 1)]:
     for share in (0.0, 0.3):
         prob = torch.rand(5, math.prod(grid)) * 0.5 + 0.5 * (torch.rand(5, math.prod(grid)) < share)
+        third = torch.arange(5 * math.prod(grid)).view(5, -1) % 3
+        masks = {{"keep": third == 1, "ban": third == 2}} if share else {{}}
         for kind in (f"{{len(grid)}}d", "previous"):
             for capacity in (None, 0, 7, 500):
                 for dtype in (torch.float32, torch.float64):
                     for block in (1, 64):
-                        plan = native.plan_chunks(prob.to(dtype), grid, 0.3, 0.5, kind, capacity, block=block)
-                want = reference.plan_chunks(prob.double(), grid, 0.3, 0.5, kind, capacity)
+                        plan = native.plan_chunks(prob.to(dtype), grid, 0.3, 0.5, kind, capacity, **masks, block=block)
+                want = reference.plan_chunks(prob.double(), grid, 0.3, 0.5, kind, capacity, **masks)
                 assert torch.equal(plan.nearest, want.nearest) and torch.equal(plan.member_index, want.member_index)
                 for x in (torch.randn(5 * plan.cells, 3), torch.randn(5 * plan.cells, 2, 5)[:, 1]):
                     packed = native.pack_rows(x, plan.token_index)

@@ -134,6 +134,7 @@ def test_what_no_graph_can_do_is_left_to_the_model(net, graph):
         "max_seqlen without a capacity": lambda: graph(*inputs, max_seqlen=9),
         "under autocast, which casts weights outside of the graph": lambda: graph(*inputs, **limits),
         "main.blocks.0 has forward hooks": lambda: graph(*inputs, **limits),
+        "a graph does not know keep": lambda: graph(*inputs, keep=torch.zeros(len(inputs[0]), net.config.cells).bool()),
         "a graph does not know routing": lambda: graph(*inputs, routing=net(*inputs, 0.0, True)[1]),
     }
     for reason, call in cases.items():

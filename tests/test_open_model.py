@@ -81,9 +81,27 @@ def test_a_routing_that_does_not_fit():
     _, routing = model(x, t, y, return_routing=True)
     with pytest.raises(ValueError, match=r"routing must be for 2 samples of \(6, 5\) cells, got 3 of 3 samples"):
         model(x[:2], t[:2], y[:2], routing=routing)
-    for budget in ({"drop_fraction": 0.5}, {"drop_fraction": torch.zeros(3)}, {"capacity": 9}, {"max_seqlen": 9}):
+    mask = torch.zeros(3, 30, dtype=torch.bool)
+    budgets = [{"drop_fraction": 0.5}, {"drop_fraction": torch.zeros(3)}, {"capacity": 9}, {"max_seqlen": 9}]
+    for budget in (*budgets, {"keep": mask}, {"ban": mask}):
         with pytest.raises(ValueError, match=f"{next(iter(budget))} must be left out beside a routing"):
             model(x, t, y, routing=routing, **budget)
+
+
+def test_kept_and_banned_cells():
+    """The backbone gets the one kind and not the other; the router's own choice, which its loss sees, is untouched."""
+    model, (x, t, y) = build(), batch()
+    _, free = model(x, t, y, 0.5, return_routing=True)
+    keep, ban = (torch.arange(30) % 5 == place for place in (1, 3))
+    keep, ban = keep.repeat(3, 1), ban.repeat(3, 1)
+    out, routing = model(x, t, y, 0.5, return_routing=True, keep=keep, ban=ban)
+    assert routing.boundary_mask[keep].all() and not routing.boundary_mask[ban].any()
+    assert torch.equal(routing.natural_mask, free.natural_mask)
+    out.square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert model.router.score.weight.grad.abs().max() > 0
+    with pytest.raises(ValueError, match=r"plan_chunks: keep must have shape \(3, 30\), got \(3, 6, 5\)"):
+        model(x, t, y, keep=keep.view(3, 6, 5))
 
 
 def test_a_router_that_sees_the_conditioning():

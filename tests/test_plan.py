@@ -67,7 +67,11 @@ def test_bit_identical_to_the_reference(data, seed):
     capacity = data.draw(st.one_of(st.none(), st.integers(0, batch * cells + 5)))
     longest = data.draw(st.one_of(st.none(), st.integers(0, cells + 2)))
     kind = data.draw(st.sampled_from(KINDS[len(grid)]))
-    args = (prob, grid, drop, threshold, kind, capacity, longest)
+    keep, ban = data.draw(st.sampled_from([(0, 0), (0.2, 0), (0, 0.3), (0.9, 0.5)]))
+    ban = torch.rand(kept.shape, generator=gen) < ban if ban else None
+    keep = torch.rand(kept.shape, generator=gen) < keep if keep else None
+    keep = keep if keep is None or ban is None else keep & ~ban
+    args = (prob, grid, drop, threshold, kind, capacity, longest, keep, ban)
     want = reference.plan_chunks(*args)
     for block in BLOCKS:
         assert_same(native.plan_chunks(*args, block=block), want)
@@ -220,3 +224,50 @@ def test_max_seqlen_is_a_number_of_rows():
     for bound in (-1, 2.0, "3"):
         with pytest.raises(ValueError, match="max_seqlen must be a number of rows, 0 or more, got"):
             K.plan_chunks(torch.rand(2, 12), (3, 4), max_seqlen=bound)
+
+
+def kept_by_hand(prob, rho, keep, ban):
+    """The cells of one sample that stay, by sorting: all kept ones, then the most probable of the router's others."""
+    cells = [i for i in range(len(prob)) if not ban[i] and (keep[i] or prob[i] > 0.5)]
+    cells.sort(key=lambda i: (not keep[i], -prob[i], i))
+    dropped = math.floor(torch.tensor(len(cells), dtype=torch.float32) * torch.tensor(rho))
+    return sorted(cells[: max(len(cells) - dropped, sum(keep))])
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("rho", [0.0, 0.4, 0.9])
+def test_kept_cells_stay_and_banned_ones_go(rho, backend):
+    gen = torch.Generator().manual_seed(3)
+    prob = torch.randint(0, 9, (6, 35), generator=gen) / 8
+    ban = torch.rand(6, 35, generator=gen) < 0.3
+    keep = (torch.rand(6, 35, generator=gen) < 0.2) & ~ban
+    keep[0], ban[1], keep[1] = False, True, False
+    prob[ban] = math.nan  # nobody looks at them
+    plan = K.plan_chunks(prob, (5, 7), rho, keep=keep, ban=ban, backend=backend)
+    want = [kept_by_hand(*rows) for rows in zip(prob.tolist(), [rho] * 6, keep.tolist(), ban.tolist(), strict=True)]
+    assert [sample.nonzero().flatten().tolist() for sample in plan.boundary_mask] == want
+    assert plan.lengths[1] == 0 and plan.boundary_mask[keep].all()
+    short = K.plan_chunks(prob, (5, 7), rho, max_seqlen=3, keep=keep, ban=ban, backend=backend)
+    assert int(short.overflow) == sum(max(len(cells) - 3, 0) for cells in want)
+    for sample, kept in enumerate(keep.tolist()):  # kept cells are the last to go, the later first
+        first = [cell for cell in range(35) if kept[cell]][:3]
+        assert short.boundary_mask[sample, first].all() and short.lengths[sample] <= 3
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_bad_masks_are_named(backend):
+    prob, keep, ban = torch.rand(2, 12), torch.zeros(2, 12, dtype=torch.bool), torch.zeros(2, 12, dtype=torch.bool)
+    keep[1, 5] = ban[1, 5] = True
+    both = "plan_chunks: a cell must be kept or banned, got both in sample 1 at cell 5"
+    for capacity in (None, 24):
+        with pytest.raises(ValueError, match=both):
+            K.plan_chunks(prob, (3, 4), capacity=capacity, keep=keep, ban=ban, backend=backend)
+        with pytest.raises(ValueError, match=both):
+            K.plan_chunks(prob, (3, 4), capacity=capacity, keep=keep, valid=~ban, backend=backend)
+    for name in ("keep", "ban"):
+        with pytest.raises(ValueError, match=rf"plan_chunks: {name} must have shape \(2, 12\), got \(2, 3, 4\)"):
+            K.plan_chunks(prob, (3, 4), backend=backend, **{name: keep.view(2, 3, 4)})
+        with pytest.raises(TypeError, match=f"plan_chunks: {name} must be bool, got torch.float32"):
+            K.plan_chunks(prob, (3, 4), backend=backend, **{name: keep.float()})
+        with pytest.raises(ValueError, match=f"plan_chunks: {name} must be on cpu, as boundary_prob is, got meta"):
+            K.plan_chunks(prob, (3, 4), backend=backend, **{name: keep.to("meta")})

@@ -38,6 +38,21 @@ def poisoned(rows, plan):
     return wide[:, ::2]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dechunk_of_cells_kept_at_any_probability(backend):
+    """A kept cell's own weight may be 1e-4 and its neighbours', far away, 1e4 times as large."""
+    prob = torch.rand(2, 63, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.5
+    prob[:, :8], prob[:, 30], prob[:, -3:] = 0.0, 0.0, 0.999
+    keep = torch.zeros(2, 63, dtype=torch.bool)
+    keep[:, [0, 5, 30]], keep[1, 40:] = True, True
+    plan = K.plan_chunks(prob, (7, 9), keep=keep)
+    x, residual = torch.randn(plan.capacity, 4, dtype=torch.float64), torch.randn(2, 63, 4, dtype=torch.float64)
+    want = dechunk_by_cell(x, prob, plan, residual, 1.0)
+    for dtype, error in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        got = K.dechunk(x.to(dtype), prob.to(dtype), plan, residual.to(dtype), backend=backend)
+        torch.testing.assert_close(got.double(), want, rtol=error, atol=error)
+
+
 def gradients(function, *tensors):
     """Output, and gradients of a weighted sum of it. Weights depend on the place, so that no error cancels."""
     leaves = [t.clone().requires_grad_() for t in tensors]

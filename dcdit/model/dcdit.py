@@ -102,6 +102,8 @@ class DCDiT(nn.Module):
         capacity: int | None = None,
         *,
         max_seqlen: int | None = None,
+        keep: torch.Tensor | None = None,
+        ban: torch.Tensor | None = None,
         routing: Routing | None = None,
         **backbone_inputs: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, Routing]:
@@ -117,16 +119,18 @@ class DCDiT(nn.Module):
                 of the batch and counted in `routing.plan.overflow`.
             max_seqlen: rows for each sample's at most; its least probable boundaries past them are dropped and counted
                 likewise. Under a fixed capacity attention's launches are sized by it.
+            keep, ban: bool (B, L), cells that the backbone gets, and that it does not get, whatever the router says of
+                them: a region to edit, cells whose content is known. See `dcdit.ops.plan_chunks`.
             routing: an earlier call's, for a batch of this size, to use in place of the router's. It has a budget
-                already: drop_fraction, capacity and max_seqlen must be left out.
+                already: what else sets one must be left out.
             backbone_inputs: what a backbone of your own takes beside tokens, c and packing.
 
         Returns (B, C, H, W), or (B, 2C, H, W) with config.learn_sigma; with `return_routing` also the Routing.
-        Raises ValueError for a wrong shape, dtype, class id, ρ or routing.
+        Raises ValueError for a wrong shape, dtype, class id, ρ, mask or routing.
         """
         self._check(x, t, y)
-        limits = {"capacity": capacity, "max_seqlen": max_seqlen}
-        budget: dict[str, Any] = {name: rows for name, rows in limits.items() if rows is not None}
+        limits = {"capacity": capacity, "max_seqlen": max_seqlen, "keep": keep, "ban": ban}
+        budget: dict[str, Any] = {name: limit for name, limit in limits.items() if limit is not None}
         if isinstance(drop_fraction, torch.Tensor) or drop_fraction != 0.0:
             budget["drop_fraction"] = drop_fraction
         if routing is not None:
@@ -155,11 +159,11 @@ class DCDiT(nn.Module):
         h: torch.Tensor,
         c: torch.Tensor,
         drop_fraction: float | torch.Tensor = 0.0,
-        **limits: int,
+        **limits: Any,
     ) -> Routing:
         """h (B, L, D), c (B, D) → which cells the backbone gets. The router sees both in float32 at least.
 
-        `limits` are `capacity` and `max_seqlen` where given, as `plan_chunks` takes them.
+        `limits` are `capacity`, `max_seqlen`, `keep` and `ban` where given, as `plan_chunks` takes them.
         """
         c = c.to(torch.promote_types(h.dtype, torch.float32))
         return route(self.router, h, c, grid=self.config.input_size, drop_fraction=drop_fraction, **limits)

@@ -20,8 +20,8 @@ from .routing import Routing, route
 # Bias of a fresh router's score: p ≈ 0.95, so that a wrapped model still computes what it did before.
 KEEP_ALL = 3.0
 
-# How many tokens a forward keeps, by attribute or keyword, as `plan_chunks` takes it.
-BUDGET = ("drop_fraction", "capacity", "max_seqlen")
+# Which tokens a forward keeps and how many, by attribute or keyword, as `plan_chunks` takes it.
+BUDGET = ("drop_fraction", "capacity", "max_seqlen", "keep", "ban")
 
 
 class DynamicChunking(nn.Module):
@@ -46,8 +46,8 @@ class DynamicChunking(nn.Module):
             v2), frame by frame on a video, that keeps everything at first.
         sigma: width of the Gaussian smoothing of the change, in cells; None: no smoothing.
 
-    Attributes, for models whose own forward has no such arguments: `grid`, and `drop_fraction`, `capacity` and
-    `max_seqlen` as in `dcdit.ops.plan_chunks`. After a forward `routing` holds its Routing, for
+    Attributes, for models whose own forward has no such arguments: `grid`, and `drop_fraction`, `capacity`,
+    `max_seqlen`, `keep` and `ban` as in `dcdit.ops.plan_chunks`. After a forward `routing` holds its Routing, for
     `dcdit.diffusion.ratio_loss`; copies and pickles have none.
     """
 
@@ -72,6 +72,8 @@ class DynamicChunking(nn.Module):
         self.drop_fraction: float | torch.Tensor = 0.0
         self.capacity: int | None = None
         self.max_seqlen: int | None = None
+        self.keep: torch.Tensor | None = None
+        self.ban: torch.Tensor | None = None
         self.routing: Routing | None = None
         self.router = router or _keep_all_router(width, self.grid)
         self._asked: tuple[type, tuple[inspect.Parameter, ...]] | None = None
@@ -105,8 +107,8 @@ class DynamicChunking(nn.Module):
         """h (B, L, D) → (B, L, D), or a tuple that begins with it where `run` returns one.
 
         Args:
-            args, kwargs: what `run` and the router take beside h. `drop_fraction`, `capacity` and `max_seqlen` among
-                them go before the attributes.
+            args, kwargs: what `run` and the router take beside h. `drop_fraction`, `capacity`, `max_seqlen`,
+                `keep` and `ban` among them go before the attributes.
             grid: of this call, with L cells. None: the attribute.
             routing: an earlier call's, to use in place of the router's.
 

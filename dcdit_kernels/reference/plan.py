@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .._check import probabilities
+from .._check import proper_cells
 from ..chunk_plan import ChunkPlan
 
 
@@ -18,14 +18,18 @@ def plan_chunks(
     nearest: str = "2d",
     capacity: int | None = None,
     max_seqlen: int | None = None,
+    keep: torch.Tensor | None = None,
+    ban: torch.Tensor | None = None,
 ) -> ChunkPlan:
     """See `dcdit_kernels.plan_chunks`. Memory: one (L, M_b) distance matrix at a time."""
-    probabilities("plan_chunks", boundary_prob)
+    proper_cells("plan_chunks", boundary_prob, keep, ban)
     batch, cells = boundary_prob.shape
     device = boundary_prob.device
     limit = cells if max_seqlen is None else min(cells, max_seqlen)
-    wanted = tail_drop(boundary_prob.detach(), drop_fraction, threshold)
-    mask = tail_drop(boundary_prob.detach(), drop_fraction, threshold, limit)
+    prob, forced = boundary_prob.detach(), torch.zeros_like(boundary_prob, dtype=torch.bool) if keep is None else keep
+    prob = prob if ban is None else torch.where(ban, 0.0, prob)
+    wanted = tail_drop(prob, drop_fraction, threshold, forced)
+    mask = tail_drop(prob, drop_fraction, threshold, forced, limit)
     kept = mask.flatten().nonzero().squeeze(1)[:capacity]
     overflow = (wanted.sum() - kept.numel()).to(torch.int32)
     live = kept.numel()
@@ -67,18 +71,25 @@ def plan_chunks(
 
 
 def tail_drop(
-    boundary_prob: torch.Tensor, drop_fraction: float | torch.Tensor, threshold: float, most: int | None = None
+    boundary_prob: torch.Tensor,
+    drop_fraction: float | torch.Tensor,
+    threshold: float,
+    forced: torch.Tensor,
+    most: int | None = None,
 ) -> torch.Tensor:
-    """Boundary mask (B, L): p > threshold, less the floor(n_b·ρ_b) of lowest p; of equals the later cell goes.
+    """Boundary mask (B, L): p > threshold or forced, less the floor(n_b·ρ_b) of lowest p that are not forced.
 
-    With `most` further ones of lowest p go until no sample has more than that.
+    Of equals the later cell goes. With `most` further ones of lowest p go, forced ones last, until no sample has more
+    than that.
     """
-    natural = boundary_prob > threshold
+    natural = forced | (boundary_prob > threshold)
     count = natural.sum(1)
     fraction = torch.as_tensor(drop_fraction, dtype=torch.float32, device=boundary_prob.device)
     keep = count - (count.to(torch.float32) * fraction).floor().to(count.dtype)
+    keep = keep.maximum(forced.sum(1))
     keep = keep if most is None else keep.clamp(max=most)
-    order = torch.argsort(torch.where(natural, boundary_prob, -1.0), dim=1, descending=True, stable=True)
+    key = torch.where(natural, boundary_prob, -1.0).masked_fill(forced, 2.0)
+    order = torch.argsort(key, dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
     )
