@@ -7,6 +7,7 @@ takes the process with it) the case is recorded as crashed and the rest goes on 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import gc
 import json
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -127,23 +129,21 @@ def work(args: argparse.Namespace) -> None:
         if time.time() > deadline:
             break
         write(args.output, {**result, "current": key(case, compiled), "since": time.time()})
-        # Says where it hangs, and ends the process.
-        faulthandler.dump_traceback_later(args.limit, exit=True)
-        begin = time.time()
-        entry = measure(case, args.device, compiled, args.rounds, args.seconds, names)
-        if case.group == "forward" and not compiled:
-            entry["components_s"] = component_times(case, args.device)
-            if args.device == "cpu":
-                entry["outside_products"] = outside_products(case)
-        if case.group == "train" and entry["variants"]["dcdit"]["status"] == "ok":
-            entry["components_s"] = training_parts(case, args.device, entry["variants"]["dcdit"]["seconds"])
-        if args.device == "cuda":
-            failed = [f"{name}: {v['reason']}" for name, v in entry["variants"].items() if v["status"] == "failed"]
-            write(args.output, {**json.loads(args.output.read_text()), "failed": failed})
-            torch.cuda.synchronize()  # a fault ends the process here at the latest, lest the next case be blamed
-            gc.collect()
-            torch.cuda.empty_cache()
-        faulthandler.cancel_dump_traceback_later()
+        with limited(args.limit):
+            begin = time.time()
+            entry = measure(case, args.device, compiled, args.rounds, args.seconds, names)
+            if case.group == "forward" and not compiled:
+                entry["components_s"] = component_times(case, args.device)
+                if args.device == "cpu":
+                    entry["outside_products"] = outside_products(case)
+            if case.group == "train" and entry["variants"]["dcdit"]["status"] == "ok":
+                entry["components_s"] = training_parts(case, args.device, entry["variants"]["dcdit"]["seconds"])
+            if args.device == "cuda":
+                failed = [f"{name}: {v['reason']}" for name, v in entry["variants"].items() if v["status"] == "failed"]
+                write(args.output, {**json.loads(args.output.read_text()), "failed": failed})
+                torch.cuda.synchronize()  # a fault ends the process here at the latest, lest the next case be blamed
+                gc.collect()
+                torch.cuda.empty_cache()
         entry["wall_s"] = round(time.time() - begin, 2)
         merge(result["cases"], entry | {"compiled": compiled})
         write(args.output, result)
@@ -156,6 +156,16 @@ def work(args: argparse.Namespace) -> None:
             count_launches(measured[case.name], compiled, names)
             write(args.output, result)
     write(args.output, {**result, "rates": faster(result["rates"], rates(args.device))})
+
+
+@contextlib.contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """A block that hangs says where, and ends the process."""
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def merge(entries: list[dict], entry: dict) -> None:
