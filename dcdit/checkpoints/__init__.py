@@ -6,7 +6,7 @@ __getattr__, __all__ = lazy(
     __name__,
     {
         "dit": "load_dit to_dit",
-        "systems": "load_sparsedit",
+        "systems": "load_dydit load_sparsedit",
         "folder": "from_pretrained load_checkpoint load_release load_state save_checkpoint save_release",
     },
 )

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, ConfigError
-from ..model.dit_config import SparseDiTConfig
+from ..model.dit_config import DyDiTConfig, SparseDiTConfig
+from ..model.dydit import DyDiT
 from ..model.sparse_dit import SparseDiT
 from .dit import OUTER, reorder_head
 from .folder import load_state
@@ -46,6 +47,13 @@ _SPARSE_PARTS = (
     ("normal_blocks", "dense"),
 )
 
+_DYNAMIC_PARTS = (
+    *PARTS,
+    ("attn_rate.router", "routers.heads"),
+    ("mlp_rate.router", "routers.groups"),
+    ("token_selection.mlp_head", "routers.tokens"),
+)
+
 
 def load_sparsedit(
     path_or_state: str | Path | dict[str, torch.Tensor], *, num_heads: int, sparse_size: int | tuple[int, int]
@@ -74,9 +82,25 @@ def load_sparsedit(
     return _loaded(SparseDiT(config), ours)
 
 
+def load_dydit(path_or_state: str | Path | dict[str, torch.Tensor], *, num_heads: int) -> DyDiT:
+    """The DyDiT of a `.pt` of the public release, or of its state dict, in eval mode.
+
+    Raises CheckpointError for another system's weights, which it names.
+    """
+    ours = _renamed(_read(path_or_state, "DyDiT", (".attn_rate.",)), dynamic_key)
+    depth = _count(key.split(".")[1] for key in ours if key.startswith("blocks."))
+    config = _config(DyDiTConfig, ours, num_heads, mlp_ratio=_mlp_ratio(ours), depth=depth)
+    return _loaded(DyDiT(config), ours)
+
+
 def sparse_key(key: str) -> str:
     """Our name of a parameter of SparseDiT's release."""
     return swap_parts(swap_prefix(key, _SPARSE_OUTER) or key, _SPARSE_PARTS)
+
+
+def dynamic_key(key: str) -> str:
+    """Our name of a parameter of DyDiT's release."""
+    return swap_parts(swap_prefix(key, OUTER) or key, _DYNAMIC_PARTS)
 
 
 def looks_like(state: dict[str, Any]) -> str:

@@ -74,10 +74,13 @@ class DiTBlock(nn.Module):
 
     def attend(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
         """(T, D) → (T, D): attention within each sample."""
-        q, k, v = self.qkv(x).unflatten(1, (3, self.heads, x.shape[1] // self.heads)).unbind(1)
+        return self.proj(self.mix(x, packing).flatten(1))
+
+    def mix(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """(T, D) → (T, heads, D/heads): what each head makes of its sample."""
+        q, k, v = self.qkv(x).unflatten(1, (3, self.heads, -1)).unbind(1)
         lengths = (packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen)
-        out = varlen_attention(q, k, v, *lengths, packing=packing)
-        return self.proj(out.reshape(x.shape))
+        return varlen_attention(q, k, v, *lengths, packing=packing)
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
         """(…, D) → (…, D)."""

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dcdit_kernels import Packing
+from dcdit_kernels import Packing, adaln_modulate
 
+from .blocks import Stream
 from .embedders import TimestepEmbedding, sincos_2d
 
 
@@ -41,6 +42,12 @@ class DiTShell(nn.Module):
     def pixels(self, out: torch.Tensor) -> torch.Tensor:
         """What the head gives for tokens, (B, N, patch²·C), → (B, C, H, W)."""
         return F.pixel_shuffle(out.transpose(1, 2).unflatten(2, self.grid), self.patch)
+
+    def finish(self, stream: Stream, active: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """The last blocks' Stream of (B·N, D), and the conditioning (B, D) through its SiLU → the prediction."""
+        shift, scale = self.adaln[1](active).chunk(2, dim=1)
+        out = self.head(adaln_modulate(stream.hidden(packing), shift, scale, packing))
+        return self.pixels(out.unflatten(0, (packing.batch_size, -1)))
 
     def check(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> None:
         """Raise ValueError where the inputs are not x (B, C, H, W) of the configured grid, and t and y (B,)."""

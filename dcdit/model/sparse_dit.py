@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dcdit_kernels import Packing, adaln_modulate
+from dcdit_kernels import Packing
 
 from ..errors import ConfigError
 from .blocks import DiTBlock, Stream
@@ -73,9 +73,7 @@ class SparseDiT(DiTShell):
             stream = group(stream, active, packing, sparse, self.grid, size)
         for block in self.top:
             stream = block(stream, active, packing)
-        shift, scale = self.adaln[1](active).chunk(2, dim=1)
-        out = self.head(adaln_modulate(stream.hidden(packing), shift, scale, packing))
-        return self.pixels(out.unflatten(0, (len(x), -1)))
+        return self.finish(stream, active, packing)
 
 
 class SparseGroup(nn.Module):

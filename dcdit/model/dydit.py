@@ -1,0 +1,149 @@
+"""DyDiT (arXiv 2410.03456): a DiT that leaves out heads and MLP channels by time, and tokens of the MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import ConfigError
+from .blocks import Stream
+from .dit_config import DyDiTConfig
+from .dit_shell import DiTShell, dense_packing
+from .dydit_block import DyBlock, narrow, skip_tokens
+from .gates import Gates, first_on
+from .plain_dit import PlainDiT
+
+
+class DyDiT(DiTShell):
+    """(B, C, H, W) → (B, C or 2C, H, W). It computes everything and masks; `tabulate` gives what computes less."""
+
+    def __init__(self, config: DyDiTConfig) -> None:
+        super().__init__(config, config.patch)
+        self.config = config
+        sizes = config.hidden_size, config.num_heads, config.mlp_ratio
+        self.blocks = nn.ModuleList(DyBlock(*sizes) for _ in range(config.depth))
+
+    @classmethod
+    def from_dit(cls, dit: PlainDiT, config: DyDiTConfig) -> DyDiT:
+        """A DyDiT with the weights of a DiT, whose every gate is open. Raises ConfigError where the depths differ."""
+        if len(dit.blocks) != config.depth:
+            raise ConfigError(f"the DyDiT has {config.depth} blocks, the DiT to start from has {len(dit.blocks)}")
+        model = cls(config)
+        model.load_state_dict(dit.state_dict(), strict=False)
+        return model
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor,
+        return_gates: bool = False,
+        *,
+        gates: Gates | None = None,
+        complete: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, Gates]:
+        """x (B, C, H, W), t and y (B,) → (B, C, H, W), or (B, 2C, H, W) with config.learn_sigma.
+
+        In training mode the gates are drawn, else they are decided. With `return_gates` also the Gates, through which
+        gradients reach the routers. `gates` stands for the routers' own; `complete` leaves all gates out, the pass that
+        training has beside the gated one. Raises ValueError for inputs of another shape.
+        """
+        self.check(x, t, y)
+        te = self.time_embed(t)
+        active = F.silu(te + self.class_embed(y))
+        packing = dense_packing(len(x), len(self.pos_embed), x.device)
+        stream, decided = Stream(self.patches(x).flatten(0, 1)), []
+        for number, block in enumerate(self.blocks):
+            if complete:
+                stream = block(stream, active, packing)
+                continue
+            given = None if gates is None else Gates(*(part[:, number] for part in gates))
+            if given is not None:
+                given = given._replace(tokens=given.tokens.reshape(-1, 1))
+            stream, own = block.gated(stream, active, packing, te, given)
+            decided.append(own)
+        out = self.finish(stream, active, packing)
+        if not return_gates:
+            return out
+        if complete:
+            raise ValueError("the complete pass has no gates to return")
+        heads, groups, tokens = (torch.stack(part, 1) for part in zip(*decided, strict=True))
+        return out, Gates(heads, groups, tokens.view(len(x), -1, len(decided)).transpose(1, 2))
+
+    def tabulate(self, timesteps: Sequence[float] | torch.Tensor) -> TabulatedDyDiT:
+        """The model for these timesteps, with their heads and groups alone; see `TabulatedDyDiT`."""
+        return TabulatedDyDiT(self, timesteps)
+
+
+class TabulatedDyDiT(nn.Module):
+    """A DyDiT in inference that computes nothing masked.
+
+    Heads and groups depend on the time alone: they are decided once for each of `timesteps`, and the weights of those
+    that are on are copied, once for each choice that occurs. Later changes of the model's weights are not seen. Tokens
+    are gathered for the MLP and put back.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: DyDiT, timesteps: Sequence[float] | torch.Tensor) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+        device = model.pos_embed.device
+        times = torch.as_tensor(timesteps, dtype=torch.float32, device=device).flatten().unique()
+        te = model.time_embed(times)
+        self.narrow = nn.ModuleDict()
+        self.table: dict[float, list[str]] = {t: [] for t in times.tolist()}
+        self.on: dict[str, tuple[tuple[bool, ...], tuple[bool, ...]]] = {}
+        for number, block in enumerate(model.blocks):
+            logits = block.routers.heads(te), block.routers.groups(te)
+            decided = [(first_on(torch.sigmoid(part).sub(0.5)) > 0).tolist() for part in logits]
+            for names, heads, groups in zip(self.table.values(), *decided, strict=True):
+                name = f"{number} {_bits(heads)} {_bits(groups)}"
+                names.append(name)
+                if name not in self.narrow:
+                    self.on[name] = tuple(heads), tuple(groups)
+                    self.narrow[name] = narrow(block, *self.on[name])
+
+    @torch.no_grad()
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, return_gates: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, Gates]:
+        """As `DyDiT.forward`, for times t (B,) of the table; the host reads them. Raises ValueError for others.
+
+        Samples of different times are computed one time after the other.
+        """
+        self.model.check(x, t, y)
+        times = t.float()
+        distinct = times.unique().tolist()
+        for time in distinct:
+            if time not in self.table:
+                raise ValueError(f"t must be one of the {len(self.table)} timesteps that were tabulated, got {time:g}")
+        out, gates = self._at(distinct[0], x, t, y) if len(distinct) == 1 else self._each(distinct, x, times, y)
+        return (out, gates) if return_gates else out
+
+    def _each(self, distinct: list[float], x, times, y) -> tuple[torch.Tensor, Gates]:
+        rows = [(times == time).nonzero().squeeze(1) for time in distinct]
+        parts = [self._at(time, x[own], times[own], y[own]) for time, own in zip(distinct, rows, strict=True)]
+        back = torch.cat(rows).argsort()
+        gates = (torch.cat(part)[back] for part in zip(*(gates for _, gates in parts), strict=True))
+        return torch.cat([out for out, _ in parts])[back], Gates(*gates)
+
+    def _at(self, time: float, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, Gates]:
+        model, names = self.model, self.table[time]
+        active = F.silu(model.time_embed(t) + model.class_embed(y))
+        packing = dense_packing(len(x), len(model.pos_embed), x.device)
+        stream, tokens = Stream(model.patches(x).flatten(0, 1)), []
+        for name, block in zip(names, model.blocks, strict=True):
+            stream, on = skip_tokens(self.narrow[name], block.routers, stream, active, packing)
+            tokens.append(on.view(len(x), -1))
+        heads, groups = (
+            x.new_tensor(part).expand(len(x), -1, -1) for part in zip(*(self.on[n] for n in names), strict=True)
+        )
+        out = model.finish(stream, active, packing)
+        return out, Gates(heads, groups, torch.stack(tokens, 1).to(x.dtype))
+
+
+def _bits(on: list[bool]) -> str:
+    return "".join("01"[gate] for gate in on)
