@@ -17,6 +17,7 @@ from .pack import pack_rows, unpack_rows
 from .packing import Packing
 from .padding import pad_input, unpad_input
 from .plan import plan_chunks
+from .qk_norm_rope import qk_norm_rope
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "pack_rows",
     "pad_input",
     "plan_chunks",
+    "qk_norm_rope",
     "unpack_rows",
     "unpad_input",
     "use_backend",

@@ -202,6 +202,24 @@ class JoinedPacking(Packing):
 
     INT64: ClassVar[tuple[str, ...]] = ("first_row", "second_row")
 
+    @property
+    def source(self) -> torch.Tensor:
+        """For each joined row its row in torch.cat([first, second]), int32 (T1 + T2,), rows past the last live one
+        included: a permutation. Made when first asked for, then kept."""
+        if traced(self.first_row):
+            return self._source()
+        if "_kept_source" not in self.__dict__:
+            with kept_for_backward():
+                self.__dict__["_kept_source"] = self._source()
+        return self.__dict__["_kept_source"]
+
+    def _source(self) -> torch.Tensor:
+        place = torch.cat([self.first_row, self.second_row])
+        spare = place < 0
+        place = torch.where(spare, self.cu_seqlens[-1] + spare.cumsum(0) - 1, place)
+        row = torch.arange(len(place), dtype=torch.int32, device=place.device)
+        return torch.empty_like(row).index_copy_(0, place, row)
+
     def cat(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         """Rows of the two streams, (T1, …) and (T2, …), as joined rows (T1 + T2, …), zero past the last live one.
 

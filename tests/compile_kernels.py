@@ -131,6 +131,23 @@ def launch_everything(dtype, grid, width, share, batch=2):
     for smoothing in ("gaussian", "ema", None):
         inputs = {"x": x, "boundary_prob": prob, "residual": residual, "plan": plan}
         cases.append(("dechunk", {**inputs, "sigma": 1.0, "smoothing": smoothing}, [h]))
+    head = 128 if width % 128 == 0 else width
+    joined = plan.join(plan)
+    stream, tables = (
+        new(plan.capacity, 3 * width).view(plan.capacity, 3, -1, head),
+        new(2, cells, head // 2, dtype=torch.float32),
+    )
+    for norm, pairing, second in (("rms", "interleaved", True), ("layer", "half", False)):
+        weights = dict.fromkeys(
+            ("q_weight", "k_weight", "second_q_weight", "second_k_weight"), new(head) if second else None
+        )
+        inputs = {"q": stream[:, 0], "k": stream[:, 1], "second_q": None, "second_k": None, **weights}
+        inputs |= {"cos": tables[0], "sin": tables[1], "position": plan.cell_index, "source": None, "plan": plan}
+        if second:
+            inputs |= {"second_q": stream[:, 0], "second_k": stream[:, 1], "source": joined.source, "plan": joined}
+            inputs["position"] = torch.cat([plan.cell_index, plan.cell_index])
+        grad = new(inputs["plan"].capacity, width // head, head)
+        cases.append(("qk_norm_rope", {**inputs, "eps": 1e-6, "norm": norm, "pairing": pairing}, [grad, grad]))
     for op, inputs, grads in cases:
         kernels = OPERATORS[op].backends["triton"].implementation
         floats = [v for v in inputs.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]

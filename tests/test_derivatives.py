@@ -29,6 +29,9 @@ OPERATORS = {
         t["features"], t["channel"], t["channel"], t["channel"], t["bias"], groups=2
     ),
     "group_norm_silu": lambda t: K.group_norm_silu(t["features"], t["channel"], t["channel"], 2, t["vector"]),
+    "qk_norm_rope": lambda t: torch.cat(
+        K.qk_norm_rope(t["x"][:, None], t["y"][:, None], torch.ones(ROWS, 4), torch.ones(ROWS, 4), None, t["channel"])
+    ),
     "pack_rows": lambda t: K.pack_rows(t["x"], torch.arange(ROWS)),
     "unpack_rows": lambda t: K.unpack_rows(t["x"], torch.arange(ROWS), ROWS + 1),
 }

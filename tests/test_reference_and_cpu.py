@@ -400,6 +400,14 @@ def test_reference_gradients_are_derivatives():
             lambda x, w, b, c, v: reference.group_norm_silu(x, w, b, c, v, groups=4),
             (draw(2, 8, 3, 4), *weights[:2], draw(2, 8), weights[2]),
         ),
+        "qk_norm_rope": (
+            lambda q, k, w: torch.cat(
+                reference.qk_norm_rope(
+                    q, k, None, None, w, w, cos=torch.rand(9, 4), sin=torch.rand(9, 4), pairing="half"
+                )
+            ),
+            (draw(9, 2, 8), draw(9, 2, 8), weights[0]),
+        ),
         "varlen_attention": (
             lambda q, k, v: reference.varlen_attention(q, k, v, cu_seqlens, cu_seqlens, 5, 5),
             (draw(9, 2, 4), draw(9, 2, 4), draw(9, 2, 4)),

@@ -9,6 +9,7 @@ from .group_norm import group_norm_silu
 from .modulate import adaln_modulate, gate_residual, gate_residual_modulate
 from .pack import pack_rows, unpack_rows
 from .plan import plan_chunks
+from .qk_norm_rope import qk_norm_rope
 
 __all__ = [
     "adaln_modulate",
@@ -22,6 +23,7 @@ __all__ = [
     "group_norm_silu",
     "pack_rows",
     "plan_chunks",
+    "qk_norm_rope",
     "unpack_rows",
     "varlen_attention",
 ]
