@@ -171,7 +171,7 @@ def test_fresh_router_keeps_few(model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(3, 4, 7, 9)}, r"x must have shape \(B, 3, 7, 9\), got \(3, 4, 7, 9\)"),
+        ({"x": torch.zeros(3, 4, 7, 9)}, r"x must have shape \(B, 3, H, W\), got \(3, 4, 7, 9\)"),
         ({"x": torch.zeros(3, 3, 7, 9).long()}, "x must be torch.float32 as the model is, got torch.int64"),
         ({"x": torch.zeros(3, 3, 7, 9).half()}, "x must be torch.float32 as the model is, got torch.float16"),
         ({"t": torch.zeros(2)}, r"t must have shape \(3,\), got \(2,\)"),

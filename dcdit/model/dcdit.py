@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,10 @@ from dcdit_kernels import Packing
 from .blocks import MainNetwork
 from .config import DCDiTConfig
 from .conv_blocks import Stem, make_decoder, make_encoder
-from .embedders import TimestepEmbedding, sincos_2d
+from .embedders import TimestepEmbedding, positions_of, sincos_2d
 from .final_layer import FinalLayer
 from .layers import WideLinear, init_linears
+from .mixed import MixedRouting, check_samples, forward_mixed
 from .routers import make_router
 from .routing import Routing, route
 
@@ -94,7 +98,7 @@ class DCDiT(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | Sequence[torch.Tensor],
         t: torch.Tensor,
         y: torch.Tensor,
         drop_fraction: float | torch.Tensor = 0.0,
@@ -102,15 +106,17 @@ class DCDiT(nn.Module):
         capacity: int | None = None,
         *,
         max_seqlen: int | None = None,
-        keep: torch.Tensor | None = None,
-        ban: torch.Tensor | None = None,
-        routing: Routing | None = None,
+        keep: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        ban: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        routing: Routing | MixedRouting | None = None,
         **backbone_inputs: Any,
-    ) -> torch.Tensor | tuple[torch.Tensor, Routing]:
+    ) -> Any:
         """Predict noise (and variance) or velocity.
 
         Args:
-            x: (B, C, H, W) with (H, W) = config.input_size.
+            x: (B, C, H, W), of any size that `encoder_stride` divides; config.input_size is the one trained on. Or a
+                list of B samples (C, H, W) of different sizes: encoder and decoder run once for each size, the backbone
+                once for all.
             t: (B,) timesteps from 0 (data) to 1000 (noise).
             y: (B,) int64 class ids; `config.num_classes` stands for no label.
             drop_fraction: ρ in [0, 1), the share of boundaries to drop; a tensor (B,) for one per sample.
@@ -120,12 +126,14 @@ class DCDiT(nn.Module):
             max_seqlen: rows for each sample's at most; its least probable boundaries past them are dropped and counted
                 likewise. Under a fixed capacity attention's launches are sized by it.
             keep, ban: bool (B, L), cells that the backbone gets, and that it does not get, whatever the router says of
-                them: a region to edit, cells whose content is known. See `dcdit.ops.plan_chunks`.
+                them: a region to edit, cells whose content is known. See `dcdit.ops.plan_chunks`. For a list of samples
+                lists of (L,), with the cells of each.
             routing: an earlier call's, for a batch of this size, to use in place of the router's. It has a budget
                 already: what else sets one must be left out.
             backbone_inputs: what a backbone of your own takes beside tokens, c and packing.
 
-        Returns (B, C, H, W), or (B, 2C, H, W) with config.learn_sigma; with `return_routing` also the Routing.
+        Returns (B, C, H, W), or (B, 2C, H, W) with config.learn_sigma; with `return_routing` also the Routing. For a
+        list the prediction is a list, and the routing a MixedRouting.
         Raises ValueError for a wrong shape, dtype, class id, ρ, mask or routing.
         """
         self._check(x, t, y)
@@ -133,15 +141,19 @@ class DCDiT(nn.Module):
         budget: dict[str, Any] = {name: limit for name, limit in limits.items() if limit is not None}
         if isinstance(drop_fraction, torch.Tensor) or drop_fraction != 0.0:
             budget["drop_fraction"] = drop_fraction
+        if not isinstance(x, torch.Tensor):
+            outs, mixed = forward_mixed(self, x, *self.condition(t, y), budget, routing, backbone_inputs)
+            return (outs, mixed) if return_routing else outs
+        grid = tuple(x.shape[2:])
         if routing is not None:
-            routing.check(len(x), self.config.input_size, budget)
+            routing.check(len(x), grid, budget)
         c, outer = self.condition(t, y)
         h = self.encode(x, outer)
         # Router and residual path are at least float32, whatever autocast makes of the rest; h is copied once for both.
         wide = h.to(torch.promote_types(h.dtype, torch.float32))
         if routing is None:
-            routing = self.route(wide, c, **budget)
-        tokens = self.backbone(routing.chunk(h, self.pos_embed), c, routing.plan, **backbone_inputs)
+            routing = self.route(wide, c, **self.named(grid), **budget)
+        tokens = self.backbone(routing.chunk(h, self.positions(grid)), c, routing.plan, **backbone_inputs)
         out = self.decode(tokens, wide, routing, outer)
         return (out, routing) if return_routing else out
 
@@ -159,14 +171,30 @@ class DCDiT(nn.Module):
         h: torch.Tensor,
         c: torch.Tensor,
         drop_fraction: float | torch.Tensor = 0.0,
+        *,
+        grid: tuple[int, ...] | None = None,
         **limits: Any,
     ) -> Routing:
         """h (B, L, D), c (B, D) → which cells the backbone gets. The router sees both in float32 at least.
 
-        `limits` are `capacity`, `max_seqlen`, `keep` and `ban` where given, as `plan_chunks` takes them.
+        `grid` is config.input_size where None; a router is told of any other by its keyword of that name. `limits` are
+        `capacity`, `max_seqlen`, `keep` and `ban` where given, as `plan_chunks` takes them.
         """
         c = c.to(torch.promote_types(h.dtype, torch.float32))
-        return route(self.router, h, c, grid=self.config.input_size, drop_fraction=drop_fraction, **limits)
+        own = self.config.input_size
+        grid = own if grid is None else grid
+        router = self.router if grid == own else functools.partial(self.router, grid=grid)
+        if grid != own and "grid" not in inspect.signature(self.router.forward).parameters:
+            raise ValueError(f"x must have sides {own}: {type(self.router).__name__}.forward takes no grid, got {grid}")
+        return route(router, h, c, grid=grid, drop_fraction=drop_fraction, **limits)
+
+    def named(self, grid: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The keyword `grid` of `route` and routers: none for config.input_size, which they know."""
+        return {} if grid == self.config.input_size else {"grid": grid}
+
+    def positions(self, grid: tuple[int, ...]) -> torch.Tensor:
+        """The position table (H·W, D) of a grid (H, W): `pos_embed` for config.input_size, else the same code."""
+        return self.pos_embed if grid == self.config.input_size else positions_of(self.pos_embed, grid)
 
     def backbone(self, tokens: torch.Tensor, c: torch.Tensor, packing: Packing, **inputs: Any) -> torch.Tensor:
         """Packed tokens (capacity, D), c (B, D) → tokens (capacity, D)."""
@@ -180,13 +208,21 @@ class DCDiT(nn.Module):
         out = self.final(out, outer).transpose(1, 2).unflatten(2, [side // stride for side in grid])
         return out if stride == 1 else F.pixel_shuffle(out, stride)
 
-    def _check(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> None:
-        shape = (self.config.in_channels, *self.config.input_size)
-        if x.dim() != 4 or tuple(x.shape[1:]) != shape:
-            raise ValueError(f"x must have shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
+    def _check(self, x: torch.Tensor | Sequence[torch.Tensor], t: torch.Tensor, y: torch.Tensor) -> None:
+        channels, stride = self.config.in_channels, self.config.encoder_stride
+        batch = isinstance(x, torch.Tensor)
+        if not batch:
+            check_samples(x)
+        shape = ("B, " if batch else "") + f"{channels}, H, W"
+        for name, part in [("x", x)] if batch else [(f"x[{i}]", part) for i, part in enumerate(x)]:
+            if part.dim() != 3 + batch or part.shape[-3] != channels or 0 in part.shape[-2:]:
+                raise ValueError(f"{name} must have shape ({shape}), got {tuple(part.shape)}")
+            if part.shape[-2] % stride or part.shape[-1] % stride:
+                sides = tuple(part.shape[-2:])
+                raise ValueError(f"{name} must have sides that encoder_stride {stride} divides, got {sides}")
         for name, tensor in (("t", t), ("y", y)):
-            if tuple(tensor.shape) != (x.shape[0],):
-                raise ValueError(f"{name} must have shape ({x.shape[0]},), got {tuple(tensor.shape)}")
+            if tuple(tensor.shape) != (len(x),):
+                raise ValueError(f"{name} must have shape ({len(x)},), got {tuple(tensor.shape)}")
         if y.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"y must hold integer class ids, got {y.dtype}")
         # On a GPU this look would be a synchronisation; there the embedding's own assert speaks.

@@ -26,13 +26,29 @@ class TimestepEmbedding(nn.Module):
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
 
 
-def sincos_2d(width: int, grid: tuple[int, int], patch: int = 1) -> torch.Tensor:
+def sincos_2d(
+    width: int, grid: tuple[int, ...], patch: int | torch.Tensor = 1, device: torch.device | None = None
+) -> torch.Tensor:
     """2D sin-cos position table (H·W, width): the column's code in the first half, the row's in the second.
 
     With `patch` a cell's position is counted in patches of patch×patch cells, from the middle of the first patch.
     """
-    positions = [(torch.arange(n, dtype=torch.float64) - (patch - 1) / 2) / patch for n in grid]
-    rows, columns = torch.meshgrid(*positions, indexing="ij")
-    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = [axis.reshape(-1, 1) * frequency for axis in (columns, rows)]
-    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float()
+    exact = torch.float32 if device is not None and device.type == "mps" else torch.float64
+    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=exact, device=device) / (width // 4))
+    codes = []
+    for side in grid:
+        angle = ((torch.arange(side, dtype=exact, device=device) - (patch - 1) / 2) / patch)[:, None] * frequency
+        codes.append(torch.cat([angle.sin(), angle.cos()], dim=1).float())
+    rows, columns = codes
+    shape = (*grid, -1)
+    return torch.cat([columns[None].expand(shape), rows[:, None].expand(shape)], dim=2).flatten(0, 1)
+
+
+def positions_of(table: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
+    """The table (H·W, D) of another grid in the unit of `table` (L, D), one that `sincos_2d` made.
+
+    The first cell lies −(patch − 1)/(2·patch) from the origin, by which the patch is known without a wait for a GPU.
+    """
+    width = table.shape[1]
+    first = torch.atan2(table[0, 0].double(), table[0, width // 4].double())
+    return sincos_2d(width, grid, (1 / (1 + 2 * first)).round(), table.device).to(table.dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -166,7 +167,7 @@ class Graphed:
         kind = _kind(inputs)
         graph: Graph | str = "first batch of its shape"
         if kind in self._lengths:
-            lengths, cells = self._lengths[kind], self.model.config.cells
+            lengths, cells = self._lengths[kind], math.prod(inputs[0].shape[2:])
             graph = self.cache.get(inputs, room(sum(lengths), max(lengths, default=0), len(lengths), cells), self._run)
         if isinstance(graph, Graph):
             out, routing, report = self._replay(graph, inputs)
@@ -195,6 +196,8 @@ class Graphed:
 
     def _why_not(self, x, drop_fraction, limits: dict[str, int | None], others: dict[str, Any]) -> str | None:
         """Reason why this call is the eager model's, or None."""
+        if not isinstance(x, torch.Tensor):
+            return "samples of several sizes"
         if isinstance(self.cache.capture, CudaCapture) and not x.is_cuda:
             return f"needs a GPU, got {x.device}"
         if others:

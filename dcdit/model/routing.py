@@ -45,6 +45,15 @@ class Routing:
         """The retained cells, bool (B, L)."""
         return self.plan.boundary_mask[: len(self.boundary_prob)]
 
+    @property
+    def valid(self) -> None:
+        """Every cell is a sample's own, unlike those of a MixedRouting."""
+
+    @property
+    def kept(self) -> torch.Tensor:
+        """The share of each sample's cells that is retained, float32 (B,)."""
+        return self.plan.lengths[: len(self.boundary_prob)] / self.plan.cells
+
     def chunk(self, h: torch.Tensor, pos_embed: torch.Tensor | None = None) -> torch.Tensor:
         """The retained cells of h (B, L, D), each with its row of pos_embed (L, D): packed tokens (capacity, D)."""
         return chunk(h, self.plan, pos_embed)
