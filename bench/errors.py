@@ -48,6 +48,7 @@ def operators() -> dict[str, tuple[Callable[..., torch.Tensor], list[torch.Tenso
             ["features", "norm_weight", "norm_bias", "score_weight"],
         ),
         "chunk": (lambda b, h, pos: K.chunk(h, plan, pos, backend=b), [h, pos], ["h", "pos_embed"]),
+        "chunk, mean": (lambda b, h, pos: K.chunk(h, plan, pos, "mean", backend=b), [h, pos], ["h", "pos_embed"]),
         "adaln_modulate": (
             lambda b, *t: K.adaln_modulate(*t, plan, backend=b),
             [x, shift, scale],

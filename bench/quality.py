@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dcdit.data.idx import Idx
-from dcdit.model.flops import dit_flops
+from dcdit.model.flops import dcdit_flops, dit_flops
 from dcdit.pictures.images import grid, save_png, to_uint8
 from dcdit.sampling.sampler import sample
 from dcdit.training.config import TrainConfig, load_config
@@ -31,6 +31,8 @@ RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 # Name → the kind of rival, and what it changes of bench/quality.yaml.
 VARIANTS: dict[str, tuple[str, list[str]]] = {
     "learned": ("learned", []),
+    "means": ("learned", ["model.segment_mean=true"]),
+    "groups": ("learned", ["model.norm_groups=8"]),
     "random": ("random", []),
     "grid": ("grid", []),
     "plain": ("plain", ["model.depth=11"]),
@@ -68,32 +70,31 @@ def run(name: str, args: argparse.Namespace) -> dict:
     trained = trainer.cpu_seconds
     model = average(trainer, trainer.emas[0]).eval()
     held_out = trainer.validation.loss(model, trainer.accelerator.autocast)
-    labels = torch.arange(args.samples) % config.model.num_classes
-    torch.manual_seed(args.seed)
-    drawn = sample(model, labels, objective=config.objective, clip=True, **SAMPLES)
-    pictures = to_uint8(trainer.codec.decode(drawn.latents))
-    np.save(folder / "pictures.npy", pictures[..., 0])
-    save_png(folder / "pictures.png", grid(pictures[:100], 10))
-    kept = drawn.trace.tokens.mean(1) / config.model.cells
-    gflop = dit_flops(config.model, 49) if kind == "plain" else drawn.trace.gflops(config.model, model.router)
+    tokens = held_out["validation_kept"] * config.model.cells
+    plain = kind == "plain"
+    gflop = dit_flops(config.model, tokens) if plain else dcdit_flops(config.model, tokens, model.router)["total"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    losses = [
-        line["diffusion_loss"] for line in lines if line.get("diffusion_loss") and line["step"] > args.steps - 200
-    ]
+    late = [line for line in lines if "diffusion_loss" in line and line["step"] > 0.75 * args.steps]
     trainer.close()
     return {
-        **judged(pictures[..., 0], labels.numpy(), args),
         **held_out,
-        "running_loss": float(np.mean(losses)),
+        "running_loss": float(np.mean([line["diffusion_loss"] for line in late])),
         "train_cpu_seconds": trained,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "gflop_per_step": float(gflop if kind == "plain" else gflop.mean() / 2),
-        "sampling_kept": [round(share, 4) for share in kept.tolist()],
+        "gflop": gflop,
+        **(judged(trainer, model, folder, args) if args.samples else {}),
     }
 
 
-def judged(pictures: np.ndarray, labels: np.ndarray, args: argparse.Namespace) -> dict[str, float]:
-    """The judges' numbers of uint8 pictures (N, H, W), which are to show `labels`, against the held-out set."""
+def judged(trainer: StudyTrainer, model: torch.nn.Module, folder: Path, args: argparse.Namespace) -> dict:
+    """Draw pictures, whose first hundred go to pictures.png, and judge them against the held-out set."""
+    config = trainer.config
+    classes = torch.arange(args.samples) % config.model.num_classes
+    torch.manual_seed(args.seed)
+    drawn = sample(model, classes, objective=config.objective, **SAMPLES)
+    sheet, labels = to_uint8(trainer.codec.decode(drawn.latents)), classes.numpy()
+    save_png(folder / "pictures.png", grid(sheet[:100], 10))
+    pictures, kept = sheet[..., 0], drawn.trace.tokens.mean(1) / config.model.cells
     train, held_out = Idx(f"{args.data}/train"), Idx(f"{args.data}/t10k")
     net = judge.fit(train.images, train.labels, args.runs / "classifier.pt")
     features, seen = judge.describe(net, pictures)
@@ -103,6 +104,7 @@ def judged(pictures: np.ndarray, labels: np.ndarray, args: argparse.Namespace) -
         "frechet_patches": judge.frechet(judge.patches(pictures), judge.patches(held_out.images)),
         "recognised": float((seen == labels).mean()),
         "classifier_accuracy": float((right == held_out.labels).mean()),
+        "sampling_kept": [round(share, 4) for share in kept.tolist()],
     }
 
 
@@ -117,7 +119,7 @@ def main() -> None:
     parser.add_argument("variants", nargs="+", choices=VARIANTS, metavar="VARIANT", help=", ".join(VARIANTS))
     parser.add_argument("--steps", type=int, default=1300)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--samples", type=int, default=800)
+    parser.add_argument("--samples", type=int, default=800, help="pictures to judge; 0: the losses alone")
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder for the runs")
     parser.add_argument("--results", type=Path, default=RESULTS)

@@ -1,37 +1,49 @@
-"""chunk: gather the retained cells into one packed tensor."""
+"""chunk: gather the retained cells, or the means of their segments, into one packed tensor."""
 
 from __future__ import annotations
 
 import torch
 
 from . import _triton_support
-from ._check import shaped
+from ._check import require, shaped
 from ._ops import Backend, Differentiable
 from .chunk_plan import ChunkPlan
+
+REDUCTIONS = ("own", "mean")
 
 OPERATOR = Differentiable(
     "chunk",
     "Tensor h, Tensor? pos_embed",
-    "",
-    lambda h, pos_embed, plan: h.new_empty(plan.capacity, h.shape[2]),
+    "str reduce",
+    lambda h, pos_embed, plan, reduce: h.new_empty(plan.capacity, h.shape[2]),
     unread=("h",),
     triton=Backend("dcdit_kernels.triton.chunk:Chunk", _triton_support.why_not),
 )
 
 
 def chunk(
-    h: torch.Tensor, plan: ChunkPlan, pos_embed: torch.Tensor | None = None, *, backend: str | None = None
+    h: torch.Tensor,
+    plan: ChunkPlan,
+    pos_embed: torch.Tensor | None = None,
+    reduce: str = "own",
+    *,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """packed[r] = h[token_index[r]] + pos_embed[cell of r], in raster order, sample after sample.
+
+    With "mean" a row takes the mean over its segment, the cells that it will refill, in the place of its own cell:
+    packed[r] = Σ h[c] / |{c}| + pos_embed[cell of r] over the cells c with nearest[c] = r.
 
     Args:
         h: (B, L, D).
         pos_embed: (L, D), the position embedding of each cell of the grid, or None.
+        reduce: "own", the paper's, or "mean", with sums in float32 (float64 for float64).
 
     Returns (capacity, D) in h's dtype, zero past the last live row. Raises ValueError where the shapes do not fit.
-    Source: arXiv 2603.06351 section 3.
+    Source: arXiv 2603.06351 section 3; the mean is this project's.
     """
+    require(reduce in REDUCTIONS, "chunk: reduce must be one of {}, got {!r}", REDUCTIONS, reduce)
     shaped("chunk", "h", h, plan.batch_size, plan.cells, None)
     if pos_embed is not None:
         shaped("chunk", "pos_embed", pos_embed, plan.cells, h.shape[2])
-    return OPERATOR(backend, h=h, pos_embed=pos_embed, plan=plan)
+    return OPERATOR(backend, h=h, pos_embed=pos_embed, plan=plan, reduce=reduce)

@@ -88,7 +88,10 @@ def launch_everything(dtype, grid, width, share, batch=2):
     layer = {"eps": 1e-6, "norm": "layer", "norm_weight": None}
     rms = {"eps": 1e-6, "norm": "rms", "norm_weight": new(width)}
     cases = [
-        ("chunk", {"h": h, "pos_embed": new(cells, width), "plan": plan}, [x]),
+        *(
+            ("chunk", {"h": h, "pos_embed": new(cells, width), "plan": plan, "reduce": reduce}, [x])
+            for reduce in ("own", "mean")
+        ),
         ("adaln_modulate", {"x": x, "shift": shift, "scale": scale, "plan": plan, **layer}, [x]),
         ("adaln_modulate", {"x": x, "shift": shift, "scale": scale, "plan": plan, **rms}, [x]),
         ("adaln_modulate", {"x": h, "shift": shift, "scale": scale, "plan": None, **layer}, [h]),

@@ -15,6 +15,7 @@ SHAPES = {
 }  # fmt: skip
 OPERATORS = {
     "chunk": lambda t: K.chunk(t["h"], PLAN, t["pos"]),
+    "chunk mean": lambda t: K.chunk(t["h"], PLAN, t["pos"], "mean"),
     "dechunk": lambda t: K.dechunk(t["x"], t["prob"], PLAN, t["h"]),
     "dechunk ema": lambda t: K.dechunk(t["x"], t["prob"], PLAN, t["h"], smoothing="ema"),
     "ema_smooth": lambda t: K.ema_smooth(t["x"], t["prob"], PLAN),
@@ -97,7 +98,7 @@ def test_a_gradient_may_be_kept_with_its_graph():
 def test_below_torch_compile():
     """`dcdit::NAME_backward` has no derivative of its own either."""
     given = tensors(requires_grad=True)
-    args = (given["h"], given["pos"], *_library.flat_plan(PLAN), "reference")
+    args = (given["h"], given["pos"], *_library.flat_plan(PLAN), "own", "reference")
     out = torch.ops.dcdit.chunk_backward(given["x"], [True, False], *args)[0]
     with pytest.raises(K.BackendError, match="gradients of gradients"):
         out.sum().backward()

@@ -13,6 +13,7 @@ from dcdit.model.config import PRESETS, DCDiTConfig, preset
 from dcdit.model.dcdit import DCDiT
 from dcdit.model.flops import dcdit_flops, dit_flops
 from dcdit.model.layers import RMSNorm, gelu_tanh
+from dcdit.model.routing import Routing
 
 TINY = DCDiTConfig(
     input_size=(7, 9), in_channels=3, num_classes=5, hidden_size=64, depth=2, num_heads=2, encoder_width=32
@@ -49,6 +50,26 @@ def test_compiles_into_one_graph(model):
             grads.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
         for got, want in zip(*grads, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_segment_means_and_norm_groups():
+    """A token depends on all cells that it refills, and the options pass through config.json."""
+    config = DCDiTConfig.from_dict({**TINY.to_dict(), "segment_mean": True, "norm_groups": 8})
+    assert config.to_dict()["segment_mean"] and TINY.norm_groups == 32
+    torch.manual_seed(0)
+    mean, own = DCDiT(config), DCDiT(TINY)
+    assert {norm.num_groups for norm in mean.modules() if isinstance(norm, torch.nn.GroupNorm)} == {8}
+    seen = {}
+    for name, net in (("mean", mean), ("own", own)):
+        net.main.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
+        h = torch.randn(1, net.config.cells, net.config.hidden_size, requires_grad=True)
+        prob = (torch.arange(net.config.cells) % 9 == 4).float()[None]
+        routing = Routing.of(prob, net.config.input_size)
+        net.encode = lambda x, c, h=h: h
+        x, t, y = batch(1)
+        net(x, t, y, routing=routing)
+        (grad,) = torch.autograd.grad(seen[name].sum(), h)
+        assert int((grad[0].abs().sum(1) > 0).sum()) == (net.config.cells if name == "mean" else int(prob.sum()))
 
 
 def test_a_graph_may_break_at_an_operator(model):
@@ -203,6 +224,8 @@ def test_bad_input(model, change, message):
         ({"learn_sigma": "no"}, "learn_sigma must be true or false, got 'no'"),
         ({"depth": 0}, "depth must be a positive integer"),
         ({"target_ratio": 1}, "target_ratio N must be greater than 1"),
+        ({"norm_groups": 64}, "must be multiples of norm_groups 64, got 384 and 96"),
+        ({"segment_mean": 1}, "segment_mean must be true or false, got 1"),
     ],
 )
 def test_bad_config(values, message):

@@ -229,6 +229,27 @@ def test_chunk(share):
     assert torch.equal(out, want) and torch.equal(grad, want_grad)
 
 
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("nearest", ["2d", "previous"])
+def test_chunk_means(share, nearest):
+    """Cell by cell; cells that no row refills hold NaN, and neither give nor get anything."""
+    prob, plan = make((7, 9), share, spare=4)
+    plan = K.plan_chunks(prob, (7, 9), nearest=nearest, capacity=plan.capacity, backend="reference")
+    h, pos = torch.randn(3, 63, 8, dtype=torch.float64), torch.randn(63, 8, dtype=torch.float64)
+    h.view(-1, 8)[plan.nearest < 0] = math.nan
+    out, grad, grad_pos = gradients(lambda h, pos: K.chunk(h, plan, pos, "mean"), h, pos)
+    weight = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape)
+    want, want_grad, want_pos = torch.zeros_like(out), torch.zeros_like(h), torch.zeros_like(pos)
+    for row, cell in enumerate(plan.token_index.tolist()):
+        if cell >= 0:
+            members = (plan.nearest == row).nonzero()[:, 0].tolist()
+            want[row] = sum(h.view(-1, 8)[member] for member in members) / len(members) + pos[cell % 63]
+            want_grad.view(-1, 8)[members] = weight[row] / len(members)
+            want_pos[cell % 63] += weight[row]
+    for got, expected in zip((out, grad, grad_pos), (want, want_grad, want_pos), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
+
+
 def test_boundary_cosine_1d_and_packed():
     """p_t = (1 - cos(q_t, k_{t-1})) / 2, both ends 1; a packed batch gives what its samples give alone."""
     torch.manual_seed(0)
@@ -365,6 +386,8 @@ def test_operators_name_what_came():
     prob, plan = make((7, 9), "quarter")
     with pytest.raises(ValueError, match=r"chunk: h must have shape \(3, 63, any\), got \(3, 62, 8\)"):
         K.chunk(torch.zeros(3, 62, 8), plan)
+    with pytest.raises(ValueError, match=r"chunk: reduce must be one of \('own', 'mean'\), got 'max'"):
+        K.chunk(torch.zeros(3, 63, 8), plan, reduce="max")
     with pytest.raises(TypeError, match=r"dechunk: x must be float16.* got torch.int64"):
         K.dechunk(torch.zeros(plan.capacity, 8).long(), prob, plan)
     with pytest.raises(ValueError, match="nearest='3d' needs a 3d grid"):
@@ -383,6 +406,7 @@ def test_reference_gradients_are_derivatives():
     cu_seqlens = torch.tensor([0, 5, 5, 9], dtype=torch.int32)
     cases = {
         "chunk": (lambda h, pos: reference.chunk(h, plan, pos), (h, draw(cells, width))),
+        "chunk mean": (lambda h, pos: reference.chunk(h, plan, pos, "mean"), (h, draw(cells, width))),
         "dechunk": (lambda x, r: reference.dechunk(x, prob, plan, r, 1.3), (x, h)),
         "ema_smooth": (lambda x, p: reference.ema_smooth(x, p, plan), (x, inner)),
         "adaln_modulate": (lambda x, *m: reference.adaln_modulate(x, *m, plan), (x, *modulators)),

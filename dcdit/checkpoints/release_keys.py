@@ -156,8 +156,10 @@ def release_content(state: dict[str, torch.Tensor], config: DCDiTConfig, extra: 
     height, width = config.input_size
     if height != width:
         raise CheckpointError(f"the public release takes square grids only, this model's is {height}×{width}")
-    if config.encoder_stride != 1:
-        raise CheckpointError(f"the public release has encoder_stride 1 only, this model's is {config.encoder_stride}")
+    for name in ("encoder_stride", "norm_groups", "segment_mean"):
+        only, ours = getattr(DCDiTConfig, name), getattr(config, name)
+        if ours != only:
+            raise CheckpointError(f"the public release has {name} {only} only, this model's is {ours}")
     renamed = to_release(state)
     use = {key: extra[key] for key in _USE_KEYS if key in extra}
     return {

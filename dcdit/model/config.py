@@ -18,9 +18,11 @@ class DCDiTConfig:
     """Sizes of a DC-DiT. The defaults are DC-DiT-S/N4 at 256 px.
 
     `input_size` is the latent grid (H, W), `target_ratio` is N: about 1/N of the cells are kept. `cond_norm` puts a
-    LayerNorm on the conditioning of encoder and decoder, for upcycled models. `encoder_width` should be at least 64, or
-    each GroupNorm group there has one channel and takes away the time and class just added to it. The paper's
-    `encoder_stride` is 1; 2 runs encoder and decoder on blocks of 2×2 cells, at a fifth of their FLOPs.
+    LayerNorm on the conditioning of encoder and decoder, for upcycled models. `norm_groups` are those of the GroupNorms
+    in encoder and decoder: `encoder_width` should be at least twice as many, or each group has one channel and takes
+    away the time and class just added to it. The paper's `encoder_stride` is 1; 2 runs encoder and decoder on blocks of
+    2×2 cells, at a fifth of their FLOPs. With `segment_mean` a token is the mean of the cells that it will refill; the
+    paper's is its own cell.
     Raises ConfigError when the sizes do not fit together.
     """
 
@@ -32,12 +34,14 @@ class DCDiTConfig:
     num_heads: int = 6
     encoder_width: int = 96
     encoder_stride: int = 1
+    norm_groups: int = 32
     mlp_ratio: float = 4.0
     target_ratio: float = 4.0
     router: str = "predictability"
     sigma: float = 1.0
     learn_sigma: bool = True
     cond_norm: bool = False
+    segment_mean: bool = False
 
     def __post_init__(self) -> None:
         size = self.input_size
@@ -54,6 +58,7 @@ class DCDiTConfig:
             "num_heads",
             "encoder_width",
             "encoder_stride",
+            "norm_groups",
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -61,7 +66,7 @@ class DCDiTConfig:
         for name in ("mlp_ratio", "target_ratio", "sigma"):
             if not isinstance(getattr(self, name), int | float):
                 raise ConfigError(f"{name} must be a number, got {getattr(self, name)!r}")
-        for name in ("learn_sigma", "cond_norm"):
+        for name in ("learn_sigma", "cond_norm", "segment_mean"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.hidden_size % self.num_heads:
@@ -69,6 +74,11 @@ class DCDiTConfig:
         if self.hidden_size % 32 or self.encoder_width % 32:
             raise ConfigError(
                 "hidden_size and encoder_width must be multiples of 32 (GroupNorm groups), "
+                f"got {self.hidden_size} and {self.encoder_width}"
+            )
+        if math.gcd(self.hidden_size, self.encoder_width) % self.norm_groups:
+            raise ConfigError(
+                f"hidden_size and encoder_width must be multiples of norm_groups {self.norm_groups}, "
                 f"got {self.hidden_size} and {self.encoder_width}"
             )
         if any(side % self.encoder_stride for side in self.input_size):

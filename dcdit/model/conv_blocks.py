@@ -16,8 +16,6 @@ from dcdit_kernels import group_norm_silu
 from .config import DCDiTConfig
 from .layers import BiasApartConv3x3, Conv3x3, PointwiseConv2d, RMSNorm, may_overwrite
 
-GROUPS = 32
-
 
 class GroupNormSiLU(nn.GroupNorm):
     """GroupNorm, then SiLU, with bias and conditioning added in front of both: one kernel."""
@@ -32,13 +30,13 @@ class GroupNormSiLU(nn.GroupNorm):
 class ResidualConvBlock(nn.Module):
     """GroupNorm–SiLU–Conv3×3, + Linear(c), GroupNorm–SiLU–Conv3×3, + skip (arXiv 2603.06351)."""
 
-    def __init__(self, width_in: int, width_out: int, width_cond: int) -> None:
+    def __init__(self, width_in: int, width_out: int, width_cond: int, groups: int = 32) -> None:
         super().__init__()
         inner = min(width_in, width_out)
-        self.norm1 = GroupNormSiLU(GROUPS, width_in)
+        self.norm1 = GroupNormSiLU(groups, width_in)
         self.conv1 = BiasApartConv3x3(width_in, inner)
         self.cond = nn.Sequential(nn.SiLU(), nn.Linear(width_cond, inner))
-        self.norm2 = GroupNormSiLU(GROUPS, inner)
+        self.norm2 = GroupNormSiLU(groups, inner)
         self.conv2 = Conv3x3(inner, width_out)
         self.skip = PointwiseConv2d(width_in, width_out) if width_in != width_out else nn.Identity()
 
@@ -55,10 +53,10 @@ class ResidualConvBlock(nn.Module):
 class ConvStack(nn.Module):
     """Encoder or decoder: residual conv blocks through `widths`, then RMSNorm of the last."""
 
-    def __init__(self, widths: tuple[int, ...], width_cond: int) -> None:
+    def __init__(self, widths: tuple[int, ...], width_cond: int, groups: int = 32) -> None:
         super().__init__()
         pairs = itertools.pairwise(widths)
-        self.blocks = nn.ModuleList(ResidualConvBlock(a, b, width_cond) for a, b in pairs)
+        self.blocks = nn.ModuleList(ResidualConvBlock(a, b, width_cond, groups) for a, b in pairs)
         self.norm = RMSNorm(widths[-1], eps=1e-5)
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
@@ -87,10 +85,10 @@ class Stem(Conv3x3):
 class CoarseEncoder(nn.Module):
     """Two conv blocks on the coarse grid, then a linear map to the features of each cell of a block, and RMSNorm."""
 
-    def __init__(self, narrow: int, width: int, stride: int) -> None:
+    def __init__(self, narrow: int, width: int, stride: int, groups: int = 32) -> None:
         super().__init__()
         self.stride = stride
-        self.blocks = nn.ModuleList(ResidualConvBlock(narrow, narrow, width) for _ in range(2))
+        self.blocks = nn.ModuleList(ResidualConvBlock(narrow, narrow, width, groups) for _ in range(2))
         self.spread = nn.Linear(narrow, stride**2 * width)
         self.norm = RMSNorm(width, eps=1e-5)
 
@@ -106,11 +104,11 @@ class CoarseEncoder(nn.Module):
 class CoarseDecoder(nn.Module):
     """A linear map of the features of each block of cells, two conv blocks on the coarse grid, and RMSNorm."""
 
-    def __init__(self, width: int, narrow: int, stride: int) -> None:
+    def __init__(self, width: int, narrow: int, stride: int, groups: int = 32) -> None:
         super().__init__()
         self.stride = stride
         self.gather = nn.Linear(stride**2 * width, narrow)
-        self.blocks = nn.ModuleList(ResidualConvBlock(narrow, narrow, width) for _ in range(2))
+        self.blocks = nn.ModuleList(ResidualConvBlock(narrow, narrow, width, groups) for _ in range(2))
         self.norm = RMSNorm(narrow, eps=1e-5)
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
@@ -127,13 +125,13 @@ def make_encoder(config: DCDiTConfig) -> nn.Module:
     """(B, e, H/stride, W/stride), (B, D) → h (B, H·W, D)."""
     narrow, width = config.encoder_width, config.hidden_size
     if config.encoder_stride == 1:
-        return ConvStack((narrow, narrow, width), width)
-    return CoarseEncoder(narrow, width, config.encoder_stride)
+        return ConvStack((narrow, narrow, width), width, config.norm_groups)
+    return CoarseEncoder(narrow, width, config.encoder_stride, config.norm_groups)
 
 
 def make_decoder(config: DCDiTConfig) -> nn.Module:
     """(B, D, H, W), (B, D) → (B, blocks of cells, e)."""
     narrow, width = config.encoder_width, config.hidden_size
     if config.encoder_stride == 1:
-        return ConvStack((width, narrow, narrow), width)
-    return CoarseDecoder(width, narrow, config.encoder_stride)
+        return ConvStack((width, narrow, narrow), width, config.norm_groups)
+    return CoarseDecoder(width, narrow, config.encoder_stride, config.norm_groups)

@@ -153,7 +153,7 @@ class DCDiT(nn.Module):
         wide = h.to(torch.promote_types(h.dtype, torch.float32))
         if routing is None:
             routing = self.route(wide, c, **self.named(grid), **budget)
-        tokens = self.backbone(routing.chunk(h, self.positions(grid)), c, routing.plan, **backbone_inputs)
+        tokens = self.backbone(self.gather(h, routing), c, routing.plan, **backbone_inputs)
         out = self.decode(tokens, wide, routing, outer)
         return (out, routing) if return_routing else out
 
@@ -195,6 +195,11 @@ class DCDiT(nn.Module):
     def positions(self, grid: tuple[int, ...]) -> torch.Tensor:
         """The position table (H·W, D) of a grid (H, W): `pos_embed` for config.input_size, else the same code."""
         return self.pos_embed if grid == self.config.input_size else positions_of(self.pos_embed, grid)
+
+    def gather(self, h: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """h (B, L, D) → the tokens of the retained cells with their positions, packed (capacity, D)."""
+        reduce = "mean" if self.config.segment_mean else "own"
+        return routing.chunk(h, self.positions(routing.plan.grid), reduce)
 
     def backbone(self, tokens: torch.Tensor, c: torch.Tensor, packing: Packing, **inputs: Any) -> torch.Tensor:
         """Packed tokens (capacity, D), c (B, D) → tokens (capacity, D)."""

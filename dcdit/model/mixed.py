@@ -128,7 +128,7 @@ def forward_mixed(
     if routing is None:
         parts = _route(model, wide, c[order].split(counts), list(sizes), _split_budget(budget, samples, indices))
         routing = MixedRouting(parts, indices, _pack(parts, indices))
-    tokens = [part.chunk(h, model.positions(part.plan.grid)) for part, h in zip(routing.parts, hs, strict=True)]
+    tokens = [model.gather(h, part) for part, h in zip(routing.parts, hs, strict=True)]
     rows = _rows(routing)
     packed = model.backbone(pack_rows(torch.cat(tokens), rows), c, routing.packing, **backbone_inputs)
     tokens = unpack_rows(packed, rows, len(rows)).split([part.plan.capacity for part in routing.parts])

@@ -54,9 +54,10 @@ class Routing:
         """The share of each sample's cells that is retained, float32 (B,)."""
         return self.plan.lengths[: len(self.boundary_prob)] / self.plan.cells
 
-    def chunk(self, h: torch.Tensor, pos_embed: torch.Tensor | None = None) -> torch.Tensor:
-        """The retained cells of h (B, L, D), each with its row of pos_embed (L, D): packed tokens (capacity, D)."""
-        return chunk(h, self.plan, pos_embed)
+    def chunk(self, h: torch.Tensor, pos_embed: torch.Tensor | None = None, reduce: str = "own") -> torch.Tensor:
+        """The retained cells of h (B, L, D), or with "mean" their segments' means, each with its row of pos_embed
+        (L, D): packed tokens (capacity, D)."""
+        return chunk(h, self.plan, pos_embed, reduce)
 
     def dechunk(self, tokens: torch.Tensor, residual: torch.Tensor, sigma: float | None) -> torch.Tensor:
         """Tokens (capacity, D) smoothed over `sigma` cells (None: not), put back on the grid and added to

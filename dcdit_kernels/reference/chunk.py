@@ -5,13 +5,21 @@ from __future__ import annotations
 import torch
 
 from ..chunk_plan import ChunkPlan
-from ._packed import take_rows
+from ._packed import accumulate_dtype, take_rows
 
 
-def chunk(h: torch.Tensor, plan: ChunkPlan, pos_embed: torch.Tensor | None = None) -> torch.Tensor:
+def chunk(h: torch.Tensor, plan: ChunkPlan, pos_embed: torch.Tensor | None = None, reduce: str = "own") -> torch.Tensor:
     """See `dcdit_kernels.chunk`."""
-    packed = take_rows(h.reshape(-1, h.shape[-1]), plan.token_index)
+    cells = h.reshape(-1, h.shape[-1])
+    packed = take_rows(cells, plan.token_index) if reduce == "own" else segment_mean(cells, plan)
     if pos_embed is not None:
-        cell = torch.where(plan.token_index >= 0, plan.token_index % plan.cells, -1)
-        packed = packed + take_rows(pos_embed.to(packed.dtype), cell)
-    return packed
+        packed = packed + take_rows(pos_embed.to(h.dtype), plan.cell_index)
+    return packed.to(h.dtype)
+
+
+def segment_mean(cells: torch.Tensor, plan: ChunkPlan) -> torch.Tensor:
+    """cells (B·L, D) → the mean of those that each row refills, (capacity, D) in float32 or float64."""
+    refills = torch.where(plan.nearest < 0, plan.capacity, plan.nearest)  # no row: one past the last
+    sums = cells.new_zeros(plan.capacity + 1, cells.shape[1], dtype=accumulate_dtype(cells))
+    sums = sums.index_add(0, refills, cells.to(sums.dtype))[:-1]
+    return sums / plan.member_offsets.diff().clamp(min=1)[:, None]
