@@ -32,7 +32,9 @@ RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 VARIANTS: dict[str, tuple[str, list[str]]] = {
     "learned": ("learned", []),
     "means": ("learned", ["model.segment_mean=true"]),
+    "kept-grid": ("learned", ["model.keep_grid=4"]),
     "groups": ("learned", ["model.norm_groups=8"]),
+    "mended": ("learned", ["model.segment_mean=true", "model.keep_grid=4", "model.norm_groups=8"]),
     "random": ("random", []),
     "grid": ("grid", []),
     "plain": ("plain", ["model.depth=11"]),

@@ -11,7 +11,7 @@ from dcdit.model.config import DCDiTConfig
 from dcdit.model.dcdit import DCDiT
 from dcdit.model.layers import init_linears
 from dcdit.model.plain_dit import PlainDiT
-from dcdit.model.routing import Routing
+from dcdit.model.routing import Routing, regular_cells
 from dcdit.training.trainer import Trainer
 
 
@@ -41,9 +41,7 @@ class GridRouter(nn.Module):
 
     def forward(self, h: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         """h (B, L, D) → boundary_prob (B, L), alike for all samples."""
-        plane = torch.zeros(self.grid, dtype=h.dtype, device=h.device)
-        plane[:: self.stride, :: self.stride] = 1
-        return plane.flatten().expand(h.shape[:2])
+        return regular_cells(self.grid, self.stride, h.device).to(h.dtype).expand(h.shape[:2])
 
     def macs(self, cells: int) -> float:
         """Multiply-adds of one image."""

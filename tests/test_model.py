@@ -72,6 +72,23 @@ def test_segment_means_and_norm_groups():
         assert int((grad[0].abs().sum(1) > 0).sum()) == (net.config.cells if name == "mean" else int(prob.sum()))
 
 
+def test_a_regular_grid_is_kept():
+    """Besides the router's cells and those of the caller, but for the banned ones; a drop takes none of them."""
+    torch.manual_seed(0)
+    net = DCDiT(DCDiTConfig.from_dict({**TINY.to_dict(), "keep_grid": 3}))
+    grid = torch.zeros(7, 9, dtype=torch.bool)
+    grid[::3, ::3] = True
+    grid = grid.flatten().expand(3, -1)
+    keep, ban = torch.zeros(2, 3, 63, dtype=torch.bool)
+    keep[1, 5], ban[2, 27], ban[2, 28] = True, True, True
+    for rho in (0.0, 0.9):
+        routing = net(*batch(), drop_fraction=rho, return_routing=True, keep=keep, ban=ban)[1]
+        want = (grid | keep) & ~ban
+        assert (routing.boundary_mask & want).equal(want)
+        left = routing.boundary_mask & ~want
+        assert not (left & ~routing.natural_mask).any()
+
+
 def test_a_graph_may_break_at_an_operator(model):
     """torch.compile without fullgraph stops at the plan, whose size depends on data, and does not go on inside it."""
     torch._dynamo.reset()
@@ -225,6 +242,7 @@ def test_bad_input(model, change, message):
         ({"depth": 0}, "depth must be a positive integer"),
         ({"target_ratio": 1}, "target_ratio N must be greater than 1"),
         ({"norm_groups": 64}, "must be multiples of norm_groups 64, got 384 and 96"),
+        ({"keep_grid": -1}, "keep_grid must be an integer of at least 0, got -1"),
         ({"segment_mean": 1}, "segment_mean must be true or false, got 1"),
     ],
 )

@@ -22,7 +22,8 @@ class DCDiTConfig:
     in encoder and decoder: `encoder_width` should be at least twice as many, or each group has one channel and takes
     away the time and class just added to it. The paper's `encoder_stride` is 1; 2 runs encoder and decoder on blocks of
     2×2 cells, at a fifth of their FLOPs. With `segment_mean` a token is the mean of the cells that it will refill; the
-    paper's is its own cell.
+    paper's is its own cell. `keep_grid` k > 0 keeps every k-th cell of every k-th row besides the router's; they count
+    towards 1/N.
     Raises ConfigError when the sizes do not fit together.
     """
 
@@ -42,6 +43,7 @@ class DCDiTConfig:
     learn_sigma: bool = True
     cond_norm: bool = False
     segment_mean: bool = False
+    keep_grid: int = 0
 
     def __post_init__(self) -> None:
         size = self.input_size
@@ -63,6 +65,8 @@ class DCDiTConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+        if not isinstance(self.keep_grid, int) or self.keep_grid < 0:
+            raise ConfigError(f"keep_grid must be an integer of at least 0, got {self.keep_grid!r}")
         for name in ("mlp_ratio", "target_ratio", "sigma"):
             if not isinstance(getattr(self, name), int | float):
                 raise ConfigError(f"{name} must be a number, got {getattr(self, name)!r}")

@@ -22,7 +22,7 @@ from .final_layer import FinalLayer
 from .layers import WideLinear, init_linears
 from .mixed import MixedRouting, check_samples, forward_mixed
 from .routers import make_router
-from .routing import Routing, route
+from .routing import Routing, regular_cells, route
 
 
 class DCDiT(nn.Module):
@@ -186,6 +186,11 @@ class DCDiT(nn.Module):
         router = self.router if grid == own else functools.partial(self.router, grid=grid)
         if grid != own and "grid" not in inspect.signature(self.router.forward).parameters:
             raise ValueError(f"x must have sides {own}: {type(self.router).__name__}.forward takes no grid, got {grid}")
+        if self.config.keep_grid:
+            regular = regular_cells(grid, self.config.keep_grid, h.device).expand(h.shape[:2])
+            keep, ban = (limits.get(name) for name in ("keep", "ban"))
+            regular = regular if ban is None else regular & ~ban
+            limits["keep"] = regular if keep is None else regular | keep
         return route(router, h, c, grid=grid, drop_fraction=drop_fraction, **limits)
 
     def named(self, grid: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

@@ -96,3 +96,11 @@ def route(
         shapes = f"{tuple(h.shape[:2])}, got {tuple(boundary_prob.shape)}"
         raise ValueError(f"router must return boundary_prob of shape {shapes}")
     return Routing.of(boundary_prob, grid, **options)
+
+
+def regular_cells(grid: tuple[int, ...], stride: int, device: torch.device) -> torch.Tensor:
+    """Every `stride`-th cell along each axis of the grid, the first among them: bool (L,)."""
+    cells = torch.ones((), dtype=torch.bool, device=device)
+    for side in grid:
+        cells = cells[..., None] & (torch.arange(side, device=device) % stride == 0)
+    return cells.flatten()

@@ -277,7 +277,10 @@ class Trainer:
         output, routing = self.model(x, t, y, drop_fraction=rho, return_routing=True, **limits)
         output = output.float()
         diffusion = self.objective.loss(output, x0, noise, t).mean()
-        ratio = ratio_loss(routing.boundary_prob, routing.natural_mask, config.model.target_ratio)
+        natural = routing.natural_mask
+        if config.model.keep_grid:  # cells that are always kept are among the share 1/N
+            natural = natural | routing.boundary_mask
+        ratio = ratio_loss(routing.boundary_prob, natural, config.model.target_ratio)
         taught, parts = self.teach(diffusion, (x, t, y), output, routing)
         loss = taught + config.ratio_weight * ratio
         kept = routing.plan.lengths.float().mean() / routing.plan.cells
