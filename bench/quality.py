@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dcdit.data.idx import Idx
 from dcdit.model.flops import dcdit_flops, dit_flops
 from dcdit.pictures.images import grid, save_png, to_uint8
 from dcdit.sampling.sampler import sample
@@ -96,18 +95,9 @@ def judged(trainer: StudyTrainer, model: torch.nn.Module, folder: Path, args: ar
     drawn = sample(model, classes, objective=config.objective, **SAMPLES)
     sheet, labels = to_uint8(trainer.codec.decode(drawn.latents)), classes.numpy()
     save_png(folder / "pictures.png", grid(sheet[:100], 10))
-    pictures, kept = sheet[..., 0], drawn.trace.tokens.mean(1) / config.model.cells
-    train, held_out = Idx(f"{args.data}/train"), Idx(f"{args.data}/t10k")
-    net = judge.fit(train.images, train.labels, args.runs / "classifier.pt")
-    features, seen = judge.describe(net, pictures)
-    reference, right = judge.describe(net, held_out.images)
-    return {
-        "frechet": judge.frechet(features, reference),
-        "frechet_patches": judge.frechet(judge.patches(pictures), judge.patches(held_out.images)),
-        "recognised": float((seen == labels).mean()),
-        "classifier_accuracy": float((right == held_out.labels).mean()),
-        "sampling_kept": [round(share, 4) for share in kept.tolist()],
-    }
+    kept = drawn.trace.tokens.mean(1) / config.model.cells
+    numbers = judge.judge(sheet, labels, args.data, args.runs)
+    return {**numbers, "sampling_kept": [round(share, 4) for share in kept.tolist()]}
 
 
 def data_paths(folder: Path) -> list[str]:

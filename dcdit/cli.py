@@ -18,6 +18,7 @@ COMMANDS = {
     "data": "check a folder of pictures or latents before training, or encode pictures to latents",
     "convert": "turn a checkpoint of the public release into a directory, or back",
     "sample": "sample images from a checkpoint",
+    "evaluate": "measure how far samples are from real pictures",
     "visualize": "draw chunk maps and the compute spent along a trajectory",
     "demo": "sample the digits that ship with the package and tabulate what dynamic chunking saves",
 }

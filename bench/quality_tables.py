@@ -1,0 +1,65 @@
+"""The tables of docs/quality.md from bench/results/quality.jsonl: python -m bench.quality_tables"""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from .quality import RESULTS, VARIANTS
+
+PAGE = Path(__file__).parents[1] / "docs" / "quality.md"
+BEGIN, END = "<!-- tables: python -m bench.quality_tables -->", "<!-- end of tables -->"
+# Heading → the key of a result, how it is written, and a factor.
+COLUMNS = {
+    "held-out loss": ("validation_loss", ".4f", 1),
+    "last quarter's training loss": ("running_loss", ".4f", 1),
+    "kept": ("validation_kept", ".1%", 1),
+    "Fréchet distance": ("frechet", ".2f", 1),
+    "in 4×4 patches": ("frechet_patches", ".4f", 1),
+    "recognised": ("recognised", ".1%", 1),
+    "MFLOP": ("gflop", ".0f", 1000),
+    "parameters": ("parameters", ",.0f", 1),
+    "CPU s": ("train_cpu_seconds", ".0f", 1),
+}
+
+
+def tables(results: list[dict]) -> str:
+    """One table for each set and number of steps; means over the seeds, and their range where there are several."""
+    order = list(VARIANTS)
+    by_run = lambda r: (r["set"], r["steps"])  # noqa: E731
+    parts = []
+    for (name, steps), runs in groupby(sorted(results, key=by_run), by_run):
+        runs = sorted(runs, key=lambda r: order.index(r["variant"]))
+        used = [(title, *column) for title, column in COLUMNS.items() if any(column[0] in run for run in runs)]
+        lines = [f"### {name}, {steps} steps", "| | " + " | ".join(title for title, *_ in used) + " | seeds |"]
+        lines.append("|---" * (len(used) + 2) + "|")
+        for variant, same in groupby(runs, lambda r: r["variant"]):
+            same = list(same)
+            cells = [_cell([run[key] * factor for run in same if key in run], how) for _, key, how, factor in used]
+            seeds = ", ".join(str(run["seed"]) for run in same)
+            lines.append(f"| {variant} | " + " | ".join(cells) + f" | {seeds} |")
+        facts = (sorted({run[key] for run in runs}) for key in ("machine", "torch", "commit"))
+        parts.append("\n".join(lines) + "\n\n" + "; ".join(", ".join(fact) for fact in facts) + ".")
+    return "\n\n".join(parts)
+
+
+def _cell(values: list[float], how: str) -> str:
+    if not values:
+        return "–"
+    text = format(float(np.mean(values)), how)
+    return text if len(values) == 1 else f"{text} ({format(min(values), how)} to {format(max(values), how)})"
+
+
+def main() -> None:
+    """Write the tables into the page, between their marks."""
+    results = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    text = PAGE.read_text(encoding="utf-8")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    PAGE.write_text(f"{before}{BEGIN}\n{tables(results)}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""How far a set of pictures is from a reference, in the features of any network.
+
+Fréchet distance (arXiv 1706.08500 eq. 6) and kernel distance (arXiv 1801.01401) by torchmetrics; precision and recall
+(arXiv 1904.06991), density and coverage (arXiv 2002.09797) here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import DataError
+from .conv_classifier import to_tensor
+
+MOST = 10_000  # features kept of each set, for what compares pictures in pairs
+NEIGHBOURS = 5
+
+
+class Features:
+    """What is kept of a set: sums for the Fréchet distance, and its first MOST features."""
+
+    def __init__(self, network: nn.Module, batches: Iterable[np.ndarray]) -> None:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        self.first, self.count = torch.empty(0), 0
+        self.moments: FrechetInceptionDistance | None = None
+        for batch in batches:
+            with torch.no_grad():
+                rows = network(to_tensor(batch)).float()
+            if rows.dim() != 2:
+                raise DataError(f"the network must give features (N, F), it gave {tuple(rows.shape)}")
+            if self.moments is None:
+                given = nn.Identity()
+                given.num_features = rows.shape[1]
+                self.moments, self.first = FrechetInceptionDistance(given), rows[:0]
+            self.moments.update(rows, real=True)
+            self.first = torch.cat([self.first, rows[: MOST - len(self.first)]])
+            self.count += len(rows)
+        if self.moments is None or self.count < 2:
+            raise DataError(f"expected at least two pictures, found {self.count}")
+
+
+def compare(samples: Features, reference: Features) -> dict[str, float]:
+    """Name → number; see the module."""
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    distance, other = reference.moments, samples.moments
+    for name in ("features_sum", "features_cov_sum", "features_num_samples"):
+        setattr(distance, f"fake_{name}", getattr(other, f"real_{name}"))
+    near, real = samples.first, reference.first
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it keeps features
+        kernel = KernelInceptionDistance(nn.Identity(), subset_size=min(1000, len(near), len(real)))
+    kernel.update(near, real=False)
+    kernel.update(real, real=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of its subsets
+        kid = kernel.compute()[0].item()
+    return {"frechet": distance.compute().item(), "kernel": kid, **manifold(near, real)}
+
+
+def manifold(samples: torch.Tensor, real: torch.Tensor, neighbours: int = NEIGHBOURS) -> dict[str, float]:
+    """Precision, recall, density and coverage of samples (N, F) against real (M, F), by balls around each feature that
+    reach to its k-th neighbour in its own set."""
+    if min(len(samples), len(real)) <= neighbours:
+        raise DataError(f"precision and recall need more than {neighbours} pictures on each side")
+    of_real, of_samples = _radii(real, neighbours), _radii(samples, neighbours)
+    covered = torch.zeros(len(real), dtype=torch.bool)
+    inside, found = torch.empty(len(samples)), torch.zeros(len(real), dtype=torch.bool)
+    for start in range(0, len(samples), 1000):
+        rows = slice(start, start + 1000)
+        distances = torch.cdist(samples[rows], real)
+        balls = distances <= of_real
+        inside[rows] = balls.sum(1).float()
+        covered |= balls.any(0)
+        found |= (distances <= of_samples[rows, None]).any(0)
+    return {
+        "precision": (inside > 0).float().mean().item(),
+        "recall": found.float().mean().item(),
+        "density": inside.mean().item() / neighbours,
+        "coverage": covered.float().mean().item(),
+    }
+
+
+def _radii(rows: torch.Tensor, neighbours: int) -> torch.Tensor:
+    parts = rows.split(1000)
+    return torch.cat([torch.cdist(part, rows).kthvalue(neighbours + 1, dim=1).values for part in parts])
+
+
+def agreement(
+    classify: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[np.ndarray], labels: np.ndarray
+) -> float:
+    """Share of pictures that are taken for the class of their label; classify: uint8 (n, 3, H, W) → classes (n,)."""
+    with torch.no_grad():
+        seen = torch.cat([classify(to_tensor(batch)) for batch in batches]).numpy()
+    return float((seen == labels).mean())
