@@ -36,10 +36,27 @@ def run(args: argparse.Namespace) -> None:
     plain = dit_flops(config, patches)
     print(f"\nplain DiT of the same backbone (2×2 patches, {patches} tokens): {plain:.4g} GFLOP per image")
     print("  DC-DiT / DiT" + " " * 16 + "".join(f"{column['total'] / plain:12.2f}" for column in columns))
+    print_rivals(config)
     print(
         "\n'total' is the paper's count; 'uncounted' is what it leaves out: "
         "stem, embedders, residual projection, output."
     )
+
+
+def print_rivals(config: DCDiTConfig) -> None:
+    """What SparseDiT and DyDiT of the same backbone spend beside the plain DiT, attention included."""
+    from ..model.rival_macs import dydit_macs, dydit_on, sparse_dit_macs, sparse_on
+
+    if config.depth < 6 or any(side % 2 for side in config.input_size):
+        return
+    sparse, dynamic = sparse_on(config), dydit_on(config)
+    sizes = [tuple(max(1, round(side * share)) for side in sparse.grid) for share in (0.25, 0.5, 0.75, 1)]
+    layout = f"{sparse.pooling} + {sparse.groups}×6 + {sparse.top} blocks"
+    print(f"  SparseDiT, {layout:<17}" + "".join(f"{f'{h}×{w}':>12}" for h, w in sizes))
+    print(" " * 30 + "".join(f"{2e-9 * sparse_dit_macs(sparse, size):12.4g}" for size in sizes))
+    rates = (0.25, 0.5, 0.7, 1.0)
+    print("  DyDiT, gates leaving" + " " * 8 + "".join(f"{f'{rate:.0%}':>12}" for rate in rates))
+    print(" " * 30 + "".join(f"{2e-9 * dydit_macs(dynamic, rate):12.4g}" for rate in rates))
 
 
 def count_parameters(config: DCDiTConfig) -> tuple[int, int]:

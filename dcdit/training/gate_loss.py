@@ -5,11 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..model.gates import Gates
-
-
-def block_macs(tokens: int, width: int, mlp_ratio: float = 4.0) -> tuple[float, float]:
-    """Multiply-adds of one DiT block's attention and of its MLP, adaLN left out."""
-    return 4 * tokens * width**2 + 2 * tokens**2 * width, 2 * mlp_ratio * tokens * width**2
+from ..model.rival_macs import block_macs
 
 
 def gate_rate(gates: Gates, tokens: int, width: int, mlp_ratio: float = 4.0) -> torch.Tensor:

@@ -1,0 +1,75 @@
+"""Multiply-adds of one image through SparseDiT and DyDiT: all products, attention's included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .config import DCDiTConfig
+from .dit_config import DiTConfig, DyDiTConfig, SparseDiTConfig, fitting_size
+
+
+def sparse_dit_macs(config: SparseDiTConfig, sparse_size: Any = None, released: bool = False) -> float:
+    """Multiply-adds of a SparseDiT at a sparse grid; None: the configuration's.
+
+    `released` counts what the public release computes: values of every token and a mean by an N×N product in the
+    pooling blocks, and a merge after upsampling. The figures published with it leave out what attention multiplies.
+    Raises ConfigError for a sparse grid larger than that of the tokens.
+    """
+    height, width = config.sparse_size if sparse_size is None else fitting_size(sparse_size, config.grid)
+    n, m, d2 = config.tokens, height * width, config.hidden_size**2
+    mlp = 2 * config.mlp_ratio * d2
+    pooling = n * mlp + (2 * n * d2 + n * n * config.hidden_size if released else 2 * d2)
+    generation = m * mlp + (2 * m + 2 * n) * d2 + 2 * m * n * config.hidden_size
+    merge = 2 * n * d2 if released else (n + m) * d2
+    recovery = merge + n * mlp + (2 * n + 2 * m) * d2 + 2 * m * n * config.hidden_size
+    sparse, dense = (sum(block_macs(tokens, config.hidden_size, config.mlp_ratio)) for tokens in (m, n))
+    groups = config.groups * (generation + recovery + config.sparse * sparse + config.dense * dense)
+    return config.pooling * pooling + groups + config.top * dense + _shell_macs(config, config.depth)
+
+
+def dydit_macs(config: DyDiTConfig, rate: float = 1.0, routers: bool = True) -> float:
+    """Multiply-adds of a DyDiT whose gates leave `rate` of the blocks' products, as `gate_rate` counts it.
+
+    `routers` are left out in the complete pass, and are not there in a plain DiT.
+    """
+    n, d = config.tokens, config.hidden_size
+    blocks = config.depth * sum(block_macs(n, d, config.mlp_ratio))
+    routing = config.depth * (n * (d + 1) * (d // 16) + 2 * d * (config.num_heads - 1))
+    return rate * blocks + routing * routers + _shell_macs(config, config.depth)
+
+
+def block_macs(tokens: int, width: int, mlp_ratio: float = 4.0) -> tuple[float, float]:
+    """Multiply-adds of one DiT block's attention and of its MLP, adaLN left out."""
+    return 4 * tokens * width**2 + 2 * tokens**2 * width, 2 * mlp_ratio * tokens * width**2
+
+
+def _shell_macs(config: DiTConfig, depth: int) -> float:
+    """What no system changes: adaLN of `depth` blocks and of the output, embedders, patches and head."""
+    width, cells = config.hidden_size, config.tokens * config.patch**2
+    ends = cells * (config.in_channels + config.out_channels) * width
+    return (6 * depth + 2) * width**2 + 256 * width + width**2 + ends
+
+
+def sparse_on(config: DCDiTConfig) -> SparseDiTConfig:
+    """A SparseDiT of the sizes and depth of a DC-DiT's backbone, its layout the published one as far as it goes.
+
+    XL's is 2 pooling blocks, 4 groups of 6 and 2 dense blocks. The sparse grid has half the side, at least 1. Raises
+    ConfigError for a depth below 6.
+    """
+    groups = max(1, (config.depth - 4) // 6)
+    rest = config.depth - 6 * groups
+    pooling = min(2, rest // 2)
+    sides = [max(1, side // 4) for side in config.input_size]
+    return SparseDiTConfig(
+        **_common(config), pooling=pooling, groups=groups, top=rest - pooling, sparse_size=(sides[0], sides[1])
+    )
+
+
+def dydit_on(config: DCDiTConfig) -> DyDiTConfig:
+    """A DyDiT of the sizes and depth of a DC-DiT's backbone."""
+    return DyDiTConfig(**_common(config), depth=config.depth)
+
+
+def _common(config: DCDiTConfig) -> dict[str, Any]:
+    names = ("input_size", "in_channels", "num_classes", "hidden_size", "num_heads", "mlp_ratio", "learn_sigma")
+    return {name: getattr(config, name) for name in names}

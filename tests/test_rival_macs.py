@@ -1,0 +1,89 @@
+"""Multiply-adds against the counts of the public releases, and against PyTorch's counter on what runs here."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dcdit.cli import main
+from dcdit.errors import ConfigError
+from dcdit.model import DyDiT, DyDiTConfig, SparseDiT, SparseDiTConfig, preset
+from dcdit.model.rival_macs import dydit_macs, dydit_on, sparse_dit_macs, sparse_on
+
+MACS = json.loads((Path(__file__).parent / "data" / "systems" / "macs.json").read_text())
+XL = {"hidden_size": 1152, "num_heads": 16}
+SIZES = {"XL": (1152, 16, 28), "B": (768, 12, 12), "S": (384, 6, 12)}
+
+
+@pytest.mark.parametrize("row", MACS["sparsedit"], ids=lambda row: row["case"])
+def test_sparse_dit_as_released(row):
+    """To the multiply-add; what runs here is less."""
+    pooling, groups, top = row["layout"]
+    side, inner = (round(row[name] ** 0.5) for name in "NM")
+    config = SparseDiTConfig(**XL, input_size=(2 * side,) * 2, pooling=pooling, groups=groups, top=top)
+    assert sparse_dit_macs(config, inner, released=True) == row["all_matmuls"]
+    saved = 2 * row["N"] * 1152**2 - 2 * 1152**2
+    assert sparse_dit_macs(config, inner) == row["pool_as_mean_and_W1_before_upsampling"] - pooling * saved
+
+
+@pytest.mark.parametrize(
+    "row", MACS["plain"] + MACS["dydit"], ids=lambda row: f"{row['model']} {row.get('mode', row['px'])}"
+)
+def test_dydit_and_plain(row):
+    width, heads, depth = SIZES[row["model"].split("-")[1].removesuffix("/2")]
+    side = row["px"] // 8
+    config = DyDiTConfig(hidden_size=width, num_heads=heads, depth=depth, input_size=(side, side))
+    routed = row.get("mode", "").startswith("routers")
+    # The release pads nothing and skips nothing: its routers are counted to 1e-4 of the whole.
+    assert dydit_macs(config, routers=routed) == pytest.approx(row["all_matmuls"], rel=1e-4)
+
+
+def test_published_dydit():
+    """XL's published GFLOPs at λ 0.7 and 0.5, which the ratio brings about but for what the routers and gates do."""
+    config = DyDiTConfig(**XL, depth=28)
+    for rate, published in ((0.7, 84.3), (0.5, 57.9)):
+        assert dydit_macs(config, rate) / 1e9 == pytest.approx(published, rel=0.04)
+
+
+def counted(model, *args):
+    config = model.config
+    x = torch.randn(1, config.in_channels, *config.input_size)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(x, torch.tensor([10.0]), torch.tensor([0]), *args)
+    return counter.get_total_flops() / 2
+
+
+def test_what_runs():
+    """A small model of each, by PyTorch's count of its products."""
+    sizes = {"hidden_size": 32, "num_heads": 2, "num_classes": 3, "input_size": (12, 8)}
+    sparse = SparseDiTConfig(**sizes, pooling=2, groups=1, top=1, sparse_size=(2, 3))
+    assert counted(SparseDiT(sparse)) == sparse_dit_macs(sparse)
+    assert counted(SparseDiT(sparse), (4, 4)) == sparse_dit_macs(sparse, (4, 4))
+    dynamic = DyDiTConfig(**sizes, depth=2)
+    assert counted(DyDiT(dynamic)) == dydit_macs(dynamic)
+
+
+def test_info(capsys):
+    """The rivals beside the plain DiT, in GFLOP."""
+    assert main(["info", "DC-DiT-XL/N4"]) in (0, None)
+    out = capsys.readouterr().out
+    config = preset("DC-DiT-XL/N4")
+    assert "SparseDiT, 2 + 4×6 + 2 blocks" in out and "DyDiT" in out
+    assert f"{2e-9 * sparse_dit_macs(sparse_on(config), 8):.4g}" in out
+    assert f"{2e-9 * dydit_macs(dydit_on(config), 0.5):.4g}" in out
+
+
+def test_layouts():
+    for name, layout in (
+        ("DC-DiT-XL/N4", (2, 4, 2)),
+        ("DC-DiT-B/N4", (2, 1, 4)),
+        ("DC-DiT-L/N4", (2, 3, 4)),
+        ("digits", (0, 1, 0)),
+    ):
+        config = sparse_on(preset(name))
+        assert (config.pooling, config.groups, config.top) == layout and config.depth == preset(name).depth
+    with pytest.raises(ConfigError, match="must be an integer of 0 or more"):
+        sparse_on(type(preset("digits"))(depth=3))
