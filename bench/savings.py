@@ -15,8 +15,7 @@ import torch
 from dcdit.model import DyDiT, PlainDiT, SparseDiT
 from dcdit.model.config import preset
 from dcdit.model.gates import Gates
-from dcdit.model.rival_macs import dydit_macs, dydit_on, sparse_dit_macs, sparse_on
-from dcdit.training.gate_loss import gate_rate
+from dcdit.model.rival_macs import dydit_macs, dydit_on, gate_rates, sparse_dit_macs, sparse_on
 
 TIME = 500.0
 
@@ -39,7 +38,7 @@ def cases(name: str, batch: int) -> tuple[dict[str, Callable], dict[str, float]]
     table = half_open(DyDiT(dynamic).eval()).tabulate([TIME])
     inputs = torch.randn(batch, 4, *config.input_size), torch.full((batch,), TIME), torch.zeros(batch, dtype=torch.long)
     gates: Gates = table(*inputs, return_gates=True)[1]
-    rate = float(gate_rate(gates, dynamic.tokens, dynamic.hidden_size))
+    rate = float(gate_rates(gates, dynamic.tokens, dynamic.hidden_size).mean())
     models = {"plain": PlainDiT(dynamic).eval(), "sparse": SparseDiT(sparse).eval(), "dydit": table}
     macs = {
         "plain": dydit_macs(dynamic, routers=False),

@@ -71,6 +71,11 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         metavar="RHO",
         help="the same for the unconditional half, Lite-CFG (as --drop-fraction)",
     )
+    parser.add_argument(
+        "--policy",
+        metavar="TEXT",
+        help='what steps may do without, such as "reuse=2 & teacache=0.1"; "density=0.5:0.75" is of a SparseDiT',
+    )
     parser.add_argument("--scheduler", default="auto", help=f"auto, {', '.join(SCHEDULERS)}")
     parser.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1 (0)")
     parser.add_argument("--shift", type=float, default=1.0, help="of flow matching's times towards the noise (1: none)")
@@ -102,6 +107,7 @@ def prepared(model, args: argparse.Namespace):
 def sampling_arguments(args: argparse.Namespace, objective: str, codec, model) -> dict[str, Any]:
     """Keywords of `sample` from the options above. Warns where the model was trained without dropping classes."""
     from ..codecs import PixelUnshuffle
+    from ..sampling.policy import Policy
 
     uncond, channels = args.uncond_drop_fraction, args.guidance_channels
     training = model.use.get("training")
@@ -122,6 +128,7 @@ def sampling_arguments(args: argparse.Namespace, objective: str, codec, model) -
         "shift": args.shift,
         "drop_fraction": parse_drop_fraction(args.drop_fraction),
         "uncond_drop_fraction": uncond if uncond is None else parse_drop_fraction(uncond),
+        "policy": Policy.of(args.policy),
         "seed": args.seed,
         "clip": isinstance(codec, PixelUnshuffle),
     }
@@ -135,6 +142,7 @@ def settings_of(args: argparse.Namespace, checkpoint: Path, ids: list[int]) -> d
     names += ("drop_fraction", "uncond_drop_fraction", "seed", "bf16", "cuda_graph")
     values = {name: getattr(args, name) for name in names}
     interval = list(args.guidance_interval)
+    values |= {"policy": args.policy} if args.policy else {}
     return {"weights": weights_hash(checkpoint), "classes": ids, **values, "guidance_interval": interval}
 
 

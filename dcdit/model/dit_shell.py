@@ -24,6 +24,7 @@ class DiTShell(nn.Module):
 
     def __init__(self, config: Any, patch: int) -> None:
         super().__init__()
+        self.config = config
         self.patch, self.grid = patch, tuple(n // patch for n in config.input_size)
         width = config.hidden_size
         self.stem = nn.Conv2d(config.in_channels, width, patch, stride=patch)

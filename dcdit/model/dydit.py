@@ -22,7 +22,6 @@ class DyDiT(DiTShell):
 
     def __init__(self, config: DyDiTConfig) -> None:
         super().__init__(config, config.patch)
-        self.config = config
         sizes = config.hidden_size, config.num_heads, config.mlp_ratio
         self.blocks = nn.ModuleList(DyBlock(*sizes) for _ in range(config.depth))
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import nn
+
 from .config import DCDiTConfig
 from .dit_config import DiTConfig, DyDiTConfig, SparseDiTConfig, fitting_size
+from .flops import dcdit_flops
+from .gates import Gates
 
 
 def sparse_dit_macs(config: SparseDiTConfig, sparse_size: Any = None, released: bool = False) -> float:
@@ -16,7 +21,11 @@ def sparse_dit_macs(config: SparseDiTConfig, sparse_size: Any = None, released: 
     Raises ConfigError for a sparse grid larger than that of the tokens.
     """
     height, width = config.sparse_size if sparse_size is None else fitting_size(sparse_size, config.grid)
-    n, m, d2 = config.tokens, height * width, config.hidden_size**2
+    return _sparse_macs(config, height * width, released)
+
+
+def _sparse_macs(config: SparseDiTConfig, m: float, released: bool) -> float:
+    n, d2 = config.tokens, config.hidden_size**2
     mlp = 2 * config.mlp_ratio * d2
     pooling = n * mlp + (2 * n * d2 + n * n * config.hidden_size if released else 2 * d2)
     generation = m * mlp + (2 * m + 2 * n) * d2 + 2 * m * n * config.hidden_size
@@ -38,7 +47,32 @@ def dydit_macs(config: DyDiTConfig, rate: float = 1.0, routers: bool = True) -> 
     return rate * blocks + routing * routers + _shell_macs(config, config.depth)
 
 
-def block_macs(tokens: int, width: int, mlp_ratio: float = 4.0) -> tuple[float, float]:
+def gate_rates(gates: Gates, tokens: int, width: int, mlp_ratio: float = 4.0) -> torch.Tensor:
+    """The share of the blocks' multiply-adds that open gates leave, (B,); gradients go through the gates.
+
+    Heads scale attention; channel groups times tokens, each as a mean, scale the MLP. `tokens` and `width` are those of
+    the model that is counted (DyDiT, arXiv 2410.03456 section 3.4).
+    """
+    attention, mlp = block_macs(tokens, width, mlp_ratio)
+    spent = gates.heads.mean(2) * attention + gates.groups.mean(2) * gates.tokens.mean(2) * mlp
+    return spent.mean(1) / (attention + mlp)
+
+
+def image_gflops(config: DCDiTConfig | DiTConfig, tokens: float, router: nn.Module | None = None) -> float:
+    """GFLOP of one image at a step of sampling that cost so many tokens; 0 tokens are a step that was not computed.
+
+    Of a SparseDiT they are the sparse ones, of a DyDiT those for whose products its open gates stand.
+    """
+    if not tokens > 0:
+        return 0.0
+    if isinstance(config, SparseDiTConfig):
+        return 2e-9 * _sparse_macs(config, tokens, False)
+    if isinstance(config, DyDiTConfig):
+        return 2e-9 * dydit_macs(config, tokens / config.tokens)
+    return dcdit_flops(config, tokens, router)["total"]
+
+
+def block_macs(tokens: float, width: int, mlp_ratio: float = 4.0) -> tuple[float, float]:
     """Multiply-adds of one DiT block's attention and of its MLP, adaLN left out."""
     return 4 * tokens * width**2 + 2 * tokens**2 * width, 2 * mlp_ratio * tokens * width**2
 

@@ -26,7 +26,6 @@ class SparseDiT(DiTShell):
 
     def __init__(self, config: SparseDiTConfig) -> None:
         super().__init__(config, config.patch)
-        self.config = config
         sizes = config.hidden_size, config.num_heads, config.mlp_ratio
         self.pooling = nn.ModuleList(PoolingBlock(*sizes) for _ in range(config.pooling))
         self.groups = nn.ModuleList(SparseGroup(config) for _ in range(config.groups))

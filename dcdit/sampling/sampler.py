@@ -21,12 +21,15 @@ from ..codecs import make_codec
 from ..errors import CheckpointError, ConfigError, DCDiTError
 from ..model.config import DCDiTConfig, check_keys
 from ..model.dcdit import DCDiT
-from ..model.flops import dcdit_flops
+from ..model.dit_shell import DiTShell
 from ..model.graphs import Graphed
 from ..model.precision import float32_products
+from ..model.rival_macs import image_gflops
 from ..model.routing import Routing
 from ..pictures.images import to_uint8
 from .drop_fraction import DropFraction, drop_table
+from .paced import Paced
+from .policy import Policy
 from .schedulers import SCHEDULERS, make_scheduler
 
 
@@ -46,7 +49,8 @@ class Step:
 @dataclass(frozen=True)
 class Trace:
     """What a run cost: `timesteps` (S,), `seconds` (S,) over all images, and the retained tokens of each image,
-    `tokens` (S, N) and `uncond_tokens` (S, N); the latter None without guidance, NaN in steps without it."""
+    `tokens` (S, N) and `uncond_tokens` (S, N); the latter None without guidance, NaN in steps without it. 0 tokens are
+    a step that a policy did not compute."""
 
     timesteps: torch.Tensor
     seconds: torch.Tensor
@@ -56,9 +60,7 @@ class Trace:
     def gflops(self, config: DCDiTConfig, router: torch.nn.Module | None = None) -> torch.Tensor:
         """GFLOP of each step, mean over the images, both halves together: (S,); `router` as in `dcdit_flops`."""
         halves = [self.tokens] if self.uncond_tokens is None else [self.tokens, self.uncond_tokens]
-        costs = [
-            [np.mean([dcdit_flops(config, m, router)["total"] for m in row]) for row in h.tolist()] for h in halves
-        ]
+        costs = [[np.mean([image_gflops(config, m, router) for m in row]) for row in h.tolist()] for h in halves]
         return torch.tensor(costs).nan_to_num(0.0).sum(0)
 
 
@@ -81,7 +83,7 @@ def image_generator(seed: int, index: int) -> torch.Generator:
 
 @torch.no_grad()
 def sample(
-    model: DCDiT | Graphed,
+    model: DCDiT | Graphed | DiTShell,
     classes: Sequence[int] | torch.Tensor,
     *,
     objective: str,
@@ -98,13 +100,14 @@ def sample(
     indices: Sequence[int] | None = None,
     batch_size: int = 64,
     clip: bool = False,
+    policy: Policy | str | None = None,
     callback: Callable[[Step], Any] | None = None,
 ) -> Samples:
     """Sample one latent for each class id in `classes` (N,).
 
     Args:
         model: in half precision (`dcdit.precision.cast_weights`) its float32 products are in TF32; a graphed one
-            (`dcdit.graphed`) is replayed as CUDA graphs.
+            (`dcdit.graphed`) is replayed as CUDA graphs. A PlainDiT, SparseDiT or DyDiT is sampled likewise.
         objective: what the model was trained by, "flow" or "ddpm".
         scheduler: "auto", "flow-euler", "flow-heun", "ddpm" (variance learned where the model has it), "ddim",
             "dpm-solver++".
@@ -119,11 +122,13 @@ def sample(
         uncond_drop_fraction: likewise for the unconditional half (Lite-CFG, arXiv 2603.06351); None: the same.
         seed, indices: image i draws from (seed, indices[i]); the indices are 0 to N − 1 by default.
         clip: clamp the predicted x_0 of "ddpm" and "ddim" to [−1, 1], for codecs whose latents are pixels.
+        policy: what a step may do without, see `Policy`; such as "reuse=2 & teacache=0.15".
         callback: called with a Step before each update.
 
     Raises ConfigError for a class id outside [0, num_classes), ρ outside [0, 1), or a scheduler that does not fit;
     DCDiTError where the router's probabilities are NaN.
     """
+    model = Policy.of(policy).wrap(model)
     config = model.config
     classes = class_ids(classes, config.num_classes)
     count = len(classes)
@@ -162,6 +167,8 @@ def sample(
             part = slice(start, start + batch_size)
             # A scheduler for each batch: multistep ones keep state.
             run = _Batch(model, make()[0], classes[part], indices[part], seed, guidance_channels, eta)
+            if isinstance(model, Paced):
+                model.begin(timesteps)
             for i, t in enumerate(timesteps.tolist()):
                 begin = time.perf_counter()
                 halves = 1 if guidances[i] == 1 else 2
@@ -171,7 +178,8 @@ def sample(
                     paused = time.perf_counter()
                     callback(Step(i, len(timesteps), t, run.x, indices[part], routing))
                     begin += time.perf_counter() - paused
-                tokens[:halves, i, part] = routing.plan.lengths.view(halves, -1).cpu().float()
+                spent = model.spent if isinstance(model, Paced) else routing.plan.lengths
+                tokens[:halves, i, part] = spent.view(halves, -1).cpu().float()
                 run.update(i)
                 seconds[i] += time.perf_counter() - begin
             latents[part] = run.x.cpu()

@@ -4,23 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..model.gates import Gates
-from ..model.rival_macs import block_macs
-
-
-def gate_rate(gates: Gates, tokens: int, width: int, mlp_ratio: float = 4.0) -> torch.Tensor:
-    """The share of the blocks' multiply-adds that open gates leave, mean over the batch: a scalar.
-
-    Heads scale attention; channel groups times tokens, each as a mean, scale the MLP. `tokens` and `width` are those of
-    the model that is counted. Gradients go through the gates.
-    """
-    attention, mlp = block_macs(tokens, width, mlp_ratio)
-    spent = gates.heads.mean(2) * attention + gates.groups.mean(2) * gates.tokens.mean(2) * mlp
-    return spent.mean() / (attention + mlp)
-
 
 def gate_loss(rate: torch.Tensor, target: float) -> torch.Tensor:
-    """2·(rate − target)², of the batch's mean rate."""
+    """2·(rate − target)² of a batch's mean rate, a scalar: the mean of `gate_rates`."""
     return 2 * (rate - target).square()
 
 

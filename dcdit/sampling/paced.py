@@ -1,0 +1,186 @@
+"""Models as the sampler calls them, and wrappers by which a step costs less: density, a kept routing, TeaCache.
+
+Each is called as a DCDiT with return_routing, has `begin(timesteps)` for the start of a batch, and says by `spent` (B,)
+how many tokens each sample of the last call cost; 0 where nothing was computed. `rows` names the rows of the batch
+that a call holds, where it does not hold all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dcdit_kernels import adaln_modulate
+
+from ..errors import ConfigError
+from ..model.dcdit import DCDiT
+from ..model.density import Density
+from ..model.dit_shell import DiTShell
+from ..model.dydit import DyDiT
+from ..model.rival_macs import gate_rates
+from ..model.routing import Routing
+from ..model.sparse_dit import SparseDiT
+
+Answer = tuple[torch.Tensor, Routing]
+
+
+class Paced(nn.Module):
+    """A model, passed through."""
+
+    spent: torch.Tensor
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def begin(self, timesteps: torch.Tensor) -> None:
+        """A batch starts on its way through `timesteps` (S,)."""
+        if isinstance(self.model, Paced):
+            self.model.begin(timesteps)
+
+    def ask(self, x, t, y, drop_fraction, rows: torch.Tensor | None, **options: Any) -> Answer:
+        """The wrapped model's answer."""
+        if isinstance(self.model, Paced):
+            options["rows"] = rows
+        out, routing = self.model(x, t, y, drop_fraction, return_routing=True, **options)
+        self.spent = self.model.spent if isinstance(self.model, Paced) else routing.plan.lengths
+        return out, routing
+
+
+class GridModel(Paced):
+    """A model without a router: a PlainDiT, a SparseDiT at a Density over t, a DyDiT tabulated over the timesteps.
+
+    The Routing that it answers with is that of all its tokens. A DyDiT's `spent` are the tokens for whose products its
+    open gates stand.
+    """
+
+    def __init__(self, model: nn.Module, density: Density | None = None) -> None:
+        super().__init__(model)
+        if density is not None and not isinstance(model, SparseDiT):
+            raise ConfigError(f"density is of a SparseDiT, this model is a {type(model).__name__}")
+        self.density, self.table = density, None
+
+    def begin(self, timesteps: torch.Tensor) -> None:
+        if isinstance(self.model, DyDiT):
+            self.table = self.model.tabulate(timesteps)
+
+    def forward(self, x, t, y, drop_fraction=0.0, return_routing: bool = True, rows=None) -> Answer:
+        if torch.as_tensor(drop_fraction).any():
+            raise ConfigError(f"drop_fraction is of a model with a router, this one is a {type(self.model).__name__}")
+        grid, rate = self.model.grid, torch.ones(len(x))
+        if isinstance(self.model, SparseDiT):
+            grid = self.config.sparse_size if self.density is None else self.density.size(float(t[0]), grid)
+            out = self.model(x, t, y, grid)
+        elif self.table is not None:
+            out, gates = self.table(x, t, y, return_gates=True)
+            sizes = self.config.tokens, self.config.hidden_size, self.config.mlp_ratio
+            rate = gate_rates(gates, *sizes)
+        else:
+            out = self.model(x, t, y)
+        self.spent = rate.cpu() * (grid[0] * grid[1])
+        return out, Routing.of(torch.ones(len(x), self.config.tokens, device=x.device), self.model.grid)
+
+
+class RoutingReuse(Paced):
+    """A DCDiT whose router is asked at every `every`-th step; between them its probabilities are kept."""
+
+    def __init__(self, model: nn.Module, every: int) -> None:
+        super().__init__(model)
+        if not isinstance(model, DCDiT):
+            raise ConfigError(f"reuse is of a model with a router, this one is a {type(innermost(model)).__name__}")
+        if type(every) is not int or every < 1:
+            raise ConfigError(f"reuse must be an integer of 1 or more, got {every!r}")
+        self.every = every
+
+    def begin(self, timesteps: torch.Tensor) -> None:
+        self.prob: torch.Tensor | None = None
+        self.fresh = {float(t) for t in timesteps[:: self.every]}
+
+    def forward(self, x, t, y, drop_fraction=0.0, return_routing: bool = True, rows=None) -> Answer:
+        rows = torch.arange(len(x), device=x.device) if rows is None else rows
+        known = self.prob is not None and int(rows.max()) < len(self.prob) and bool(self.prob[rows].isfinite().all())
+        if not known or float(t[0]) in self.fresh:
+            out, routing = self.ask(x, t, y, drop_fraction, rows)
+            self.prob = stored(self.prob, rows, routing.boundary_prob)
+            return out, routing
+        routing = Routing.of(self.prob[rows], self.config.input_size, drop_fraction)
+        return self.ask(x, t, y, 0.0, rows, routing=routing)
+
+
+class TeaCache(Paced):
+    """A model that is run for a sample when its input has changed enough since, else its last answer is given again.
+
+    The change is that of `signal` from step to step, relative in L1 norm; it adds up until it reaches `threshold`
+    (TeaCache, arXiv 2411.19108, without its fitted polynomial). The first and the last step are always computed, and
+    all of them at threshold 0. Each sample decides for itself, so that its picture does not depend on its batch.
+    """
+
+    def __init__(self, model: nn.Module, threshold: float) -> None:
+        super().__init__(model)
+        if not 0 <= threshold < float("inf"):
+            raise ConfigError(f"teacache must be a number of at least 0, got {threshold!r}")
+        self.threshold = threshold
+
+    def begin(self, timesteps: torch.Tensor) -> None:
+        super().begin(timesteps)
+        self.last, self.before = float(timesteps[-1]), None
+        self.out = self.prob = None
+
+    def forward(self, x, t, y, drop_fraction=0.0, return_routing: bool = True, rows=None) -> Answer:
+        due = self._due(signal(self.model, x, t, y), float(t[0]))
+        if due.all():
+            out, routing = self.ask(x, t, y, drop_fraction, None)
+            self.out, self.prob, self.grid = out, routing.boundary_prob, routing.plan.grid
+            return out, routing
+        rows = due.nonzero().squeeze(1)
+        spent = torch.zeros(len(x))
+        if len(rows):
+            some = drop_fraction[rows] if isinstance(drop_fraction, torch.Tensor) else drop_fraction
+            out, routing = self.ask(x[rows], t[rows], y[rows], some, rows)
+            spent[rows.cpu()] = self.spent.cpu().float()
+            self.out, self.prob = stored(self.out, rows, out), stored(self.prob, rows, routing.boundary_prob)
+        self.spent = spent
+        return self.out[: len(x)], Routing.of(self.prob[: len(x)], self.grid)
+
+    def _due(self, now: torch.Tensor, t: float) -> torch.Tensor:
+        """Which samples are computed, bool (B,)."""
+        changed = now.new_full((len(now),), torch.inf)  # a row that was not there before is due
+        if self.before is not None:
+            both = min(len(now), len(self.before))
+            before, now_too = self.before[:both].flatten(1), now[:both].flatten(1)
+            changed[:both] = self.changed[:both] + (now_too - before).abs().mean(1) / before.abs().mean(1)
+        due = changed >= (-torch.inf if t == self.last else self.threshold)
+        self.before, self.changed = now, changed.masked_fill(due, 0)
+        return due
+
+
+def signal(model: nn.Module, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """What a model's answer follows and costs little: a DiT's first modulated tokens (B, N, D), a DCDiT's conditioning
+    (B, D)."""
+    model = innermost(model)
+    if not isinstance(model, DiTShell):
+        return model.condition(t, y)[0].float()
+    c = F.silu(model.time_embed(t) + model.class_embed(y))
+    block = next(module for module in model.modules() if hasattr(module, "proj"))
+    shift, scale = block.adaln[1](c)[:, : 2 * c.shape[1]].chunk(2, dim=1)
+    return adaln_modulate(model.patches(x), shift, scale).float()
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The model within all wrappers."""
+    while isinstance(model, Paced):
+        model = model.model
+    return model
+
+
+def stored(kept: torch.Tensor | None, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`kept` with `values` in its `rows`, longer where it must be; NaN where nothing was stored yet."""
+    count = max(int(rows.max()) + 1, 0 if kept is None else len(kept))
+    out = values.new_full((count, *values.shape[1:]), torch.nan)
+    if kept is not None:
+        out[: len(kept)] = kept
+    out[rows] = values
+    return out
