@@ -31,7 +31,7 @@ def test_ops_snippets_run_alone(name, code, capsys):
     exec(compile(code, f"docs/ops.md: {name}", "exec"), {"__name__": "snippet"})
 
 
-@pytest.mark.parametrize("page", ["integration", "upcycling"])
+@pytest.mark.parametrize("page", ["integration", "upcycling", "transformers"])
 def test_the_snippets_of_a_page_run_in_turn(page, tmp_path, monkeypatch):
     (tmp_path / "tests").symlink_to(pathlib.Path("tests").resolve())
     text, names = pathlib.Path(f"docs/{page}.md").read_text(), {"__name__": "snippet"}

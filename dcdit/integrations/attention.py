@@ -7,12 +7,19 @@ attention works on each token alone, and attention is left to a processor that k
 
 from __future__ import annotations
 
+import importlib
+import json
+import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
+import diffusers
 import torch
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import AdaLayerNormZero
+from safetensors import safe_open
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -20,6 +27,7 @@ from dcdit_kernels import ChunkPlan, Packing, adaln_modulate, unpad_input, varle
 
 from ..errors import ConfigError
 from ..model.dynamic_chunking import DynamicChunking
+from .joint import JointBlocks
 
 BLOCK_KINDS = ("ada_norm_zero", "ada_norm_single", "layer_norm")
 
@@ -215,32 +223,107 @@ class ChunkedBlocks(DynamicChunking):
         return super().unwrap()
 
 
-def add_dynamic_chunking(model: nn.Module, **options) -> ChunkedBlocks:
-    """Put dynamic chunking around `model.transformer_blocks`, in place, and return it.
-
-    For DiTTransformer2DModel, PixArtTransformer2DModel and models like them, with patches of patch_size: pictures of
-    any size that the model takes. `options` are DynamicChunking's router and sigma. The weights keep their names.
-    Raises ConfigError for a model or blocks of another kind. `remove_dynamic_chunking` undoes it.
-    """
+def _chunk_basic_blocks(model: nn.Module, **options) -> ChunkedBlocks:
+    """For models whose `transformer_blocks` are BasicTransformerBlocks, with pictures of any size that they take."""
     try:
         blocks, patch = model.transformer_blocks, model.config.patch_size
         side = model.config.sample_size // patch
     except (AttributeError, TypeError) as error:
         raise ConfigError(
-            f"model must have transformer_blocks, and numbers for sample_size and patch_size in its config: {error}"
+            f"model must be one of {', '.join(FAMILIES)}, or have transformer_blocks, and numbers for sample_size and "
+            f"patch_size in its config: {error}"
         ) from error
     inside = set(blocks.modules())
     for name, module in model.named_modules():
         if isinstance(module, BasicTransformerBlock) and module not in inside:
             raise ConfigError(f"model must have no blocks outside of transformer_blocks, got {name}")
-    chunking = ChunkedBlocks(blocks, (side, side), patch=patch, **options).to(next(model.parameters()).device)
+    chunking = ChunkedBlocks(blocks, (side, side), patch=patch, **options)
     chunking.hook = model.register_forward_pre_hook(chunking.see, with_kwargs=True)
     model.transformer_blocks = chunking
     return chunking
 
 
+# Of models whose blocks take image tokens and text: the file here and its class.
+FAMILIES = {
+    "FluxTransformer2DModel": ("flux", "FluxBlocks"),
+    "SD3Transformer2DModel": ("sd3", "SD3Blocks"),
+    "ZImageTransformer2DModel": ("z_image", "ZImageBlocks"),
+}
+
+
+def add_dynamic_chunking(model: nn.Module, **options) -> DynamicChunking:
+    """Put dynamic chunking around a model's blocks, in place, and return it.
+
+    For the models of `FAMILIES`, and for DiTTransformer2DModel, PixArtTransformer2DModel and others that are made of
+    BasicTransformerBlocks. `options` are DynamicChunking's router and sigma; for those of FAMILIES also `blocks`, a
+    slice of all blocks in turn. The weights keep their names, and the model's config keeps the options, by which
+    `load_dynamic_chunking` reads what save_pretrained has written. Raises ConfigError for a model or blocks of another
+    kind. `remove_dynamic_chunking` undoes it.
+    """
+    if chunking_of(model) is not None:
+        raise ConfigError("model has dynamic chunking already; remove_dynamic_chunking takes it away")
+    kind = next((FAMILIES[c.__name__] for c in type(model).__mro__ if c.__name__ in FAMILIES), None)
+    if kind is None:
+        chunking = _chunk_basic_blocks(model, **options)
+    else:
+        module = importlib.import_module(f".{kind[0]}", __package__)
+        chunking = getattr(module, kind[1])(model, **options)
+    chunking.to(next(model.parameters()).device)
+    written = {
+        name: [v.start, v.stop] if isinstance(v, slice) else v for name, v in options.items() if name != "router"
+    }
+    if "router" in options:
+        written["router"] = type(options["router"]).__name__
+    if isinstance(model, ConfigMixin):
+        model.register_to_config(dynamic_chunking=written)
+    return chunking
+
+
+def chunking_of(model: nn.Module) -> ChunkedBlocks | JointBlocks | None:
+    """What `add_dynamic_chunking` made of the model, or None."""
+    return next((child for child in model.children() if isinstance(child, ChunkedBlocks | JointBlocks)), None)
+
+
 def remove_dynamic_chunking(model: nn.Module) -> None:
     """Undo `add_dynamic_chunking`: the model's own blocks, norms and attention processors, in place."""
-    if not isinstance(getattr(model, "transformer_blocks", None), ChunkedBlocks):
+    chunking = chunking_of(model)
+    if chunking is None:
         raise ConfigError("model must be one that add_dynamic_chunking was called on")
-    model.transformer_blocks = model.transformer_blocks.unwrap()
+    if isinstance(chunking, JointBlocks):
+        chunking.restore(model)
+    else:
+        model.transformer_blocks = chunking.unwrap()
+    if isinstance(model, ConfigMixin):
+        model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "dynamic_chunking"})
+
+
+def load_dynamic_chunking(folder: str | os.PathLike, router: nn.Module | None = None, **options) -> nn.Module:
+    """The wrapped model that save_pretrained wrote into a folder, its router included.
+
+    Args:
+        folder: with config.json and the weights in safetensors.
+        router: where the model was wrapped with a router of its own, one of that kind.
+        options: those of from_pretrained of the model's class, such as torch_dtype.
+
+    Raises ConfigError where the config says nothing of dynamic chunking, or names another router than is given.
+    """
+    config = json.loads((Path(folder) / "config.json").read_text())
+    written = config.get("dynamic_chunking")
+    if written is None:
+        raise ConfigError(f"config.json of {folder} must have dynamic_chunking, as of a wrapped model; got none")
+    given = None if router is None else type(router).__name__
+    wanted = written.pop("router", None)
+    if wanted != given:
+        raise ConfigError(f"router must be a {wanted}, got {given}")
+    model = getattr(diffusers, config["_class_name"]).from_pretrained(folder, **options)
+    if "blocks" in written:
+        written["blocks"] = slice(*written["blocks"])
+    chunking = add_dynamic_chunking(model, **written, **({} if router is None else {"router": router}))
+    name = next(name for name, child in model.named_children() if child is chunking)
+    prefix, weights = f"{name}.router.", {}
+    for file in Path(folder).glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            own = (key for key in tensors.keys() if key.startswith(prefix))
+            weights |= {key.removeprefix(prefix): tensors.get_tensor(key) for key in own}
+    chunking.router.load_state_dict(weights)
+    return model

@@ -1,0 +1,190 @@
+"""Dynamic chunking of diffusers' text-to-image transformers: image tokens are chunked, text keeps its own length.
+
+A family is a subclass of `JointBlocks` in a file of its own. It says which lists of blocks the model runs one after
+the other, which class stands in for each class of block, where the grid is to be seen, and how a stack runs. The
+chunked blocks keep their weights and their names; their class alone is another, with a forward on packed rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.utils.checkpoint
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from dcdit_kernels import ChunkPlan, Packing, pad_input, unpad_input, varlen_attention
+from dcdit_kernels.packing import JoinedPacking
+
+from ..errors import ConfigError
+from ..model.dynamic_chunking import DynamicChunking
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the packed rows of a forward are: image rows of `plan`, text rows of `text`, both in `joined`.
+
+    `c` (B, D) is the embedding that modulates. cos and sin (P, head width / 2) and `position` (rows of joined,) are
+    those of `qk_norm_rope`, or None in a model without rotary embedding.
+    """
+
+    c: torch.Tensor
+    plan: ChunkPlan
+    text: Packing
+    joined: JoinedPacking
+    cos: torch.Tensor | None = None
+    sin: torch.Tensor | None = None
+    position: torch.Tensor | None = None
+
+
+class PackedText:
+    """Text (B, S, D) as packed rows without its padding, and back; `keep` is bool (B, S), or None where all is kept."""
+
+    def __init__(self, text: torch.Tensor, keep: torch.Tensor | None) -> None:
+        batch, length = text.shape[:2]
+        self.shape, self.indices = (batch, length), None
+        if keep is None:
+            self.rows = text.flatten(0, 1)
+            ends = torch.arange(batch + 1, dtype=torch.int32, device=text.device) * length
+            self.packing = Packing.from_cu_seqlens(ends, length, batch * length, exact=True)
+            self.column = torch.arange(length, device=text.device).repeat(batch)
+            return
+        self.rows, self.indices, ends, longest, _ = unpad_input(text, keep)
+        self.packing = Packing.from_cu_seqlens(ends, longest, len(self.rows), exact=True)
+        self.column = self.indices % length
+
+    def back(self, rows: torch.Tensor) -> torch.Tensor:
+        """Packed rows as (B, S, D), zero in the padding."""
+        if self.indices is None:
+            return rows.unflatten(0, self.shape)
+        return pad_input(rows, self.indices, *self.shape)
+
+
+class Unchunked(nn.ModuleList):
+    """A list of blocks of which the model's own loop sees those alone that no stack before it has run."""
+
+    run = 0
+
+    def __init__(self, blocks: nn.ModuleList, run: int) -> None:
+        super().__init__(blocks)
+        self.run = run
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(list(self._modules.values())[self.run :])
+
+    def __len__(self) -> int:
+        return len(self._modules) - self.run
+
+
+class JointBlocks(DynamicChunking):
+    """The chunked blocks of a model, standing in its list of blocks as one of them.
+
+    Args:
+        model: one of the family, which is changed in place.
+        blocks: which are chunked, counted over all lists in turn.
+        options: DynamicChunking's router and sigma.
+    """
+
+    LISTS: ClassVar[tuple[str, ...]]
+    CLASSES: ClassVar[dict[type[nn.Module], type[nn.Module]]]
+    REFUSED: ClassVar[tuple[str, ...]] = ()  # arguments of the model's forward that chunked blocks cannot serve
+
+    def __init__(self, model: nn.Module, width: int, blocks: slice = slice(None), **options: Any) -> None:
+        lists = [getattr(model, name) for name in self.LISTS]
+        every = [block for blocks_of_one in lists for block in blocks_of_one]
+        if not isinstance(blocks, slice) or blocks.step not in (None, 1):
+            raise ConfigError(f"blocks must be a slice without a step, got {blocks!r}")
+        self.start, self.stop, _ = blocks.indices(len(every))
+        chunked = every[self.start : self.stop]
+        if not chunked:
+            raise ConfigError(f"blocks must name one block or more of {len(every)}, got {blocks}")
+        for block in chunked:
+            if type(block) not in self.CLASSES:
+                names = ", ".join(kind.__name__ for kind in self.CLASSES)
+                raise ConfigError(f"blocks must be {names}, got {type(block).__name__}")
+            if "forward" in vars(block):
+                raise ConfigError("hooks on blocks must come after add_dynamic_chunking, got a block that has one")
+        ends = list(itertools.accumulate(len(own) for own in lists))
+        place = next(i for i, end in enumerate(ends) if self.start < end)
+        before = ends[place] - len(lists[place])
+        super().__init__(lists[place], width, (1,), **options)
+        self.place, self.first, self.own = place, self.start - before, min(self.stop - before, len(lists[place]))
+        self.stack = (*chunked,)  # in a tuple, or those of another list would be children
+        self.batch, self.checkpointing = None, False
+        for block in chunked:
+            block.__class__ = self.CLASSES[type(block)]
+        self.hook: RemovableHandle = model.register_forward_pre_hook(self.see, with_kwargs=True)
+        setattr(model, self.LISTS[place], self)
+        for i in range(place + 1, len(lists)):
+            run = max(0, min(self.stop - ends[i - 1], len(lists[i])))
+            setattr(model, self.LISTS[i], Unchunked(lists[i], run))
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The chunked ones."""
+        return list(self.stack)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        own = super().blocks
+        return iter([*own[: self.first], self, *own[self.own :]])
+
+    def __len__(self) -> int:
+        return self.depth - (self.own - self.first) + 1
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return list(self)[index]
+
+    def see(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Note what the blocks are not told: the grid of the model's input. A hook on the model."""
+        for name in self.REFUSED:
+            if kwargs.get(name) is not None:
+                raise ConfigError(f"chunked blocks do not support {name}; remove_dynamic_chunking, or leave it out")
+        self.checkpointing = getattr(model, "gradient_checkpointing", False)
+        self.grid = self.grid_of(model, args, kwargs)
+
+    def grid_of(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, ...]:
+        """The grid of image tokens of a call of the model."""
+        raise NotImplementedError
+
+    def call(self, block: nn.Module, *args: Any) -> Any:
+        """The block, checkpointed where the model is."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+    def restore(self, model: nn.Module) -> None:
+        """The model as it was."""
+        for block in self.stack:
+            block.__class__ = type(block).__bases__[0]
+        self.hook.remove()
+        setattr(model, self.LISTS[self.place], nn.ModuleList(super().blocks))
+        for name in self.LISTS[self.place + 1 :]:
+            setattr(model, name, nn.ModuleList(getattr(model, name)._modules.values()))
+
+
+def heads(layers: tuple[nn.Module, ...], x: torch.Tensor, attn: nn.Module) -> list[torch.Tensor]:
+    """Projections of rows (T, D), each (T, heads, head width)."""
+    return [layer(x).unflatten(1, (attn.heads, -1)) for layer in layers]
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Each row to all rows of its sample: (T, heads, head width) → (T, D)."""
+    cu, longest = packing.cu_seqlens, packing.max_seqlen
+    return varlen_attention(q, k, v, cu, cu, longest, longest, packing=packing).flatten(1)
+
+
+def kept_by(mask: torch.Tensor | None, text: torch.Tensor, cells: int) -> torch.Tensor | None:
+    """Of a bool attention mask over text and image keys, text first, the text that it keeps: (B, S), or None."""
+    if mask is None:
+        return None
+    batch, length = text.shape[:2]
+    flat = mask.reshape(mask.shape[0], -1) if mask.dim() in (2, 4) else mask
+    fits = mask.dtype == torch.bool and flat.shape == (batch, length + cells)
+    if not fits:
+        wanted = f"bool ({batch}, 1, 1, {length + cells}), one for each text and image token"
+        raise ConfigError(f"attention_mask must be {wanted}, got {mask.dtype} {tuple(mask.shape)}")
+    return flat[:, :length]
