@@ -47,11 +47,14 @@ def merge(mean, spread, seen, own_mean, own_spread, count):
 
 
 @triton.jit
-def all_moments(x_ptr, moments_ptr, cells, slab_cells, channel, known, CHANNELS: tl.constexpr, ROWS: tl.constexpr):
-    """Moments of each channel over all cells, slab by slab; those of the slabs are given where programs share them."""
+def all_moments(
+    x_ptr, moments_ptr, cells, slab_cells, channel, known, WHOLE: tl.constexpr, CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Moments of each channel over all cells, slab by slab; those of the slabs are given unless WHOLE."""
     mean = tl.zeros([channel.shape[0]], tl.float32)
     spread = tl.zeros([channel.shape[0]], tl.float32)
-    if tl.num_programs(1) == 1:
+    if WHOLE:
         for start in range(0, cells, slab_cells):
             stop = tl.minimum(start + slab_cells, cells)
             own_mean, own_spread = channel_moments(x_ptr, start, stop, channel, known, CHANNELS, ROWS)

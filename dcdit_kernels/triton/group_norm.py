@@ -79,17 +79,17 @@ def slab_moments(
 @jit_kernel(do_not_specialize=["cells", "slab_cells"])
 def group_norm_silu_forward(
     x_ptr, weight_ptr, bias_ptr, cond_ptr, x_bias_ptr, moments_ptr, out_ptr, cond_stride, cells, slab_cells, eps,
-    CHANNELS: tl.constexpr, SHARE: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
+    WHOLE: tl.constexpr, CHANNELS: tl.constexpr, SHARE: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Some groups of one sample, over all cells or over one slab."""
+    """Some groups of one sample, over all cells where a program is WHOLE, else over one slab."""
     sample, channel, known = piece(CHANNELS, SHARE, COLUMNS)
     start = tl.program_id(1) * slab_cells
-    stop = cells if tl.num_programs(1) == 1 else tl.minimum(start + slab_cells, cells)
+    stop = cells if WHOLE else tl.minimum(start + slab_cells, cells)
     x_ptr += sample * cells * CHANNELS
     out_ptr += sample * cells * CHANNELS
     moments_ptr += sample * tl.num_programs(1) * 2 * CHANNELS
-    mean, spread = all_moments(x_ptr, moments_ptr, cells, slab_cells, channel, known, CHANNELS, ROWS)
+    mean, spread = all_moments(x_ptr, moments_ptr, cells, slab_cells, channel, known, WHOLE, CHANNELS, ROWS)
     if cond_ptr is not None:
         cond_ptr += sample * cond_stride
     added = added_values(cond_ptr, x_bias_ptr, channel, known)
@@ -137,20 +137,20 @@ def slab_sums(
 @jit_kernel(do_not_specialize=["cells", "slab_cells"])
 def group_norm_silu_backward(
     grad_ptr, x_ptr, weight_ptr, bias_ptr, cond_ptr, x_bias_ptr, moments_ptr, sums_ptr, grad_x_ptr, grad_rest_ptr,
-    cond_stride, cells, slab_cells, eps, LAST: tl.constexpr,
+    cond_stride, cells, slab_cells, eps, LAST: tl.constexpr, WHOLE: tl.constexpr,
     CHANNELS: tl.constexpr, SHARE: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of some groups of one sample, over all cells or over one slab. Where programs share the slabs, a launch
-    that is not the LAST stores the sums of each, which the last one takes."""
+    """Gradients of some groups of one sample, over all cells where a program is WHOLE, else over one slab. A launch
+    that is not the LAST stores the sums of each slab, which the last one takes."""
     sample, channel, known = piece(CHANNELS, SHARE, COLUMNS)
     start = tl.program_id(1) * slab_cells
-    stop = cells if tl.num_programs(1) == 1 else tl.minimum(start + slab_cells, cells)
+    stop = cells if WHOLE else tl.minimum(start + slab_cells, cells)
     x_ptr += sample * cells * CHANNELS
     grad_ptr += sample * cells * CHANNELS
     moments_ptr += sample * tl.num_programs(1) * 2 * CHANNELS
     sums_ptr += sample * tl.num_programs(1) * 2 * CHANNELS
-    mean, spread = all_moments(x_ptr, moments_ptr, cells, slab_cells, channel, known, CHANNELS, ROWS)
+    mean, spread = all_moments(x_ptr, moments_ptr, cells, slab_cells, channel, known, WHOLE, CHANNELS, ROWS)
     if cond_ptr is not None:
         cond_ptr += sample * cond_stride
     added = added_values(cond_ptr, x_bias_ptr, channel, known)
@@ -165,7 +165,7 @@ def group_norm_silu_backward(
     else:
         along_sum = tl.zeros([COLUMNS], tl.float32)
         level_sum = tl.zeros([COLUMNS], tl.float32)
-        if tl.num_programs(1) == 1:
+        if WHOLE:
             for first in range(0, cells, slab_cells):
                 end = tl.minimum(first + slab_cells, cells)
                 own_along, own_level = slab_sums(
@@ -208,18 +208,20 @@ def _tile(channels: int, groups: int, elements: int) -> dict[str, int]:
 
 
 @functools.cache
-def _forward_kernels(channels: int, groups: int) -> tuple[int, Kernel, Kernel]:
-    """(programs a sample, `slab_moments`, `group_norm_silu_forward`)."""
+def _forward_kernels(channels: int, groups: int) -> tuple[int, Kernel, Kernel, Kernel]:
+    """(programs a sample, `slab_moments`, `group_norm_silu_forward` of a slab and of all cells)."""
     tile = _tile(channels, groups, 4096)
-    return cdiv(channels, tile["SHARE"]), slab_moments.bind(**tile), group_norm_silu_forward.bind(**tile)
+    forward = (group_norm_silu_forward.bind(WHOLE=whole, **tile) for whole in (False, True))
+    return cdiv(channels, tile["SHARE"]), slab_moments.bind(**tile), *forward
 
 
 @functools.cache
-def _backward_kernels(channels: int, groups: int) -> tuple[int, Kernel, Kernel, Kernel]:
-    """(programs a sample, `slab_moments`, `group_norm_silu_backward` before the last and the last)."""
+def _backward_kernels(channels: int, groups: int) -> tuple[int, Kernel, Kernel, Kernel, Kernel]:
+    """(programs a sample, `slab_moments`, `group_norm_silu_backward` of a slab before the last and the last, and of all
+    cells)."""
     tile = _tile(channels, groups, 1024)
-    last = group_norm_silu_backward.bind(LAST=True, **{**tile, "num_warps": 8})  # on sm_90 four would spill
-    backward = group_norm_silu_backward.bind(LAST=False, **tile), last
+    passes = (False, False), (True, False), (True, True)
+    backward = (group_norm_silu_backward.bind(LAST=last, WHOLE=whole, **tile) for last, whole in passes)
     return cdiv(channels, tile["SHARE"]), slab_moments.bind(**tile), *backward
 
 
@@ -248,11 +250,12 @@ class GroupNormSiLU:
         if x.numel() == 0:
             return out
         weight, bias, cond, x_bias = (_unit_stride(t) for t in (weight, bias, cond, x_bias))
-        pieces, make_moments, kernel = _forward_kernels(channels, groups)
+        pieces, make_moments, shared, whole = _forward_kernels(channels, groups)
         cells, programs = height * width, batch * pieces
         slab_cells, slabs = _slabs(programs, cells)
         moments = _moments(x, make_moments, programs, cells, slab_cells, slabs)
         stride = 0 if cond is None else cond.stride(0)
+        kernel = whole if slabs == 1 else shared
         kernel[(programs, slabs)](x, weight, bias, cond, x_bias, moments, out, stride, cells, slab_cells, eps)
         return out
 
@@ -264,7 +267,7 @@ class GroupNormSiLU:
             return tuple(None if t is None else torch.zeros_like(t) for t in (x, *rest))
         grad = grad.contiguous(memory_format=torch.channels_last)
         weight, bias, cond, x_bias = (_unit_stride(t) for t in rest)
-        pieces, make_moments, before, last = _backward_kernels(channels, groups)
+        pieces, make_moments, before, last, whole = _backward_kernels(channels, groups)
         cells, programs = height * width, batch * pieces
         slab_cells, slabs = _slabs(programs, cells)
         moments = _moments(x, make_moments, programs, cells, slab_cells, slabs)
@@ -272,7 +275,7 @@ class GroupNormSiLU:
         grad_rest = torch.empty(batch, 3, channels, dtype=torch.float32, device=x.device)
         stride = 0 if cond is None else cond.stride(0)
         tensors = grad, x, weight, bias, cond, x_bias, moments, torch.empty_like(moments), grad_x, grad_rest
-        for kernel in (last,) if slabs == 1 else (before, last):
+        for kernel in (whole,) if slabs == 1 else (before, last):
             kernel[(programs, slabs)](*tensors, stride, cells, slab_cells, eps)
         total = grad_rest.sum(0)
         grads = total[0], total[1], grad_rest[:, 2], total[2]
