@@ -219,10 +219,13 @@ def _forward_kernels(channels: int, groups: int) -> tuple[int, Kernel, Kernel, K
 def _backward_kernels(channels: int, groups: int) -> tuple[int, Kernel, Kernel, Kernel, Kernel]:
     """(programs a sample, `slab_moments`, `group_norm_silu_backward` of a slab before the last and the last, and of all
     cells)."""
-    tile = _tile(channels, groups, 1024)
+    tile = {**_tile(channels, groups, 1024)}
+    moments = slab_moments.bind(**tile)
+    if torch.version.hip is None:
+        tile["maxnreg"] = 128  # left alone, the assembler takes fewer and spills
     passes = (False, False), (True, False), (True, True)
     backward = (group_norm_silu_backward.bind(LAST=last, WHOLE=whole, **tile) for last, whole in passes)
-    return cdiv(channels, tile["SHARE"]), slab_moments.bind(**tile), *backward
+    return cdiv(channels, tile["SHARE"]), moments, *backward
 
 
 def _slabs(programs: int, cells: int) -> tuple[int, int]:
