@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import _triton_support
-from ._check import require, shaped
+from ._check import shaped
 from ._ops import Backend, Differentiable
 from .chunk_plan import ChunkPlan
 
@@ -42,7 +42,8 @@ def chunk(
     Returns (capacity, D) in h's dtype, zero past the last live row. Raises ValueError where the shapes do not fit.
     Source: arXiv 2603.06351 section 3; the mean is this project's.
     """
-    require(reduce in REDUCTIONS, "chunk: reduce must be one of {}, got {!r}", REDUCTIONS, reduce)
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"chunk: reduce must be one of {REDUCTIONS}, got {reduce!r}")
     shaped("chunk", "h", h, plan.batch_size, plan.cells, None)
     if pos_embed is not None:
         shaped("chunk", "pos_embed", pos_embed, plan.cells, h.shape[2])

@@ -1,10 +1,15 @@
 """Pictures in idx files: what the format says, and what is wrong with a file in one line."""
 
 import gzip
+import importlib.util
+import io
 import struct
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dcdit.data.idx import IMAGES, LABELS, Idx
 from dcdit.data.sources import make_source
@@ -60,3 +65,29 @@ def test_what_is_wrong_is_said(tmp_path, name, data, complaint):
 def test_missing(tmp_path):
     with pytest.raises(DataError, match=r"there is no file .*train-images-idx3-ubyte or .*\.gz"):
         Idx(tmp_path / "train")
+
+
+def test_folders_of_emoji(tmp_path, monkeypatch):
+    """One code point each, by Unicode's groups, on white; lines of other kinds are left out."""
+    spec = importlib.util.spec_from_file_location("datasets_example", "examples/datasets.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    lines = ["# group: Animals & Nature", "1F412 ; fully-qualified # a", "2618 FE0F ; fully-qualified # b"]
+    lines += [
+        "2618 ; unqualified # b",
+        "1F44B 1F3FB ; fully-qualified # c",
+        "1F413 ; fully-qualified # not in the font",
+    ]
+    (tmp_path / "emoji.txt").write_text("\n".join(lines))
+    glyph = io.BytesIO()
+    Image.new("RGBA", (6, 4), (255, 0, 0, 0)).save(glyph, "PNG")
+    table = SimpleNamespace(strikeData=[{"a": SimpleNamespace(imageData=glyph.getvalue())}])
+    font = SimpleNamespace(getBestCmap=lambda: {0x1F412: "a", 0x2618: "a", 0x1F44B: "a"})
+    fake = type("Font", (), {"getBestCmap": lambda self: font.getBestCmap(), "__getitem__": lambda self, name: table})
+    monkeypatch.setitem(sys.modules, "fontTools.ttLib", SimpleNamespace(TTFont=lambda path: fake()))
+    monkeypatch.setattr(module, "EMOJI", tmp_path / "emoji.txt")
+    module.main("emoji", tmp_path / "out")
+    files = sorted(path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.png"))
+    assert [(file.parts[1], file.name) for file in files] == [("animals-nature", f"{p}.png") for p in ("1f412", "2618")]
+    assert np.asarray(Image.open(tmp_path / "out" / files[0])).tolist() == np.full((6, 6, 3), 255).tolist()
+    assert "Open Font License" in (tmp_path / "out" / "LICENCE.txt").read_text()

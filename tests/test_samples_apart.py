@@ -47,7 +47,7 @@ def attention(q, k, plan, backend):
 
 OPERATORS = {
     "chunk": lambda b, plan, t: K.chunk(t["x"], plan, vectors(CELLS, WIDTH), backend=b),
-    "chunk mean": lambda b, plan, t: K.chunk(t["x"], plan, vectors(CELLS, WIDTH), "mean", backend=b),
+    "chunk, mean": lambda b, plan, t: K.chunk(t["x"], plan, vectors(CELLS, WIDTH), "mean", backend=b),
     "adaln_modulate": lambda b, plan, t: K.adaln_modulate(rows(t["x"], plan), t["shift"], t["scale"], plan, backend=b),
     "adaln_modulate, unpacked": lambda b, plan, t: K.adaln_modulate(t["x"], t["shift"], t["scale"], backend=b),
     "gate_residual": lambda b, plan, t: K.gate_residual(
