@@ -16,12 +16,12 @@ from torch import nn
 from ..errors import DataError
 from .conv_classifier import to_tensor
 
-MOST = 10_000  # features kept of each set, for what compares pictures in pairs
+MOST = 10_000  # features kept of each set, for comparisons in pairs
 NEIGHBOURS = 5
 
 
 class Features:
-    """What is kept of a set: sums for the Fréchet distance, and its first MOST features."""
+    """Of a set: sums for the Fréchet distance, and the first MOST features."""
 
     def __init__(self, network: nn.Module, batches: Iterable[np.ndarray]) -> None:
         from torchmetrics.image.fid import FrechetInceptionDistance
@@ -53,7 +53,7 @@ def compare(samples: Features, reference: Features) -> dict[str, float]:
         setattr(distance, f"fake_{name}", getattr(other, f"real_{name}"))
     near, real = samples.first, reference.first
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it keeps features
+        warnings.simplefilter("ignore")  # the metric's, about memory for features
         kernel = KernelInceptionDistance(nn.Identity(), subset_size=min(1000, len(near), len(real)))
     kernel.update(near, real=False)
     kernel.update(real, real=True)
