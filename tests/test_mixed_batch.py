@@ -46,6 +46,7 @@ def model():
         ({}, 0.3),
         ({"router": "cosine"}, torch.tensor(0.5)),
         ({"encoder_stride": 2, "cond_norm": True}, torch.linspace(0, 0.6, BATCH)),
+        ({"segment_mean": True, "keep_grid": 3}, 0.3),
     ],
 )
 def test_as_each_sample_alone(changes, rho):
@@ -73,6 +74,7 @@ def test_as_each_sample_alone(changes, rho):
     for i, part in enumerate(kept):
         cells = part.plan.cells
         torch.testing.assert_close(routing.boundary_prob[i, :cells], part.boundary_prob[0])
+        assert torch.equal(routing.boundary_mask[i, :cells], part.boundary_mask[0])
         assert routing.valid[i].sum() == cells and routing.valid[i, :cells].all()
         assert routing.kept[i] == part.kept[0]
     assert not routing.boundary_prob[~routing.valid].any()

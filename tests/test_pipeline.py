@@ -180,6 +180,17 @@ def test_a_schedule_takes_the_timestep_of_each_row(budget):
     assert rows == [[36, 18, 9]]
 
 
+def test_height_and_width(vae):
+    pipe = quiet(DCDiTPipeline(transformer(), DDIMScheduler(), vae))
+    options = {"num_inference_steps": 2, "output_type": "np"}
+    assert pipe([1, 2], height=16, **options).images.shape == (2, 16, 12, 3)
+    cells = quiet(DCDiTPipeline(transformer(), DDIMScheduler()))
+    latents = cells([1], height=7, width=9, num_inference_steps=2, output_type="latent").images
+    assert latents.shape == (1, 4, 7, 9)
+    with pytest.raises(ConfigError, match="height must be a positive multiple of 2, got 15"):
+        pipe([1], height=15, **options)
+
+
 def test_each_image_has_its_generator():
     pipe = quiet(DCDiTPipeline(transformer(), DDPMScheduler(variance_type="learned_range")))
     options = {"num_inference_steps": 3, "output_type": "latent", "guidance_scale": 1.5}

@@ -120,6 +120,21 @@ def test_npz_and_grid_are_the_pictures(checkpoint, tmp_path):
     assert Image.open(tmp_path / "grid.png").size == (2 * (8 * 10 + 2) + 2, 3 * (8 * 12 + 2) + 2)
 
 
+def test_pictures_of_another_size(checkpoint, tmp_path, capsys):
+    assert main(words(checkpoint, tmp_path, "--format", "png", "--classes", "0-1", "--size", "16x6")) == 0
+    assert "24 cells kept" in capsys.readouterr().out
+    for file in tmp_path.glob("*.png"):
+        assert Image.open(file).size == (6, 16)
+    assert main(words(checkpoint, tmp_path, "--format", "png", "--classes", "0-1")) == 2
+    assert "with size=[16, 6], this call asks for None" in capsys.readouterr().err
+    assert main(words(checkpoint, tmp_path / "odd", "--size", "16x7")) == 2
+    assert "pictures must have sides of a multiple of 2 pixels, got 16×7" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(words(checkpoint, tmp_path / "odd", "--size", "16"))
+    assert "expected height and width in pixels such as 192x320, got '16'" in capsys.readouterr().err
+    assert not (tmp_path / "odd").exists()
+
+
 def test_more_pictures_leave_the_first_as_they_are(checkpoint, tmp_path):
     assert main(words(checkpoint, tmp_path, "--num", "3", "--format", "png")) == 0
     first = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.png")}

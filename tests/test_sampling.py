@@ -481,3 +481,23 @@ def test_two_processes_write_the_same_images(tmp_path, kind):
     assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
     names = [sorted(file.name for file in (tmp_path / name).iterdir()) for name in runs]
     assert names[0] == names[1] and len(names[0]) == 10
+
+
+def test_another_size_by_hand(flow):
+    """Two steps of Euler with guidance on an 8×4 grid, from each image's own noise."""
+    options = {"objective": "flow", "steps": 2, "guidance": 3.0, "seed": 4}
+    got = sample(flow, [1, 2], size=(8, 4), **options).latents
+    x = torch.cat([torch.randn(1, 3, 8, 4, generator=image_generator(4, i)) for i in range(2)])
+    y = torch.tensor([1, 2, 4, 4])
+    for t in (1000.0, 500.0):
+        with torch.no_grad():
+            cond, uncond = flow(torch.cat([x, x]), torch.full((4,), t), y).chunk(2)
+        x = x - 0.5 * (uncond + 3 * (cond - uncond))
+    torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-5)
+    assert torch.equal(sample(flow, [1], size=(6, 5), **options).latents, sample(flow, [1], **options).latents)
+
+
+@pytest.mark.parametrize("size", [(8,), (8, 0), (8.0, 4), 8])
+def test_sizes_that_cannot_be_are_named(flow, size):
+    with pytest.raises(ConfigError, match=r"size must be two positive integers \(H, W\), got"):
+        sample(flow, [1], objective="flow", size=size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
 from ..data.image_folder import ImageFolder, looks
@@ -21,6 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codec", metavar="VAE", help="an autoencoder of diffusers: a folder or Hub repository")
     parser.add_argument("--scale", type=float, default=0.0, help="of the latents (0: the autoencoder's own)")
     parser.add_argument("--size", type=int, default=256, help="pixels of a picture's side when encoded (256)")
+    parser.add_argument("--buckets", type=int, default=0, help="check: sides of data.buckets in pixels (0: squares)")
     parser.add_argument("--background", default="white", help="colour under transparent pixels (white)")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time (8)")
     parser.add_argument("--skip-broken", action="store_true", help="leave out pictures that cannot be read")
@@ -29,6 +31,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check or encode; 1 where `check` found files that cannot be read."""
+    if args.buckets < 0 or (args.buckets and args.action == "encode"):
+        raise ConfigError(
+            f"--buckets must be at least 0 and is of check: latents are encoded as squares, got {args.buckets}"
+        )
     if args.size < 1 or args.batch_size < 1 or args.scale < 0:
         given = f"{args.size}, {args.batch_size} and {args.scale:g}"
         raise ConfigError(f"expected a size and a batch size of at least 1 and a scale of at least 0, got {given}")
@@ -47,7 +53,7 @@ def check(args: argparse.Namespace) -> int:
     root = Path(args.folder).expanduser()
     if any(root.glob("*_features")):
         return check_latents(root)
-    source = ImageFolder(root, args.size, args.background)
+    source = ImageFolder(root, args.size, args.background, args.buckets)
     bad, counts = [], [0] * source.classes
     for file, label in tqdm(source.files, unit="picture", disable=None, leave=False):
         try:
@@ -59,6 +65,10 @@ def check(args: argparse.Namespace) -> int:
     print(f"all files: {looks([file for file, _ in source.files])}")
     for name, count in zip(source.class_names, counts, strict=True):
         print(f"  {name}: {count}")
+    if args.buckets:
+        print("buckets, height×width:")
+        for (height, width), count in sorted(Counter(source.shapes).items()):
+            print(f"  {height}×{width}: {count}")
     return _report(bad, len(source))
 
 

@@ -31,6 +31,14 @@ def interval(text: str) -> tuple[float, float]:
     return low, high
 
 
+def picture_size(text: str) -> tuple[int, int]:
+    """Height and width such as 192x320. For argparse."""
+    match = re.fullmatch(r"(\d+)[x×](\d+)", text, re.ASCII)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected height and width in pixels such as 192x320, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
 def add_allow(parser: argparse.ArgumentParser) -> None:
     """--allow of `dcdit train` and `dcdit upcycle`."""
     parser.add_argument(
@@ -143,7 +151,8 @@ def settings_of(args: argparse.Namespace, checkpoint: Path, ids: list[int]) -> d
     values = {name: getattr(args, name) for name in names}
     interval = list(args.guidance_interval)
     values |= {"policy": args.policy} if args.policy else {}
-    return {"weights": weights_hash(checkpoint), "classes": ids, **values, "guidance_interval": interval}
+    values |= {"guidance_interval": interval, "size": list(args.size) if args.size else None}
+    return {"weights": weights_hash(checkpoint), "classes": ids, **values}
 
 
 def parse_classes(text: str | None, num_classes: int, names: list[str] | None = None) -> list[int]:

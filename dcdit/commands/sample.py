@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import sys
 
 from ..errors import ConfigError
-from .options import add_sampling_options, output_path, parse_classes, prepared, sampling_arguments, settings_of
+from .options import (
+    add_sampling_options,
+    output_path,
+    parse_classes,
+    picture_size,
+    prepared,
+    sampling_arguments,
+    settings_of,
+)
 
 FORMATS = ("grid", "png", "npz")
 
@@ -22,6 +31,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--per-class", type=int, default=1, metavar="N", help="images of each class (1)")
     amount.add_argument("--num", type=int, metavar="N", help="images in all, the classes taking turns")
+    parser.add_argument(
+        "--size", type=picture_size, metavar="HxW", help="height and width in pixels, such as 192x320 (the model's own)"
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time on each device (64)")
     parser.add_argument(
         "--output", type=output_path, default="samples", metavar="DIR", help="folder to write (samples)"
@@ -44,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     from ..files import locked
     from ..pictures.images import check_output
     from ..sampling.picture_run import PictureRun
-    from ..sampling.sampler import open_checkpoint
+    from ..sampling.sampler import latent_size, open_checkpoint
     from ..training.ranks import cpu_ranks
 
     wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -60,6 +72,10 @@ def run(args: argparse.Namespace) -> None:
     if count < 1 or args.batch_size < 1:
         raise ConfigError(f"expected at least one image and a batch size of at least 1, got {count}, {args.batch_size}")
     options = sampling_arguments(args, objective, codec, model)
+    config = model.config
+    if args.size:
+        options["size"] = latent_size(args.size, config, codec)
+        config = dataclasses.replace(config, input_size=options["size"])
     pictures = PictureRun(output, ids, count, settings_of(args, checkpoint, ids), args.format)
     if pictures.finished:
         if state.is_main_process:
@@ -72,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
             stack.enter_context(locked(output))
             pictures.begin()
         state.wait_for_everyone()
-        costs = Costs(model.config)
+        costs = Costs(config)
         rounds = Rounds(pictures, args.batch_size, state.num_processes, state.process_index)
         # Only on a terminal.
         quiet = None if state.is_main_process else True

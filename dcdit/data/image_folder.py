@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError
-from .picture_files import SUFFIXES, check_colour, read_square
+from .buckets import bucket_of
+from .picture_files import SUFFIXES, check_colour, read_fitted, upright_size
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 LOOKED_AT = 64  # pictures that the description opens
@@ -20,6 +21,9 @@ LOOKED_AT = 64  # pictures that the description opens
 class ImageFolder:
     """A folder with one sub-folder of pictures per class; centre-cropped, resized to `size`, RGB: (3, size, size).
 
+    With `buckets` each picture keeps its aspect: (3, H, W) as `bucket_of` says for sides of multiples of that many
+    pixels. The headers of all files are then read at once, for `shapes`: (H, W) of each picture.
+
     Classes are numbered in the natural order of their names (2 before 10); links are followed. Names that begin with a
     dot, such as .ipynb_checkpoints, count neither as classes nor as pictures. Other left-out files are counted in
     `skipped`. Raises DataError where there is no picture, or where the sub-folders are splits such as train and val.
@@ -27,9 +31,10 @@ class ImageFolder:
 
     encoded = False
 
-    def __init__(self, path: str | Path, size: int, background: str = "white") -> None:
+    def __init__(self, path: str | Path, size: int, background: str = "white", buckets: int = 0) -> None:
         check_colour(background)
         self.root, self.size, self.background = Path(path).expanduser(), size, background
+        self.buckets = buckets
         if not self.root.is_dir():
             raise DataError(f"no image folder at {self.root}")
         self.skipped: Counter[str] = Counter()
@@ -57,13 +62,17 @@ class ImageFolder:
                 f"{self.root} has no images: expected a sub-folder per class with {', '.join(SUFFIXES)} files{left_out}"
             )
         self.classes = len(self.class_names)
+        self.shapes = [(size, size)] * len(self.files)
+        if buckets:
+            sizes = (upright_size(file) or (size, size) for file, _ in self.files)
+            self.shapes = [bucket_of(*own, size, buckets) for own in sizes]
 
     def __len__(self) -> int:
         return len(self.files)
 
     def load(self, index: int, flip: bool) -> tuple[np.ndarray, int]:
         file, label = self.files[index]
-        pixels = read_square(file, self.size, self.background)
+        pixels = read_fitted(file, self.shapes[index], self.background)
         return (pixels[..., ::-1] if flip else pixels), label
 
     def describe(self) -> str:
@@ -75,6 +84,8 @@ class ImageFolder:
         text += f"; {looks(looked)}"
         if len(looked) < len(self.files):
             text += f" ({len(looked)} looked at)"
+        if self.buckets:
+            text += f"; {len(set(self.shapes))} buckets"
         return text + (f"; left out: {self._left_out()}" if self.skipped else "")
 
     def fingerprint(self) -> str:

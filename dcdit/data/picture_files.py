@@ -41,10 +41,30 @@ def read_picture(file: Path, background: str = "white"):
 
 def read_square(file: Path, size: int, background: str = "white") -> np.ndarray:
     """The picture's centred square, resized: (3, size, size), float32 in [-1, 1]. Raises DataError."""
+    return read_fitted(file, (size, size), background)
+
+
+def read_fitted(file: Path, shape: tuple[int, int], background: str = "white") -> np.ndarray:
+    """The picture resized to cover (H, W), what is over cut off evenly: (3, H, W), float32 in [-1, 1].
+
+    Raises DataError.
+    """
     from PIL import Image, ImageOps
 
-    image = ImageOps.fit(read_picture(file, background), (size, size), Image.Resampling.BICUBIC)
+    image = ImageOps.fit(read_picture(file, background), shape[::-1], Image.Resampling.BICUBIC)
     return np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
+
+
+def upright_size(file: Path) -> tuple[int, int] | None:
+    """(H, W) of a file as `read_picture` turns it, from its header; None where that cannot be read."""
+    from PIL import ExifTags, Image
+
+    try:
+        with Image.open(file) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # on its side
+            return image.size if turned else image.size[::-1]
+    except Exception:  # reported where the file is read whole
+        return None
 
 
 def check_colour(name: str) -> None:

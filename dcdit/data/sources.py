@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from ..errors import ConfigError, DataError
 from ..model.config import DCDiTConfig
@@ -26,6 +27,7 @@ class Source(Protocol):
     encoded: bool  # already latents: no codec before the model
     classes: int | None  # None: not known before reading
     class_names: list[str] | None
+    # Where items differ in size, `shapes` has (H, W) of each, in pixels.
 
     def __len__(self) -> int: ...
 
@@ -148,7 +150,7 @@ def make_source(data: DataConfig, model: DCDiTConfig) -> Source:
     if data.kind == "digits":
         source = Digits()
     elif data.kind == "folder":
-        source = ImageFolder(data.path, data.size, data.background)
+        source = ImageFolder(data.path, data.size, data.background, data.buckets)
     elif data.kind == "idx":
         source = Idx(data.path)
     else:
@@ -158,6 +160,22 @@ def make_source(data: DataConfig, model: DCDiTConfig) -> Source:
     if source.classes and source.classes > model.num_classes:
         raise DataError(f"the data has {source.classes} classes, the model model.num_classes={model.num_classes}")
     return source
+
+
+def pixels_of_a_cell(source: Source, codec: Any, model: DCDiTConfig, buckets: int) -> int:
+    """Pixels of a latent cell's side where there are buckets, else 0. Raises ConfigError where sides of buckets do not
+    divide into them."""
+    if not buckets:
+        return 0
+    image = torch.zeros(1, source.load(0, flip=False)[0].shape[0], 8 * buckets, 8 * buckets)
+    latent = codec.encode(image)
+    unit = image.shape[-1] // latent.shape[-1]
+    if buckets % (unit * model.encoder_stride):
+        raise ConfigError(
+            f"data.buckets must be a multiple of {unit * model.encoder_stride}, the pixels of a cell times the model's "
+            f"encoder_stride, got {buckets}"
+        )
+    return unit
 
 
 def check_codec(source: Source, codec: dict[str, Any]) -> None:

@@ -68,6 +68,8 @@ class DCDiTPipeline(DiffusionPipeline):
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ("latents",),
         cuda_graph: bool = False,
+        height: int | None = None,
+        width: int | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate one image for each of `class_labels`.
 
@@ -77,6 +79,7 @@ class DCDiTPipeline(DiffusionPipeline):
                 function of the timestep; see `dcdit.drop_fraction.drop_table`.
             uncond_drop_fraction: the same for the unconditional half (Lite-CFG, arXiv 2603.06351); None: the same.
             generator: one, or one for each image. latents: (N, C, H, W), the noise to start from.
+            height, width: of the images in pixels, without a vae in cells; None: the model's own.
             output_type: "pil", "np", "pt", or "latent" for (N, C, H, W) before the vae.
             callback_on_step_end: called as f(pipeline, step, timestep, tensors); returns a dict whose "latents"
                 replaces them. `tensors` holds what callback_on_step_end_tensor_inputs names.
@@ -105,7 +108,7 @@ class DCDiTPipeline(DiffusionPipeline):
             uncond = drop_fraction if uncond_drop_fraction is None else uncond_drop_fraction
             table = torch.cat([table, drop_table(uncond, timesteps.float(), count)], dim=1)
         table = table.to(device)
-        latents = self._noise(count, generator, latents, device)
+        latents = self._noise(count, self._size(height, width), generator, latents, device)
         options = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         whole = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
 
@@ -160,9 +163,22 @@ class DCDiTPipeline(DiffusionPipeline):
         except ConfigError:
             raise ConfigError(f"class_labels must be a list of ids in [0, {count - 1}], got {class_labels!r}") from None
 
-    def _noise(self, count: int, generator, latents: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-        config, dtype = self.transformer.model.config, self.transformer.dtype
-        shape = (count, config.in_channels, *config.input_size)
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """The latents' (H, W) in cells."""
+        config, unit = self.transformer.model.config, 1
+        if self.vae is not None:
+            unit = getattr(self.vae, "spatial_compression_ratio", 2 ** (len(self.vae.config.block_out_channels) - 1))
+        step, sides = unit * config.encoder_stride, []
+        for name, given, own in zip(("height", "width"), (height, width), config.input_size, strict=True):
+            if given is not None and (not isinstance(given, int) or given < 1 or given % step):
+                raise ConfigError(f"{name} must be a positive multiple of {step}, got {given!r}")
+            sides.append(own if given is None else given // unit)
+        return sides[0], sides[1]
+
+    def _noise(
+        self, count: int, size: tuple[int, int], generator, latents: torch.Tensor | None, device: torch.device
+    ) -> torch.Tensor:
+        shape, dtype = (count, self.transformer.model.config.in_channels, *size), self.transformer.dtype
         if isinstance(generator, list) and len(generator) != count:
             raise ConfigError(f"{count} images need one generator or {count}, got {len(generator)}")
         if latents is None:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from .dcdit import DCDiT
 
 
+# A batch (B, C, H, W), or samples (C, H, W) of different sizes.
+Samples = torch.Tensor | list[torch.Tensor]
+
+
 @dataclass(frozen=True)
 class MixedRouting:
     """What a router decided for B samples of several sizes.
@@ -42,6 +46,11 @@ class MixedRouting:
     def natural_mask(self) -> torch.Tensor:
         """The router's boundaries before the tail drop, bool (B, L)."""
         return self.boundary_prob > 0.5
+
+    @property
+    def boundary_mask(self) -> torch.Tensor:
+        """The retained cells, bool (B, L)."""
+        return self._padded([part.boundary_mask for part in self.parts])
 
     @property
     def valid(self) -> torch.Tensor:

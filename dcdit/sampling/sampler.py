@@ -98,12 +98,13 @@ def sample(
     uncond_drop_fraction: DropFraction | None = None,
     seed: int = 0,
     indices: Sequence[int] | None = None,
+    size: tuple[int, int] | None = None,
     batch_size: int = 64,
     clip: bool = False,
     policy: Policy | str | None = None,
     callback: Callable[[Step], Any] | None = None,
 ) -> Samples:
-    """Sample one latent for each class id in `classes` (N,).
+    """Sample one latent (C, H, W) for each class id in `classes` (N,).
 
     Args:
         model: in half precision (`dcdit.precision.cast_weights`) its float32 products are in TF32; a graphed one
@@ -121,12 +122,13 @@ def sample(
         drop_fraction: ρ in [0, 1), see `drop_table`: a number, a tensor (N,), a list over the steps, a function of t.
         uncond_drop_fraction: likewise for the unconditional half (Lite-CFG, arXiv 2603.06351); None: the same.
         seed, indices: image i draws from (seed, indices[i]); the indices are 0 to N − 1 by default.
+        size: (H, W) of the latents, in cells; None: the model's input_size. `latent_size` gives it from pixels.
         clip: clamp the predicted x_0 of "ddpm" and "ddim" to [−1, 1], for codecs whose latents are pixels.
         policy: what a step may do without, see `Policy`; such as "reuse=2 & teacache=0.15".
         callback: called with a Step before each update.
 
-    Raises ConfigError for a class id outside [0, num_classes), ρ outside [0, 1), or a scheduler that does not fit;
-    DCDiTError where the router's probabilities are NaN.
+    Raises ConfigError for a class id outside [0, num_classes), ρ outside [0, 1), a size that the model cannot
+    take, or a scheduler that does not fit; DCDiTError where the router's probabilities are NaN.
     """
     model = Policy.of(policy).wrap(model)
     config = model.config
@@ -150,6 +152,7 @@ def sample(
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
     if uncond_drop_fraction is None:
         uncond_drop_fraction = drop_fraction
+    size = checked_size(config.input_size if size is None else size, getattr(config, "encoder_stride", 1))
     make = functools.partial(make_scheduler, scheduler, objective, steps, config.learn_sigma, clip, shift)
     _, timesteps = make()
     low, high = guidance_interval
@@ -159,14 +162,14 @@ def sample(
     if any(value != 1 for value in guidances):
         budgets.append(drop_table(uncond_drop_fraction, timesteps, count))
 
-    latents = torch.empty(count, config.in_channels, *config.input_size)
+    latents = torch.empty(count, config.in_channels, *size)
     tokens = torch.full((len(budgets), len(timesteps), count), torch.nan)
     seconds = torch.zeros(len(timesteps))
     with float32_products("high" if next(model.parameters()).dtype.itemsize < 4 else None):
         for start in range(0, count, batch_size):
             part = slice(start, start + batch_size)
             # A scheduler for each batch: multistep ones keep state.
-            run = _Batch(model, make()[0], classes[part], indices[part], seed, guidance_channels, eta)
+            run = _Batch(model, size, make()[0], classes[part], indices[part], seed, guidance_channels, eta)
             if isinstance(model, Paced):
                 model.begin(timesteps)
             for i, t in enumerate(timesteps.tolist()):
@@ -192,14 +195,14 @@ def sample(
 class _Batch:
     """The images of one batch on their way from noise to data."""
 
-    def __init__(self, model, scheduler, classes, indices, seed, guidance_channels, eta) -> None:
+    def __init__(self, model, size, scheduler, classes, indices, seed, guidance_channels, eta) -> None:
         self.model, self.scheduler = model, scheduler
         self.channels = guidance_channels or model.config.in_channels
         self.options = {"eta": eta} if eta else {}
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.generators = [image_generator(seed, index) for index in indices.tolist()]
-        shape = (1, model.config.in_channels, *model.config.input_size)
+        shape = (1, model.config.in_channels, *size)
         self.x = torch.cat([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
         null = torch.full_like(classes, model.config.num_classes)
         self.y = torch.cat([classes, null]).to(self.device)
@@ -248,6 +251,25 @@ def class_ids(classes: Sequence[int] | torch.Tensor, num_classes: int) -> torch.
         wrong = low if low < 0 else high
         raise ConfigError(f"class id {wrong} is outside [0, {num_classes - 1}], the classes of this model")
     return classes.long()
+
+
+def checked_size(size: Sequence[int], stride: int) -> tuple[int, int]:
+    """(H, W) in cells. Raises ConfigError unless they are two positive multiples of the model's encoder_stride."""
+    sides = tuple(size) if isinstance(size, list | tuple) else ()
+    if len(sides) != 2 or not all(isinstance(n, int) and n >= 1 and n % stride == 0 for n in sides):
+        unit = f" that encoder_stride {stride} divides" if stride > 1 else ""
+        raise ConfigError(f"size must be two positive integers (H, W){unit}, got {size!r}")
+    return sides
+
+
+def latent_size(pixels: tuple[int, int], config: DCDiTConfig, codec) -> tuple[int, int]:
+    """(H, W) in cells of pictures of `pixels` (H, W). Raises ConfigError where codec or model cannot take them."""
+    cells = torch.zeros(1, config.in_channels, *config.input_size)
+    unit = codec.decode(cells).shape[-1] // cells.shape[-1]
+    if any(side < 1 or side % (unit * config.encoder_stride) for side in pixels):
+        size, step = "×".join(map(str, pixels)), unit * config.encoder_stride
+        raise ConfigError(f"pictures must have sides of a multiple of {step} pixels, got {size}")
+    return pixels[0] // unit, pixels[1] // unit
 
 
 def guide(out: torch.Tensor, guidance: float, channels: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ LIMITS = (
     ("codec.factor validation.steps", lambda value: value >= 1, "be at least 1"),
     ("batch_size", lambda value: value <= 2**20, "be at most 1048576"),
     ("time_shift", lambda value: value > 0, "be positive"),
+    ("tokens_per_batch data.buckets", lambda value: value >= 0, "not be negative"),
     ("min_snr seed ratio_weight max_minutes data.workers", lambda value: value >= 0, "not be negative"),
     ("optim.lr optim.weight_decay optim.grad_clip", lambda value: value >= 0, "not be negative"),
     ("optim.warmup_steps drop_warmup snapshot_every codec.scale", lambda value: value >= 0, "not be negative"),
@@ -38,12 +39,16 @@ class DataConfig:
 
     The `path` of idx files is their folder and the beginning of their names, see `dcdit.data.idx`.
 
+    With `buckets` pictures of a folder keep their aspect: their sides are multiples of so many pixels, their area is
+    size² at most (0: every picture is cropped to a square).
+
     `skip_broken` takes the next picture of the epoch in the place of an unreadable one; all others keep their places.
     """
 
     kind: Literal["digits", "folder", "idx", "latents"] = "digits"
     path: str = ""
     size: int = 256
+    buckets: int = 0
     flip: bool = False
     background: str = "white"
     skip_broken: bool = False
@@ -127,7 +132,8 @@ class ValidationConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that `dcdit train` reads. `batch_size` is the global one; `drop_fractions` are the ρ to draw from.
+    """Everything that `dcdit train` reads. `batch_size` is the global one. In its place `tokens_per_batch` (0: not)
+    takes as many items for each step as have so many latent cells together. `drop_fractions` are the ρ to draw from.
 
     `init` is a DC-DiT to start from. `snapshot_every` steps (0: never) the first EMA model is kept in
     OUTPUT/snapshots. `log_with` names trackers of accelerate. `time_shift` is of flow matching, `min_snr` of ddpm; see
@@ -143,6 +149,7 @@ class TrainConfig:
     seed: int = 0
     steps: int = 400_000
     batch_size: int = 256
+    tokens_per_batch: int = 0
     accumulate: int = 1
     checkpointing: bool = False
     objective: Literal["flow", "ddpm"] = "flow"
@@ -194,6 +201,15 @@ class TrainConfig:
                     raise ConfigError(f"cuda_graph and {name} exclude each other: leave one of them out")
             if self.upcycle.source:
                 raise ConfigError("cuda_graph is not for upcycling, whose loss changes with the step: leave it out")
+        if self.data.buckets:
+            if self.data.kind != "folder":
+                raise ConfigError(f"data.buckets is of data.kind=folder, got {self.data.kind}")
+            others = {"cuda_graph": self.cuda_graph, "compile": self.compile, "upcycle.source": self.upcycle.source}
+            for name, value in others.items():
+                if value:
+                    raise ConfigError(f"data.buckets and {name} exclude each other: leave one of them out")
+        if self.cuda_graph and self.tokens_per_batch:
+            raise ConfigError("cuda_graph and tokens_per_batch exclude each other: leave one of them out")
         if not self.drop_fractions:
             raise ConfigError("drop_fractions needs at least one value; [0] trains without dropping")
         if self.data.kind != "digits" and not self.data.path:

@@ -19,7 +19,8 @@ def describe_run(trainer) -> str:
     (height, width), codec = model.input_size, " ".join(str(v) for v in config.codec.options().values() if v)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     precision = "bfloat16" if config.precision == "bf16" else "float32"
-    batch = f"batch {config.batch_size}" + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
+    size = f"{config.tokens_per_batch} cells" if config.tokens_per_batch else str(config.batch_size)
+    batch = f"batch {size}" + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
     processes = f"{trainer.ranks} process{'es' * (trainer.ranks > 1)}"
     begin = f"resuming at step {trainer.step}" if trainer.step else f"from step 0, {trainer.started}"
     return "\n".join(

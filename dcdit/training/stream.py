@@ -5,8 +5,10 @@ Nothing random is saved with a checkpoint, and splitting a batch over processes 
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from ..data.sources import Source
 from ..errors import ConfigError, DataError
 from ..interrupts import ignored
 from .objectives import DDPM, SUB_BATCH, FlowMatching
+from .parts import cuts
 
 # Streams of random numbers; each has a key of its own.
 _SAMPLE, _ORDER, _STEP = range(3)
@@ -34,11 +37,14 @@ def draw_drop_fraction(seed: int, step: int, choices: Sequence[float], warmup: i
 
 
 class TrainingStream(Dataset):
-    """An endless training set: item step·batch_size + position is a sample with its noise, time and label.
+    """An endless training set: every item is a sample with its noise, time and label.
 
-    Every item is {"image": (C, H, W), "noise": latent shape, "t": (), "y": ()}, a function of (seed, step, position)
-    only. Each epoch is a permutation of the source. With `skip_broken` the next readable picture of the permutation
-    stands in the place of an unreadable one, which is named once on stderr.
+    A step takes the next `batch_size` items, or, with `tokens`, as many as have so many latent cells together.
+
+    Every item is {"image": (C, H, W), "noise": latent shape, "t": (), "y": ()}, a function of (seed, item) only. With
+    `unit`, the pixels of a latent cell's side, the noise has the image's own shape in cells. Each epoch is a
+    permutation of the source. With `skip_broken` the next readable picture of the permutation stands in the place of an
+    unreadable one, which is named once on stderr.
     """
 
     def __init__(
@@ -53,21 +59,63 @@ class TrainingStream(Dataset):
         label_drop: float = 0.0,
         flip: bool = False,
         skip_broken: bool = False,
+        tokens: int = 0,
+        unit: int = 0,
     ) -> None:
         self.source, self.objective, self.latent_shape, self.null_label = source, objective, latent_shape, null_label
         self.seed, self.batch_size, self.label_drop, self.flip = seed, batch_size, label_drop, flip
         self.skip_broken, self.broken = skip_broken, set[int]()
+        self.tokens, self.unit = tokens, unit
         self.epoch, self.order = -1, np.empty(0, dtype=np.int64)
+
+    def cells(self) -> np.ndarray:
+        """Latent cells of each item of the source."""
+        if not self.unit:
+            return np.full(len(self.source), np.prod(self.latent_shape[1:]))
+        return np.prod(self.source.shapes, axis=1) // self.unit**2  # type: ignore[attr-defined]
+
+    def steps(self, start: int, stop: int) -> Iterator[Sequence[int]]:
+        """The items of the steps [start, stop)."""
+        if self.tokens:
+            yield from itertools.islice(self._steps_by_tokens(), start, stop)
+        else:
+            yield from (range(step * self.batch_size, (step + 1) * self.batch_size) for step in range(start, stop))
+
+    def _steps_by_tokens(self) -> Iterator[Sequence[int]]:
+        """Items in their order, cut where the next would be too many. A batch may go over the end of an epoch."""
+        cells, count = self.cells(), len(self.source)
+        items, costs = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        for epoch in itertools.count():
+            items = np.append(items, np.arange(epoch * count, (epoch + 1) * count))
+            costs = np.append(costs, cells[self._permutation(epoch)])
+            ends, first = costs.cumsum(), 0
+            while True:
+                taken = ends[first - 1] if first else 0
+                last = int(np.searchsorted(ends, taken + self.tokens, "right"))
+                if last == len(ends):
+                    break
+                yield items[first:last].tolist()
+                first = last
+            items, costs = items[first:], costs[first:]
+
+    def collate(self, items: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+        """A batch of items: tensors, but lists of images and noises where they may differ in size."""
+        batch: dict[str, Any] = {key: [item[key] for item in items] for key in items[0]}
+        return {key: v if self.unit and key in ("image", "noise") else torch.stack(v) for key, v in batch.items()}
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return generator(self.seed, _ORDER, epoch).permutation(len(self.source))
 
     def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
         epoch, place = divmod(item, len(self.source))
         if epoch != self.epoch:
-            self.epoch, self.order = epoch, generator(self.seed, _ORDER, epoch).permutation(len(self.source))
+            self.epoch, self.order = epoch, self._permutation(epoch)
         rng = generator(self.seed, _SAMPLE, *divmod(item, self.batch_size))
         t = self.objective.draw_time(rng)
         drop_label, flip = rng.random(2) < (self.label_drop, 0.5 * self.flip)
-        noise = rng.standard_normal(self.latent_shape, dtype=np.float32)
         image, label = self._load(place, bool(flip))
+        grid = [side // self.unit for side in image.shape[1:]] if self.unit else self.latent_shape[1:]
+        noise = rng.standard_normal((self.latent_shape[0], *grid), dtype=np.float32)
         if not 0 <= label < self.null_label:
             raise DataError(f"class id {label} of item {self.order[place]} is outside [0, {self.null_label})")
         return {
@@ -100,23 +148,42 @@ def batches(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of the steps [start, stop): the `rank`-th of `ranks` equal slices of each global batch.
+    """Batches of the steps [start, stop): the `rank`-th of `ranks` slices of each global batch, equal ones, or those of
+    `cuts` where batches are by tokens.
 
+    A batch has the keys of an item, of tensors; "image" and "noise" are lists where the stream has a `unit`.
     With `pin_memory` a copy to a GPU with `non_blocking=True` does not wait for the steps before it.
     """
-    share = stream.batch_size // ranks
-    firsts = (step * stream.batch_size + rank * share for step in range(start, stop))
+
+    def share(items: Sequence[int]) -> Sequence[int]:
+        ends = cuts(len(items), ranks) if stream.tokens else range(0, len(items) + 1, len(items) // ranks)
+        return items[ends[rank] : ends[rank + 1]]
+
+    loader = DataLoader(
+        stream,
+        batch_sampler=map(share, stream.steps(start, stop)),
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=ignored,
+        collate_fn=stream.collate,
+    )
     try:
-        yield from DataLoader(
-            stream,
-            batch_sampler=(range(first, first + share) for first in firsts),
-            num_workers=workers,
-            pin_memory=pin_memory,
-            worker_init_fn=ignored,
-        )
+        yield from loader
     except DataError as error:
         # A worker process sends its whole traceback; the last line is what it had to say.
         raise DataError(str(error).splitlines()[-1].removeprefix("dcdit.errors.DataError: ")) from error
+
+
+def check_tokens(stream: TrainingStream, parts: int) -> None:
+    """Raise ConfigError where batches are by tokens and one may be too small for its parts."""
+    if not stream.tokens:
+        return
+    largest, least = int(stream.cells().max()), 1 if parts == 1 else parts * SUB_BATCH
+    if stream.tokens < least * largest:
+        raise ConfigError(
+            f"tokens_per_batch must hold {least} of the largest item's {largest} cells, {least * largest}, "
+            f"got {stream.tokens}"
+        )
 
 
 def check_split(batch_size: int, ranks: int, accumulate: int = 1) -> None:
@@ -130,4 +197,16 @@ def check_split(batch_size: int, ranks: int, accumulate: int = 1) -> None:
         raise ConfigError(
             f"batch_size {batch_size} over {' of '.join(names)} must be a multiple of {parts * SUB_BATCH}: "
             f"the ratio loss is taken over {SUB_BATCH} samples"
+        )
+
+
+def check_latents(item: dict[str, torch.Tensor], codec: Any) -> None:
+    """Raise DataError where an item's image does not become a latent of the noise's shape."""
+    latent = item["image"][None]
+    if codec is not None:
+        latent = codec.encode(latent)
+    if latent[0].shape != item["noise"].shape:
+        raise DataError(
+            f"the data gives latents of shape {tuple(latent[0].shape)}, "
+            f"the model takes {tuple(item['noise'].shape)} (model.in_channels, model.input_size)"
         )

@@ -8,27 +8,30 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..checkpoints.folder import check_place, save_checkpoint
 from ..codecs import make_codec
-from ..data.sources import check_codec, make_source
-from ..errors import ConfigError, DataError, DCDiTError
+from ..data.sources import check_codec, make_source, pixels_of_a_cell
+from ..errors import ConfigError, DCDiTError
 from ..files import check_folder, locked
 from ..interrupts import held_back, raised
 from ..model.dcdit import DCDiT
+from ..model.mixed import Samples, by_size
 from ..model.precision import float32_products
 from ..model.routing import Routing
 from .config import TrainConfig, learning_rate
 from .launch import make_accelerator
-from .objectives import make_objective, ratio_loss
+from .objectives import SUB_BATCH, make_objective, ratio_loss
+from .parts import in_parts, moved, weights_of
 from .progress import Progress
 from .resume import Change, check_allowed, compare, describe_data
 from .run_output import average, describe_run, look, place, use
 from .state import EMA, Metrics, load_state, read_header, save_state
 from .step_graphs import StepGraphs
-from .stream import TrainingStream, batches, check_split, draw_drop_fraction
+from .stream import TrainingStream, batches, check_latents, check_split, check_tokens, draw_drop_fraction
 from .validation import Validation
 from .warm_start import start_from
 
@@ -68,7 +71,7 @@ class Trainer:
         self.output = check_folder(Path(config.output).expanduser())
         self.accelerator = make_accelerator(config)
         self.device, self.ranks = self.accelerator.device, self.accelerator.num_processes
-        check_split(config.batch_size, self.ranks, config.accumulate)
+        check_split(0 if config.tokens_per_batch else config.batch_size, self.ranks, config.accumulate)
         self.objective = make_objective(config.objective, config.model.learn_sigma, config.time_shift, config.min_snr)
         self.source = make_source(config.data, config.model)
         check_codec(self.source, config.codec.options())
@@ -83,11 +86,14 @@ class Trainer:
             label_drop=config.label_drop,
             flip=config.data.flip,
             skip_broken=config.data.skip_broken,
+            tokens=config.tokens_per_batch,
+            unit=pixels_of_a_cell(self.source, self.codec, config.model, config.data.buckets),
         )
-        self._check_latents()
+        check_tokens(self.stream, self.ranks * config.accumulate)
+        check_latents(self.stream[0], self.codec)
         self.validation = None
         if config.validation.every:
-            self.validation = Validation(config, self.objective, self.codec, self.source.class_names)
+            self.validation = Validation(config, self.objective, self.codec, self.source.class_names, self.stream.unit)
 
         torch.manual_seed(config.seed)
         net = self.make_net()
@@ -176,23 +182,24 @@ class Trainer:
         """Train to the last step, or to `max_minutes`; save, and return the directory of the EMA model."""
         config, main = self.config, self.accelerator.is_main_process
         rank, workers = self.accelerator.process_index, config.data.workers
-        start, since, since_step = time.monotonic(), time.monotonic(), self.step
-        progress = Progress(self.step, config.steps, main)
+        start = since = time.monotonic()
+        progress, images = Progress(self.step, config.steps, main), 0
         with contextlib.closing(progress), float32_products("high" if config.precision == "bf16" else None):
             pin = self.device.type == "cuda"
-            for batch in batches(self.stream, self.step, config.steps, rank, self.ranks, workers, pin):
+            shares = batches(self.stream, self.step, config.steps, rank, self.ranks, workers, pin)
+            for batch, items in zip(shares, self.stream.steps(self.step, config.steps), strict=True):
                 # The first process saves the step that it is in; the others stay for it until they are ended.
                 with held_back(ignore=not main):
-                    values = self._guarded_step(batch)
+                    values = self._guarded_step(batch, len(items))
                     self.step += 1
                     self.updating = False
+                    images += len(items)
                     progress.advance()
                     if self.step % config.log_every == 0 or self.step == config.steps:
                         numbers = self._reduced(values)
                         now = time.monotonic()
-                        speed = (self.step - since_step) * config.batch_size / (now - since)
-                        since, since_step = now, self.step
-                        self._report(progress, {"step": self.step, **numbers, "images_per_s": speed})
+                        self._report(progress, {"step": self.step, **numbers, "images_per_s": images / (now - since)})
+                        since, images = now, 0
                     if self.step % config.save_every == 0:
                         self._save()
                     look(self)
@@ -220,21 +227,21 @@ class Trainer:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
 
-    def train_step(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | float]:
-        """One optimiser step on this rank's slice of the batch; returns what metrics.jsonl records."""
+    def train_step(self, batch: dict[str, Any], whole: int = 0) -> dict[str, torch.Tensor | float]:
+        """One optimiser step on this rank's slice of `whole` samples (0: of equal slices); returns what is recorded."""
         config, count = self.config, self.config.accumulate
         rho = draw_drop_fraction(config.seed, self.step, config.drop_fractions, config.drop_warmup)
         lr = learning_rate(config.optim, self.step, config.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        parts = [batch[key].chunk(count) for key in ("image", "noise", "t", "y")]
-        sums: dict[str, torch.Tensor] = {}
-        for number, part in enumerate(zip(*parts, strict=True)):
+        whole, sums = whole or len(batch["t"]) * self.ranks, dict[str, torch.Tensor]()
+        for number, part in enumerate(in_parts(batch, count)):
             # The last part's backward adds up the gradients of all ranks.
             alone = self.accelerator.no_sync(self.model) if number + 1 < count else contextlib.nullcontext()
             with alone:
-                values = self._backward(*(tensor.to(self.device, non_blocking=True) for tensor in part), rho)
+                weights = weights_of(len(part[2]), whole, self.ranks * count)
+                values = self._backward(*(moved(given, self.device) for given in part), rho, weights)
             for key, value in values.items():
                 sums[key] = sums.get(key, 0) + value.detach() / count
         # No clipping is clipping at infinity: the norm is still measured.
@@ -246,44 +253,45 @@ class Trainer:
         return {**sums, "drop_fraction": rho, "grad_norm": norm, "lr": lr}
 
     def _backward(
-        self, image: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, y: torch.Tensor, rho: float
+        self, image: Samples, noise: Samples, t: torch.Tensor, y: torch.Tensor, rho: float, weights: dict[str, Any]
     ) -> dict[str, torch.Tensor]:
         """Add the gradients of one part of the batch to those of the others; returns its losses."""
-        x0 = image if self.codec is None else self.codec.encode(image)
+        x0 = image if self.codec is None else by_size(self.codec.encode, image)
         if self.graphs:
             return self.graphs.backward((x0, noise, t, y), rho)
         # A tensor, because a compiled graph would be made anew for each number.
-        values, _ = self.losses(x0, noise, t, y, torch.full((), rho, device=x0.device))
+        values, _ = self.losses(x0, noise, t, y, torch.full((), rho, device=self.device), **weights)
         self.accelerator.backward(values["loss"] / self.config.accumulate)
         return values
 
     def losses(
         self,
-        x0: torch.Tensor,
-        noise: torch.Tensor,
+        x0: Samples,
+        noise: Samples,
         t: torch.Tensor,
         y: torch.Tensor,
         rho: torch.Tensor,
+        weights: tuple[float, float] = (1.0, 1.0),
         **limits: int,
-    ) -> tuple[dict[str, torch.Tensor], Routing]:
-        """The loss of latents (B, C, H, W) at drop fraction ρ, its parts, and the share of the cells that was kept.
+    ) -> tuple[dict[str, torch.Tensor], Any]:
+        """The loss of latents, its parts, and the share of the cells that was kept, at drop fraction ρ; the routing.
 
-        `limits` are `capacity` and `max_seqlen` of the model.
+        `weights` are a part's in the batch's means over samples and over sub-batches; `limits` are those of the model.
         """
-        config = self.config
-        x = self.objective.add_noise(x0, noise, t)
-        if config.channels_last:
+        config, n = self.config, self.config.model.target_ratio
+        x = by_size(self.objective.add_noise, x0, noise, t)
+        if config.channels_last and isinstance(x, torch.Tensor):
             x = x.contiguous(memory_format=torch.channels_last)
         output, routing = self.model(x, t, y, drop_fraction=rho, return_routing=True, **limits)
-        output = output.float()
-        diffusion = self.objective.loss(output, x0, noise, t).mean()
-        natural = routing.natural_mask
-        if config.model.keep_grid:  # cells that are always kept are among the share 1/N
-            natural = natural | routing.boundary_mask
-        ratio = ratio_loss(routing.boundary_prob, natural, config.model.target_ratio)
+        output = by_size(torch.Tensor.float, output)
+        each = by_size(self.objective.loss, output, x0, noise, t)
+        diffusion = (torch.stack(each) if isinstance(each, list) else each).mean() * weights[0]
+        # Cells that are always kept are among the share 1/N.
+        natural = routing.natural_mask | routing.boundary_mask if config.model.keep_grid else routing.natural_mask
+        ratio = ratio_loss(routing.boundary_prob, natural, n, SUB_BATCH, routing.valid) * weights[1]
         taught, parts = self.teach(diffusion, (x, t, y), output, routing)
         loss = taught + config.ratio_weight * ratio
-        kept = routing.plan.lengths.float().mean() / routing.plan.cells
+        kept = routing.kept.mean() * weights[0]
         return {"loss": loss, "diffusion_loss": diffusion, "ratio_loss": ratio, **parts, "kept": kept}, routing
 
     def _reduced(self, values: dict[str, torch.Tensor | float]) -> dict[str, float]:
@@ -295,10 +303,10 @@ class Trainer:
             raise self._diverged(f"loss {numbers['loss']}, gradient norm {numbers['grad_norm']}")
         return numbers
 
-    def _guarded_step(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | float]:
+    def _guarded_step(self, batch: dict[str, Any], whole: int) -> dict[str, torch.Tensor | float]:
         """`train_step`, where the operators' complaint about NaN is the news that training has diverged."""
         try:
-            return self.train_step(batch)
+            return self.train_step(batch, whole)
         except ValueError as error:
             if "NaN" not in str(error):
                 raise
@@ -340,14 +348,3 @@ class Trainer:
         # The ranks must agree, or one waits for ever.
         late = torch.tensor(float(time.monotonic() - start > 60 * self.config.max_minutes), device=self.device)
         return self.accelerator.reduce(late, "sum").item() > 0
-
-    def _check_latents(self) -> None:
-        item = self.stream[0]
-        latent = item["image"][None]
-        if self.codec is not None:
-            latent = self.codec.encode(latent)
-        if latent[0].shape != item["noise"].shape:
-            raise DataError(
-                f"the data gives latents of shape {tuple(latent[0].shape)}, "
-                f"the model takes {tuple(item['noise'].shape)} (model.in_channels, model.input_size)"
-            )

@@ -13,9 +13,11 @@ from ..data.sources import Digits, Source, make_source
 from ..errors import ConfigError
 from ..files import replacing
 from ..model.dcdit import DCDiT
+from ..model.mixed import by_size
 from ..pictures.images import enlarge, grid, save_png, to_uint8
 from ..sampling.sampler import sample
 from .config import TrainConfig
+from .parts import moved
 from .stream import TrainingStream
 
 BATCH = 64
@@ -27,16 +29,15 @@ class Validation:
     Validation draws no random number of the training, so it leaves the training's losses as they are.
     """
 
-    def __init__(self, config: TrainConfig, objective, codec, class_names: list[str] | None) -> None:
+    def __init__(self, config: TrainConfig, objective, codec, class_names: list[str] | None, unit: int = 0) -> None:
         self.config, self.objective, self.codec = config, objective, codec
         self.stream: TrainingStream | None = None
         if config.validation.items:
             source = self._source(class_names)
             shape = (config.model.in_channels, *config.model.input_size)
             self.items = min(config.validation.items, len(source))
-            self.stream = TrainingStream(
-                source, objective, shape, config.model.num_classes, seed=config.seed, batch_size=len(source)
-            )
+            options = {"seed": config.seed, "batch_size": len(source), "unit": unit}
+            self.stream = TrainingStream(source, objective, shape, config.model.num_classes, **options)
         if config.validation.samples:
             self.decoder = codec or make_codec(**config.codec.options())
 
@@ -59,15 +60,15 @@ class Validation:
         device, losses, kept = next(model.parameters()).device, [], []
         for first in range(0, self.items, BATCH):
             items = [self.stream[i] for i in range(first, min(first + BATCH, self.items))]
-            image, noise, t, y = (
-                torch.stack([item[key] for item in items]).to(device) for key in ("image", "noise", "t", "y")
-            )
-            x0 = image if self.codec is None else self.codec.encode(image)
+            batch = self.stream.collate(items)
+            image, noise, t, y = (moved(batch[key], device) for key in ("image", "noise", "t", "y"))
+            x0 = image if self.codec is None else by_size(self.codec.encode, image)
             with autocast():
-                out, routing = model(self.objective.add_noise(x0, noise, t), t, y, return_routing=True)
-            losses.append(self.objective.loss(out.float(), x0, noise, t).double())
-            kept.append(routing.plan.lengths.double() / routing.plan.cells)
-        return {"validation_loss": float(torch.cat(losses).mean()), "validation_kept": float(torch.cat(kept).mean())}
+                out, routing = model(by_size(self.objective.add_noise, x0, noise, t), t, y, return_routing=True)
+            each = by_size(self.objective.loss, by_size(torch.Tensor.float, out), x0, noise, t)
+            losses += [loss.double() for loss in each]
+            kept.append(routing.kept.double())
+        return {"validation_loss": float(torch.stack(losses).mean()), "validation_kept": float(torch.cat(kept).mean())}
 
     def draw(self, model: DCDiT, file: Path) -> None:
         """Write a sheet of samples of the first classes. The noises are fixed."""
