@@ -14,17 +14,6 @@ def test_constant_then_linear():
     assert Density(0, 0).size(500, (7, 9)) == (7, 9)
 
 
-def test_intervals_cover_all_times():
-    density, grid = Density(0.3, 0.9), (16, 8)
-    t, sizes = 0.0, []
-    while t < 1000:
-        low, high = density.same_size(t, grid)
-        assert low <= t < high
-        sizes.append(density.size(t, grid))
-        t = high
-    assert len(set(sizes)) == len(sizes) > 4
-
-
 def test_bad_input():
     for least, most in ((0.5, 0.4), (-0.1, 0.5), (0.5, 1.0)):
         with pytest.raises(ConfigError, match="0 <= least <= most < 1"):

@@ -27,6 +27,7 @@ from ..model.embedders import sincos_2d
 from .release_keys import from_release, infer_config, release_content, stored_use
 from .release_keys import release_key as release_key
 from .safe_pickle import read_state
+from .systems_folder import empty_system, system_of
 
 FILES = ("config.json", "model.safetensors")
 KEPT = ("README.md", "LICENSE", "LICENSE.md", ".gitattributes")  # what repositories hold beside them
@@ -82,8 +83,8 @@ def save_checkpoint(directory: str | Path, model: DCDiT, extra: dict[str, Any] |
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         (temporary / "model.safetensors").write_bytes(save(_tensors(model)))
-        own = {"own_parts": model.own_parts} if model.own_parts else {}
-        config = {"model": model.config.to_dict(), **own, **extra}
+        own = {"own_parts": model.own_parts} if getattr(model, "own_parts", None) else {}
+        config = {**system_of(model), "model": model.config.to_dict(), **own, **extra}
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name in FILES:
             sync(temporary / name)
@@ -126,6 +127,8 @@ def load_checkpoint(
             raise CheckpointError(f"no checkpoint at {path}: {file.name} is missing{inner}")
     try:
         extra = json.loads(config_file.read_text(encoding="utf-8"))
+        if "kind" in extra:
+            return _load_system(extra, weights, device)
         config, own_parts = DCDiTConfig.from_dict(extra.pop("model")), dict(extra.pop("own_parts", {}))
     except ConfigError as error:
         raise CheckpointError(f"{config_file}: {error}") from error
@@ -148,6 +151,23 @@ def load_checkpoint(
     return _with_use(model.eval(), extra), extra
 
 
+def _load_system(extra: dict[str, Any], weights: Path, device: str | torch.device) -> tuple[Any, dict[str, Any]]:
+    """`load_checkpoint` of a SparseDiT or DyDiT."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        shapes = _header(weights)
+        model = empty_system(extra.pop("kind"), extra.pop("model"), shapes, weights.parent)
+        _compare(_shapes(model), shapes)
+        state = load_file(weights)
+    except SafetensorError as error:
+        raise CheckpointError(f"{weights} is truncated or not a safetensors file: {error}") from error
+    model = model.to_empty(device=device)
+    load_state(model, {key: tensor.to(torch.float32) for key, tensor in state.items()})
+    return _with_use(model.eval(), extra), extra
+
+
 def _check_grid(table: torch.Tensor, config: DCDiTConfig, path: Path) -> None:
     """Raise CheckpointError where the position table is that of another grid with as many cells."""
     cells, width = config.cells, config.hidden_size
@@ -163,8 +183,8 @@ def _check_grid(table: torch.Tensor, config: DCDiTConfig, path: Path) -> None:
             return
 
 
-def _check_header(weights: Path, config: DCDiTConfig, parts: dict[str, nn.Module | None]) -> None:
-    """Compare a safetensors file's names, shapes and dtypes with a model that has no memory. Raises CheckpointError."""
+def _header(weights: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a safetensors file's weights. Raises CheckpointError where they are no floats."""
     from safetensors import safe_open
 
     with safe_open(weights, framework="pt") as file:
@@ -174,6 +194,12 @@ def _check_header(weights: Path, config: DCDiTConfig, parts: dict[str, nn.Module
             shapes[key] = tuple(part.get_shape())
             if not part.get_dtype().startswith(("F", "BF")):
                 raise CheckpointError(f"{weights}: {key}: expected floating-point weights, found {part.get_dtype()}")
+    return shapes
+
+
+def _check_header(weights: Path, config: DCDiTConfig, parts: dict[str, nn.Module | None]) -> None:
+    """Compare a safetensors file's names, shapes and dtypes with a model that has no memory. Raises CheckpointError."""
+    shapes = _header(weights)
     blocks = len({key.split(".")[2] for key in shapes if key.startswith("main.blocks.")})
     # The depth first: a thousand million blocks fill the memory even without weights.
     if blocks not in (0, config.depth):

@@ -31,9 +31,3 @@ class Density:
         """The sparse grid (h, w) at t whose sides come nearest to those wished for, in a `grid` of tokens."""
         side = (1 - self.left_out(t)) ** 0.5
         return max(1, round(grid[0] * side)), max(1, round(grid[1] * side))
-
-    def same_size(self, t: float, grid: tuple[int, int]) -> tuple[float, float]:
-        """The interval [low, high) of timesteps around t that have t's sparse grid; a batch of training stays in it."""
-        times = [T * i / 4096 for i in range(4097)]
-        alike = [time for time in times if self.size(time, grid) == self.size(t, grid)]
-        return min(alike, default=t), max(alike, default=t) + T / 4096

@@ -54,6 +54,11 @@ class DiTConfig:
         return self.grid[0] * self.grid[1]
 
     @property
+    def cells(self) -> int:
+        """What a model without a router keeps all of: its tokens."""
+        return self.tokens
+
+    @property
     def out_channels(self) -> int:
         """Channels of the prediction: 2C with a learned variance, else C."""
         return self.in_channels * (2 if self.learn_sigma else 1)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from ..errors import ConfigError
 from ..model.config import DCDiTConfig, check_keys, preset
+from ..model.density import Density
 
 # Which numbers the keys take, and how to say so.
 LIMITS = (
@@ -28,6 +29,8 @@ LIMITS = (
     ("upcycle.distill_steps upcycle.distill_weight", lambda value: value >= 0, "not be negative"),
     ("validation.every validation.items validation.samples", lambda value: value >= 0, "not be negative"),
     ("validation.guidance", lambda value: value >= 0, "not be negative"),
+    ("spend.warmup", lambda value: value >= 0, "not be negative"),
+    ("spend.rate", lambda value: 0 < value <= 1, "be in (0, 1]"),
     ("upcycle.output_share", lambda value: 0 <= value <= 1, "be in [0, 1]"),
     ("label_drop optim.beta2", lambda value: 0 <= value < 1, "be in [0, 1)"),
 )
@@ -116,6 +119,17 @@ class UpcycleConfig:
 
 
 @dataclass(frozen=True)
+class SpendConfig:
+    """Of `kind` sparse the share of tokens left out, `least` for t < 250, then linear to `most` at t = 1000; of dydit
+    the `rate` of the blocks' FLOPs to come down to in `warmup` steps."""
+
+    least: float = 0.5
+    most: float = 0.75
+    rate: float = 0.5
+    warmup: int = 1000
+
+
+@dataclass(frozen=True)
 class ValidationConfig:
     """Every so many steps (0: never) the loss of `items` held-out items, and a sheet of `samples` images.
 
@@ -135,9 +149,10 @@ class TrainConfig:
     """Everything that `dcdit train` reads. `batch_size` is the global one. In its place `tokens_per_batch` (0: not)
     takes as many items for each step as have so many latent cells together. `drop_fractions` are the ρ to draw from.
 
-    `init` is a DC-DiT to start from. `snapshot_every` steps (0: never) the first EMA model is kept in
-    OUTPUT/snapshots. `log_with` names trackers of accelerate. `time_shift` is of flow matching, `min_snr` of ddpm; see
-    `dcdit.diffusion`.
+    `kind` is the model: sparse and dydit are SparseDiT and DyDiT of `model`'s backbone, at the cost that `spend` names,
+    from the DiT of upcycle.source where there is one (`from` in YAML). `init` is a DC-DiT to start from.
+    `snapshot_every` steps (0: never) the first EMA model is kept in OUTPUT/snapshots. `log_with` names trackers of
+    accelerate. `time_shift` is of flow matching, `min_snr` of ddpm; see `dcdit.diffusion`.
 
     Each process goes through its slice of the batch in `accumulate` parts. With `checkpointing` the backward computes
     the activations of each block again instead of keeping them. With `cuda_graph` the forward and backward of a step
@@ -145,6 +160,7 @@ class TrainConfig:
     """
 
     output: str = "runs/train"
+    kind: Literal["dcdit", "sparse", "dydit"] = "dcdit"
     init: str = ""
     seed: int = 0
     steps: int = 400_000
@@ -158,6 +174,7 @@ class TrainConfig:
     codec: CodecConfig = field(default_factory=CodecConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
+    spend: SpendConfig = field(default_factory=SpendConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     time_shift: float = 1.0
     min_snr: float = 0.0
@@ -195,6 +212,10 @@ class TrainConfig:
             raise ConfigError("output must be a folder, got an empty name")
         if self.init and self.upcycle.source:
             raise ConfigError("a run starts from init or from upcycle.source, not from both")
+        for key in ("init", "cuda_graph", "compile", "checkpointing"):
+            if self.kind != "dcdit" and getattr(self, key):
+                raise ConfigError(f"{key} is of kind dcdit, this run has {self.kind}")
+        Density(self.spend.least, self.spend.most)
         if self.cuda_graph:
             for name, value in {"compile": self.compile, "checkpointing": self.checkpointing}.items():
                 if value:
@@ -254,6 +275,8 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> TrainConfig:
         except (yaml.YAMLError, RecursionError) as error:
             raise ConfigError(f"cannot read the value of {override!r}") from error
         _assign(values, key.split("."), value)
+    if "from" in values:
+        _assign(values, ["upcycle", "source"], values.pop("from"))
     return _build(TrainConfig, values, "")
 
 

@@ -17,11 +17,12 @@ from torch.utils.data import DataLoader, Dataset
 from ..data.sources import Source
 from ..errors import ConfigError, DataError
 from ..interrupts import ignored
+from ..model.density import Density
 from .objectives import DDPM, SUB_BATCH, FlowMatching
 from .parts import cuts
 
 # Streams of random numbers; each has a key of its own.
-_SAMPLE, _ORDER, _STEP = range(3)
+_SAMPLE, _ORDER, _STEP, _DENSITY, GATES = range(5)
 
 
 def generator(seed: int, stream: int, step: int = 0, position: int = 0) -> np.random.Generator:
@@ -111,7 +112,7 @@ class TrainingStream(Dataset):
         if epoch != self.epoch:
             self.epoch, self.order = epoch, self._permutation(epoch)
         rng = generator(self.seed, _SAMPLE, *divmod(item, self.batch_size))
-        t = self.objective.draw_time(rng)
+        t = self.draw_time(rng, item // self.batch_size)
         drop_label, flip = rng.random(2) < (self.label_drop, 0.5 * self.flip)
         image, label = self._load(place, bool(flip))
         grid = [side // self.unit for side in image.shape[1:]] if self.unit else self.latent_shape[1:]
@@ -125,6 +126,10 @@ class TrainingStream(Dataset):
             "y": torch.tensor(self.null_label if drop_label else label),
         }
 
+    def draw_time(self, rng: np.random.Generator, step: int) -> float:
+        """The time of a sample of this step."""
+        return self.objective.draw_time(rng)
+
     def _load(self, place: int, flip: bool) -> tuple[np.ndarray, int]:
         for shift in range(len(self.source)):
             index = int(self.order[(place + shift) % len(self.source)])
@@ -137,6 +142,26 @@ class TrainingStream(Dataset):
                     print(f"skipped: {error}", file=sys.stderr)
                 self.broken.add(index)
         raise DataError("none of the data's items can be read")
+
+
+class DensityStream(TrainingStream):
+    """A training set whose times at each step ask for one sparse grid, so that a batch has it in common.
+
+    A time drawn for the step chooses the grid, and each sample draws until its time asks for it too: over all steps the
+    times are distributed as the objective draws them.
+    """
+
+    def __init__(self, density: Density, grid: tuple[int, int], *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.density, self.grid = density, grid
+
+    def draw_time(self, rng: np.random.Generator, step: int) -> float:
+        """The time of a sample of this step, one that asks for the step's sparse grid."""
+        first = self.objective.draw_time(generator(self.seed, _DENSITY, step))
+        size = self.density.size(first, self.grid)
+        while self.density.size(t := self.objective.draw_time(rng), self.grid) != size:
+            pass
+        return t
 
 
 def batches(

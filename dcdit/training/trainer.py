@@ -44,7 +44,11 @@ def train(config: TrainConfig, allow: Sequence[str] = ()) -> Path:
     for input that cannot be used.
     """
     kind = Trainer
-    if config.upcycle.source:
+    if config.kind != "dcdit":
+        from .systems import TRAINERS
+
+        kind = TRAINERS[config.kind]
+    elif config.upcycle.source:
         from .upcycling import Upcycler
 
         kind = Upcycler
@@ -76,7 +80,7 @@ class Trainer:
         self.source = make_source(config.data, config.model)
         check_codec(self.source, config.codec.options())
         self.codec = None if self.source.encoded else make_codec(**config.codec.options())
-        self.stream = TrainingStream(
+        self.stream = self.make_stream(
             self.source,
             self.objective,
             (config.model.in_channels, *config.model.input_size),
@@ -102,7 +106,8 @@ class Trainer:
             use = {"objective": config.objective, "codec": config.codec.options()}
             self.started = start_from(net, config.init, self.source.class_names, use)
         self.net = net.to(self.device)
-        self.net.main.gradient_checkpointing = config.checkpointing
+        if config.checkpointing:
+            self.net.main.gradient_checkpointing = True
         if config.channels_last:
             self.net = self.net.to(memory_format=torch.channels_last)
         compiled = torch.compile(self.net, fullgraph=True, dynamic=True) if config.compile else self.net
@@ -160,6 +165,10 @@ class Trainer:
             }
             purge = {"tensorboard": {"purge_step": self.step + 1}}
             self.accelerator.init_trackers("dcdit", config=values, init_kwargs=purge)
+
+    def make_stream(self, *args: Any, **options: Any) -> TrainingStream:
+        """The training set, of `TrainingStream`'s arguments."""
+        return TrainingStream(*args, **options)
 
     def make_net(self) -> DCDiT:
         """The model before its first step."""

@@ -15,6 +15,7 @@ from ..files import replacing
 from ..model.dcdit import DCDiT
 from ..model.mixed import by_size
 from ..pictures.images import enlarge, grid, save_png, to_uint8
+from ..sampling.policy import Policy
 from ..sampling.sampler import sample
 from .config import TrainConfig
 from .parts import moved
@@ -57,6 +58,7 @@ class Validation:
         """Means over the held-out items: the diffusion loss, and the share of the cells that was kept."""
         if self.stream is None:
             return {}
+        model = Policy().wrap(model)
         device, losses, kept = next(model.parameters()).device, [], []
         for first in range(0, self.items, BATCH):
             items = [self.stream[i] for i in range(first, min(first + BATCH, self.items))]

@@ -1,0 +1,121 @@
+"""Training of SparseDiT and DyDiT, from a DiT or from fresh weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoints.dit import check_source, load_dit
+from ..errors import ConfigError
+from ..model.density import Density
+from ..model.dydit import DyDiT
+from ..model.layers import init_linears
+from ..model.plain_dit import PlainDiT
+from ..model.rival_macs import dydit_on, gate_rates, sparse_on
+from ..model.sparse_dit import SparseDiT
+from .config import TrainConfig
+from .gate_loss import gate_loss, gate_target
+from .stream import GATES, DensityStream, TrainingStream, generator
+from .trainer import Trainer
+
+
+class SystemTrainer(Trainer):
+    """Training of a model without a router. The metrics' `kept` is the share that a subclass spends."""
+
+    def __init__(self, config: TrainConfig, allow: Sequence[str] = ()) -> None:
+        if config.upcycle.source:
+            check_source(config.upcycle.source)  # before the data is looked for
+        super().__init__(config, allow)
+
+    def make_net(self) -> Any:
+        net, source = self.blank(), self.config.upcycle.source
+        if source:
+            dit = load_dit(source, self.config.model, self.config.upcycle.teacher)
+            for name, ours, theirs in (
+                ("patch", net.patch, dit.patch),
+                ("num_classes", net.class_embed.num_embeddings - 1, dit.class_embed.num_embeddings - 1),
+                ("learn_sigma", net.config.learn_sigma, dit.config.learn_sigma),
+            ):
+                if ours != theirs:
+                    raise ConfigError(f"{source} has {name} {theirs}, the run's model {ours}")
+            self.started = f"the DiT {source}"
+        else:
+            dit = _fresh(PlainDiT(self.config.model))
+        return type(net).from_dit(dit, net.config)
+
+    def losses(self, x0, noise, t, y, rho, **limits: int) -> Any:
+        """The loss of latents (B, C, H, W), its parts, and what was spent; no routing."""
+        x = self.objective.add_noise(x0, noise, t)
+        values = self.parts((x, t, y), lambda out: self.objective.loss(out.float(), x0, noise, t).mean())
+        return values, None
+
+    def parts(self, inputs: tuple[torch.Tensor, ...], diffusion) -> dict[str, torch.Tensor]:
+        """The losses of the model's answer to `inputs` by their names, and what is `kept`."""
+        raise NotImplementedError
+
+
+class SparseTrainer(SystemTrainer):
+    """A SparseDiT at the densities of `config.spend`: one sparse grid for each batch."""
+
+    def blank(self) -> Any:
+        return SparseDiT(sparse_on(self.config.model))
+
+    @property
+    def density(self) -> Density:
+        """The density over t of this run."""
+        return Density(self.config.spend.least, self.config.spend.most)
+
+    def make_stream(self, *args: Any, **options: Any) -> TrainingStream:
+        return DensityStream(self.density, sparse_on(self.config.model).grid, *args, **options)
+
+    def parts(self, inputs, diffusion) -> dict[str, torch.Tensor]:
+        size = self.density.size(float(inputs[1][0]), self.net.grid)
+        loss = diffusion(self.model(*inputs, size))
+        kept = loss.new_tensor(size[0] * size[1] / self.net.config.tokens)
+        return {"loss": loss, "diffusion_loss": loss, "kept": kept}
+
+
+class DyTrainer(SystemTrainer):
+    """A DyDiT: the gated pass, the complete pass beside it, and the FLOPs loss (arXiv 2410.03456 section 3.4)."""
+
+    drawn, part = -1, 0
+
+    def blank(self) -> Any:
+        return DyDiT(dydit_on(self.config.model))
+
+    def parts(self, inputs, diffusion) -> dict[str, torch.Tensor]:
+        spend, sizes = self.config.spend, self.net.config
+        with self._drawn():
+            out, gates = self.model(*inputs, return_gates=True)
+        gated, complete = diffusion(out), diffusion(self.model(*inputs, complete=True))
+        rate = gate_rates(gates, sizes.tokens, sizes.hidden_size, sizes.mlp_ratio).mean()
+        flops = gate_loss(rate, gate_target(self.step, spend.rate, spend.warmup))
+        values = {"diffusion_loss": gated, "complete_loss": complete, "flops_loss": flops, "kept": rate}
+        return {"loss": gated + complete + flops, **values}
+
+    @contextlib.contextmanager
+    def _drawn(self) -> Iterator[None]:
+        """The gates' noise is a function of the seed, the step, the process and the part of the batch."""
+        self.part = self.part + 1 if self.drawn == self.step else 0
+        self.drawn = self.step
+        place = self.part * self.ranks + self.accelerator.process_index
+        seed = int(generator(self.config.seed, GATES, self.step, place).integers(2**63))
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
+
+
+def _fresh(dit: PlainDiT) -> PlainDiT:
+    """DiT's own initialisation."""
+    init_linears(dit, ("adaln.1", "head"))
+    nn.init.xavier_uniform_(dit.stem.weight.flatten(1))
+    nn.init.zeros_(dit.stem.bias)
+    nn.init.normal_(dit.class_embed.weight, std=0.02)
+    return dit
+
+
+TRAINERS = {"sparse": SparseTrainer, "dydit": DyTrainer}

@@ -1,0 +1,121 @@
+"""Training of SparseDiT and DyDiT: from a DiT, resumed to the bit, saved, loaded and sampled."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dcdit.checkpoints.dit import to_dit
+from dcdit.checkpoints.folder import load_checkpoint, save_checkpoint
+from dcdit.errors import CheckpointError, ConfigError
+from dcdit.model import Density, DyDiT, PlainDiT, SparseDiT
+from dcdit.model.rival_macs import dydit_on, gate_rates
+from dcdit.sampling import sample
+from dcdit.training.config import load_config
+from dcdit.training.gate_loss import gate_loss
+from dcdit.training.objectives import FlowMatching
+from dcdit.training.stream import DensityStream
+from dcdit.training.trainer import train
+
+SMALL = [
+    "model.hidden_size=32",
+    "model.num_heads=2",
+    "model.depth=6",
+    "batch_size=4",
+    "optim.cosine=false",
+    "log_every=1",
+]
+
+
+def config(path, *overrides):
+    file = path / "run.yaml"
+    file.write_text("model: {preset: digits}\noptim: {ema_decay: 0.5, lr: 1e-3}\n")
+    return load_config(file, [f"output={path / 'out'}", *SMALL, *overrides])
+
+
+@pytest.mark.parametrize("kind", ["sparse", "dydit"])
+def test_from_a_dit_and_resumed(tmp_path, kind):
+    """Three steps and one more after a resumption are four steps, and the model is one that can be sampled."""
+    settings = config(tmp_path, f"kind={kind}")
+    torch.manual_seed(1)
+    dit = PlainDiT(dydit_on(settings.model))
+    torch.save({"ema": to_dit(dit)}, tmp_path / "dit.pt")
+    options = [f"kind={kind}", f"from={tmp_path / 'dit.pt'}"]
+    train(config(tmp_path, *options, "steps=3"))
+    folder = train(config(tmp_path, *options, "steps=4"))
+    once = train(config(tmp_path, *options, "steps=4", f"output={tmp_path / 'once'}"))
+    model, use = load_checkpoint(folder)
+    assert type(model) is {"sparse": SparseDiT, "dydit": DyDiT}[kind] and use["objective"] == "flow"
+    for key, value in load_checkpoint(once)[0].state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 and all(np.isfinite(line["loss"]) for line in lines)
+    if kind == "dydit":  # every gate begins open but for the noise, and the target is 1
+        assert lines[0]["kept"] > 0.8 and {"complete_loss", "flops_loss"} <= lines[0].keys()
+    else:
+        assert {round(49 * line["kept"]) for line in lines} <= {16, 25}
+    latents = sample(model, [0, 1], objective="flow", steps=2, guidance=2.0).latents
+    assert latents.shape == (2, 4, 14, 14)
+
+
+def test_dydit_comes_down_to_its_rate(tmp_path):
+    """With the FLOPs loss alone at work the rate follows the target; the gates' gradients reach every router."""
+    settings = config(tmp_path, "kind=dydit")
+    model = DyDiT(dydit_on(settings.model)).train()
+    routers = [p for name, p in model.named_parameters() if "routers" in name]
+    optimizer = torch.optim.Adam(routers, lr=1.0)
+    x, t, y = torch.randn(4, 4, 14, 14), torch.linspace(50, 950, 4), torch.zeros(4, dtype=torch.long)
+    for _ in range(60):
+        rate = gate_rates(model(x, t, y, return_gates=True)[1], 49, 32).mean()
+        optimizer.zero_grad()
+        gate_loss(rate, 0.5).backward()
+        optimizer.step()
+    assert all(p.grad is not None for p in routers)
+    assert abs(float(rate) - 0.5) < 0.15
+
+
+def test_density_stream(tmp_path):
+    """All samples of a step ask for one sparse grid; over many steps the times are the objective's."""
+
+    class Source:
+        def __len__(self):
+            return 5
+
+        def load(self, index, flip):
+            return np.zeros((1, 2, 2), np.float32), 0
+
+    density, grid, objective = Density(0.3, 0.9), (7, 7), FlowMatching()
+    stream = DensityStream(density, grid, Source(), objective, (1, 2, 2), 1, batch_size=4)
+    times = [[float(stream[step * 4 + i]["t"]) for i in range(4)] for step in range(200)]
+    sizes = [{density.size(t, grid) for t in row} for row in times]
+    assert all(len(row) == 1 for row in sizes) and len(set.union(*sizes)) > 2
+    again = DensityStream(density, grid, Source(), objective, (1, 2, 2), 1, batch_size=4)
+    assert float(again[7 * 4 + 2]["t"]) == np.float32(times[7][2])
+    drawn = np.sort([objective.draw_time(np.random.default_rng(i)) for i in range(800)])
+    assert np.abs(np.sort(np.ravel(times)) - drawn).mean() < 40
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(ConfigError, match="compile is of kind dcdit, this run has sparse"):
+        config(tmp_path, "kind=sparse", "compile=true")
+    with pytest.raises(ConfigError, match="kind must be one of dcdit, sparse, dydit"):
+        config(tmp_path, "kind=flexdit")
+    with pytest.raises(ConfigError, match=r"spend\.rate must be in"):
+        config(tmp_path, "kind=dydit", "spend.rate=0")
+    settings = config(tmp_path, "kind=dydit", "steps=1", f"from={tmp_path / 'dit.pt'}", "model.num_classes=12")
+    torch.save({"ema": to_dit(PlainDiT(dydit_on(config(tmp_path).model)))}, tmp_path / "dit.pt")
+    with pytest.raises((ConfigError, CheckpointError), match="num_classes 10, the run's model 12"):
+        train(settings)
+    model = DyDiT(dydit_on(settings.model))
+    save_checkpoint(tmp_path / "saved", model, {"objective": "flow"})
+    file = tmp_path / "saved" / "config.json"
+    values = json.loads(file.read_text())
+    for change, words in (
+        ({"kind": "flexdit"}, "unknown kind key 'flexdit'"),
+        ({"model": values["model"] | {"depth": 7}}, "config.json says depth 7, the weights have 6 blocks"),
+        ({"model": values["model"] | {"hidden_size": 64}}, "expected shape"),
+    ):
+        file.write_text(json.dumps(values | change))
+        with pytest.raises(CheckpointError, match=words):
+            load_checkpoint(tmp_path / "saved")
