@@ -1,10 +1,12 @@
 """Policies of sampling: off they change no bit; on, each step costs what was asked for, sample by sample."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from dcdit.errors import ConfigError
-from dcdit.model import DCDiT, Density, DyDiT, DyDiTConfig, PlainDiT, SparseDiT, SparseDiTConfig
+from dcdit.model import DCDiT, Density, DyDiT, DyDiTConfig, PlainDiT, SparseDiT, SparseDiTConfig, preset
 from dcdit.model.rival_macs import dydit_macs, sparse_dit_macs
 from dcdit.sampling import Policy, sample
 from dcdit.sampling.paced import RoutingReuse, TeaCache
@@ -83,6 +85,18 @@ def test_reuse_asks_the_router_at_every_second_step(digits):
     pair = (sample(digits, CLASSES, **options | {"steps": 12}, policy=policy).latents for policy in (None, "reuse=2"))
     one, two = pair
     assert 0 < float((one - two).square().mean().sqrt()) < 0.1  # of pictures of rms 0.96
+
+
+@torch.no_grad()
+def test_reuse_keeps_the_regular_cells():
+    """Cells that the configuration keeps whatever the router says are in a reused plan too."""
+    torch.manual_seed(3)
+    net = DCDiT(dataclasses.replace(preset("digits"), keep_grid=4)).eval()
+    reuse = RoutingReuse(net, 2)
+    reuse.begin(torch.tensor([900.0, 500.0]))
+    x, y = torch.randn(2, 4, 14, 14), torch.tensor([0, 1])
+    masks = [reuse(x, torch.full((2,), t), y)[1].boundary_mask for t in (900.0, 500.0)]
+    assert torch.equal(*masks) and masks[0].sum() > 4
 
 
 def test_teacache_skips(digits):

@@ -11,6 +11,7 @@ __getattr__, __all__ = lazy(
         "density": "Density",
         "dit_config": "DiTConfig DyDiTConfig SparseDiTConfig",
         "dydit": "DyDiT",
+        "dydit_main": "DyDCDiT",
         "dynamic_chunking": "DynamicChunking",
         "flops": "dcdit_flops dit_flops",
         "gates": "Gates",

@@ -12,9 +12,10 @@ from ..errors import ConfigError
 from .blocks import Stream
 from .dit_config import DyDiTConfig
 from .dit_shell import DiTShell, dense_packing
-from .dydit_block import DyBlock, narrow, skip_tokens
-from .gates import Gates, first_on
+from .dydit_block import DyBlock
+from .gates import Gates
 from .plain_dit import PlainDiT
+from .width_table import WidthTable
 
 
 class DyDiT(DiTShell):
@@ -78,32 +79,12 @@ class DyDiT(DiTShell):
 
 
 class TabulatedDyDiT(nn.Module):
-    """A DyDiT in inference that computes nothing masked.
+    """A DyDiT in inference that computes nothing masked, see `WidthTable`."""
 
-    Heads and groups depend on the time alone: they are decided once for each of `timesteps`, and the weights of those
-    that are on are copied, once for each choice that occurs. Later changes of the model's weights are not seen. Tokens
-    are gathered for the MLP and put back.
-    """
-
-    @torch.no_grad()
     def __init__(self, model: DyDiT, timesteps: Sequence[float] | torch.Tensor) -> None:
         super().__init__()
         self.model, self.config = model, model.config
-        device = model.pos_embed.device
-        times = torch.as_tensor(timesteps, dtype=torch.float32, device=device).flatten().unique()
-        te = model.time_embed(times)
-        self.narrow = nn.ModuleDict()
-        self.table: dict[float, list[str]] = {t: [] for t in times.tolist()}
-        self.on: dict[str, tuple[tuple[bool, ...], tuple[bool, ...]]] = {}
-        for number, block in enumerate(model.blocks):
-            logits = block.routers.heads(te), block.routers.groups(te)
-            decided = [(first_on(torch.sigmoid(part).sub(0.5)) > 0).tolist() for part in logits]
-            for names, heads, groups in zip(self.table.values(), *decided, strict=True):
-                name = f"{number} {_bits(heads)} {_bits(groups)}"
-                names.append(name)
-                if name not in self.narrow:
-                    self.on[name] = tuple(heads), tuple(groups)
-                    self.narrow[name] = narrow(block, *self.on[name])
+        self.table = WidthTable(model.blocks, model.time_embed, timesteps)
 
     @torch.no_grad()
     def forward(
@@ -115,34 +96,19 @@ class TabulatedDyDiT(nn.Module):
         """
         self.model.check(x, t, y)
         times = t.float()
-        distinct = times.unique().tolist()
-        for time in distinct:
-            if time not in self.table:
-                raise ValueError(f"t must be one of the {len(self.table)} timesteps that were tabulated, got {time:g}")
-        out, gates = self._at(distinct[0], x, t, y) if len(distinct) == 1 else self._each(distinct, x, times, y)
-        return (out, gates) if return_gates else out
-
-    def _each(self, distinct: list[float], x, times, y) -> tuple[torch.Tensor, Gates]:
-        rows = [(times == time).nonzero().squeeze(1) for time in distinct]
-        parts = [self._at(time, x[own], times[own], y[own]) for time, own in zip(distinct, rows, strict=True)]
+        rows = [(times == time).nonzero().squeeze(1) for time in self.table.distinct(times)]
+        parts = [self._at(x[own], times[own], y[own]) for own in rows]
         back = torch.cat(rows).argsort()
-        gates = (torch.cat(part)[back] for part in zip(*(gates for _, gates in parts), strict=True))
-        return torch.cat([out for out, _ in parts])[back], Gates(*gates)
+        out = torch.cat([out for out, _ in parts])[back]
+        if not return_gates:
+            return out
+        return out, Gates(*(torch.cat(part)[back] for part in zip(*(gates for _, gates in parts), strict=True)))
 
-    def _at(self, time: float, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, Gates]:
-        model, names = self.model, self.table[time]
+    def _at(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, Gates]:
+        model, batch = self.model, len(x)
         active = F.silu(model.time_embed(t) + model.class_embed(y))
-        packing = dense_packing(len(x), len(model.pos_embed), x.device)
-        stream, tokens = Stream(model.patches(x).flatten(0, 1)), []
-        for name, block in zip(names, model.blocks, strict=True):
-            stream, on = skip_tokens(self.narrow[name], block.routers, stream, active, packing)
-            tokens.append(on.view(len(x), -1))
-        heads, groups = (
-            x.new_tensor(part).expand(len(x), -1, -1) for part in zip(*(self.on[n] for n in names), strict=True)
-        )
-        out = model.finish(stream, active, packing)
-        return out, Gates(heads, groups, torch.stack(tokens, 1).to(x.dtype))
-
-
-def _bits(on: list[bool]) -> str:
-    return "".join("01"[gate] for gate in on)
+        packing = dense_packing(batch, len(model.pos_embed), x.device)
+        stream, gates = self.table.run(float(t[0]), Stream(model.patches(x).flatten(0, 1)), active, packing)
+        heads, groups = (part.expand(batch, -1, -1) for part in gates[:2])
+        tokens = gates.tokens.unflatten(1, (batch, -1)).transpose(0, 1)
+        return model.finish(stream, active, packing), Gates(heads, groups, tokens)

@@ -32,9 +32,11 @@ class Routers(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Biases of the release, under which every gate begins open."""
-        for layer, bias in ((self.heads, 15.0), (self.groups, 15.0), (self.tokens[0], 0.0), (self.tokens[2], 35.0)):
-            nn.init.xavier_uniform_(layer.weight)
+        """Every gate begins open: logits are the release's biases, whatever the weights of the rest."""
+        nn.init.xavier_uniform_(self.tokens[0].weight)
+        nn.init.zeros_(self.tokens[0].bias)
+        for layer, bias in ((self.heads, 15.0), (self.groups, 15.0), (self.tokens[2], 35.0)):
+            nn.init.zeros_(layer.weight)
             nn.init.constant_(layer.bias, bias)
 
 

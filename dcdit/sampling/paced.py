@@ -21,7 +21,7 @@ from ..model.density import Density
 from ..model.dit_shell import DiTShell
 from ..model.dydit import DyDiT
 from ..model.rival_macs import gate_rates
-from ..model.routing import Routing
+from ..model.routing import Routing, regular_cells
 from ..model.sparse_dit import SparseDiT
 
 Answer = tuple[torch.Tensor, Routing]
@@ -84,18 +84,31 @@ class GridModel(Paced):
         return out, Routing.of(torch.ones(len(x), self.config.tokens, device=x.device), self.model.grid)
 
 
+class GatedModel(Paced):
+    """A DyDCDiT, tabulated over the timesteps of a batch."""
+
+    def begin(self, timesteps: torch.Tensor) -> None:
+        self.table = self.model.tabulate(timesteps)
+
+    def forward(self, x, t, y, drop_fraction=0.0, return_routing: bool = True, rows=None, **options: Any) -> Answer:
+        out, routing = self.table(x, t, y, drop_fraction, return_routing=True, **options)
+        self.spent = routing.plan.lengths
+        return out, routing
+
+
 class RoutingReuse(Paced):
     """A DCDiT whose router is asked at every `every`-th step; between them its probabilities are kept."""
 
     def __init__(self, model: nn.Module, every: int) -> None:
         super().__init__(model)
-        if not isinstance(model, DCDiT):
+        if not isinstance(innermost(model), DCDiT):
             raise ConfigError(f"reuse is of a model with a router, this one is a {type(innermost(model)).__name__}")
         if type(every) is not int or every < 1:
             raise ConfigError(f"reuse must be an integer of 1 or more, got {every!r}")
         self.every = every
 
     def begin(self, timesteps: torch.Tensor) -> None:
+        super().begin(timesteps)
         self.prob: torch.Tensor | None = None
         self.fresh = {float(t) for t in timesteps[:: self.every]}
 
@@ -106,7 +119,9 @@ class RoutingReuse(Paced):
             out, routing = self.ask(x, t, y, drop_fraction, rows)
             self.prob = stored(self.prob, rows, routing.boundary_prob)
             return out, routing
-        routing = Routing.of(self.prob[rows], self.config.input_size, drop_fraction)
+        grid, stride = self.config.input_size, self.config.keep_grid
+        kept = {"keep": regular_cells(grid, stride, x.device).expand(len(x), -1)} if stride else {}
+        routing = Routing.of(self.prob[rows], grid, drop_fraction, **kept)
         return self.ask(x, t, y, 0.0, rows, routing=routing)
 
 

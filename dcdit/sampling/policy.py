@@ -10,8 +10,9 @@ from ..errors import ConfigError
 from ..model.config import check_keys
 from ..model.density import Density
 from ..model.dit_shell import DiTShell
+from ..model.dydit_main import DyDCDiT
 from ..model.graphs import Graphed
-from .paced import GridModel, RoutingReuse, TeaCache
+from .paced import GatedModel, GridModel, RoutingReuse, TeaCache
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Policy:
             model = GridModel(model, self.density)
         elif self.density is not None:
             raise ConfigError(f"density is of a SparseDiT, this model is a {type(model).__name__}")
+        if isinstance(model, DyDCDiT):
+            model = GatedModel(model)
         if self.reuse is not None:
             model = RoutingReuse(model, self.reuse)
         return model if self.teacache is None else TeaCache(model, self.teacache)
