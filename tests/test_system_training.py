@@ -8,6 +8,7 @@ import torch
 
 from dcdit.checkpoints.dit import to_dit
 from dcdit.checkpoints.folder import load_checkpoint, save_checkpoint
+from dcdit.cli import main
 from dcdit.errors import CheckpointError, ConfigError
 from dcdit.model import Density, DyDiT, PlainDiT, SparseDiT
 from dcdit.model.rival_macs import dydit_on, gate_rates
@@ -55,6 +56,11 @@ def test_from_a_dit_and_resumed(tmp_path, kind):
         assert lines[0]["kept"] > 0.8 and {"complete_loss", "flops_loss"} <= lines[0].keys()
     else:
         assert {round(49 * line["kept"]) for line in lines} <= {16, 25}
+        assert use["policy"] == "density=0.5:0.75"
+    if kind == "sparse":
+        drawn = tmp_path / "drawn"
+        assert not main(["sample", str(folder), "--classes", "0,1", "--steps", "2", "--cpu", "--output", str(drawn)])
+        assert json.loads((drawn / "sampling.json").read_text())["policy"] == "density=0.5:0.75"
     latents = sample(model, [0, 1], objective="flow", steps=2, guidance=2.0).latents
     assert latents.shape == (2, 4, 14, 14)
 

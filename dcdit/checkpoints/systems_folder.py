@@ -10,7 +10,6 @@ import torch
 from ..errors import CheckpointError, ConfigError
 from ..model.config import check_keys
 from ..model.dit_config import DyDiTConfig, SparseDiTConfig
-from ..model.dit_shell import DiTShell
 from ..model.dydit import DyDiT
 from ..model.sparse_dit import SparseDiT
 
@@ -22,7 +21,7 @@ def system_of(model: torch.nn.Module) -> dict[str, str]:
     return next(({"kind": kind} for kind, (cls, _) in SYSTEMS.items() if type(model) is cls), {})
 
 
-def empty_system(kind: str, sizes: dict[str, Any], shapes: dict[str, tuple[int, ...]], path: Path) -> DiTShell:
+def empty_system(kind: str, sizes: dict[str, Any], shapes: dict[str, tuple[int, ...]], path: Path) -> Any:
     """The model of config.json's `kind` and `sizes`, without memory. Raises CheckpointError where it makes none.
 
     `shapes` are those of the weights: their blocks are counted before a model is made.

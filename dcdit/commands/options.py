@@ -82,7 +82,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy",
         metavar="TEXT",
-        help='what steps may do without, such as "reuse=2 & teacache=0.1"; "density=0.5:0.75" is of a SparseDiT',
+        help='what steps may do without, such as "reuse=2 & teacache=0.1" (what the checkpoint says)',
     )
     parser.add_argument("--scheduler", default="auto", help=f"auto, {', '.join(SCHEDULERS)}")
     parser.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1 (0)")
@@ -99,9 +99,12 @@ def prepared(model, args: argparse.Namespace):
     """A model that was opened for sampling, in the precision and as the graphs that the options ask for."""
     import torch
 
+    from ..model.dcdit import DCDiT
     from ..model.graphs import Graphed
     from ..model.precision import cast_weights
 
+    if args.policy is None:
+        args.policy = model.use.get("policy")  # that of its training
     if args.bf16:
         cast_weights(model, torch.bfloat16)
     if not args.cuda_graph:
@@ -109,6 +112,8 @@ def prepared(model, args: argparse.Namespace):
     device = next(model.parameters()).device
     if device.type != "cuda":
         raise ConfigError(f"--cuda-graph needs a GPU, the model is on {device}; leave it out")
+    if not isinstance(model, DCDiT):
+        raise ConfigError(f"--cuda-graph is for a DC-DiT, this model is a {type(model).__name__}; leave it out")
     return Graphed(model)
 
 

@@ -70,5 +70,6 @@ def use(trainer) -> dict[str, Any]:
     config, names = trainer.config.to_dict(), trainer.source.class_names
     values = {"objective": config["objective"], "codec": trainer.config.codec.options(), "data": config["data"]}
     values |= {"class_names": names} if names else {}
+    values |= {"policy": trainer.policy} if trainer.policy else {}
     values |= {"changes": trainer.changes} if trainer.changes else {}
     return {**values, "step": trainer.step, "training": config}

@@ -17,6 +17,7 @@ from ..model.layers import init_linears
 from ..model.plain_dit import PlainDiT
 from ..model.rival_macs import dydit_on, gate_rates, sparse_on
 from ..model.sparse_dit import SparseDiT
+from ..sampling.policy import Policy
 from .config import TrainConfig
 from .gate_loss import gate_loss, gate_target
 from .stream import GATES, DensityStream, TrainingStream, generator
@@ -63,6 +64,11 @@ class SparseTrainer(SystemTrainer):
 
     def blank(self) -> Any:
         return SparseDiT(sparse_on(self.config.model))
+
+    @property
+    def policy(self) -> str:  # type: ignore[override]
+        """The densities that were trained, for sampling."""
+        return str(Policy(density=self.density))
 
     @property
     def density(self) -> Density:

@@ -69,6 +69,8 @@ def train(config: TrainConfig, allow: Sequence[str] = ()) -> Path:
 class Trainer:
     """One run. Everything random about a step is a function of (seed, step), see `dcdit.stream`."""
 
+    policy: str | None = None  # by which a trained model is sampled, where that is known
+
     def __init__(self, config: TrainConfig, allow: Sequence[str] = ()) -> None:
         self.config = config
         check_allowed(allow, config.to_dict())
