@@ -1,4 +1,4 @@
-"""DyDiT against numbers of its public release in all modes, and against the plain DiT; what is skipped is not run."""
+"""DyDiT against numbers of its public release in all modes, and against the plain DiT; nothing masked is run."""
 
 import json
 from pathlib import Path
@@ -106,7 +106,7 @@ def check_gradients(model, golden, mode, kind):
     for key, norm in norms.items():
         close(ours[dynamic_key(key)].norm(), norm, 3e-5, f"norm of the gradient of {key}")
     for key, wanted in golden.items():
-        if key.startswith(f"{mode}/{kind}/") and "final_layer.linear" not in key:  # whose rows are in another order
+        if key.startswith(f"{mode}/{kind}/") and "final_layer.linear" not in key:  # its rows are in another order
             close(ours[dynamic_key(key.removeprefix(f"{mode}/{kind}/"))], wanted, 3e-5, key)
 
 
@@ -127,7 +127,7 @@ def test_flops_loss(model, golden, mode, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_tabulated_release(model, golden, backend):
-    """Weights sliced and tokens gathered: the same output and masks, samples of several times in one batch."""
+    """Weights sliced and tokens gathered: output and masks are unchanged, samples of several times in one batch."""
     inputs = golden["in/x"], golden["in/t"], golden["in/y"]
     with use_backend(backend):
         out, gates = model.tabulate(inputs[1])(*inputs, return_gates=True)
@@ -136,10 +136,10 @@ def test_tabulated_release(model, golden, backend):
 
 
 def test_nothing_masked_is_computed(model, golden):
-    """Products counted by PyTorch are those of the gates that are open, to the multiply-add."""
+    """PyTorch counts the products of open gates and no others, to the multiply-add."""
     inputs = golden["in/x"][:1], golden["in/t"][:1], golden["in/y"][:1]
     table = model.tabulate(inputs[1])
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # whose products are counted
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # its products are counted
         _, gates = table(*inputs, return_gates=True)
     n, d, h = 64, 48, 4
     heads, groups, tokens = gates.heads[0].sum(1), gates.groups[0].sum(1), gates.tokens[0].sum(1)

@@ -8,6 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.savings import cases
 from dcdit.cli import main
 from dcdit.errors import ConfigError
 from dcdit.model import DyDiT, DyDiTConfig, SparseDiT, SparseDiTConfig, preset
@@ -64,6 +65,14 @@ def test_what_runs():
     assert counted(SparseDiT(sparse), (4, 4)) == sparse_dit_macs(sparse, (4, 4))
     dynamic = DyDiTConfig(**sizes, depth=2)
     assert counted(DyDiT(dynamic)) == dydit_macs(dynamic)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_savings_bench(batch):
+    """What `bench.savings` times are the models that it counts."""
+    forwards, macs = cases("digits", batch)
+    assert forwards.keys() == macs.keys() == {"plain", "sparse", "dydit"} and macs["dydit"] < macs["plain"]
+    assert all(forward().shape == (batch, 4, 14, 14) for forward in forwards.values())
 
 
 def test_info(capsys):

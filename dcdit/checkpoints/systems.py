@@ -19,7 +19,7 @@ from .folder import load_state
 from .release_keys import PARTS
 from .safe_pickle import read_state, shape_of, swap_parts, swap_prefix
 
-# What only one system's keys contain, the first that fits.
+# Parts of keys that one system alone has; the first that fits counts.
 _SIGNS = (
     ("hnet.", "DC-DiT's public release"),
     ("dumbbell_blocks.", "SparseDiT"),
@@ -104,7 +104,7 @@ def dynamic_key(key: str) -> str:
 
 
 def looks_like(state: dict[str, Any]) -> str:
-    """Which system's keys these are, in words."""
+    """The system that has such keys, in words."""
     found = (system for sign, system in _SIGNS if any(sign in f".{key}" for key in state))
     return next(found, f"no DiT known here (keys such as {next(iter(state), 'none')})")
 

@@ -19,7 +19,7 @@ from .width_table import WidthTable
 
 
 class DyDiT(DiTShell):
-    """(B, C, H, W) → (B, C or 2C, H, W). It computes everything and masks; `tabulate` gives what computes less."""
+    """(B, C, H, W) → (B, C or 2C, H, W). It computes everything and masks; `tabulate` computes less."""
 
     def __init__(self, config: DyDiTConfig) -> None:
         super().__init__(config, config.patch)
@@ -28,7 +28,7 @@ class DyDiT(DiTShell):
 
     @classmethod
     def from_dit(cls, dit: PlainDiT, config: DyDiTConfig) -> DyDiT:
-        """A DyDiT with the weights of a DiT, whose every gate is open. Raises ConfigError where the depths differ."""
+        """A DyDiT with the weights of a DiT and every gate open. Raises ConfigError where the depths differ."""
         if len(dit.blocks) != config.depth:
             raise ConfigError(f"the DyDiT has {config.depth} blocks, the DiT to start from has {len(dit.blocks)}")
         model = cls(config)

@@ -1,4 +1,4 @@
-"""DyDiT's block: a DiT's whose heads, MLP groups and MLP tokens have gates."""
+"""DyDiT's block: a DiT's, with gates over heads, MLP groups and MLP tokens."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:
 def skip_tokens(
     slim: DiTBlock, routers: Routers, stream: Stream, c: torch.Tensor, packing: Packing
 ) -> tuple[Stream, torch.Tensor]:
-    """A narrow block whose MLP sees the tokens that the router picks, gathered: the Stream, and which, bool (T,).
+    """A narrow block; its MLP sees the tokens that the router picks, gathered.
 
-    On a GPU the host waits for their number.
+    Returns the Stream, and the picks, bool (T,). On a GPU the host waits for their number.
     """
     shift1, scale1, gate1, shift2, scale2, gate2 = slim.adaln[1](c).chunk(6, dim=1)
     x, normed = stream.modulate(shift1, scale1, packing)

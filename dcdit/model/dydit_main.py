@@ -59,11 +59,11 @@ class DyMain(MainNetwork):
 
 
 class DyDCDiT(DCDiT):
-    """A DC-DiT whose main network is a `DyMain`."""
+    """A DC-DiT with a `DyMain` for its main network."""
 
     @classmethod
     def from_dcdit(cls, model: DCDiT) -> DyDCDiT:
-        """A model with the weights of a DC-DiT, whose every gate is open; the router is the given model's own."""
+        """A model with the weights of a DC-DiT and every gate open; the router is the given model's own."""
         config = model.config
         main = DyMain(config.hidden_size, config.depth, config.num_heads, config.mlp_ratio)
         router = model.router if "router" in model.own_parts else None
@@ -79,7 +79,7 @@ class DyDCDiT(DCDiT):
         return super().forward(x, t, y, *args, te=te, **options)
 
     def tabulate(self, timesteps: Sequence[float] | torch.Tensor) -> TabulatedDyDCDiT:
-        """The model for these timesteps that computes nothing masked."""
+        """The model for these timesteps, computing nothing masked."""
         return TabulatedDyDCDiT(self, timesteps)
 
 

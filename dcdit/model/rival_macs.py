@@ -16,9 +16,9 @@ from .gates import Gates
 def sparse_dit_macs(config: SparseDiTConfig, sparse_size: Any = None, released: bool = False) -> float:
     """Multiply-adds of a SparseDiT at a sparse grid; None: the configuration's.
 
-    `released` counts what the public release computes: values of every token and a mean by an N×N product in the
-    pooling blocks, and a merge after upsampling. The figures published with it leave out what attention multiplies.
-    Raises ConfigError for a sparse grid larger than that of the tokens.
+    `released` counts as the public release computes: values of every token and a mean by an N×N product in the
+    pooling blocks, and a merge after upsampling. The figures published with it leave out the products of attention.
+    Raises ConfigError for a sparse grid larger than the grid of tokens.
     """
     height, width = config.sparse_size if sparse_size is None else fitting_size(sparse_size, config.grid)
     return _sparse_macs(config, height * width, released)
@@ -37,7 +37,7 @@ def _sparse_macs(config: SparseDiTConfig, m: float, released: bool) -> float:
 
 
 def dydit_macs(config: DyDiTConfig, rate: float = 1.0, routers: bool = True) -> float:
-    """Multiply-adds of a DyDiT whose gates leave `rate` of the blocks' products, as `gate_rate` counts it.
+    """Multiply-adds of a DyDiT, its gates leaving `rate` of the blocks' products, as `gate_rates` counts.
 
     `routers` are left out in the complete pass, and are not there in a plain DiT.
     """
@@ -50,7 +50,7 @@ def dydit_macs(config: DyDiTConfig, rate: float = 1.0, routers: bool = True) -> 
 def gate_rates(gates: Gates, tokens: int, width: int, mlp_ratio: float = 4.0) -> torch.Tensor:
     """The share of the blocks' multiply-adds that open gates leave, (B,); gradients go through the gates.
 
-    Heads scale attention; channel groups times tokens, each as a mean, scale the MLP. `tokens` and `width` are those of
+    Heads scale attention; channel groups times tokens, each as a mean, scale the MLP. `tokens` and `width` belong to
     the model that is counted (DyDiT, arXiv 2410.03456 section 3.4).
     """
     attention, mlp = block_macs(tokens, width, mlp_ratio)
@@ -61,7 +61,7 @@ def gate_rates(gates: Gates, tokens: int, width: int, mlp_ratio: float = 4.0) ->
 def image_gflops(config: DCDiTConfig | DiTConfig, tokens: float, router: nn.Module | None = None) -> float:
     """GFLOP of one image at a step of sampling that cost so many tokens; 0 tokens are a step that was not computed.
 
-    Of a SparseDiT they are the sparse ones, of a DyDiT those for whose products its open gates stand.
+    A SparseDiT's are the sparse ones, a DyDiT's all of its tokens times the share of its products.
     """
     if not tokens > 0:
         return 0.0
@@ -78,7 +78,7 @@ def block_macs(tokens: float, width: int, mlp_ratio: float = 4.0) -> tuple[float
 
 
 def _shell_macs(config: DiTConfig, depth: int) -> float:
-    """What no system changes: adaLN of `depth` blocks and of the output, embedders, patches and head."""
+    """Parts that no system changes: adaLN of `depth` blocks and of the output, embedders, patches and head."""
     width, cells = config.hidden_size, config.tokens * config.patch**2
     ends = cells * (config.in_channels + config.out_channels) * width
     return (6 * depth + 2) * width**2 + 256 * width + width**2 + ends

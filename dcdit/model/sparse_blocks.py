@@ -13,7 +13,7 @@ from .blocks import DiTBlock, Stream
 class PoolingBlock(DiTBlock):
     """Poolingformer: every token gets the mean of its sample's values, then the MLP (arXiv 2412.06028 section 3).
 
-    The mean is that of the modulated tokens, which `v` and `proj` then see once: both are linear.
+    `v` and `proj` see the mean of the modulated tokens alone, once: both are linear.
     """
 
     def _attention(self, width: int) -> None:
@@ -32,7 +32,7 @@ class PoolingBlock(DiTBlock):
 
 
 class CrossBlock(DiTBlock):
-    """A block whose keys and values come from another grid of the same samples."""
+    """A block with keys and values from another grid of its samples."""
 
     def _attention(self, width: int) -> None:
         self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)

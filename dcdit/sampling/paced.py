@@ -53,8 +53,7 @@ class Paced(nn.Module):
 class GridModel(Paced):
     """A model without a router: a PlainDiT, a SparseDiT at a Density over t, a DyDiT tabulated over the timesteps.
 
-    The Routing that it answers with is that of all its tokens. A DyDiT's `spent` are the tokens for whose products its
-    open gates stand.
+    It answers with a Routing of all its tokens. A DyDiT's `spent` are all tokens times the share of its products.
     """
 
     def __init__(self, model: nn.Module, density: Density | None = None) -> None:
@@ -97,7 +96,7 @@ class GatedModel(Paced):
 
 
 class RoutingReuse(Paced):
-    """A DCDiT whose router is asked at every `every`-th step; between them its probabilities are kept."""
+    """A DCDiT that asks its router at every `every`-th step, and keeps the probabilities between."""
 
     def __init__(self, model: nn.Module, every: int) -> None:
         super().__init__(model)
@@ -128,7 +127,7 @@ class RoutingReuse(Paced):
 class TeaCache(Paced):
     """A model that is run for a sample when its input has changed enough since, else its last answer is given again.
 
-    The change is that of `signal` from step to step, relative in L1 norm; it adds up until it reaches `threshold`
+    `signal` changes from step to step, relative in L1 norm; the change adds up until it reaches `threshold`
     (TeaCache, arXiv 2411.19108, without its fitted polynomial). The first and the last step are always computed, and
     all of them at threshold 0. Each sample decides for itself, so that its picture does not depend on its batch.
     """
@@ -173,8 +172,10 @@ class TeaCache(Paced):
 
 
 def signal(model: nn.Module, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """What a model's answer follows and costs little: a DiT's first modulated tokens (B, N, D), a DCDiT's conditioning
-    (B, D)."""
+    """A cheap sign of how a model's answer will change.
+
+    Of a DiT the first modulated tokens (B, N, D), of a DCDiT the conditioning (B, D).
+    """
     model = innermost(model)
     if not isinstance(model, DiTShell):
         return model.condition(t, y)[0].float()

@@ -1,4 +1,4 @@
-"""What a sampling step may do without, as text: "density=0.5:0.75", "reuse=2", "teacache=0.15", joined by &."""
+"""How a sampling step costs less, as text: "density=0.5:0.75", "reuse=2", "teacache=0.15", joined by &."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Policy:
         return " & ".join(f"{name}={value}" for name, value in parts.items())
 
     def wrap(self, model: Any) -> Any:
-        """The model as the sampler calls it. Raises ConfigError where it lacks what a part asks for."""
+        """The model as the sampler calls it. Raises ConfigError for a part that the model lacks."""
         if isinstance(model, Graphed) and self._parts():
             raise ConfigError(f"a policy and CUDA graphs exclude each other, got {self}")
         if isinstance(model, DiTShell):

@@ -49,13 +49,13 @@ class SystemTrainer(Trainer):
         return type(net).from_dit(dit, net.config)
 
     def losses(self, x0, noise, t, y, rho, **limits: int) -> Any:
-        """The loss of latents (B, C, H, W), its parts, and what was spent; no routing."""
+        """The loss of latents (B, C, H, W), its parts, and the share that was spent; no routing."""
         x = self.objective.add_noise(x0, noise, t)
         values = self.parts((x, t, y), lambda out: self.objective.loss(out.float(), x0, noise, t).mean())
         return values, None
 
     def parts(self, inputs: tuple[torch.Tensor, ...], diffusion) -> dict[str, torch.Tensor]:
-        """The losses of the model's answer to `inputs` by their names, and what is `kept`."""
+        """The losses of the model's answer to `inputs` by their names, and the share that is `kept`."""
         raise NotImplementedError
 
 
