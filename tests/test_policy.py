@@ -47,6 +47,16 @@ def test_grid_models_are_sampled(kind):
     assert torch.allclose(whole.trace.gflops(net.config), torch.tensor(4e-9 * macs, dtype=torch.float64))
 
 
+def test_a_dit_of_a_dcdits_sizes():
+    """As `load_dit` makes it; and a subclass with a routing of its own, called as it is."""
+    from bench.rivals import PlainRival
+
+    config = preset("digits")
+    for kind in (PlainDiT, PlainRival):
+        trace = sample(kind(config).eval(), CLASSES, **OPTIONS).trace
+        assert (trace.tokens == 49).all()
+
+
 def test_density_over_the_steps():
     net, density = dense(SparseDiT), Density(0.1, 0.9)
     trace = sample(net, CLASSES, **OPTIONS, policy=Policy(density=density)).trace

@@ -80,7 +80,7 @@ class GridModel(Paced):
         else:
             out = self.model(x, t, y)
         self.spent = rate.cpu() * (grid[0] * grid[1])
-        return out, Routing.of(torch.ones(len(x), self.config.tokens, device=x.device), self.model.grid)
+        return out, Routing.of(torch.ones(len(x), len(self.model.pos_embed), device=x.device), self.model.grid)
 
 
 class GatedModel(Paced):

@@ -9,9 +9,11 @@ from typing import Any
 from ..errors import ConfigError
 from ..model.config import check_keys
 from ..model.density import Density
-from ..model.dit_shell import DiTShell
+from ..model.dydit import DyDiT
 from ..model.dydit_main import DyDCDiT
 from ..model.graphs import Graphed
+from ..model.plain_dit import PlainDiT
+from ..model.sparse_dit import SparseDiT
 from .paced import GatedModel, GridModel, RoutingReuse, TeaCache
 
 
@@ -63,7 +65,7 @@ class Policy:
         """The model as the sampler calls it. Raises ConfigError for a part that the model lacks."""
         if isinstance(model, Graphed) and self._parts():
             raise ConfigError(f"a policy and CUDA graphs exclude each other, got {self}")
-        if isinstance(model, DiTShell):
+        if type(model) in (PlainDiT, SparseDiT, DyDiT):  # a subclass may answer with a routing itself
             model = GridModel(model, self.density)
         elif self.density is not None:
             raise ConfigError(f"density is of a SparseDiT, this model is a {type(model).__name__}")
