@@ -79,15 +79,15 @@ def section(run: dict, file: str, earlier: dict | None) -> str:
         noise(run, earlier) + "\n",
         *([f"Stages of `make gpu`: {stages(run)}.\n"] if run.get("stages") else []),
     ]
-    lost = [f"{run['current']} (the run ended within it)"] if run.get("current") else []
-    lost += [f"{e['name']} ({e['crashed']})" for e in run["cases"] if "crashed" in e]
-    lost += [
-        f"{e['name']}, {name} ({v['reason']})"
-        for e in measured(run)
-        for name, v in e["variants"].items()
-        if v["status"] == "failed"
-    ]
-    lines += ["Failed: " + "; ".join(lost) + ".\n"] if lost else []
+    lost = {"the run ended within it": [run["current"]]} if run.get("current") else {}
+    for e in run["cases"]:
+        if "crashed" in e:
+            lost.setdefault(e["crashed"], []).append(e["name"])
+    for e in measured(run):
+        for name, v in e["variants"].items():
+            if v["status"] == "failed":
+                lost.setdefault(v["reason"], []).append(f"{name} of {e['name']}")
+    lines += [f"Failed ({reason}): {', '.join(names)}.\n" for reason, names in lost.items()]
     cut = Counter(name.split("-")[0] for name in run.get("cut", []))
     lines += [f"Cut for want of time: {', '.join(f'{n} of {group}' for group, n in cut.items())}.\n"] if cut else []
     lines += [f"Not here: {'; '.join(absent(run))}.\n"] if absent(run) else []
