@@ -57,7 +57,7 @@ def write_report(folder, *runs):
 def test_report_takes_the_newest(tmp_path):
     text = write_report(tmp_path, synthetic("2026-01-02", 1.0), synthetic("2026-01-01", 3.0))
     assert "| S, 256 px, B 4 | 0.25 | fwd | 2,000 ms | 0.50 (0.50–0.50) | **failed** | 10% | 10.0% |" in text
-    assert "dechunk-S, triton (result 0 is off by 1, allowed 0.1)" in text
+    assert "Failed (result 0 is off by 1, allowed 0.1): triton of dechunk-S." in text
     assert "[0.json]" in text and "[1.json]" not in text
     assert "No GPU has been measured" in text
     assert (tmp_path / "docs" / "images" / "bench-some-cpu-roofline.png").exists()
@@ -78,7 +78,8 @@ def test_report_says_what_is_missing(tmp_path):
     changes = {"stages": stages, "current": "train-B", "cut": ["chunk-S", "chunk-B", "pad-S"], "cases": cases}
     text = write_report(tmp_path, synthetic("2026-01-01", **changes))
     assert "build passed in 20 s, racecheck timeout in 45 s" in text
-    assert "train-B (the run ended within it); plan-S (the process ended with status -9)" in text
+    assert "Failed (the run ended within it): train-B.\n" in text
+    assert "Failed (the process ended with status -9): plan-S.\n" in text
     assert "2 of chunk, 1 of pad" in text
 
 
