@@ -25,7 +25,7 @@ from .problem import Family, Problem, Variant, Work
 
 
 def under(target: str, value: object) -> Callable:
-    """The context in which `target`, such as "dcdit_kernels.triton._rows.FILL", is `value`."""
+    """A context with `target`, such as "dcdit_kernels.triton._rows.FILL", set to `value`."""
     return functools.partial(patch, target, value)
 
 

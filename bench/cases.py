@@ -1,4 +1,4 @@
-"""What is measured: groups, sizes, and the selection for each kind of machine."""
+"""The cases: groups, sizes, and the selection for each kind of machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GROUPS = (*MODELS, *OPERATORS)
 class Case:
     """One row of the results. `share` of the L = side² latent cells is kept before ρ (`drop_fraction`) is applied.
 
-    `backward` adds the backward pass to the time. `dtype` is that of the features; the router is always in float32.
+    `backward` adds the backward pass to the time. `dtype` is the features'; the router is always in float32.
     `clustered` keeps the cells of one disc in place of scattered ones. `ablation` adds the variants of
     `bench.ablation`. `stride` is the model's encoder_stride.
     """

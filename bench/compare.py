@@ -1,6 +1,6 @@
 """make bench-compare BASE=<git ref>: the operators of this tree against those of another commit.
 
-Both sides run this tree's bench/, each in a process of its own on its own packages; a round asks one, then the other,
+Both sides run this tree's bench/, each in a separate process with separate packages; a round asks one, then the other,
 so that drift hits both. Prints the time of this tree over that of BASE; the exit status is 1 where one got slower.
 """
 
@@ -27,7 +27,7 @@ from .run import quiet
 from .timing import clock_of, make_call, ratios
 
 SLOWER = 1.05  # a lower quartile above this is a regression
-ORDER = ("dcdit", "native", "triton", "reference")  # the first that runs is what a user gets
+ORDER = ("dcdit", "native", "triton", "reference")  # a user gets the first that runs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compare(case: Case, base: Side, ours: Side, rounds: int) -> tuple[str, str]:
-    """(verdict, what was measured) of one case. A tree that cannot be measured now counts as slower."""
+    """(verdict, measurement) of one case. A tree that cannot be measured now counts as slower."""
     before, now = base.ask(case), ours.ask(case)
     if "error" in now:
         return "SLOWER", f"here {now['error']}"

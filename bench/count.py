@@ -2,7 +2,7 @@
 
 The forward runs on tensors without memory, on the operators of a GPU. Each call of PyTorch is taken for one launch, a
 convolution's bias for one more; each tensor for read or written once. A launch takes at least GAP and the larger of its
-bytes over COPY and its FLOPs over RATES: the floor is the sum of these.
+bytes over COPY and its FLOPs over RATES: the floor is their sum.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .models import cast_net
 COPY = 3.0e12  # bytes a second of an H100
 RATES = {torch.bfloat16: 600e12, torch.float32: 250e12}  # FLOPs a second of large products; float32 in TF32
 GAP = 1.5e-6  # seconds from one launch to the next in a CUDA graph
-# What an operator launches, where it is not one kernel, and how often it moves its operands.
+# Launches of an operator, where there is more than one kernel, and how often it moves its operands.
 LAUNCHES = {"plan_chunks": 3, "dechunk": 2, "boundary_predictability": 2}
 PASSES = {"boundary_predictability": 2}
 VIEWS = {
@@ -53,7 +53,7 @@ class Count:
 
 
 class Counter(TorchDispatchMode):
-    """Adds up what is called, apart for the part that `part` names."""
+    """Adds up calls, separately for each value of `part`."""
 
     def __init__(self, lengths: float) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Counter(TorchDispatchMode):
 def count(config: DCDiTConfig, batch: int, tokens: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Count]:
     """Of a forward without gradients: `scaffold`, everything outside the blocks, and `main`, the blocks.
 
-    `tokens` are those that each sample keeps. Weights and features in `dtype`, what the method says in float32.
+    `tokens` are the retained tokens of each sample. Weights and features are in `dtype`; METHOD's float32 parts stay.
     """
     with patch.object(Conv3x3, "channels_last_on", ("cpu",)):  # as they are on a GPU
         net = cast_net(DCDiT(config), dtype).eval()

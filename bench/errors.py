@@ -1,7 +1,7 @@
 """Errors of every back-end against float64, as the table of docs/kernels.md: `python -m bench.errors`.
 
 Inputs are drawn in the dtype and then promoted. Each number is the largest error of a tensor over its largest value,
-next to the same of the eager reference in that dtype; boundary_prob is float32 throughout. Without a GPU Triton's
+next to the errors of the eager reference in that dtype; boundary_prob is float32 throughout. Without a GPU Triton's
 kernels run in its interpreter, under `gpu_arithmetic`.
 """
 
@@ -25,7 +25,7 @@ GRID, WIDTH, BATCH = (12, 12), 72, 2
 
 
 def operators() -> dict[str, tuple[Callable[..., torch.Tensor], list[torch.Tensor], list[str]]]:
-    """name → (function of (backend, *tensors), tensors in float32, what each gradient is of)."""
+    """name → (function of (backend, *tensors), tensors in float32, the name of each gradient)."""
     torch.manual_seed(0)
     cells = GRID[0] * GRID[1]
     prob = torch.rand(BATCH, cells, device=DEVICE)
@@ -70,7 +70,7 @@ def evaluate(function, backend, tensors) -> list[torch.Tensor]:
     """Output and gradients, in float64."""
     leaves = [t.clone().requires_grad_() for t in tensors]
     out = function(backend, *leaves)
-    # The same numbers in every dtype.
+    # Equal numbers in every dtype.
     weights = torch.linspace(-1, 2, out.numel(), device=DEVICE).bfloat16().double().view(out.shape)
     grads = torch.autograd.grad((out.double() * weights).sum(), leaves)
     return [t.detach().double() for t in (out, *grads)]

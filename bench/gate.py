@@ -1,7 +1,7 @@
 """The correctness gate: a variant whose outputs or gradients miss float64 by more than its budget gets no time.
 
 Budget: |variant − fp64| ≤ 2·|eager − fp64| + √K·eps32·max|fp64|, each the largest over a tensor, with eager the
-straightforward formulation in the same dtype. That one is first held to the same budget in float32, where the
+straightforward formulation in its dtype. The yardstick first meets the budget in float32 itself, where the
 reference operator takes its place; when it fails, nothing is reported.
 """
 
@@ -17,11 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .problem import Family, Problem, Tensors, Variant
 
 EPS32 = torch.finfo(torch.float32).eps
-ZERO = 1e-12  # of the largest number of a result: what float64 leaves of a sum that cancels
+ZERO = 1e-12  # of the largest number of a result: the residue of a cancelling sum in float64
 
 
 def check(problem: Problem) -> dict[str, str | None]:
-    """For each variant what is wrong with it, or None."""
+    """For each variant its fault, or None."""
     verdicts: dict[str, str | None] = {}
     for name, family in problem.families.items():
         members = {key: variant for key, variant in problem.variants.items() if variant.family == name}
@@ -34,7 +34,7 @@ def check(problem: Problem) -> dict[str, str | None]:
 
 
 def check_family(problem: Problem, family: Family, variants: dict[str, Variant]) -> dict[str, str | None]:
-    """For each variant of one family what is wrong with it, or None."""
+    """For each variant of one family its fault, or None."""
     backward = problem.backward
     eager, reference = variants[family.yardstick], variants[family.reference]
     want = evaluate(reference, cast(problem.inputs, torch.float64), backward)
@@ -64,7 +64,7 @@ def one_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """cuDNN's float32 is TF32 by default, whose error would hide any other."""
+    """cuDNN's float32 is TF32 by default; the error of TF32 would hide any other."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -79,7 +79,7 @@ def cast(inputs: Tensors, dtype: torch.dtype) -> Tensors:
 
 
 def evaluate(variant: Variant, inputs: Tensors, backward: bool) -> Tensors:
-    """Outputs, and with `backward` the gradients of a weighted sum of them; integers as they are."""
+    """Outputs, and with `backward` the gradients of their weighted sum; integers as they are."""
     leaves = [t.detach().clone().requires_grad_(backward and t.is_floating_point()) for t in inputs]
     with torch.set_grad_enabled(backward), variant.around():
         outs = variant.result(variant.run(*variant.prepare(*leaves)))
@@ -106,7 +106,7 @@ def complaint(got: Tensors, want: Tensors, yardstick: Tensors, reduction: int) -
             continue
         error, eager = ((t.double() - b).abs().max().item() for t in (a, c))
         scale = b.abs().max().item()
-        if scale < ZERO * largest:  # a gradient that is zero in truth: its rounding is that of the terms that cancel
+        if scale < ZERO * largest:  # a gradient that is zero in exact arithmetic has the rounding of its terms
             scale = largest
         budget = 2 * eager + math.sqrt(reduction) * EPS32 * scale
         if not error <= budget:

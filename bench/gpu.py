@@ -1,7 +1,7 @@
 """python -m bench.gpu first | second: build, test, sanitise, measure on a machine with a GPU, in two calls of minutes.
 
-first: builds, warms the compilers' caches, checks the plan under compute-sanitizer, tests, and measures what decides.
-second, within the same tree: what failed once more and under memcheck; then what is compiled, the choices inside
+first: builds, warms the compilers' caches, checks the plan under compute-sanitizer, tests, measures the decisive cases.
+second, within the same tree: failed tests again and under memcheck; then compiled variants, the choices inside
 operators, Nsight Compute on the kernels, a profile and a trace of a training step.
 
 Every stage has a limit and is killed as a process group; a failure costs its own stage, but for a build that fails.
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None, begin: float | None = None) -> int:
 
 
 def first(device: str, earlier: dict | None, end: float) -> list[list[Stage]]:
-    """The stages of the first call; those of an inner list run side by side."""
+    """The stages of the first call; stages of an inner list run side by side."""
     gpu = device == "cuda"
     machine = [
         "nvidia-smi -q -d CLOCK,POWER,PERFORMANCE,MEMORY",
@@ -114,7 +114,7 @@ def first(device: str, earlier: dict | None, end: float) -> list[list[Stage]]:
 
 
 def second(device: str, earlier: dict | None, end: float) -> list[list[Stage]]:
-    """The stages of the second call: first what failed in the first one."""
+    """The stages of the second call: first the failures of the first call."""
     failed = {stage["name"] for stage in (earlier or {}).get("stages", []) if stage["status"] != 0}
     stages: list[list[Stage]] = []
     if device == "cuda" and not list((ROOT / "dcdit_kernels").glob("_C*.so")):
@@ -174,7 +174,7 @@ def pytest(name: str, chosen: list[str], limit: float, workers: int) -> Stage:
 
 
 def gpu_tests() -> list[str]:
-    """The files of tests that run on a GPU where there is one; those of whole back-ends first."""
+    """The files of tests that run on a GPU where there is one; whole back-ends first."""
     found = [path for path in sorted(ROOT.glob("tests/test_*.py")) if USES_A_GPU.search(path.read_text())]
     return [str(path.relative_to(ROOT)) for path in sorted(found, key=lambda path: path.stem != "test_gpu")]
 
@@ -210,7 +210,7 @@ def tool(name: str, *folders: str) -> str:
 
 
 def sanitizer(check: str) -> str:
-    """Errors of API calls are what PyTorch asks for and handles: whether there is a context, say."""
+    """PyTorch provokes and handles errors of API calls, to learn whether there is a context, say."""
     return f"{tool('compute-sanitizer')} --tool {check} --report-api-errors no --error-exitcode 9"
 
 
@@ -261,7 +261,7 @@ def side_by_side(stages: list[Stage], end: float) -> list[dict]:
 
 
 def finish(process: subprocess.Popen | None, log) -> None:
-    """Kill what is left of a stage."""
+    """Kill the remaining processes of a stage."""
     if process is not None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -288,7 +288,7 @@ def keep(call: str, stages: list[dict]) -> None:
 
 
 def report(call: str, stages: list[dict], seconds: float) -> str:
-    """What is read first: a line for each failed test and each case, then the verdict."""
+    """The summary: a line for each failed test and each case, then the verdict."""
     result = json.loads(RESULT.read_text())
     lines = []
     for stage in stages:

@@ -3,7 +3,7 @@
 The interpreter holds bfloat16 as integers: it cuts where it should round, and adds the integers where a kernel adds
 without a cast to float32, which no comparison with float64 survives. Its tl.dot is always float32; tensor cores asked
 for TF32 read the first 10 of 23 bits, and they add the products of one instruction to the sum at a time, cutting
-what float32 does not hold (Fasi et al., PeerJ Computer Science 7:e330). PTX's div.full, sqrt.approx and ex2.approx are
+bits beyond float32 (Fasi et al., PeerJ Computer Science 7:e330). PTX's div.full, sqrt.approx and ex2.approx are
 off by up to 2⁻²²: here by anything within that, always the same.
 """
 

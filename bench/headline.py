@@ -1,4 +1,4 @@
-"""What was saved and what it cost: time against the plain DiT next to FLOPs against it, and time by component."""
+"""The saving: time and FLOPs over the plain DiT's, and time by component."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COMPONENTS = ("embed", "encoder", "router", "plan", "chunk", "main", "dechunk", 
 
 
 def saving(entry: dict, variant: str = "dcdit", base: str = "DiT/2") -> dict | None:
-    """Time and FLOPs of a variant over those of the plain DiT, and the realised saving: time saved over FLOPs saved.
+    """Time and FLOPs of a variant over the plain DiT's, and the realised saving: time saved over FLOPs saved.
 
     None where either has no time; "realised" is None where no FLOPs are saved.
     """
@@ -48,7 +48,7 @@ def fastest(entry: dict) -> dict | None:
 
 
 def component_times(case: Case, device: str, rounds: int = 5) -> dict[str, float]:
-    """Median seconds of each part of the forward pass of `dcdit`; "rest" is what stands between them.
+    """Median seconds of each part of the forward pass of `dcdit`; "rest" is the time between parts.
 
     On a GPU of device time: behind a delay as long as the host needs, with rows for exactly the tokens, so that nothing
     waits.

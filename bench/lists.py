@@ -34,7 +34,7 @@ def both(group: str) -> list[Case]:
 
 
 def decisive() -> list[Wanted]:
-    """What decides between designs, then the table of the README, then the centre of every group."""
+    """Cases that decide between designs, then the table of the README, then the centre of every group."""
     passes = [forward(*at) for at in (("XL", 64), ("B", 16), ("XL", 1), ("S", 1))]
     kernels = [*both("dechunk"), *both("modulate"), *both("boundary"), *both("attention"), *both("chunk")]
     kernels += [largest("plan"), largest("plan", side=64), largest("dechunk", clustered=True)]
@@ -55,7 +55,7 @@ def decisive() -> list[Wanted]:
 
 
 def compiled() -> list[Wanted]:
-    """What Inductor makes of the plain DiT, of the model and of the straightforward operators."""
+    """The plain DiT, the model and the straightforward operators through Inductor."""
     sizes = [("XL", 64), ("S", 64), ("B", 64), ("XL", 8), ("XL", 1), ("S", 1), ("B", 1), ("S", 8), ("B", 8)]
     models = [forward(*at) for at in sizes]
     operators = [largest(group, backward=True) for group in ("modulate", "dechunk", "boundary")]
@@ -65,7 +65,7 @@ def compiled() -> list[Wanted]:
 
 
 def choices() -> list[Wanted]:
-    """The tables of `bench.ablation`, beside what is shipped and the plain formulation."""
+    """The tables of `bench.ablation`, beside the shipped choice and the plain formulation."""
     shipped = ("triton", "native", "dcdit", "plain", "plain channels-last")
     scaffold = [largest("scaffold", size=size, batch=batch) for size, batch in (("S", 64), ("XL", 1), ("S", 1))]
     cases = [largest("modulate", True), *both("scaffold"), *scaffold, *both("attention")]

@@ -23,7 +23,7 @@ GATE_BATCH = 4  # a model in float64 with its gradients does not fit at every ba
 
 
 def build(case: Case, device: str, compiled: bool = False, names: tuple[str, ...] | None = None) -> Problem:
-    """The problem of any case; with `names` only those of its variants, and what the gate holds them against."""
+    """The problem of any case; with `names` only these variants and the gate's yardsticks."""
     torch.manual_seed(0)
     builders = {**BUILDERS, **dict.fromkeys(MODELS, model_problem), "scaffold": ablation.scaffold_problem}
     problem = builders[case.group](case, device, compiled)
@@ -33,7 +33,7 @@ def build(case: Case, device: str, compiled: bool = False, names: tuple[str, ...
 
 
 def gated_case(case: Case, compiled: bool) -> Case:
-    """The case whose verdicts count: that of a model at GATE_BATCH at most; compiled code is of one batch size."""
+    """The case that the gate runs: a model at GATE_BATCH at most; compiled code is of one batch size."""
     small = case.group in MODELS and not compiled
     return dataclasses.replace(case, batch=min(case.batch, GATE_BATCH)) if small else case
 
@@ -47,7 +47,7 @@ def gate(case: Case, device: str, names: tuple[str, ...] | None) -> dict[str, st
 def measure(
     case: Case, device: str, compiled: bool, rounds: int, seconds: float, names: tuple[str, ...] | None = None
 ) -> dict:
-    """Samples in seconds of each variant that passed the gate, and what it moved and computed.
+    """Samples in seconds of each variant that passed the gate, with its bytes and operations.
 
     `compiled` adds the compiled baselines; `names` are the variants to time, None for all. Each entry of "variants" has
     a "status": ok, failed (with "reason"; no time) or absent (with "reason").
@@ -119,8 +119,8 @@ def host_waits(call: Callable[[], object]) -> int:
 
 
 def count_launches(entry: dict, compiled: bool, names: tuple[str, ...] | None = None) -> None:
-    """Add to the result of a case on a GPU what each variant launches. Apart from `measure`, because a profiler that
-    has run may slow what comes after it."""
+    """Add each variant's launches to the result of a case on a GPU. Apart from `measure`, because a profiler that
+    has run may slow later timings."""
     problem = build(Case(**entry["case"]), "cuda", compiled, names)
     for name, variant in entry["variants"].items():
         if variant["status"] == "ok":

@@ -33,7 +33,7 @@ RATIO_WEIGHT = 0.03
 class FixedRouter(nn.Module):
     """The model's router with its values replaced, so that exactly the share of the case is kept with random weights.
 
-    It costs what the router costs, and its gradient reaches the router.
+    It costs as much as the router, and its gradient reaches the router.
     """
 
     def __init__(self, inner: nn.Module, prob: torch.Tensor) -> None:
@@ -50,7 +50,7 @@ class FixedRouter(nn.Module):
 
 
 class Nets:
-    """One network in every dtype that is asked for, with the same weights; `finish` is applied to each."""
+    """One network in every requested dtype, with equal weights; `finish` is applied to each."""
 
     def __init__(self, master: nn.Module, finish: Callable[[nn.Module], nn.Module] = lambda net: net) -> None:
         self.master, self.finish, self.made = master, finish, {}
@@ -71,7 +71,7 @@ class Nets:
 
 
 def cast_net(net: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Weights in `dtype`; what the method computes in float32 stays there when `dtype` is narrower."""
+    """Weights in `dtype`; the method's float32 parts stay float32 when `dtype` is narrower."""
     wide = {name: copy.deepcopy(getattr(net, name)) for name in ("router", "residual_proj") if hasattr(net, name)}
     net.to(dtype)
     for name, module in wide.items():
@@ -108,7 +108,7 @@ def predict_reference(net: DCDiT, *args, **kwargs):
 
 
 def predict_plain(net: DCDiT, x, t, y, drop_fraction, routed: bool = False, block=dit_block, pad: bool = False):
-    """The straightforward operators on the same weights; with `pad` also attention."""
+    """The straightforward operators on the model's weights; with `pad` also attention."""
     out, prob = dcdit_forward(net, x, t, y, drop_fraction, block, pad)
     return (out, prob) if routed else out
 
@@ -120,8 +120,8 @@ def predict_dit(net: PlainDiT, x, t, y, drop_fraction, routed: bool = False):
 
 
 def compile_parts(net: nn.Module) -> nn.Module:
-    """What an owner would compile: the blocks of the plain DiT; of a DC-DiT the convolutions and the MLPs, which stand
-    between the operators. Blocks are alike, so that one compilation serves all."""
+    """As an owner would compile: the blocks of the plain DiT; of a DC-DiT the convolutions and the MLPs between the
+    operators. Blocks are alike, so that one compilation serves all."""
     if isinstance(net, PlainDiT):
         for block in net.blocks:
             block.compile(dynamic=True)
@@ -134,7 +134,7 @@ def compile_parts(net: nn.Module) -> nn.Module:
 
 
 def model_problem(case: Case, device: str, compiled: bool) -> Problem:
-    """`dcdit`, `plain` operators on its weights, and `DiT/2`, the plain DiT of the same backbone."""
+    """`dcdit`, `plain` operators on its weights, and `DiT/2`, the plain DiT of equal backbone."""
     task = {"forward": Forward, "train": Train, "sample": Sample}[case.group](case, device)
     tokens, longest = task.tokens()
     nets = Nets(make_net(DCDiT, case, device))
@@ -146,8 +146,8 @@ def model_problem(case: Case, device: str, compiled: bool) -> Problem:
         "DiT/2": (Nets(master), predict_dit),
     }
     if compiled:
-        torch._dynamo.reset()  # what was compiled for other cases counts towards the limit of one function
-        torch._dynamo.config.fail_on_recompile_limit_hit = True  # past it, what is called compiled would run eager
+        torch._dynamo.reset()  # functions compiled for other cases count towards the limit
+        torch._dynamo.config.fail_on_recompile_limit_hit = True  # past the limit a "compiled" variant would run eager
         block = torch.compile(dit_block, dynamic=True)
         networks["plain compiled"] = nets, functools.partial(predict_plain, block=block)
         networks["dcdit compiled"] = Nets(nets.master, compile_parts), predict_dcdit
@@ -262,9 +262,9 @@ class Train(Forward):
 
 
 class TrainGraph(Train):
-    """`Train` with forward and backward as CUDA graphs: those of `dcdit train cuda_graph=true`, one of the plain DiT.
+    """`Train` with forward and backward as CUDA graphs: as in `dcdit train cuda_graph=true`, and of the plain DiT.
 
-    The host launches the optimiser; that of a DC-DiT waits for the number of tokens, as in `dcdit train`.
+    The host launches the optimiser; a DC-DiT's waits for the number of tokens, as in `dcdit train`.
     """
 
     def run(self, nets: Nets, predict: Callable, x, t, y) -> Tensors:

@@ -18,9 +18,9 @@ OURS = ("native", "triton", "reference")
 
 def routed_prob(case: Case, device: str) -> torch.Tensor:
     """boundary_prob float32 (B, L) with exactly `share` of the cells above 1/2, the first and last among them; all
-    values differ, in float32 and by the same amounts, so that every dtype drops the same cells.
+    values differ, in float32 and by equal amounts, so that every dtype drops the same cells.
 
-    The others are scattered, or `clustered` around one place of each sample, so that few rows refill what is far.
+    The others are scattered, or `clustered` around one place of each sample, so that few rows refill distant cells.
     """
     cells = case.side**2
     kept = max(2, round(case.share * cells))
@@ -96,7 +96,7 @@ def plan_problem(case: Case, device: str, compiled: bool) -> Problem:
 
 
 def planned(case: Case, device: str) -> tuple[torch.Tensor, K.ChunkPlan, baselines.PaddedPlan]:
-    """Probabilities, our plan of them, and the same in the layout of the straightforward formulation."""
+    """Probabilities, our plan, and both in the layout of the straightforward formulation."""
     prob, grid = routed_prob(case, device), (case.side, case.side)
     return prob, K.plan_chunks(prob, grid), baselines.plan(prob, grid)
 
@@ -132,7 +132,7 @@ def dechunk_problem(case: Case, device: str, compiled: bool) -> Problem:
     # kept cells where they are fewer.
     flops = x.numel() * min(4 * 13, 2 * plan.max_seqlen)
     least = moved + (moved + x.nbytes + prob.nbytes) * case.backward
-    # What docs/kernels.md counts: smoothed rows pass through memory in float32, and the backward smooths once more.
+    # As docs/kernels.md counts: smoothed rows pass through memory in float32, and the backward smooths once more.
     smoothing, out = x.nbytes + 4 * x.numel(), residual.nbytes + residual.numel() * x.element_size()
     both_ways = smoothing + 4 * x.numel() + out
     if case.backward:

@@ -21,7 +21,7 @@ def training_parts(case: Case, device: str, step_s: float, rounds: int = 5) -> d
     """Median seconds of each part of a training step of `dcdit` that takes `step_s`; on a GPU of device time, behind a
     delay as long as the host needs.
 
-    "encoder" has the stem, "router" the residual projection, "decoder" the output layer; "rest" is what is left of the
+    "encoder" has the stem, "router" the residual projection, "decoder" the output layer; "rest" is the remainder of the
     step: embedders, losses, optimiser.
     """
     net = build(case, device).variants["dcdit"].run.args[0][torch.float32]

@@ -1,4 +1,4 @@
-"""What one case measures: inputs, the variants that compute the same from them, and the work that has to be done."""
+"""The problem of one case: inputs, variants with equal results, and the least work."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Family:
-    """Variants that compute the same. `yardstick` names the eager one whose error sets the budget, `reference` the one
+    """Variants with equal results. `yardstick` names the eager one whose error sets the budget, `reference` the one
     that is the truth in float64, and in float32 sets the budget of the yardstick itself."""
 
     yardstick: str = "plain"
@@ -66,7 +66,7 @@ class Problem:
     gradients of the inputs.
 
     `absent` says why a variant cannot run here. `clock` on a GPU: "graph" for device time, replayed as a graph where
-    the variant never waits for the host; "wall" for the host's clock, the one that counts for a whole model, whose
+    the variant never waits for the host; "wall" for the host's clock, the clock for whole models; their
     launches are part of its time. `gflop` is per image, of a model's variants.
     """
 

@@ -2,7 +2,7 @@
 
 Each variant is trained on one thread, sampled from and judged, and a line with its numbers goes to
 bench/results/quality.jsonl. A run that was stopped goes on from its last save; one that has its line is not run again.
-`docs/quality.md` says what the variants and the numbers are; python -m bench.quality_tables writes its tables.
+`docs/quality.md` explains the variants and the numbers; python -m bench.quality_tables writes its tables.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .rivals import RivalTrainer
 CONFIG = Path(__file__).with_name("quality.yaml")
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 
-# Name → the kind of rival, and what it changes of bench/quality.yaml.
+# Name → the kind of rival, and its changes to bench/quality.yaml.
 VARIANTS: dict[str, tuple[str, list[str]]] = {
     "learned": ("learned", []),
     "means": ("learned", ["model.segment_mean=true"]),
@@ -88,7 +88,7 @@ def run(name: str, args: argparse.Namespace) -> dict:
 
 
 def judged(trainer: StudyTrainer, model: torch.nn.Module, folder: Path, args: argparse.Namespace) -> dict:
-    """Draw pictures, whose first hundred go to pictures.png, and judge them against the held-out set."""
+    """Draw pictures, save the first hundred as pictures.png, and judge them against the held-out set."""
     config = trainer.config
     classes = torch.arange(args.samples) % config.model.num_classes
     torch.manual_seed(args.seed)

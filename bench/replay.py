@@ -33,7 +33,7 @@ class Shipped:
 
 
 class Replay:
-    """A plain DiT's predictor, captured at its first call; from then on inputs are copied into those of the graph.
+    """A plain DiT's predictor, captured at its first call; later inputs are copied into the graph's.
 
     It returns the graph's own output, which the next call overwrites.
     """

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def newest(folder: Path) -> list[tuple[dict, Path, dict | None]]:
-    """(run, its file, the run before it of the same machine and commit or None), one for each machine."""
+    """(run, its file, the previous run of its machine and commit or None), one for each machine."""
     runs = sorted(((json.loads(p.read_text()), p) for p in folder.glob("*.json")), key=lambda run: run[0]["date"])
     latest: dict[str, tuple[dict, Path, dict | None]] = {}
     for run, path in runs:
@@ -110,7 +110,7 @@ def measured(run: dict) -> list[dict]:
 
 
 def absent(run: dict) -> list[str]:
-    """Back-ends that could not run: which, of what operators, and why."""
+    """Back-ends that could not run, their operators and the reasons."""
     found: dict[tuple[str, str], set[str]] = {}
     for entry in measured(run):
         for name, variant in entry["variants"].items():
@@ -121,7 +121,7 @@ def absent(run: dict) -> list[str]:
 
 
 def stages(run: dict) -> str:
-    """What came of each stage of `make gpu`."""
+    """The outcome of each stage of `make gpu`."""
     return ", ".join(
         f"{stage['name']} {'passed' if stage['status'] == 0 else stage['status']} in {stage['seconds']:.0f} s"
         for stage in run["stages"]
@@ -135,7 +135,7 @@ def busy(run: dict) -> list[str]:
 
 
 def noise(run: dict, earlier: dict | None) -> str:
-    """Whether an earlier run of the same commit gave the same ratios."""
+    """Whether an earlier run of the commit gave equal ratios."""
     if earlier is None:
         return "One run of this commit: no second to compare with."
     ours, theirs = all_ratios(run), all_ratios(earlier)
@@ -188,7 +188,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def present(entries: list[dict], names: tuple[str, ...]) -> list[str]:
-    """Those of the variants that were there in any of the cases."""
+    """The variants that any of the cases has."""
     seen = {name for entry in entries for name, v in entry["variants"].items() if v["status"] != "absent"}
     return [name for name in names if name in seen]
 
@@ -255,7 +255,7 @@ def model_table(entries: list[dict]) -> str:
 
 
 def choice_table(entries: list[dict]) -> str:
-    """What `bench.ablation` timed: a line for each variant, its time over that of what is shipped."""
+    """What `bench.ablation` timed: a line for each variant, its time over the shipped choice's."""
     rows = []
     for entry in entries:
         timed = {n: v for n, v in entry["variants"].items() if v["status"] == "ok"}

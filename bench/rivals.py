@@ -1,4 +1,4 @@
-"""What DC-DiT is compared with, in the same trainer and sampler: other boundaries, and the plain DiT."""
+"""The rivals of DC-DiT in its own trainer and sampler: other boundaries, and the plain DiT."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class PlainRival(PlainDiT):
         nn.init.normal_(self.class_embed.weight, std=0.02)
 
     def forward(self, x, t, y, drop_fraction=0.0, return_routing: bool = False):
-        """As DCDiT's; the routing is that of the regular grid, whose count of tokens is that of the patches."""
+        """As DCDiT's; the routing is a regular grid with as many tokens as patches."""
         out = super().forward(x, t, y)
         if not return_routing:
             return out

@@ -1,6 +1,6 @@
 """python -m bench.run: measure the cases of this machine into bench/results/<machine>-<date>.json.
 
-The measuring runs in a process of its own that writes the file after every case. Where it dies (a fault on the GPU
+The measuring runs in a separate process that writes the file after every case. Where it dies (a fault on the GPU
 takes the process with it) the case is recorded as crashed and the rest goes on in a fresh one.
 """
 
@@ -32,7 +32,7 @@ Task = tuple[Case, tuple[str, ...] | None, bool]  # a case, the variants to time
 
 
 def tasks(args: argparse.Namespace) -> list[Task]:
-    """What to measure, in order. What Inductor compiles comes last, as a second pass over its cases."""
+    """The tasks in order. Compiled variants come last, as a second pass over their cases."""
     if args.cases:
         wanted = [item for name in args.cases for item in at_hand(LISTS[name](), args.device)]
         found = [(case, names, any("compiled" in name for name in names)) for case, names in wanted]
@@ -44,7 +44,7 @@ def tasks(args: argparse.Namespace) -> list[Task]:
 
 
 def key(case: Case, compiled: bool) -> str:
-    """What a task is called while it runs."""
+    """The name of a task while it runs."""
     return case.name + " compiled" * compiled
 
 
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     header = describe(args.device)
     output = args.output or unused(header)
     before = json.loads(output.read_text()) if output.exists() else {}
-    if before.get("stages"):  # of `bench.gpu`, whose own stages are not the work of others
+    if before.get("stages"):  # stages of `bench.gpu` are not the work of others
         header["load"] = before["load"]
     kept = {"stages": before.get("stages"), "rates": before.get("rates"), "cases": before.get("cases", [])}
     write(output, {**header, **kept, "current": None})
@@ -97,7 +97,7 @@ def finished(result: dict) -> set[str]:
 
 
 def unused(header: dict) -> Path:
-    """bench/results/<machine>-<date>.json, numbered where a run of the same day has taken it."""
+    """bench/results/<machine>-<date>.json, numbered where an earlier run of the day has the name."""
     path = free = RESULTS / f"{header['machine']}-{header['date'][:10]}.json"
     number = 1
     while free.exists():
@@ -112,7 +112,7 @@ def quiet() -> dict[str, str]:
 
 
 def work(args: argparse.Namespace) -> None:
-    """Measure what the file does not have yet, until the deadline."""
+    """Measure the tasks that the file lacks, until the deadline."""
     from .headline import component_times, outside_products
     from .measure import count_launches, measure
     from .parts import training_parts
@@ -141,7 +141,7 @@ def work(args: argparse.Namespace) -> None:
             if args.device == "cuda":
                 failed = [f"{name}: {v['reason']}" for name, v in entry["variants"].items() if v["status"] == "failed"]
                 write(args.output, {**json.loads(args.output.read_text()), "failed": failed})
-                torch.cuda.synchronize()  # a fault ends the process here at the latest, lest the next case be blamed
+                torch.cuda.synchronize()  # a fault ends the process here, before the next case
                 gc.collect()
                 torch.cuda.empty_cache()
         entry["wall_s"] = round(time.time() - begin, 2)
@@ -169,7 +169,7 @@ def limited(seconds: float) -> Iterator[None]:
 
 
 def merge(entries: list[dict], entry: dict) -> None:
-    """Add an entry, in the place of an earlier one of the case, whose further findings it keeps."""
+    """Add an entry, in the place of an earlier one of the case, keeping its further findings."""
     for number, earlier in enumerate(entries):
         if earlier["name"] == entry["name"]:
             entries[number] = {**earlier, **entry}
@@ -186,7 +186,7 @@ def faster(old: dict | None, new: dict) -> dict:
 
 
 def summary(entry: dict) -> str:
-    """One line: milliseconds, or what went wrong."""
+    """One line: milliseconds, or the fault."""
     parts = [
         f"{name} {v['seconds'] * 1e3:.3g} ms" if v["status"] == "ok" else f"{name} FAILED ({v['reason'][:90]})"
         for name, v in entry["variants"].items()

@@ -1,6 +1,6 @@
 """pytest bench/ --benchmark-only: the cases of this machine, with pytest-benchmark's groups, JSON and comparison.
 
-pytest-benchmark keeps the books. The samples are those of `bench.measure`, all variants of a case taken in turn (device
+pytest-benchmark keeps the books. The samples come from `bench.measure`, all variants of a case taken in turn (device
 time on a GPU), and played back to it; a variant that failed the gate fails here and has no time.
 """
 
@@ -40,7 +40,7 @@ measured_rates = functools.cache(functools.partial(rates, DEVICE))
 
 
 def clock() -> float:
-    """Time on the tape: what has been played so far."""
+    """Time on the tape so far."""
     return clock.now
 
 

@@ -1,7 +1,7 @@
 """Interleaved rounds: every variant once per round, in an order that turns, so that drift hits all alike.
 
 On a CPU a sample is the wall clock of some 10 ms of calls. On a GPU it is the time between two events around
-one pass over copies of the inputs that together exceed the L2 cache twice, each with outputs of its own, replayed as a
+one pass over copies of the inputs that together exceed the L2 cache twice, each with separate outputs, replayed as a
 CUDA graph where the variant never waits for the host.
 """
 
@@ -19,7 +19,7 @@ from .problem import Problem, Tensors, Variant, as_tuple
 
 LEAST_ROUNDS = 5  # the median of three moved by 4 % from run to run
 CYCLES_PER_SECOND = 2e9  # of a GPU, about; a delay that is a little longer or shorter does no harm
-SAMPLE_SECONDS = 10e-3  # of a CPU sample, above the turns in which a busy machine deals out its cores
+SAMPLE_SECONDS = 10e-3  # of a CPU sample, longer than a busy machine's time slices
 
 
 def interleave(clocks: dict[str, Callable[[], float]], rounds: int, seconds: float) -> dict[str, list[float]]:
@@ -111,12 +111,12 @@ def gpu_event_clock(calls: list[Callable[[], object]], graph: bool) -> Callable[
 
 
 def one_pass(calls: list[Callable[[], object]]) -> list[object]:
-    """What all calls return, alive together: each writes to memory of its own, which like its inputs is not cached."""
+    """The results of all calls, alive together: each call writes to separate memory, uncached like its inputs."""
     return [call() for call in calls]
 
 
 def delay(device: str, seconds: float) -> None:
-    """Keep a GPU busy while the host takes so long to launch what is timed, so that no launch is waited for."""
+    """Keep a GPU busy while the host launches the timed calls, so that the GPU waits for no launch."""
     if device == "cuda":
         torch.cuda._sleep(int(CYCLES_PER_SECOND * min(1.5 * seconds + 0.5e-3, 0.2)))
 
@@ -149,7 +149,7 @@ def captured(calls: list[Callable[[], object]]) -> Callable[[], None]:
 
 
 def copies(inputs: Tensors, cache_bytes: int) -> list[Tensors]:
-    """The inputs and copies of them, together past twice the cache, 64 at most."""
+    """The inputs and copies, together past twice the cache, 64 at most."""
     size = sum(t.nbytes for t in inputs)
     count = min(64, 1 + -(-2 * cache_bytes // max(1, size)))
     return [inputs, *(tuple(t.clone() for t in inputs) for _ in range(count - 1))]

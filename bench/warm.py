@@ -1,6 +1,6 @@
 """python -m bench.warm --cases decisive: fill the compilers' caches, a process for each case, one on each core.
 
-Each process runs a case once, as the gate does and as it is timed; what is launched later is found compiled. Triton's
+Each process runs a case once, as the gate does and as the timing does; later launches find it compiled. Triton's
 kernels do not depend on the batch above 1, and a backward pass has a forward in front: of cases that differ in nothing
 else one is run. A case that fails costs itself.
 """
@@ -22,13 +22,13 @@ OURS = ("triton", "dcdit")
 
 
 def todo(lists: list[str], device: str) -> list[Wanted]:
-    """The cases to run, with those of their variants that compile something."""
+    """The cases to run, with their compiling variants."""
     found: dict[object, Wanted] = {}
     for name in lists:
         for case, names in at_hand(LISTS[name](), device):
             compiled = any("compiled" in name for name in names)
             ours = tuple(n for n in names if ("compiled" in n if compiled else n in OURS or case.ablation))
-            few = min(case.batch, 2)  # one sample has a layout of its own
+            few = min(case.batch, 2)  # a batch of one has another layout
             alike = dataclasses.replace(case, batch=few, drop_fraction=0.0, backward=False, clustered=False)
             kind = case if compiled else alike
             earlier = found[kind][0] if kind in found else None

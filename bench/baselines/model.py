@@ -1,6 +1,6 @@
 """The whole DC-DiT with the straightforward operators, on the weights of a `dcdit.DCDiT`.
 
-Attention is the project's own, so that what differs is everything around it, or on padded samples under a mask.
+Attention is the project's own, so that everything else differs, or runs on padded samples under a mask.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def dcdit_forward(
     block: Callable[..., torch.Tensor],
     pad: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(prediction, boundary_prob) of `net`, whose router is a `bench.models.FixedRouter`; `block` is `dit_block`, with
+    """(prediction, boundary_prob) of `net`, with a `bench.models.FixedRouter`; `block` is `dit_block`, with
     `pad` its attention is the padded one."""
     grid = net.config.input_size
     c = net.time_embed(t) + net.class_embed(y)
