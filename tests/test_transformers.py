@@ -1,6 +1,7 @@
 """Dynamic chunking of diffusers' text-to-image transformers: small random ones of the real classes."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -9,34 +10,14 @@ pytest.importorskip("diffusers")
 import diffusers
 import torch.nn.functional as F
 from diffusers.models import normalization
-from diffusers.models.transformers import transformer_flux, transformer_z_image
+from diffusers.models.transformers import transformer_flux
 
+from bench.transformers import flops
 from dcdit.errors import ConfigError
 from dcdit.integrations.attention import add_dynamic_chunking, load_dynamic_chunking, remove_dynamic_chunking
 from dcdit.training import ratio_loss
 
 TEXT = 6
-
-
-def rotated(x, freqs, sequence_dim=1):
-    """diffusers' rotation in x's own dtype; theirs computes in float32 whatever x is."""
-    cos, sin = (f[None, :, None].to(x.dtype) for f in freqs)
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return x * cos + torch.stack([-b, a], -1).flatten(-2) * sin
-
-
-def z_image_attention(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, freqs_cis=None):
-    """Z-Image's attention processor in the dtype of its input."""
-    q, k, v = (layer(hidden_states).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v))
-    q, k = attn.norm_q(q), attn.norm_k(k)
-    cos, sin = (part.to(q.dtype)[:, :, None] for part in (freqs_cis.real, freqs_cis.imag))
-    turned = []
-    for x in (q, k):
-        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-        turned.append(torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2))
-    mask = None if attention_mask is None else attention_mask[:, None, None].bool()
-    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (*turned, v)), attn_mask=mask)
-    return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
 
 
 def tiny_vae():
@@ -89,7 +70,7 @@ class SD3:
     lists = ("transformer_blocks.",)
 
     def model(self, **options):
-        sizes = {"sample_size": 16, "pos_embed_max_size": 10, "patch_size": 2, "in_channels": 2, "out_channels": 2}
+        sizes = {"sample_size": 16, "pos_embed_max_size": 12, "patch_size": 2, "in_channels": 2, "out_channels": 2}
         return diffusers.SD3Transformer2DModel(
             **sizes, num_layers=4, attention_head_dim=16, num_attention_heads=4, caption_projection_dim=64,
             joint_attention_dim=24, pooled_projection_dim=12, dual_attention_layers=(0, 2), qk_norm="rms_norm",
@@ -142,15 +123,79 @@ class ZImage:
         return {"prompt_embeds": [torch.randn(5, 24)], "negative_prompt_embeds": [torch.randn(3, 24)]}
 
 
-FAMILIES = {"flux": Flux(), "sd3": SD3(), "z-image": ZImage()}
+class QwenImage:
+    lists = ("transformer_blocks.",)
+
+    def model(self, **options):
+        return diffusers.QwenImageTransformer2DModel(
+            in_channels=16, out_channels=4, num_layers=4, attention_head_dim=16, num_attention_heads=4,
+            joint_attention_dim=24, axes_dims_rope=(4, 6, 6), **options,
+        )  # fmt: skip
+
+    def inputs(self, grid=(5, 7), batch=2, dtype=torch.float32):
+        """Texts of several lengths."""
+        mask = torch.ones(batch, TEXT, dtype=torch.bool)
+        mask[-1, 2:] = False
+        return {
+            "hidden_states": torch.randn(batch, math.prod(grid), 16, dtype=dtype),
+            "encoder_hidden_states": torch.randn(batch, TEXT, 24, dtype=dtype),
+            "encoder_hidden_states_mask": mask,
+            "timestep": torch.rand(batch, dtype=dtype),
+            "img_shapes": [[(1, *grid)]] * batch,
+        }
+
+    def pipeline(self, transformer):
+        vae = diffusers.AutoencoderKLQwenImage(
+            base_dim=4, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True],
+            latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+        )  # fmt: skip
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+        return diffusers.QwenImagePipeline(scheduler, vae, None, None, transformer)
+
+    def prompts(self):
+        texts = {f"{sign}prompt_embeds": torch.randn(1, TEXT, 24) for sign in ("", "negative_")}
+        return texts | {f"{name}_mask": torch.ones(1, TEXT).bool() for name in texts}
+
+
+class Wan:
+    lists = ("blocks.",)
+
+    def model(self, **options):
+        return diffusers.WanTransformer3DModel(
+            num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=24, freq_dim=32,
+            ffn_dim=96, num_layers=4, rope_max_seq_len=32, **options,
+        )  # fmt: skip
+
+    def inputs(self, grid=(5, 7), batch=2, dtype=torch.float32):
+        """As many cells as `grid` has, its first side for frames and rows of one cell, or frames of two rows."""
+        frames, rows = (grid[0] // 2, 2) if grid[0] % 2 == 0 else (grid[0], 1)
+        return {
+            "hidden_states": torch.randn(batch, 4, frames, 2 * rows, 2 * grid[1], dtype=dtype),
+            "encoder_hidden_states": torch.randn(batch, TEXT, 24, dtype=dtype),
+            "timestep": 1000 * torch.rand(batch),
+        }
+
+    def pipeline(self, transformer):
+        vae = diffusers.AutoencoderKLWan(
+            base_dim=4, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True],
+            latents_mean=[0.0] * 4, latents_std=[1.0] * 4, scale_factor_spatial=4, scale_factor_temporal=2,
+        )  # fmt: skip
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+        return diffusers.WanPipeline(None, None, vae, scheduler, transformer)
+
+    def prompts(self):
+        return {f"{sign}prompt_embeds": torch.randn(1, TEXT, 24) for sign in ("", "negative_")} | {"num_frames": 5}
+
+
+FAMILIES = {"flux": Flux(), "sd3": SD3(), "z-image": ZImage(), "qwen-image": QwenImage(), "wan": Wan()}
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 
 @pytest.fixture
 def exact(monkeypatch):
-    """The untouched models compute float64 as float64."""
-    monkeypatch.setattr(transformer_flux, "apply_rotary_emb", rotated)
-    monkeypatch.setattr(transformer_z_image.ZSingleStreamAttnProcessor, "__call__", z_image_attention)
+    """The untouched models compute float64 as float64; their norms and rotations go to float32 whatever comes."""
+    cast = torch.Tensor.float
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else cast(x))
     in_own_dtype = lambda self, x: F.rms_norm(x, x.shape[-1:], self.weight, self.eps)  # noqa: E731
     monkeypatch.setattr(normalization.RMSNorm, "forward", in_own_dtype)
 
@@ -247,7 +292,8 @@ def test_a_quarter_of_the_cells_trains(family, checkpointing):
         grads.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
     for (name, parameter), first, again in zip(model.named_parameters(), *grads, strict=True):
         close(again, first, 1e-5) if first is not None else None
-        unread = name.startswith("transformer_blocks.3.attn") and "add" in name  # SD3's last text is not looked at
+        # The last text of SD3 and of Qwen-Image is not looked at.
+        unread = name.startswith("transformer_blocks.3.") and ("add" in name or "txt" in name)
         if name.startswith(family.lists) and not unread:
             assert first is not None and first.isfinite().all() and first.abs().max() > 0, name
         assert parameter.shape == (parameter if first is None else first).shape
@@ -296,8 +342,9 @@ def test_the_pipeline_runs_unchanged(family):
     pipe.set_progress_bar_config(disable=True)
 
     def sample():
-        options = {"height": 16, "width": 24, "num_inference_steps": 2, "output_type": "latent"}
-        return pipe(**prompts, **options, generator=torch.Generator().manual_seed(0)).images
+        options = {"height": 32, "width": 48, "num_inference_steps": 2, "output_type": "latent"}
+        out = pipe(**prompts, **options, generator=torch.Generator().manual_seed(0))
+        return out[0]
 
     want = sample()
     chunking = add_dynamic_chunking(model)
@@ -335,6 +382,65 @@ def test_padding_of_text_is_cut_in_sd3(exact):
     add_dynamic_chunking(model, blocks=slice(1, None))
     with pytest.raises(ConfigError, match="attention_mask needs all blocks chunked"):
         run(model, inputs)
+
+
+def test_frames_that_stand_still_are_kept_once():
+    """Wan refills cells from other frames: with a router that keeps the first frame, later ones are as the first."""
+
+    class First(torch.nn.Module):
+        def forward(self, h, *, grid):
+            prob = torch.zeros(h.shape[:2]).unflatten(1, grid)
+            prob[:, 0] = 1
+            return prob.flatten(1)
+
+    family = FAMILIES["wan"]
+    model, inputs = make(family), family.inputs((6, 4))
+    inputs["hidden_states"][:, :, 1:] = inputs["hidden_states"][:, :, :1]
+    chunking = add_dynamic_chunking(model, router=First())
+    out = run(model, inputs)
+    assert chunking.routing.plan.grid == (3, 2, 4) and chunking.routing.plan.lengths.tolist() == [8, 8]
+    close(out[:, :, 1:], out[:, :, :1].expand_as(out[:, :, 1:]), 1e-6)
+
+
+def test_bad_input_of_qwen_image_and_wan():
+    family = FAMILIES["qwen-image"]
+    model, inputs = make(family), family.inputs()
+    add_dynamic_chunking(model)
+    for shapes, words in (
+        ([[(1, 5, 7)], [(1, 7, 5)]], "need one picture a sample, of one shape"),
+        ([[(1, 5, 7), (1, 2, 2)]] * 2, "need one picture a sample, of one shape"),
+        ([[(1, 5, 8)]] * 2, "img_shapes must be one grid of 35 tokens"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            run(model, {**inputs, "img_shapes": shapes})
+    with pytest.raises(ConfigError, match="without zero_cond_t"):
+        add_dynamic_chunking(make(family, zero_cond_t=True))
+    model, inputs = make(FAMILIES["wan"]), FAMILIES["wan"].inputs()
+    add_dynamic_chunking(model)
+    with pytest.raises(ConfigError, match="one timestep a sample, got one for each token"):
+        run(model, {**inputs, "timestep": torch.rand(2, 35)})
+
+
+@every_family
+def test_flops_are_those_of_the_untouched_blocks_on_fewer_tokens(family):
+    """As bench.transformers counts, to 1 %; the router beside them."""
+    model = make(family)
+    whole, half = (8, 8), (8, 4)  # Z-Image fills up to multiples of 32
+    inputs = {grid: family.inputs(grid, batch=1) for grid in (whole, half)}
+    for given in inputs.values():
+        given.pop("encoder_hidden_states_mask", None)  # padding would cost the untouched model something
+    counts = {grid: flops(lambda given=given: run(model, given)) for grid, given in inputs.items()}
+    chunking = add_dynamic_chunking(model)
+    model.requires_grad_(False)  # the counter asks for gradients of whatever could have one
+    chunking.drop_fraction = 0.5
+    blocks, joint = chunking.run, family is not FAMILIES["wan"]
+    chunking.run = lambda _, x, plan, text, **rest: (x, text.rows) if joint else x
+    around = {grid: flops(lambda given=given: run(model, given)) for grid, given in inputs.items()}
+    chunking.run = blocks
+    got = flops(lambda: run(model, inputs[whole]))
+    alone = counts[half] - (around[half] - 2 * chunking.router.macs(32))  # the untouched blocks, on half the tokens
+    want = around[whole] + alone
+    assert abs(got - want) < 0.01 * got
 
 
 def test_z_image_wants_one_size_in_a_batch():

@@ -248,6 +248,8 @@ FAMILIES = {
     "FluxTransformer2DModel": ("flux", "FluxBlocks"),
     "SD3Transformer2DModel": ("sd3", "SD3Blocks"),
     "ZImageTransformer2DModel": ("z_image", "ZImageBlocks"),
+    "QwenImageTransformer2DModel": ("qwen_image", "QwenImageBlocks"),
+    "WanTransformer3DModel": ("wan", "WanBlocks"),
 }
 
 

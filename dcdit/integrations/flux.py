@@ -11,12 +11,7 @@ from torch import nn
 from dcdit_kernels import adaln_modulate, gate_residual, gate_residual_modulate, qk_norm_rope
 
 from ..errors import ConfigError
-from .joint import JointBlocks, PackedText, Rows, attend, heads, kept_by
-
-
-def finite(x: torch.Tensor) -> torch.Tensor:
-    """As diffusers' blocks: no infinity in half precision."""
-    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+from .joint import JointBlocks, PackedText, Rows, attend, finite, heads, kept_by
 
 
 def check_processor(attn: nn.Module) -> None:

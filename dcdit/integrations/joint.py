@@ -177,6 +177,11 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing) 
     return varlen_attention(q, k, v, cu, cu, longest, longest, packing=packing).flatten(1)
 
 
+def finite(x: torch.Tensor) -> torch.Tensor:
+    """As diffusers' blocks: no infinity in half precision."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
 def kept_by(mask: torch.Tensor | None, text: torch.Tensor, cells: int) -> torch.Tensor | None:
     """Of a bool attention mask over text and image keys, text first, the text that it keeps: (B, S), or None."""
     if mask is None:

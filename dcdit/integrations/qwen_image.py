@@ -1,0 +1,109 @@
+"""Dynamic chunking of QwenImageTransformer2DModel, on packed rows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from diffusers.models.transformers import transformer_qwenimage as theirs
+from torch import nn
+
+from dcdit_kernels import adaln_modulate, gate_residual, gate_residual_modulate, qk_norm_rope
+
+from ..errors import ConfigError
+from .joint import JointBlocks, PackedText, Rows, attend, finite, heads
+
+
+# Named as diffusers' own: compile_repeated_blocks and device maps go by names.
+class QwenImageTransformerBlock(theirs.QwenImageTransformerBlock):
+    """A block on packed rows."""
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image rows (T1, D), text rows (T2, D) → (text, image)."""
+        attn, joined = self.attn, rows.joined
+        if type(attn.processor) is not theirs.QwenDoubleStreamAttnProcessor2_0:
+            name = type(attn.processor).__name__
+            raise ConfigError(f"chunked blocks need QwenDoubleStreamAttnProcessor2_0, got {name}")
+        shift, scale, gate, *rest = self.img_mod(rows.c).chunk(6, 1)
+        text_shift, text_scale, text_gate, *text_rest = self.txt_mod(rows.c).chunk(6, 1)
+        x = adaln_modulate(image, shift, scale, rows.plan, self.img_norm1.eps)
+        y = adaln_modulate(text, text_shift, text_scale, rows.text, self.txt_norm1.eps)
+        q, k, v = heads((attn.to_q, attn.to_k, attn.to_v), x, attn)
+        text_q, text_k, text_v = heads((attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), y, attn)
+        q, k = qk_norm_rope(
+            text_q,
+            text_k,
+            rows.cos,
+            rows.sin,
+            rows.position,
+            attn.norm_added_q.weight,
+            attn.norm_added_k.weight,
+            joined,
+            (q, k, attn.norm_q.weight, attn.norm_k.weight),
+            eps=attn.norm_q.eps,
+        )
+        y, x = joined.split(attend(q, k, joined.cat(text_v, v), joined))
+        for layer in attn.to_out:
+            x = layer(x)
+        image, x = gate_residual_modulate(image, x, gate, *rest[:2], rows.plan, self.img_norm2.eps)
+        image = gate_residual(image, self.img_mlp(x), rest[2], rows.plan)
+        y = attn.to_add_out(y)
+        text, y = gate_residual_modulate(text, y, text_gate, *text_rest[:2], rows.text, self.txt_norm2.eps)
+        return finite(gate_residual(text, self.txt_mlp(y), text_rest[2], rows.text)), finite(image)
+
+
+class QwenImageBlocks(JointBlocks):
+    """The blocks of Qwen-Image; text is masked as the model is told."""
+
+    LISTS: ClassVar = ("transformer_blocks",)
+    CLASSES: ClassVar = {theirs.QwenImageTransformerBlock: QwenImageTransformerBlock}
+    REFUSED: ClassVar = ("controlnet_block_samples",)
+
+    def __init__(self, model: theirs.QwenImageTransformer2DModel, **options: Any) -> None:
+        if model.zero_cond_t:
+            raise ConfigError("chunked blocks need a model without zero_cond_t, which modulates each token apart")
+        super().__init__(model, model.inner_dim, run=self.run_rows, **options)
+
+    def grid_of(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, ...]:
+        """(H, W), or (F, H, W) where there are frames, of img_shapes: one shape for all samples."""
+        shapes = kwargs.get("img_shapes", args[4] if len(args) > 4 else None)
+        alone = [tuple(shape[0]) if isinstance(shape, list) else tuple(shape) for shape in shapes or ()]
+        single = all(len(shape) == 1 for shape in shapes or () if isinstance(shape, list))
+        if len(set(alone)) != 1 or not single:
+            raise ConfigError(f"chunked blocks need one picture a sample, of one shape, in img_shapes; got {shapes}")
+        grid = alone[0]
+        return grid if grid[0] > 1 else grid[1:]
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states_mask: torch.Tensor | None,
+        temb: torch.Tensor,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor],
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        modulate_index: None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As one of Qwen-Image's blocks: (B, L, D) and text (B, S, D) → (text, image)."""
+        if joint_attention_kwargs:
+            raise ConfigError(f"chunked blocks take no attention_kwargs, got {list(joint_attention_kwargs)}")
+        if math.prod(self.grid) != hidden_states.shape[1]:
+            tokens = hidden_states.shape[1]
+            raise ConfigError(f"img_shapes must be one grid of {tokens} tokens, got {self.grid}")
+        text = PackedText(encoder_hidden_states, encoder_hidden_states_mask)
+        image, rows = super().forward(hidden_states, text=text, c=temb, freqs=image_rotary_emb)
+        return text.back(rows), image
+
+    def run_rows(
+        self, blocks: list[nn.Module], image: torch.Tensor, plan, text: PackedText, c: torch.Tensor, freqs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image rows → (image rows, text rows)."""
+        joined, words = text.packing.join(plan), text.rows
+        position = joined.cat(text.column.int(), text.shape[1] + plan.cell_index)
+        table = torch.cat([freqs[1], freqs[0]])
+        cos, sin = table.real.contiguous(), table.imag.contiguous()
+        rows = Rows(c, plan, text.packing, joined, cos, sin, position)
+        for block in blocks:
+            words, image = self.call(block, image, words, rows)
+        return image, words

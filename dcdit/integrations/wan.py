@@ -1,0 +1,100 @@
+"""Dynamic chunking of WanTransformer3DModel (Wan 2.1, and 2.2 with one time for all tokens), on packed rows.
+
+The grid is (frames, rows, columns), and a cell may be refilled from another frame: a still background is kept once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from diffusers.models.transformers import transformer_wan as theirs
+from torch import nn
+
+from dcdit_kernels import ChunkPlan, adaln_modulate, gate_residual, qk_norm_rope, varlen_attention
+
+from ..errors import ConfigError
+from .joint import JointBlocks, PackedText, attend, heads
+
+
+def project(attn: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The projection behind an attention."""
+    return attn.to_out[1](attn.to_out[0](x))
+
+
+# Named as diffusers' own: compile_repeated_blocks and device maps go by names.
+class WanTransformerBlock(theirs.WanTransformerBlock):
+    """A block on packed rows: self-attention among them, then attention to the text."""
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        text: PackedText,
+        modulators: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        plan: ChunkPlan,
+    ) -> torch.Tensor:
+        """(T, D) → (T, D); modulators (B, 6, D) of the timestep."""
+        for attn in (self.attn1, self.attn2):
+            if type(attn.processor) is not theirs.WanAttnProcessor or attn.fused_projections:
+                name = "fused projections" if attn.fused_projections else type(attn.processor).__name__
+                raise ConfigError(f"chunked blocks need WanAttnProcessor with projections apart, got {name}")
+        wide = torch.promote_types(modulators.dtype, torch.float32)
+        shift, scale, gate, *rest = (self.scale_shift_table + modulators.to(wide)).unbind(1)
+        attn = self.attn1
+        y = adaln_modulate(x, shift, scale, plan, self.norm1.eps)
+        q, k = (norm(layer(y)) for norm, layer in ((attn.norm_q, attn.to_q), (attn.norm_k, attn.to_k)))
+        q, k = (part.unflatten(1, (attn.heads, -1)) for part in (q, k))  # Wan's norm is over all heads together
+        q, k = qk_norm_rope(q, k, cos, sin, plan.cell_index, plan=plan, norm="none")
+        (v,) = heads((attn.to_v,), y, attn)
+        x = gate_residual(x, project(attn, attend(q, k, v, plan)), gate, plan)
+        attn = self.attn2
+        y = self.norm2(x.to(wide)).type_as(x)
+        q, k = attn.norm_q(attn.to_q(y)), attn.norm_k(attn.to_k(text.rows))
+        q, k = (part.unflatten(1, (attn.heads, -1)) for part in (q, k))
+        (v,) = heads((attn.to_v,), text.rows, attn)
+        ends, longest = text.packing.cu_seqlens, text.packing.max_seqlen
+        y = varlen_attention(q, k, v, plan.cu_seqlens, ends, plan.max_seqlen, longest, packing=plan)
+        x = x + project(attn, y.flatten(1))
+        y = adaln_modulate(x, *rest[:2], plan, self.norm3.eps)
+        return gate_residual(x, self.ffn(y), rest[2], plan)
+
+
+class WanBlocks(JointBlocks):
+    """The blocks of Wan; its text is what the text encoder made, padding included."""
+
+    LISTS: ClassVar = ("blocks",)
+    CLASSES: ClassVar = {theirs.WanTransformerBlock: WanTransformerBlock}
+    REFUSED: ClassVar = ("encoder_hidden_states_image",)
+
+    def __init__(self, model: theirs.WanTransformer3DModel, **options: Any) -> None:
+        width = model.config.num_attention_heads * model.config.attention_head_dim
+        super().__init__(model, width, run=self.run_rows, **options)
+
+    def grid_of(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, ...]:
+        """(F, H, W) in patches of the latents (B, C, frames, height, width)."""
+        latents = kwargs.get("hidden_states", args[0] if args else None)
+        return tuple(n // side for n, side in zip(latents.shape[2:], model.config.patch_size, strict=True))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """As one of Wan's blocks: (B, L, D) → (B, L, D); a router may name `c`, the modulators (B, 6, D)."""
+        if temb.dim() != 3:
+            raise ConfigError("chunked blocks need one timestep a sample, got one for each token")
+        text = PackedText(encoder_hidden_states, None)
+        return super().forward(hidden_states, text=text, c=temb, rotary=rotary_emb)
+
+    def run_rows(
+        self, blocks: list[nn.Module], x: torch.Tensor, plan: ChunkPlan, text: PackedText, c: torch.Tensor, rotary
+    ) -> torch.Tensor:
+        """Rows → rows."""
+        cos, sin = rotary[0][0, :, 0, ::2].contiguous(), rotary[1][0, :, 0, 1::2].contiguous()
+        for block in blocks:
+            x = self.call(block, x, text, c, cos, sin, plan)
+        return x
