@@ -34,19 +34,26 @@ struct Place {
     int threads, block;
 };
 
-void plan_count(uintptr_t prob, uintptr_t keep, uintptr_t ban, bool is_double, uintptr_t fractions, float fraction,
-                double threshold, int batch, int64_t cells, int64_t capacity, int max_seqlen, int mode, uintptr_t prefix,
-                uintptr_t info, uintptr_t member_base, uintptr_t cu_seqlens, uintptr_t overflow, uintptr_t status,
-                const Place& place) {
-    CountArgs a{at<void>(prob),      at<uint8_t>(keep), at<uint8_t>(ban), at<float>(fractions), fraction,
-                threshold,           batch,             cells,            capacity,             mode,
-                at<int>(prefix),     at<int>(info),     at<int>(member_base),
-                at<int>(cu_seqlens), at<int>(overflow), at<int>(status),  max_seqlen};
+// Returns `status` on a CPU.
+std::array<int, 2> plan_count(uintptr_t prob, uintptr_t keep, uintptr_t ban, bool is_double, uintptr_t fractions,
+                              float fraction, uintptr_t rows, int64_t rows_all, int64_t budget, double threshold,
+                              int batch, int64_t cells, int64_t capacity, int max_seqlen, int mode, uintptr_t prefix,
+                              uintptr_t sums, uintptr_t info, uintptr_t member_base, uintptr_t cu_seqlens,
+                              uintptr_t overflow, uintptr_t status, const Place& place) {
+    CountArgs a{at<void>(prob), at<uint8_t>(keep),    at<uint8_t>(ban),    at<float>(fractions), fraction,
+                at<int>(rows),  rows_all,             budget,              threshold,            batch,
+                cells,          capacity,             mode,                at<int>(prefix),      at<int>(sums),
+                at<int>(info),  at<int>(member_base), at<int>(cu_seqlens), at<int>(overflow),    at<int>(status),
+                max_seqlen};
     py::gil_scoped_release release;
-    if (!place.cuda) return plan_count_cpu(a, is_double, place.threads, place.block);
+    if (!place.cuda) {
+        plan_count_cpu(a, is_double, place.threads, place.block);
+        return {a.status[0], a.status[1]};
+    }
 #ifdef DCDIT_CUDA
     check("plan_chunks", plan_count_cuda(a, is_double, at<void>(place.stream)));
 #endif
+    return {};
 }
 
 void plan_fill(std::array<int, 3> dim, int axes, int batch, int64_t cells, int64_t capacity, int mode, uintptr_t prefix,

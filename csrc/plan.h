@@ -41,18 +41,25 @@ struct CountArgs {
     const uint8_t* ban;     // (batch, cells), or null: no boundaries, and their numbers are not looked at; goes before `keep`
     const float* fraction;  // (batch,), or null: `fraction_all` for every sample
     float fraction_all;
+    const int* rows;        // (batch,), or null: `rows_all` for every sample
+    int64_t rows_all;       // the most probable cells of a sample, so many of them; -1: no such budget
+    int64_t budget;         // the most probable cells of the batch, so many of them; -1: no such budget
     double threshold;
     int batch;
     int64_t cells;
-    int64_t capacity;  // -1: as many rows as are retained
+    int64_t capacity;  // rows; past them the least probable cells of the batch go; -1: as many as are retained
     int mode;
     int* prefix;       // (batch, cells): retained cells up to and with this one
-    int* info;         // (batch, 3): retained cells; the first of them; cells past max_seqlen, or -1 where a cell is improper
+    int* sums;         // (batch, cells), or null where there is neither capacity nor budget
+    int* info;         // (batch, 4): retained cells; the first of them; cells past max_seqlen, or -1 for bad input; forced cells
     int* member_base;  // (batch + 1,): refilled cells of the samples before
     int* cu_seqlens;   // (batch + 1,)
     int* overflow;     // ()
-    int* status;       // (2,): retained cells of the batch, or -1 where a cell is improper; longest sample
+    int* status;       // (2,): retained cells of the batch, or -1 for bad input; longest sample
     int max_seqlen = INT_MAX;  // cells that a sample retains at most
+
+    // Any cell may then be retained, whatever the threshold.
+    HD bool budgeted() const { return rows || rows_all >= 0 || budget >= 0; }
 };
 
 struct FillArgs {
@@ -94,29 +101,32 @@ HD uint64_t ordered(double p) {
     return bits;
 }
 
-// The cells of one sample.
+// The cells of the samples from the b-th on.
 template <class Real>
 struct Cells {
+    using Key = decltype(ordered(Real()));
     const Real* prob;
     const uint8_t *keep, *ban;
     Real threshold;
+    unsigned cells;
+    bool budgeted;
 
     HD Cells(const CountArgs& a, int b)
         : prob(static_cast<const Real*>(a.prob) + b * a.cells), keep(a.keep ? a.keep + b * a.cells : nullptr),
-          ban(a.ban ? a.ban + b * a.cells : nullptr), threshold(Real(a.threshold)) {}
+          ban(a.ban ? a.ban + b * a.cells : nullptr), threshold(Real(a.threshold)), cells(unsigned(a.cells)),
+          budgeted(a.budgeted()) {}
 
     HD bool banned(int64_t i) const { return ban && ban[i]; }
-    HD bool forced(int64_t i) const { return keep && keep[i] && !banned(i); }
-    HD bool boundary(int64_t i) const { return forced(i) | (!banned(i) & (prob[i] > threshold)); }
+    // A sample's first and last cell, as a router forces them: others may have rounded to a probability of 1 as well.
+    HD bool forced_end(int64_t i) const {
+        return budgeted && prob[i] >= 1 && (unsigned(i) % cells == 0 || (unsigned(i) + 1) % cells == 0);
+    }
+    HD bool forced(int64_t i) const { return ((keep && keep[i]) || forced_end(i)) && !banned(i); }
+    HD bool candidate(int64_t i) const { return forced(i) | (!banned(i) & (budgeted | (prob[i] > threshold))); }
     // A number outside [0, 1], NaN among them, or a cell both kept and banned.
-    HD bool improper(int64_t i) const {
-        return banned(i) ? keep && keep[i] : !((prob[i] >= 0) & (prob[i] <= 1));
-    }
-    // What boundaries are ordered by: the larger stays.
-    HD auto key(int64_t i) const {
-        const auto bits = ordered(prob[i]);
-        return forced(i) ? decltype(bits)(~0ull) : bits;
-    }
+    HD bool improper(int64_t i) const { return banned(i) ? keep && keep[i] : !((prob[i] >= 0) & (prob[i] <= 1)); }
+    // What candidates are ordered by: the larger stays.
+    HD Key key(int64_t i) const { return forced(i) ? ~Key(0) : prob[i] > 0 ? ordered(prob[i]) : 0; }
 };
 
 // store(i, sum of load(0 .. i)) for i < n; returns the whole sum.
@@ -179,17 +189,38 @@ HD Key select(Exec& exec, Block& shared, int64_t n, int keep, Valid valid, Load 
     return chosen;
 }
 
-// Threshold and tail drop of sample b: prefix and info.
+// Of the `count` cells with valid(i) the `keep` of largest key stay, of equal keys the first: store(i, sum, before), with how
+// many stay up to and with cell i, and before() the same of the cell before it.
+template <class Key, class Exec, class Block, class Valid, class Load, class Store>
+HD void keep_largest(Exec& exec, Block& shared, int64_t n, int keep, int count, Valid valid, Load key, Store store) {
+    // A cell stays where its key is above `cut`, and so do the first `equals` of those equal to it.
+    Key cut = keep == 0 ? ~Key(0) : 0;
+    int equals = keep == 0 ? 0 : INT_MAX;
+    if (0 < keep && keep < count) cut = select<Key>(exec, shared, n, keep, valid, key, &equals);
+    auto kept = [&](int64_t sums) {
+        const int64_t equal = sums & 0x7fffffff;
+        return int(sums >> 32) + int(equal < equals ? equal : equals);
+    };
+    auto load = [&](int64_t i) {
+        const Key own = key(i);
+        const bool good = valid(i);
+        return pair(good & (own > cut), good & (own == cut));
+    };
+    scan(exec, shared, n, load, [&](int64_t i, int64_t sums) {
+        store(i, kept(sums), [&] { return kept(sums - load(i)); });
+    });
+}
+
+// Threshold, and tail drop or budget, of sample b: prefix and info.
 template <class Real, class Exec, class Block>
 HD void count_sample(Exec& exec, Block& shared, const CountArgs& a, int b) {
     const Cells<Real> cell(a, b);
-    using Key = decltype(ordered(Real()));
 
     exec.each([&](int t) { if (t == 0) shared.count = shared.forced = shared.improper = 0, shared.first = -1; });
     exec.each([&](int t) {
         int count = 0, forced = 0, improper = 0;
         for (int64_t i = t; i < a.cells; i += Exec::size) {
-            count += cell.boundary(i);
+            count += cell.candidate(i);
             forced += cell.forced(i);
             improper += cell.improper(i);
         }
@@ -197,71 +228,100 @@ HD void count_sample(Exec& exec, Block& shared, const CountArgs& a, int b) {
         if (forced) exec.add(&shared.forced, forced);
         if (improper) exec.add(&shared.improper, improper);
     });
-    const int count = shared.count;
-    const float dropped = float(count) * (a.fraction ? a.fraction[b] : a.fraction_all);
-    const int rest = dropped >= float(count) ? 0 : dropped >= 1 ? count - int(dropped) : count;
-    const int budget = rest > shared.forced ? rest : shared.forced;
-    const int keep = budget < a.max_seqlen ? budget : a.max_seqlen;
-
-    // A boundary stays where its key is above `cut`, and so do the first `equals` of those equal to it.
-    Key cut = 0;
-    int equals = 0;
-    if (keep == 0) cut = ~Key(0);
-    if (0 < keep && keep < count) {
-        cut = select<Key>(
-            exec, shared, a.cells, keep, [&](int64_t i) { return cell.boundary(i); },
-            [&](int64_t i) { return cell.key(i); }, &equals);
+    const int count = shared.count, forced = shared.forced;
+    int wanted = count;
+    bool bad = shared.improper;
+    if (a.budgeted()) {
+        const int64_t rows = a.rows ? a.rows[b] : a.rows_all >= 0 ? a.rows_all : a.cells;
+        bad |= rows < forced || rows > a.cells;
+        wanted = rows < 0 ? 0 : rows < count ? int(rows) : count;
+    } else {
+        const float dropped = float(count) * (a.fraction ? a.fraction[b] : a.fraction_all);
+        const int rest = dropped >= float(count) ? 0 : dropped >= 1 ? count - int(dropped) : count;
+        wanted = rest > forced ? rest : forced;
     }
+    const int keep = wanted < a.max_seqlen ? wanted : a.max_seqlen;
     int* prefix = a.prefix + b * a.cells;
-    auto kept = [&](int64_t sums) {
-        const int64_t equal = sums & 0x7fffffff;
-        return int(sums >> 32) + int(equal < equals ? equal : equals);
-    };
-    auto load = [&](int64_t i) {
-        const Key key = cell.key(i);
-        const bool boundary = cell.boundary(i);
-        return pair(boundary & (key > cut), boundary & (key == cut));
-    };
-    scan(exec, shared, a.cells, load, [&](int64_t i, int64_t sums) {
-        prefix[i] = kept(sums);
-        if (prefix[i] == 1 && kept(sums - load(i)) == 0) shared.first = int(i);
-    });
+    keep_largest<typename Cells<Real>::Key>(
+        exec, shared, a.cells, keep, count, [&](int64_t i) { return cell.candidate(i); },
+        [&](int64_t i) { return cell.key(i); },
+        [&](int64_t i, int sum, auto before) {
+            prefix[i] = sum;
+            if (sum == 1 && before() == 0) shared.first = int(i);
+        });
     exec.each([&](int t) {
         if (t == 0) {
-            a.info[3 * b] = keep;
-            a.info[3 * b + 1] = shared.first;
-            a.info[3 * b + 2] = shared.improper ? -1 : budget - keep;
+            int* info = a.info + 4 * b;
+            info[0] = keep, info[1] = shared.first, info[2] = bad ? -1 : wanted - keep, info[3] = forced;
+        }
+    });
+}
+
+// Of the `count` retained cells of the batch the `most` most probable stay: prefix and info once more, by one block.
+template <class Real, class Exec, class Block>
+HD void drop_least_probable(Exec& exec, Block& shared, const CountArgs& a, int most, int count) {
+    const Cells<Real> cell(a, 0);
+    const int64_t n = a.batch * a.cells;
+    const unsigned cells = unsigned(a.cells);
+    const int* prefix = a.prefix;
+    keep_largest<typename Cells<Real>::Key>(
+        exec, shared, n, most, count,
+        // Retained cells are counted from 1 in each sample; few cells need the division.
+        [&](int64_t i) { return prefix[i] == (i ? prefix[i - 1] : 0) + 1 || (prefix[i] == 1 && unsigned(i) % cells == 0); },
+        [&](int64_t i) { return cell.key(i); }, [&](int64_t i, int sum, auto) { a.sums[i] = sum; });
+    exec.each([&](int t) {
+        for (int64_t i = t; i < n; i += Exec::size) {
+            const int64_t b = unsigned(i) / cells, start = b * a.cells;
+            const int earlier = start ? a.sums[start - 1] : 0, sum = a.sums[i] - earlier;
+            a.prefix[i] = sum;
+            if (sum == 1 && (i == start || a.sums[i - 1] == earlier)) a.info[4 * b + 1] = int(i - start);
+            if (i == start + a.cells - 1) a.info[4 * b] = sum;
         }
     });
 }
 
 // Where each sample's rows and refilled cells start, and the two integers the host waits for.
-template <class Exec, class Block>
+template <class Real, class Exec, class Block>
 HD void place_samples(Exec& exec, Block& shared, const CountArgs& a) {
-    exec.each([&](int t) { if (t == 0) shared.longest = shared.improper = shared.count = 0, a.cu_seqlens[0] = a.member_base[0] = 0; });
-    const int64_t capacity = a.capacity < 0 ? a.batch * a.cells : a.capacity;
-    auto fits = [&](int64_t rows) { return int(rows < capacity ? rows : capacity); };
-    const int64_t total = scan(
-        exec, shared, a.batch,
-        [&](int64_t b) {
-            exec.max(&shared.longest, a.info[3 * b]);
-            const int past = a.info[3 * b + 2];
+    exec.each([&](int t) { if (t == 0) shared.improper = shared.count = shared.forced = 0, a.cu_seqlens[0] = a.member_base[0] = 0; });
+    exec.each([&](int t) {
+        for (int b = t; b < a.batch; b += Exec::size) {
+            const int past = a.info[4 * b + 2];
             if (past < 0) exec.max(&shared.improper, 1);
             if (past > 0) exec.add(&shared.count, past);
-            return int64_t(a.info[3 * b]);
-        },
-        [&](int64_t b, int64_t sum) { a.cu_seqlens[b + 1] = fits(sum); });
+            if (a.budget >= 0) exec.add(&shared.forced, a.info[4 * b + 3]);
+        }
+    });
+    auto place = [&] {
+        exec.each([&](int t) { if (t == 0) shared.longest = 0; });
+        return scan(
+            exec, shared, a.batch,
+            [&](int64_t b) {
+                exec.max(&shared.longest, a.info[4 * b]);
+                return int64_t(a.info[4 * b]);
+            },
+            [&](int64_t b, int64_t sum) { a.cu_seqlens[b + 1] = int(sum); });
+    };
+    int64_t live = place(), wanted = live + shared.count;
+    if (a.budget >= 0 && a.budget < wanted) wanted = a.budget;
+    int64_t most = a.capacity < 0 ? live : a.capacity;
+    if (a.budget >= 0 && a.budget < most) most = a.budget;
+    if (most < live) {
+        drop_least_probable<Real>(exec, shared, a, int(most), int(live));
+        live = place();
+    }
     scan(
         exec, shared, a.batch,
         [&](int64_t b) {
             if (a.cu_seqlens[b + 1] == a.cu_seqlens[b]) return int64_t(0);
-            return a.cells - (a.mode == kPrevious ? a.info[3 * b + 1] : 0);
+            return a.cells - (a.mode == kPrevious ? a.info[4 * b + 1] : 0);
         },
         [&](int64_t b, int64_t sum) { a.member_base[b + 1] = int(sum); });
     exec.each([&](int t) {
         if (t == 0) {
-            *a.overflow = int(total - fits(total)) + shared.count;
-            a.status[0] = shared.improper ? -1 : int(total);
+            const bool bad = shared.improper || (a.budget >= 0 && a.budget < shared.forced);
+            *a.overflow = int(wanted - live);
+            a.status[0] = bad ? -1 : int(live);
             a.status[1] = shared.longest;
         }
     });

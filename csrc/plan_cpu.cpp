@@ -37,7 +37,7 @@ void count(const CountArgs& a, int threads) {
     });
     HostBlock<Block> exec;
     Shared<Block> shared;
-    place_samples(exec, shared, a);
+    place_samples<Real>(exec, shared, a);
 }
 
 template <int Block>

@@ -72,10 +72,11 @@ __global__ void __launch_bounds__(kThreads, 1) plan_count_kernel(const __grid_co
     count_sample<Real>(exec, shared, a, blockIdx.x);
 }
 
+template <class Real>
 __global__ void __launch_bounds__(kThreads, 1) plan_place_kernel(const __grid_constant__ CountArgs a) {
     __shared__ Shared<kThreads> shared;
     CudaBlock exec;
-    place_samples(exec, shared, a);
+    place_samples<Real>(exec, shared, a);
 }
 
 __global__ void __launch_bounds__(kThreads, 1) plan_fill_kernel(const __grid_constant__ FillArgs a, int64_t scratch, bool in_shared) {
@@ -84,6 +85,12 @@ __global__ void __launch_bounds__(kThreads, 1) plan_fill_kernel(const __grid_con
     CudaBlock exec;
     if (blockIdx.x < a.batch) fill_sample(exec, shared, a, blockIdx.x, in_shared ? fast : a.scratch + blockIdx.x * scratch);
     fill_tail(exec, a, blockIdx.x, gridDim.x);
+}
+
+template <class Real>
+void count_and_place(const CountArgs& a, cudaStream_t stream) {
+    if (a.batch) plan_count_kernel<Real><<<a.batch, kThreads, 0, stream>>>(a);
+    plan_place_kernel<Real><<<1, kThreads, 0, stream>>>(a);
 }
 
 const char* last_error() {
@@ -100,10 +107,7 @@ std::array<int, 2> cuda_versions() {
 }
 
 const char* plan_count_cuda(const CountArgs& a, bool is_double, void* stream) {
-    const auto s = static_cast<cudaStream_t>(stream);
-    if (a.batch && is_double) plan_count_kernel<double><<<a.batch, kThreads, 0, s>>>(a);
-    if (a.batch && !is_double) plan_count_kernel<float><<<a.batch, kThreads, 0, s>>>(a);
-    plan_place_kernel<<<1, kThreads, 0, s>>>(a);
+    (is_double ? count_and_place<double> : count_and_place<float>)(a, static_cast<cudaStream_t>(stream));
     return last_error();
 }
 

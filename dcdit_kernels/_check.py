@@ -92,25 +92,3 @@ def one_device(op: str, first: torch.Tensor, others: Mapping[str, torch.Tensor |
 def packed(op: str, name: str, tensor: torch.Tensor, plan: Packing) -> None:
     """`tensor` must be packed features of this packing, (capacity, D)."""
     shaped(op, name, tensor, plan.capacity, None)
-
-
-def proper_cells(
-    op: str, prob: torch.Tensor, keep: torch.Tensor | None = None, ban: torch.Tensor | None = None
-) -> None:
-    """Raise where a cell (B, L) is both kept and banned, or where the number of one that is not banned is outside
-    [0, 1], with the first of them; where some are NaN, with their count."""
-    if ban is not None:
-        both = None if keep is None else keep & ban
-        if both is not None and both.any():
-            sample, cell = divmod(int(both.flatten().int().argmax()), prob.shape[1])
-            raise ValueError(f"{op}: a cell must be kept or banned, got both in sample {sample} at cell {cell}")
-        prob = torch.where(ban, 0.0, prob)
-    if bool(((prob >= 0) & (prob <= 1)).all()):
-        return
-    missing = prob.isnan()
-    bad = missing if missing.any() else (prob < 0) | (prob > 1)
-    sample, cell = divmod(int(bad.flatten().int().argmax()), prob.shape[1])
-    if missing.any():
-        raise ValueError(f"{op}: boundary_prob has {int(bad.sum())} NaN, the first in sample {sample} at cell {cell}")
-    value = prob[sample, cell].item()
-    raise ValueError(f"{op}: boundary_prob must be in [0, 1], got {value} in sample {sample} at cell {cell}")

@@ -26,8 +26,8 @@ class ChunkPlan(Packing):
     - `member_offsets` int32 (capacity + 1,), `member_index` int32 (batch_size·L,): `nearest` inverted, as CSR.
       Row r refills the cells `member_index[member_offsets[r]:member_offsets[r + 1]]`, in ascending order;
       entries past `member_offsets[-1]` are -1.
-    - `overflow` int32 (): boundary cells that were dropped as a sample's rows past a given `max_seqlen`, or, from the
-      end of the batch, as rows past a fixed `capacity`.
+    - `overflow` int32 (): cells that were to stay and were dropped as a sample's rows past a given `max_seqlen`, or as
+      rows past a fixed `capacity`: the least probable of the sample, or of the batch.
 
     `max_seqlen` is exact unless `capacity` was given, and so is every row live (`exact`).
     """

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ._autograd import KernelFunction
-from ._check import proper_cells
+from ._plan_input import check_values
 from ._triton_support import assume_constant, capability
 from .chunk_plan import ChunkPlan
 
@@ -88,22 +88,29 @@ def plan_chunks(
     max_seqlen: int | None = None,
     keep: torch.Tensor | None = None,
     ban: torch.Tensor | None = None,
+    budget: int | None = None,
+    budget_per_sample: int | torch.Tensor | None = None,
+    exact: bool = False,
     *,
     block: int = 1,
 ) -> ChunkPlan:
     """See `dcdit_kernels.plan_chunks`.
 
-    On CUDA three launches, a block per sample; on a CPU threads over samples. Workspace in integers: B·L, and 2·B·L
-    (3 for 3D) more on a GPU, 8·L (9) per thread on a CPU. Numbers outside [0, 1] are refused on a CPU, and on a
-    GPU unless `capacity` is given. `block` is for tests: threads of a sample's block on the CPU, 1 or 64.
+    On CUDA three launches, a block per sample; on a CPU threads over samples. Workspace in integers: B·L, with a
+    capacity 2·B·L, and 2·B·L (3 for 3D) more on a GPU, 8·L (9) per thread on a CPU. Numbers outside [0, 1] are refused
+    on a CPU, and on a GPU unless `capacity` is given. `exact` promises that all rows of the capacity will be live.
+    `block` is for tests: threads of a sample's block on the CPU, 1 or 64.
     """
+    boundary_prob = boundary_prob.detach()
+    limits = capacity, max_seqlen, keep, ban, budget, budget_per_sample, exact
     with device_of(boundary_prob):
-        return _plan_chunks(
-            boundary_prob.detach(), grid, drop_fraction, threshold, nearest, capacity, max_seqlen, keep, ban, block
-        )
+        return _plan_chunks(boundary_prob, grid, drop_fraction, threshold, nearest, *limits, block)
 
 
-def _plan_chunks(boundary_prob, grid, drop_fraction, threshold, nearest, capacity, max_seqlen, keep, ban, block):
+def _plan_chunks(
+    boundary_prob, grid, drop_fraction, threshold, nearest,
+    capacity, max_seqlen, keep, ban, budget, budget_per_sample, exact, block
+):  # fmt: skip
     (batch, cells), device = boundary_prob.shape, boundary_prob.device
     # Euclidean distance along a single axis is the 1d distance, ties included.
     if nearest in ("2d", "3d"):
@@ -119,32 +126,39 @@ def _plan_chunks(boundary_prob, grid, drop_fraction, threshold, nearest, capacit
     fractions = None
     if isinstance(drop_fraction, torch.Tensor):
         fractions = drop_fraction.detach().to(device, torch.float32).expand(batch).contiguous()
+    rows = None
+    if isinstance(budget_per_sample, torch.Tensor):
+        rows, budget_per_sample = budget_per_sample.to(device, torch.int32).expand(batch).contiguous(), None
 
     where = place(device, min(batch, 1 + batch * cells // CELLS_PER_THREAD), block)
     blocks, block = (batch, 1024) if device.type == "cuda" else (where.threads, block)
-    # Both calls see these integers: scratch, status (2), prefix (B·L), info (3·B), member_base (B + 1).
+    # Both calls see these integers: scratch, status (2), prefix (B·L), info (4·B), member_base (B + 1), sums (B·L).
     first = _C.scratch_ints(cells, len(grid), block) * blocks
-    shared = torch.empty(first + batch * cells + 4 * batch + 3, dtype=torch.int32, device=device)
+    sums = 0 if capacity is None else batch * cells
+    shared = torch.empty(first + batch * cells + 5 * batch + 3 + sums, dtype=torch.int32, device=device)
     ints, scratch = shared.new_empty, shared.data_ptr()
     status = scratch + 4 * first
     prefix = status + 4 * 2
     info = prefix + 4 * batch * cells
-    member_base = info + 4 * 3 * batch
+    member_base = info + 4 * 4 * batch
     cu_seqlens, overflow = ints(batch + 1), ints(())
     limit = cells if max_seqlen is None else min(cells, max_seqlen)
-    _C.plan_count(
+    status_here = _C.plan_count(
         prob.data_ptr(), *(0 if mask is None else mask.data_ptr() for mask in masks), prob.dtype == torch.float64,
-        0 if fractions is None else fractions.data_ptr(), 0.0 if fractions is not None else drop_fraction, threshold,
-        batch, cells, -1 if capacity is None else capacity, limit, mode,
-        prefix, info, member_base, cu_seqlens.data_ptr(), overflow.data_ptr(), status, where,
+        0 if fractions is None else fractions.data_ptr(), 0.0 if fractions is not None else drop_fraction,
+        0 if rows is None else rows.data_ptr(), *(-1 if n is None else n for n in (budget_per_sample, budget)),
+        threshold, batch, cells, -1 if capacity is None else capacity, limit, mode,
+        prefix, member_base + 4 * (batch + 1), info, member_base, cu_seqlens.data_ptr(), overflow.data_ptr(), status,
+        where,
     )  # fmt: skip
-    exact, longest = capacity is None, min(limit, capacity or 0)
+    longest = min(limit, capacity or 0)
     if capacity is None or device.type == "cpu":
-        total, retained = shared[first : first + 2].tolist()  # the one copy from the device
+        # The one copy from the device.
+        total, retained = status_here if device.type == "cpu" else shared[first : first + 2].tolist()
         if total < 0:
-            proper_cells("plan_chunks", boundary_prob, keep, ban)
+            check_values(boundary_prob, keep, ban, budget, budget_per_sample if rows is None else rows)
         if capacity is None:
-            capacity, longest = total, retained
+            capacity, longest, exact = total, retained, True
 
     token_index, sample_index, member_offsets = ints(capacity), ints(capacity), ints(capacity + 1)
     nearest_row, member_index = ints(batch * cells), ints(batch * cells)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral, Real
+from numbers import Real
 
 import torch
 
 from . import _library, native
 from ._check import floating, require, shaped, traced
 from ._ops import Backend, Operator
+from ._plan_input import SIZES, check_budget, check_masks, rows_of_budget
 from .chunk_plan import ChunkPlan
 from .packing import kept_for_backward
 
-SIZES = (int, torch.SymInt, Integral)  # cheapest first
 NEAREST = ("2d", "3d", "1d", "previous")
 
 OPERATOR = Operator("plan_chunks", native=Backend("dcdit_kernels.native:plan_chunks", native.why_not))
@@ -31,6 +31,8 @@ def plan_chunks(
     max_seqlen: int | None = None,
     keep: torch.Tensor | None = None,
     ban: torch.Tensor | None = None,
+    budget: int | None = None,
+    budget_per_sample: int | torch.Tensor | None = None,
     backend: str | None = None,
 ) -> ChunkPlan:
     """Decide which cells stay, pack them, and find who refills whom (arXiv 2603.06351 section 3).
@@ -47,7 +49,8 @@ def plan_chunks(
             ties to the lowest raster index; "1d" the least |i - j|, ties to the left; "previous" the last
             retained cell at or before it.
         capacity: rows of every packed tensor. None: exactly the retained tokens, at the price of one
-            device-to-host copy. A number: no synchronisation; see `ChunkPlan.overflow`.
+            device-to-host copy. A number: no synchronisation; what has no room is the least probable of the whole
+            batch, counted in `ChunkPlan.overflow`.
         valid: bool (B, L), False at padded cells. Those are no boundaries, whatever their probability, and are
             refilled as other cells are.
         max_seqlen: rows that a sample takes at most, for attention's launches under a fixed capacity: without it they
@@ -57,10 +60,15 @@ def plan_chunks(
             past `max_seqlen` they are the last to go, the later first.
         ban: bool (B, L), True at cells that are none. A cell may not be both kept and banned, nor kept and padded;
             where nobody looks (on a GPU with a fixed capacity, under torch.compile) it is banned.
+        budget: in place of ρ and threshold, the most probable cells of the batch, so many of them, whichever their
+            samples; of equal p the earlier. Forced cells come first: those of `keep`, and each sample's first and last
+            where their p is 1. Without a capacity there are so many rows and no synchronisation.
+        budget_per_sample: likewise the most probable cells of each sample: one number, or integers () or (B,). A
+            number needs no synchronisation either.
 
-    Raises ValueError for a wrong shape, grid, ρ, threshold, mask or probability (on a GPU with a fixed
-    capacity probabilities and masks are not looked at), TypeError for a wrong dtype, BackendError where `backend`
-    cannot run.
+    Raises ValueError for a wrong shape, grid, ρ, budget, threshold, mask or probability (on a GPU with a fixed
+    number of rows probabilities, masks and tensors of budgets are not looked at), TypeError for a wrong dtype,
+    BackendError where `backend` cannot run.
     """
     grid = tuple(grid)
     require(nearest in NEAREST, "plan_chunks: nearest must be one of {}, got {!r}", NEAREST, nearest)
@@ -73,45 +81,34 @@ def plan_chunks(
     shaped("plan_chunks", "boundary_prob", boundary_prob, None, math.prod(grid))
     fits = isinstance(threshold, (float, Real)) and 0 <= threshold <= 1
     require(fits, "plan_chunks: threshold must be in [0, 1], got {}", threshold)
-    for name, mask in (("valid", valid), ("keep", keep), ("ban", ban)):
-        if mask is not None:
-            shaped("plan_chunks", name, mask, *boundary_prob.shape)
-            if mask.dtype != torch.bool:
-                raise TypeError(f"plan_chunks: {name} must be bool, got {mask.dtype}")
-            require(mask.device == boundary_prob.device, "plan_chunks: {} must be on {}, as boundary_prob is, got {}",
-                    name, boundary_prob.device, mask.device)  # fmt: skip
+    check_masks(boundary_prob, valid=valid, keep=keep, ban=ban)
     if valid is not None:
         ban = ~valid if ban is None else ban | ~valid
     for name, rows in (("capacity", capacity), ("max_seqlen", max_seqlen)):
         fits = rows is None or (isinstance(rows, int | torch.SymInt) and rows >= 0)
         require(fits, "plan_chunks: {} must be a number of rows, 0 or more, got {!r}", name, rows)
     compiling = traced(boundary_prob)
-    if isinstance(drop_fraction, torch.Tensor):
-        if drop_fraction.dim() > 0:
-            shaped("plan_chunks", "drop_fraction", drop_fraction, boundary_prob.shape[0])
-        if drop_fraction.device.type == "cpu" and not compiling:  # on a GPU this look would be a synchronisation
-            bad = drop_fraction[~((drop_fraction >= 0) & (drop_fraction < 1))].tolist()
-            require(not bad, "plan_chunks: drop_fraction must be in [0, 1), got {}", *bad[:1])
-    else:
-        fits = isinstance(drop_fraction, (float, Real))
-        require(fits, "plan_chunks: drop_fraction must be a number or a tensor, got {!r}", drop_fraction)
-        require(0 <= drop_fraction < 1, "plan_chunks: drop_fraction must be in [0, 1), got {}", drop_fraction)
+    budgets = budget, budget_per_sample
+    check_budget(boundary_prob, drop_fraction, *budgets, look=not compiling)
+    exact, capacity, max_seqlen = rows_of_budget(boundary_prob, capacity, max_seqlen, ban, *budgets)
     if not compiling:
         count = boundary_prob.numel()
         require(count < 2**31, "plan_chunks: cells are counted in int32, got {} of them", count)
         with kept_for_backward():
-            args = (boundary_prob, grid, drop_fraction, threshold, nearest, capacity, max_seqlen, keep, ban)
-            return OPERATOR.run(backend, *args)
+            args = boundary_prob, grid, drop_fraction, threshold, nearest, capacity, max_seqlen, keep, ban, *budgets
+            return OPERATOR.run(backend, *args, exact)
     if not isinstance(drop_fraction, torch.Tensor):  # a number would be compiled in, each of them anew
         drop_fraction = torch.full((), drop_fraction, dtype=torch.float32, device=boundary_prob.device)
-    options = threshold, nearest, capacity, max_seqlen, keep, ban, backend
+    if budget_per_sample is not None and not isinstance(budget_per_sample, torch.Tensor):
+        budget_per_sample = torch.full((), budget_per_sample, dtype=torch.int32, device=boundary_prob.device)
+    options = threshold, nearest, capacity, max_seqlen, keep, ban, budget, budget_per_sample, backend
     tensors = torch.ops.dcdit.plan_chunks(boundary_prob, drop_fraction, grid, *options)
     parts = dict(zip(_library.PLAN_TENSORS, tensors, strict=True))
     # A graph does not know the longest sample before it runs; max_seqlen may be an upper bound.
     rows = parts["token_index"].shape[0]
     longest = math.prod(grid) if max_seqlen is None else min(math.prod(grid), max_seqlen)
     sizes = {"batch_size": boundary_prob.shape[0], "capacity": rows, "max_seqlen": longest}
-    return ChunkPlan.unchecked(grid=grid, **sizes, **parts, exact=capacity is None)
+    return ChunkPlan.unchecked(grid=grid, **sizes, **parts, exact=exact)
 
 
 def _plan_tensors(prob, drop_fraction, grid, *options):
@@ -137,7 +134,8 @@ def _plan_fake(prob, drop_fraction, grid, threshold, nearest, capacity, *_):
 
 _library.implement(
     "plan_chunks(Tensor boundary_prob, Tensor drop_fraction, int[] grid, float threshold, str nearest, "
-    "SymInt? capacity, SymInt? max_seqlen, Tensor? keep, Tensor? ban, str? backend) -> Tensor[]",
+    "SymInt? capacity, SymInt? max_seqlen, Tensor? keep, Tensor? ban, "
+    "SymInt? budget, Tensor? budget_per_sample, str? backend) -> Tensor[]",
     _plan_tensors,
     _plan_fake,
 )

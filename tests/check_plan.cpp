@@ -36,6 +36,7 @@ struct Problem {
     std::vector<float> prob;
     int max_seqlen = INT_MAX;
     bool masked = false;  // a part of the cells kept, another banned
+    int64_t rows = -1, budget = -1;
     int64_t cells() const { return int64_t(dim[0]) * dim[1] * dim[2]; }
     // Of five cells two are kept (1) and one is banned (2).
     std::vector<uint8_t> mask(int kind) const {
@@ -145,7 +146,7 @@ void as_block(F f) {
 struct Threads : Cpu<64> {
     static void count(const CountArgs& a) {
         for (int b = 0; b < a.batch; ++b) as_block([&](auto& exec, auto& shared) { count_sample<float>(exec, shared, a, b); });
-        as_block([&](auto& exec, auto& shared) { place_samples(exec, shared, a); });
+        as_block([&](auto& exec, auto& shared) { place_samples<float>(exec, shared, a); });
     }
     static void fill(const FillArgs& a) {
         for (int b = 0; b < a.batch; ++b) as_block([&](auto& exec, auto& shared) { fill_sample(exec, shared, a, b, a.scratch); });
@@ -163,13 +164,15 @@ struct Buffers {
     template <class T> using Array = typename Where::template Array<T>;
     Array<float> prob;
     Array<uint8_t> keep, ban;
-    Array<int> prefix, info, base, cu, overflow, status;
+    Array<int> prefix, sums, info, base, cu, overflow, status;
     CountArgs count;
 
     explicit Buffers(const Problem& p)
-        : prob(p.prob), keep(p.mask(1)), ban(p.mask(2)), prefix(p.batch * p.cells()), info(3 * p.batch), base(p.batch + 1), cu(p.batch + 1), overflow(1),
+        : prob(p.prob), keep(p.mask(1)), ban(p.mask(2)), prefix(p.batch * p.cells()), sums(p.batch * p.cells()),
+          info(4 * p.batch), base(p.batch + 1), cu(p.batch + 1), overflow(1),
           status(2),
-          count{prob.data(), p.masked ? keep.data() : nullptr, p.masked ? ban.data() : nullptr, nullptr, p.drop, 0.5, p.batch, p.cells(), p.capacity, p.mode, prefix.data(), info.data(),
+          count{prob.data(), p.masked ? keep.data() : nullptr, p.masked ? ban.data() : nullptr, nullptr, p.drop, nullptr,
+                p.rows, p.budget, 0.5, p.batch, p.cells(), p.capacity, p.mode, prefix.data(), sums.data(), info.data(),
                 base.data(), cu.data(), overflow.data(), status.data(), p.max_seqlen} {}
 };
 
@@ -214,10 +217,12 @@ std::vector<Problem> problems() {
     std::vector<Problem> out;
     for (auto dim : grids)
         for (int mode : {kGrid, kLine, kPrevious})
-            for (int kind = 0; kind < 3; ++kind) {
+            for (int kind = 0; kind < 5; ++kind) {
                 Problem p{dim, dim[2] > 1 ? 3 : 2, 3 + int(random() % 2), mode, -1, kind == 1 ? 0.0f : 0.4f, {}, INT_MAX};
                 const int64_t all = p.batch * p.cells();
-                if (kind) p.capacity = kind == 1 ? all + 5 : all / 4;  // spare rows; too few for some
+                if (kind == 1 || kind == 2) p.capacity = kind == 1 ? all + 5 : all / 4;  // spare rows; too few for some
+                if (kind == 3) p.capacity = p.budget = all * 2 / 5;  // the most probable of the batch
+                if (kind == 4) p.rows = p.cells() / 2;  // of each sample
                 if (kind == 2) p.max_seqlen = int(p.cells() / 5);  // the longest samples lose their least probable
                 p.prob = draw(random, p.batch, p.cells(), kind == 0 ? 1.0f : 0.3f);
                 p.masked = kind == 2 || mode == kLine;

@@ -327,7 +327,7 @@ def test_plan(grid):
 
 
 def test_fixed_capacity():
-    """Spare rows are -1; rows that do not fit are cut from the end of the batch and counted."""
+    """Spare rows are -1; the least probable that do not fit go, of equals the later, and are counted."""
     prob = torch.full((2, 6), 0.9)
     plan = K.plan_chunks(prob, (2, 3), capacity=15)
     assert plan.capacity == 15 and plan.token_index.tolist() == [*range(12), -1, -1, -1] and plan.overflow == 0

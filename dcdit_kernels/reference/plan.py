@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .._check import proper_cells
+from .._plan_input import check_values, forced_cells
 from ..chunk_plan import ChunkPlan
 
 
@@ -20,25 +20,41 @@ def plan_chunks(
     max_seqlen: int | None = None,
     keep: torch.Tensor | None = None,
     ban: torch.Tensor | None = None,
+    budget: int | None = None,
+    budget_per_sample: int | torch.Tensor | None = None,
+    exact: bool = False,
 ) -> ChunkPlan:
-    """See `dcdit_kernels.plan_chunks`. Memory: one (L, M_b) distance matrix at a time."""
-    proper_cells("plan_chunks", boundary_prob, keep, ban)
+    """See `dcdit_kernels.plan_chunks`. Memory: one (L, M_b) distance matrix at a time.
+
+    `exact` promises that all rows of the capacity will be live.
+    """
+    check_values(boundary_prob, keep, ban, budget, budget_per_sample)
     batch, cells = boundary_prob.shape
     device = boundary_prob.device
     limit = cells if max_seqlen is None else min(cells, max_seqlen)
-    prob, forced = boundary_prob.detach(), torch.zeros_like(boundary_prob, dtype=torch.bool) if keep is None else keep
-    prob = prob if ban is None else torch.where(ban, 0.0, prob)
-    wanted = tail_drop(prob, drop_fraction, threshold, forced)
-    mask = tail_drop(prob, drop_fraction, threshold, forced, limit)
-    kept = mask.flatten().nonzero().squeeze(1)[:capacity]
-    overflow = (wanted.sum() - kept.numel()).to(torch.int32)
+    prob = boundary_prob.detach()
+    budgeted = budget is not None or budget_per_sample is not None
+    forced = forced_cells(prob, keep, ban, budgeted)
+    free = torch.ones_like(forced) if budgeted else prob > threshold
+    candidates = forced | (free if ban is None else free & ~ban)
+    if budgeted:
+        rows = cells if budget_per_sample is None else budget_per_sample
+        wanted = candidates.sum(1).minimum(torch.as_tensor(rows, device=device))
+    else:
+        wanted = tail_drop(candidates.sum(1), drop_fraction).maximum(forced.sum(1))
+    key = torch.where(forced, 2.0, prob)
+    mask = largest(key, candidates, wanted.clamp(max=limit)[:, None])
+    most = min((rows for rows in (budget, capacity) if rows is not None), default=mask.numel())
+    kept = largest(key.view(1, -1), mask.view(1, -1), most).flatten().nonzero().squeeze(1)
+    asked = wanted.sum() if budget is None else wanted.sum().clamp(max=budget)
+    overflow = (asked - kept.numel()).to(torch.int32)
     live = kept.numel()
-    exact = capacity is None
     lengths = torch.bincount(kept // cells, minlength=batch)
     cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=device)
     cu_seqlens[1:] = lengths.cumsum(0)
 
-    if exact:
+    if capacity is None:
+        exact = True
         capacity, max_seqlen = live, int(lengths.max()) if batch else 0
     else:
         max_seqlen = min(limit, capacity)
@@ -70,30 +86,17 @@ def plan_chunks(
     )
 
 
-def tail_drop(
-    boundary_prob: torch.Tensor,
-    drop_fraction: float | torch.Tensor,
-    threshold: float,
-    forced: torch.Tensor,
-    most: int | None = None,
-) -> torch.Tensor:
-    """Boundary mask (B, L): p > threshold or forced, less the floor(n_b·ρ_b) of lowest p that are not forced.
+def tail_drop(count: torch.Tensor, drop_fraction: float | torch.Tensor) -> torch.Tensor:
+    """Boundaries that stay of n_b (B,): n_b - floor(n_b·ρ_b), the product in float32."""
+    fraction = torch.as_tensor(drop_fraction, dtype=torch.float32, device=count.device)
+    return count - (count.to(torch.float32) * fraction).floor().to(count.dtype)
 
-    Of equals the later cell goes. With `most` further ones of lowest p go, forced ones last, until no sample has more
-    than that.
-    """
-    natural = forced | (boundary_prob > threshold)
-    count = natural.sum(1)
-    fraction = torch.as_tensor(drop_fraction, dtype=torch.float32, device=boundary_prob.device)
-    keep = count - (count.to(torch.float32) * fraction).floor().to(count.dtype)
-    keep = keep.maximum(forced.sum(1))
-    keep = keep if most is None else keep.clamp(max=most)
-    key = torch.where(natural, boundary_prob, -1.0).masked_fill(forced, 2.0)
-    order = torch.argsort(key, dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-    )
-    return natural & (rank < keep[:, None])
+
+def largest(key: torch.Tensor, valid: torch.Tensor, keep: torch.Tensor | int) -> torch.Tensor:
+    """Of each row's valid cells those with the `keep` largest keys, of equal keys the first, as a mask."""
+    order = torch.argsort(torch.where(valid, key, -1.0), dim=1, descending=True, stable=True)
+    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return valid & (torch.empty_like(order).scatter_(1, order, place) < keep)
 
 
 def nearest_rows(kept: torch.Tensor, lengths: list[int], grid: tuple[int, ...], nearest: str) -> torch.Tensor:
