@@ -122,7 +122,7 @@ struct Cells {
         return budgeted && prob[i] >= 1 && (unsigned(i) % cells == 0 || (unsigned(i) + 1) % cells == 0);
     }
     HD bool forced(int64_t i) const { return ((keep && keep[i]) || forced_end(i)) && !banned(i); }
-    HD bool candidate(int64_t i) const { return forced(i) | (!banned(i) & (budgeted | (prob[i] > threshold))); }
+    HD bool candidate(int64_t i) const { return forced(i) || (!banned(i) && (budgeted || prob[i] > threshold)); }
     // A number outside [0, 1], NaN among them, or a cell both kept and banned.
     HD bool improper(int64_t i) const { return banned(i) ? keep && keep[i] : !((prob[i] >= 0) & (prob[i] <= 1)); }
     // What candidates are ordered by: the larger stays.
@@ -167,6 +167,7 @@ HD Key select(Exec& exec, Block& shared, int64_t n, int keep, Valid valid, Load 
             for (int i = t; i < 256; i += Exec::size) shared.histogram[i] = 0;
         });
         exec.each([&](int t) {
+            if (t == 0) shared.digit = shared.before = 0;
             for (int64_t i = t; i < n; i += Exec::size) {
                 const Key key = load(i);
                 const bool hit = valid(i) & ((key ^ chosen) >> shift < 256);
@@ -183,7 +184,7 @@ HD Key select(Exec& exec, Block& shared, int64_t n, int keep, Valid valid, Load 
                 }
             });
         chosen |= Key(shared.digit) << shift;
-        keep -= shared.before;  // two barriers before either is written again
+        keep -= shared.before;  // a barrier before either is written again
     }
     *equals = keep;
     return chosen;

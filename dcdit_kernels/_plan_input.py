@@ -101,8 +101,8 @@ def check_values(
     prob: torch.Tensor,
     keep: torch.Tensor | None,
     ban: torch.Tensor | None,
-    budget: int | None,
-    budget_per_sample: int | torch.Tensor | None,
+    budget: int | None = None,
+    budget_per_sample: int | torch.Tensor | None = None,
 ) -> None:
     """Raise ValueError for values that do not fit; looks at all of them.
 

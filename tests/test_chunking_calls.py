@@ -104,6 +104,14 @@ def test_a_budget_by_attribute_or_by_call():
     assert chunking.routing.plan.lengths.tolist() == [8] * 3  # of 15, 7 are dropped
     chunking(h, scale, drop_fraction=0.5, ban=None, keep=chunking.ban)
     assert chunking.routing.boundary_mask[chunking.ban].all()
+    chunking.ban, chunking.drop_fraction = None, 0.5
+    chunking(h, scale, budget=20)
+    assert chunking.routing.plan.lengths.sum() == chunking.routing.plan.capacity == 20
+    chunking.drop_fraction, chunking.budget_per_sample = 0.0, 7
+    chunking(h, scale)
+    assert chunking.routing.plan.exact and chunking.routing.plan.lengths.tolist() == [7] * 3
+    chunking(h, scale, drop_fraction=0.5)
+    assert chunking.routing.plan.lengths.tolist() == [10] * 3
 
 
 def build_dropped(h, scale):

@@ -85,6 +85,26 @@ def test_any_number_of_rows_loses_no_token(net, graph):
     assert graph.eager["first batch of its shape"] == 2
 
 
+def test_a_budget_is_a_number_of_rows(net, graph):
+    """A graph for each number, without a look at the device; a tensor of budgets is an input, as ρ is."""
+    for budget in ({"budget": 90}, {"budget": 90}, {"budget": 70}, {"budget_per_sample": 30}):
+        inputs = batch()
+        got, want = graph(*inputs, 0.0, True, **budget), net(*inputs, 0.0, True, **budget)
+        assert_same(got, want)
+        assert got[1].plan.exact and got[1].plan.capacity == budget.get("budget", 90)
+    assert (graph.captures, graph.replays) == (3, 4)
+    for rows in ([9, 20, 64], [30, 31, 32], [2, 64, 2]):
+        inputs, limits = batch(), {"budget_per_sample": torch.tensor(rows), "capacity": 100}
+        assert_same(graph(*inputs, 0.0, True, **limits), net(*inputs, 0.0, True, **limits))
+    assert (graph.captures, graph.replays, graph.eager) == (4, 7, {})
+    for rows in ([9, 20, 64], [9, 20, 64]):
+        inputs, limits = batch(), {"budget_per_sample": torch.tensor(rows)}
+        torch.testing.assert_close(graph(*inputs, **limits), net(*inputs, **limits), rtol=1e-5, atol=1e-6)
+    assert graph.eager == {"first batch of its shape": 1}
+    with pytest.raises(ValueError, match="exclude each other, got drop_fraction and budget"):
+        graph(*batch(), 0.5, budget=90)
+
+
 @pytest.mark.parametrize("cells", [1, 64, 65, 1024])
 def test_room(cells):
     for lengths in ([0], [cells], [cells, 0, cells // 2], [cells // 3] * 7):

@@ -236,6 +236,7 @@ def test_by_size():
         ({"drop_fraction": torch.zeros(2)}, r"drop_fraction must have shape \(7\), got \(2,\)"),
         ({"drop_fraction": 1.0}, r"drop_fraction must be in \[0, 1\), got 1.0"),
         ({"capacity": 60}, "capacity is for samples of one size: leave it out for a list"),
+        ({"budget": 60}, "budget is for samples of one size: leave it out for a list"),
     ],
 )
 def test_bad_input(model, change, message):

@@ -83,7 +83,7 @@ def test_a_routing_that_does_not_fit():
         model(x[:2], t[:2], y[:2], routing=routing)
     mask = torch.zeros(3, 30, dtype=torch.bool)
     budgets = [{"drop_fraction": 0.5}, {"drop_fraction": torch.zeros(3)}, {"capacity": 9}, {"max_seqlen": 9}]
-    for budget in (*budgets, {"keep": mask}, {"ban": mask}):
+    for budget in (*budgets, {"keep": mask}, {"ban": mask}, {"budget": 30}, {"budget_per_sample": 9}):
         with pytest.raises(ValueError, match=f"{next(iter(budget))} must be left out beside a routing"):
             model(x, t, y, routing=routing, **budget)
 
@@ -102,6 +102,28 @@ def test_kept_and_banned_cells():
     assert model.router.score.weight.grad.abs().max() > 0
     with pytest.raises(ValueError, match=r"plan_chunks: keep must have shape \(3, 30\), got \(3, 6, 5\)"):
         model(x, t, y, keep=keep.view(3, 6, 5))
+
+
+@pytest.mark.parametrize(
+    "budget", [{"budget": 40}, {"budget_per_sample": 13}, {"budget_per_sample": torch.tensor([5, 30, 2])}]
+)
+def test_budgets(budget):
+    """Exactly so many tokens, forced ones among them, with the gradients of any other routing."""
+    model, (x, t, y) = build(), batch()
+    out, routing = model(x, t, y, return_routing=True, **budget)
+    (rows,) = budget.values()
+    wanted = [rows] * 3 if isinstance(rows, int) else rows.tolist()
+    assert int(routing.plan.lengths.sum()) == routing.plan.capacity == (40 if "budget" in budget else sum(wanted))
+    assert "budget" in budget or routing.plan.lengths.tolist() == wanted
+    assert routing.boundary_mask[:, [0, -1]].all() and routing.plan.exact
+    out.square().mean().backward()
+    grads = [p.grad for p in (model.stem.weight, model.router.score.weight)]
+    model.zero_grad()
+    model(x, t, y, keep=routing.boundary_mask, ban=~routing.boundary_mask).square().mean().backward()
+    for grad, p in zip(grads, (model.stem.weight, model.router.score.weight), strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match="exclude each other, got drop_fraction and budget"):
+        model(x, t, y, 0.3, **budget)
 
 
 def test_a_router_that_sees_the_conditioning():

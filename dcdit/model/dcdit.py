@@ -108,6 +108,8 @@ class DCDiT(nn.Module):
         max_seqlen: int | None = None,
         keep: torch.Tensor | Sequence[torch.Tensor] | None = None,
         ban: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        budget: int | None = None,
+        budget_per_sample: int | torch.Tensor | None = None,
         routing: Routing | MixedRouting | None = None,
         **backbone_inputs: Any,
     ) -> Any:
@@ -121,38 +123,43 @@ class DCDiT(nn.Module):
             y: (B,) int64 class ids; `config.num_classes` stands for no label.
             drop_fraction: ρ in [0, 1), the share of boundaries to drop; a tensor (B,) for one per sample.
             capacity: rows for the retained tokens of the whole batch. None: as many as there are, for which the host
-                waits once; a number: nothing waits, as CUDA graphs need, and what has no room is dropped from the end
-                of the batch and counted in `routing.plan.overflow`.
+                waits once; a number: nothing waits, as CUDA graphs need, and what has no room is the least
+                probable of the batch and counted in `routing.plan.overflow`.
             max_seqlen: rows for each sample's at most; its least probable boundaries past them are dropped and counted
                 likewise. Under a fixed capacity attention's launches are sized by it.
             keep, ban: bool (B, L), cells that the backbone gets, and that it does not get, whatever the router says of
                 them: a region to edit, cells whose content is known. See `dcdit.ops.plan_chunks`. For a list of samples
                 lists of (L,), with the cells of each.
+            budget: in place of ρ, the tokens of the whole batch: its most probable cells, exactly so many. Nothing
+                waits.
+            budget_per_sample: in place of ρ, the tokens of each sample; a tensor (B,) for one per sample. Where it is a
+                number nothing waits.
             routing: an earlier call's, for a batch of this size, to use in place of the router's. It has a budget
                 already: what else sets one must be left out.
             backbone_inputs: what a backbone of your own takes beside tokens, c and packing.
 
         Returns (B, C, H, W), or (B, 2C, H, W) with config.learn_sigma; with `return_routing` also the Routing. For a
         list the prediction is a list, and the routing a MixedRouting.
-        Raises ValueError for a wrong shape, dtype, class id, ρ, mask or routing.
+        Raises ValueError for a wrong shape, dtype, class id, ρ, budget, mask or routing.
         """
         self._check(x, t, y)
-        limits = {"capacity": capacity, "max_seqlen": max_seqlen, "keep": keep, "ban": ban}
-        budget: dict[str, Any] = {name: limit for name, limit in limits.items() if limit is not None}
+        asked = {"capacity": capacity, "max_seqlen": max_seqlen, "keep": keep, "ban": ban}
+        asked |= {"budget": budget, "budget_per_sample": budget_per_sample}
+        limits: dict[str, Any] = {name: limit for name, limit in asked.items() if limit is not None}
         if isinstance(drop_fraction, torch.Tensor) or drop_fraction != 0.0:
-            budget["drop_fraction"] = drop_fraction
+            limits["drop_fraction"] = drop_fraction
         if not isinstance(x, torch.Tensor):
-            outs, mixed = forward_mixed(self, x, *self.condition(t, y), budget, routing, backbone_inputs)
+            outs, mixed = forward_mixed(self, x, *self.condition(t, y), limits, routing, backbone_inputs)
             return (outs, mixed) if return_routing else outs
         grid = tuple(x.shape[2:])
         if routing is not None:
-            routing.check(len(x), grid, budget)
+            routing.check(len(x), grid, limits)
         c, outer = self.condition(t, y)
         h = self.encode(x, outer)
         # Router and residual path are at least float32, whatever autocast makes of the rest; h is copied once for both.
         wide = h.to(torch.promote_types(h.dtype, torch.float32))
         if routing is None:
-            routing = self.route(wide, c, **self.named(grid), **budget)
+            routing = self.route(wide, c, **self.named(grid), **limits)
         tokens = self.backbone(self.gather(h, routing), c, routing.plan, **backbone_inputs)
         out = self.decode(tokens, wide, routing, outer)
         return (out, routing) if return_routing else out
@@ -178,7 +185,7 @@ class DCDiT(nn.Module):
         """h (B, L, D), c (B, D) → which cells the backbone gets. The router sees both in float32 at least.
 
         `grid` is config.input_size where None; a router is told of any other by its keyword of that name. `limits` are
-        `capacity`, `max_seqlen`, `keep` and `ban` where given, as `plan_chunks` takes them.
+        `capacity`, `max_seqlen`, masks and budgets where given, as `plan_chunks` takes them.
         """
         c = c.to(torch.promote_types(h.dtype, torch.float32))
         own = self.config.input_size

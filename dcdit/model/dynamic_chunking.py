@@ -21,7 +21,8 @@ from .routing import Routing, route
 KEEP_ALL = 3.0
 
 # Which tokens a forward keeps and how many, by attribute or keyword, as `plan_chunks` takes it.
-BUDGET = ("drop_fraction", "capacity", "max_seqlen", "keep", "ban")
+FORMS = ("drop_fraction", "budget", "budget_per_sample")  # one of them at a time
+BUDGET = (*FORMS, "capacity", "max_seqlen", "keep", "ban")
 
 
 class DynamicChunking(nn.Module):
@@ -46,9 +47,9 @@ class DynamicChunking(nn.Module):
             v2), frame by frame on a video, that keeps everything at first.
         sigma: width of the Gaussian smoothing of the change, in cells; None: no smoothing.
 
-    Attributes, for models whose own forward has no such arguments: `grid`, and `drop_fraction`, `capacity`,
-    `max_seqlen`, `keep` and `ban` as in `dcdit.ops.plan_chunks`. After a forward `routing` holds its Routing, for
-    `dcdit.diffusion.ratio_loss`; copies and pickles have none.
+    Attributes, for models whose own forward has no such arguments: `grid`, and `drop_fraction`, `budget`,
+    `budget_per_sample`, `capacity`, `max_seqlen`, `keep` and `ban` as in `dcdit.ops.plan_chunks`. After a forward
+    `routing` holds its Routing, for `dcdit.diffusion.ratio_loss`; copies and pickles have none.
     """
 
     def __init__(
@@ -70,6 +71,8 @@ class DynamicChunking(nn.Module):
         self.run = run or run_in_turn
         self.sigma = sigma
         self.drop_fraction: float | torch.Tensor = 0.0
+        self.budget: int | None = None
+        self.budget_per_sample: int | torch.Tensor | None = None
         self.capacity: int | None = None
         self.max_seqlen: int | None = None
         self.keep: torch.Tensor | None = None
@@ -107,8 +110,8 @@ class DynamicChunking(nn.Module):
         """h (B, L, D) → (B, L, D), or a tuple that begins with it where `run` returns one.
 
         Args:
-            args, kwargs: what `run` and the router take beside h. `drop_fraction`, `capacity`, `max_seqlen`,
-                `keep` and `ban` among them go before the attributes.
+            args, kwargs: what `run` and the router take beside h. Those among them that say what is kept, as the
+                attributes of these names do, go before the attributes.
             grid: of this call, with L cells. None: the attribute.
             routing: an earlier call's, to use in place of the router's.
 
@@ -117,7 +120,8 @@ class DynamicChunking(nn.Module):
         grid = self.grid if grid is None else _checked(grid)
         asked = {name: kwargs.pop(name) for name in BUDGET if name in kwargs}
         if routing is None:
-            budget = {name: asked.get(name, getattr(self, name)) for name in BUDGET}
+            left = set(BUDGET).difference(FORMS if asked.keys() & FORMS else ())
+            budget = {name: getattr(self, name) for name in left} | asked
             budget = {name: value for name, value in budget.items() if value is not None}
             taken, named = self._taken(args, {**kwargs, "grid": grid})
             routing = route(functools.partial(self.router, **named), h, *taken, grid=grid, **budget)

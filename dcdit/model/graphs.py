@@ -84,6 +84,7 @@ class Graphed:
     reasons.
 
     - With `capacity` nothing waits. Tokens without room are dropped and counted in `routing.plan.overflow`.
+    - With a number for `budget` or `budget_per_sample` nothing waits and no token is lost: each has a graph of its own.
     - Without `capacity` the graph has rows for the last batch of this shape and some more (`room`). One copy to the
       host tells the true number. If there are too few rows, the eager model computes the batch again: no token is lost.
 
@@ -136,21 +137,27 @@ class Graphed:
         capacity: int | None = None,
         *,
         max_seqlen: int | None = None,
+        budget: int | None = None,
+        budget_per_sample: int | torch.Tensor | None = None,
         **others: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, Routing]:
         """See `DCDiT.forward`."""
-        limits = {"capacity": capacity, "max_seqlen": max_seqlen}
+        limits: dict[str, Any] = {"capacity": capacity, "max_seqlen": max_seqlen, "budget": budget}
+        limits["budget_per_sample"] = budget_per_sample
         reason = self._why_not(x, drop_fraction, limits, others)
         if reason is not None:
             self.eager[reason] += 1
             return self.model(x, t, y, drop_fraction, return_routing, **limits, **others)
         if self._addresses != list(map(torch.Tensor.data_ptr, self._weights)):
             self.reset()
-        if not isinstance(drop_fraction, torch.Tensor):  # a number would be captured as it is
-            drop_fraction = torch.full((len(x),), drop_fraction, device=x.device)
-        rho = drop_fraction.to(x.device, torch.float32).expand(len(x))
-        inputs = (x, t, y, rho)
-        out, routing = self._of_any_length(inputs) if capacity is None else self._of_length(inputs, limits)
+        inputs: tuple[torch.Tensor, ...] = (x, t, y)
+        if isinstance(budget_per_sample, torch.Tensor):
+            inputs = (*inputs, limits.pop("budget_per_sample").to(x.device, torch.int32).expand(len(x)))
+        elif budget is None and budget_per_sample is None:
+            if not isinstance(drop_fraction, torch.Tensor):  # a number would be captured as it is
+                drop_fraction = torch.full((len(x),), drop_fraction, device=x.device)
+            inputs = (*inputs, drop_fraction.to(x.device, torch.float32).expand(len(x)))
+        out, routing = self._of_length(inputs, limits) if _known(limits) else self._of_any_length(inputs)
         if not return_routing:
             return out.clone()
         return out.clone(), Routing(routing.boundary_prob.clone(), routing.plan.clone())
@@ -184,10 +191,15 @@ class Graphed:
         self, reason: str, inputs: tuple[torch.Tensor, ...], limits: dict[str, Any]
     ) -> tuple[torch.Tensor, Routing]:
         self.eager[reason] += 1
-        return self.model(*inputs, True, **limits)
+        return self._predict(inputs, limits)
+
+    def _predict(self, inputs: tuple[torch.Tensor, ...], limits: dict[str, Any]) -> tuple[torch.Tensor, Routing]:
+        """The eager model; after x, t and y comes a tensor of ρ or of budgets, or none."""
+        form = {"drop_fraction" if tensor.is_floating_point() else "budget_per_sample": tensor for tensor in inputs[3:]}
+        return self.model(*inputs[:3], return_routing=True, **form, **limits)
 
     def _run(self, inputs: tuple[torch.Tensor, ...], limits: dict[str, int | None]) -> Outputs:
-        out, routing = self.model(*inputs, True, **limits)
+        out, routing = self._predict(inputs, limits)
         return out, routing, report(routing)
 
     def _replay(self, graph: Graph, inputs: tuple[torch.Tensor, ...]) -> Outputs:
@@ -202,7 +214,10 @@ class Graphed:
             return f"needs a GPU, got {x.device}"
         if others:
             return f"a graph does not know {', '.join(others)}"
-        if limits["capacity"] is None and limits["max_seqlen"] is not None:
+        budgeted = limits["budget"] is not None or limits["budget_per_sample"] is not None
+        if budgeted and (isinstance(drop_fraction, torch.Tensor) or drop_fraction != 0):
+            return "drop_fraction beside a budget"
+        if limits["max_seqlen"] is not None and not _known(limits):
             return "max_seqlen without a capacity"
         if not isinstance(drop_fraction, torch.Tensor) and not 0 <= drop_fraction < 1:
             return "drop_fraction outside [0, 1)"
@@ -272,6 +287,12 @@ def room(
         "capacity": _rounded(tokens + tokens // spare + 1, batch * cells, shares),
         "max_seqlen": _rounded(longest + longest // spare + 1, cells, 4),
     }
+
+
+def _known(limits: dict[str, Any]) -> bool:
+    """Whether these limits say how many rows there will be."""
+    rows = (limits["capacity"], limits["budget"], limits.get("budget_per_sample"))
+    return any(isinstance(number, int) for number in rows)
 
 
 def _rounded(rows: int, most: int, shares: int) -> int:

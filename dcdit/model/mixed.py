@@ -11,7 +11,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from dcdit_kernels import ChunkPlan, Packing, pack_rows, unpack_rows
-from dcdit_kernels._check import proper_cells
+from dcdit_kernels._plan_input import check_values
 from dcdit_kernels.packing import kept_for_backward
 
 from .routing import Routing
@@ -151,14 +151,16 @@ def _order(indices: Sequence[Sequence[int]], device: torch.device) -> torch.Tens
 
 
 def _split_budget(budget: dict[str, Any], samples: Sequence[torch.Tensor], indices: Any) -> list[dict[str, Any]]:
-    """The budget of each size. drop_fraction may have a number, and each mask has a tensor (L,), for each sample."""
-    if "capacity" in budget:
-        raise ValueError("capacity is for samples of one size: leave it out for a list")
-    rho = budget.get("drop_fraction")
-    if isinstance(rho, torch.Tensor) and rho.dim():
-        if len(rho.shape) > 1 or len(rho) != len(samples):
-            raise ValueError(f"drop_fraction must have shape ({len(samples)}), got {tuple(rho.shape)}")
-        budget = {**budget, "drop_fraction": rho[_order(indices, rho.device)].split(list(map(len, indices)))}
+    """The budget of each size. drop_fraction and budget_per_sample may have a number, and each mask has a tensor (L,),
+    for each sample."""
+    for name in {"capacity", "budget"} & budget.keys():
+        raise ValueError(f"{name} is for samples of one size: leave it out for a list")
+    for name in {"drop_fraction", "budget_per_sample"} & budget.keys():
+        numbers = budget[name]
+        if isinstance(numbers, torch.Tensor) and numbers.dim():
+            if len(numbers.shape) > 1 or len(numbers) != len(samples):
+                raise ValueError(f"{name} must have shape ({len(samples)}), got {tuple(numbers.shape)}")
+            budget = {**budget, name: numbers[_order(indices, numbers.device)].split(list(map(len, indices)))}
     for name in {"keep", "ban"} & budget.keys():
         shapes = [(x.shape[1] * x.shape[2],) for x in samples]
         if (have := [tuple(mask.shape) for mask in budget[name]]) != shapes:
@@ -185,7 +187,7 @@ def _route(
     numbers = torch.stack([count.to(torch.int32) for count in counts]).view(-1, 3).tolist()
     for part, budget, (_, _, good) in zip(parts, budgets, numbers, strict=True):
         if not good:
-            proper_cells("plan_chunks", part.boundary_prob, budget.get("keep"), budget.get("ban"))
+            check_values(part.boundary_prob, budget.get("keep"), budget.get("ban"))
     cut = (_with_rows(part.plan, *rows) for part, (*rows, _) in zip(parts, numbers, strict=True))
     return tuple(Routing(part.boundary_prob, plan) for part, plan in zip(parts, cut, strict=True))
 
