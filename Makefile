@@ -16,8 +16,9 @@ FOLDERS := import sys; print(*(p for p in sys.path if p.endswith("-packages")), 
 demo: $(VENV)/installed-demo
 	$(VENV)/bin/dcdit demo
 
+# Two processes of one thread each: most tests are too small for two threads.
 test: $(VENV)/installed-test
-	$(PY) -m pytest tests -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -n 2 --dist worksteal
 
 lint: $(VENV)/installed-dev
 	$(PY) -m ruff check

@@ -165,7 +165,7 @@ def benches(name: str, cases: str, device: str, end: float, limit: float, *more:
 
 def pytest(name: str, chosen: list[str], limit: float, workers: int) -> Stage:
     """A run of tests; one that hangs shows where, and ends its own process alone."""
-    options = ["-q", "-rfE", f"--junitxml={out(name.replace(' ', '-') + '.xml')}", "-o", "faulthandler_timeout=30"]
+    options = ["-q", "-rfE", f"--junitxml={out(name.replace(' ', '-') + '.xml')}", "-o", "faulthandler_timeout=60"]
     if importlib.util.find_spec("xdist"):
         options += ["-n", str(min(workers, os.cpu_count() or 1))]
     if importlib.util.find_spec("pytest_timeout"):

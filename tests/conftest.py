@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 # Training is compared bit for bit with itself and with float64, for which no GPU computes alike or finely enough.
 os.environ["ACCELERATE_USE_CPU"] = "true"
+# A process that a test starts runs this checkout, whatever is installed.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
 
 
 def pytest_report_teststatus(report):

@@ -15,6 +15,7 @@ BUILD = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-
 
 
 def run(*command, check=True, **options):
+    options = {"env": environment(), **options}
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
@@ -75,10 +76,10 @@ def test_sdist_without_torch(sdist, venv, tmp_path):
     assert "for the CPU, without CUDA (DCDIT_CUDA_ARCHS=none)" in said and len(extensions(path)) == 1
     python = venv("empty")
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", path)
-    missed = run(python, "-c", "import dcdit_kernels", check=False, cwd=tmp_path, env=environment())
+    missed = run(python, "-c", "import dcdit_kernels", check=False, cwd=tmp_path)
     assert missed.returncode == 1 and "No module named 'torch'" in missed.stderr
     show_torch(python)
-    told = run(python, "-m", "dcdit_kernels", cwd=tmp_path, env=environment()).stdout
+    told = run(python, "-m", "dcdit_kernels", cwd=tmp_path).stdout
     assert f"extension: {python.parent.parent}" in told and "CPU only" in told
     assert "plan_chunks: native" in told and "flash-attn 2" in told
 
@@ -127,4 +128,4 @@ def test_isolated_and_editable(sdist, venv):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     code = "import dcdit_kernels; print(dcdit_kernels.native._C.__file__)"
     show_torch(python)
-    assert run(python, "-c", code, cwd=python.parent, env=environment()).stdout.startswith(str(sdist))
+    assert run(python, "-c", code, cwd=python.parent).stdout.startswith(str(sdist))

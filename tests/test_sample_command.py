@@ -49,13 +49,7 @@ def pictures(folder):
 
 
 def environment():
-    root = str(Path(__file__).parent.parent)
-    return {
-        **os.environ,
-        "PYTHONPATH": root,
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

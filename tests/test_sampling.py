@@ -468,7 +468,7 @@ def test_two_processes_write_the_same_images(tmp_path, kind):
     options = {
         "stdout": subprocess.PIPE,
         "text": True,
-        "env": {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.getcwd()},
+        "env": {**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     }
     running = [subprocess.Popen([*run, *words, str(tmp_path / name)], **options) for name, run in runs.items()]
     printed = [process.communicate(timeout=120)[0] for process in running]

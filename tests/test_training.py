@@ -63,10 +63,7 @@ def metrics(output):
 
 
 def subprocess_environment():
-    root = Path(__file__).parent.parent
-    path = os.pathsep.join([str(root), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    threads = str(torch.get_num_threads())
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture(scope="module")

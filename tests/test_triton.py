@@ -246,7 +246,7 @@ def lines_of(name, *args):
     script = Path(__file__).parent / name
     done = subprocess.run(
         [sys.executable, script, *args],
-        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(script.parents[1])},
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
         capture_output=True,
         text=True,
         timeout=600,
