@@ -226,6 +226,8 @@ class DCDiT(nn.Module):
         return out if stride == 1 else F.pixel_shuffle(out, stride)
 
     def _check(self, x: torch.Tensor | Sequence[torch.Tensor], t: torch.Tensor, y: torch.Tensor) -> None:
+        if torch.jit.is_tracing():
+            raise RuntimeError("torch.jit.trace cannot follow a number of tokens that changes; use torch.export")
         channels, stride = self.config.in_channels, self.config.encoder_stride
         batch = isinstance(x, torch.Tensor)
         if not batch:
