@@ -53,12 +53,16 @@ def floating(op: str, **tensors: torch.Tensor | None) -> None:
     """Each named tensor must be floating point."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in FLOATS:
-            raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+            came = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor)
+            raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {came}")
 
 
 def shaped(op: str, name: str, tensor: torch.Tensor, *shape: int | None) -> None:
     """`tensor` must have this shape; None matches any size."""
-    sizes = tensor.shape
+    try:
+        sizes = tensor.shape
+    except AttributeError:
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor)}") from None
     fits = len(sizes) == len(shape)
     for want, have in zip(shape, sizes, strict=False):  # a generator would take three times as long
         fits = fits and (want is None or want == have)

@@ -70,6 +70,7 @@ def plan_chunks(
     number of rows probabilities, masks and tensors of budgets are not looked at), TypeError for a wrong dtype,
     BackendError where `backend` cannot run.
     """
+    require(not isinstance(grid, SIZES), "plan_chunks: grid must be (L,), (H, W) or (F, H, W), got {}", grid)
     grid = tuple(grid)
     require(nearest in NEAREST, "plan_chunks: nearest must be one of {}, got {!r}", NEAREST, nearest)
     fits = len(grid) in (1, 2, 3) and all([isinstance(n, SIZES) and n >= 1 for n in grid])

@@ -212,6 +212,9 @@ def predictability(prob, norm_bias=None, **options):
             lambda prob, plan: K.dechunk(torch.rand(plan.capacity, 8), prob, plan, sigma=math.inf),
             "sigma must be .* inf",
         ),
+        (lambda prob, plan: K.plan_chunks(prob, 16), r"grid must be \(L,\), .* got 16"),
+        (lambda prob, plan: K.plan_chunks(prob.numpy(), (4, 4)), "boundary_prob must be float16, .* got .*ndarray"),
+        (lambda prob, plan: K.chunk([1.0], plan), "chunk: h must be a tensor, got .*list"),
         (lambda prob, plan: K.explain("dechunk"), r"explain\('dechunk', …\) needs the operator's arguments"),
         (
             lambda prob, plan: K.boundary_cosine(prob, prob, cu_seqlens=torch.tensor([0, 3])),

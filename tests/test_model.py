@@ -240,6 +240,8 @@ def test_bad_input(model, change, message):
         ({"sigma": None}, "sigma must be a number, got None"),
         ({"learn_sigma": "no"}, "learn_sigma must be true or false, got 'no'"),
         ({"depth": 0}, "depth must be a positive integer"),
+        ({"depth": True}, "depth must be a positive integer, got True"),
+        ({"num_classes": 2**63}, r"num_classes must be less than 2\*\*31, got 9223372036854775808"),
         ({"target_ratio": 1}, "target_ratio N must be greater than 1"),
         ({"norm_groups": 64}, "must be multiples of norm_groups 64, got 384 and 96"),
         ({"keep_grid": -1}, "keep_grid must be an integer of at least 0, got -1"),
@@ -300,9 +302,10 @@ def test_bad_checkpoints(model, tmp_path):
     config.write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=r"class_embed.weight: expected shape \(8, 64\), found \(6, 64\)"):
         load_checkpoint(tmp_path / "a")
-    config.write_text("[]")
-    with pytest.raises(CheckpointError, match="is not a dcdit config"):
-        load_checkpoint(tmp_path / "a")
+    for text in ("[]", "{}", '{"model": 3}'):
+        config.write_text(text)
+        with pytest.raises(CheckpointError, match="is not a dcdit config: expected a mapping"):
+            load_checkpoint(tmp_path / "a")
 
 
 def test_info_prints_the_table(capsys):

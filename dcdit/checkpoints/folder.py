@@ -127,12 +127,19 @@ def load_checkpoint(
             raise CheckpointError(f"no checkpoint at {path}: {file.name} is missing{inner}")
     try:
         extra = json.loads(config_file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{config_file} is not a dcdit config: {error!r}") from error
+    if not isinstance(extra, dict) or not isinstance(extra.get("model"), dict):
+        raise CheckpointError(f"{config_file} is not a dcdit config: expected a mapping with the mapping 'model'")
+    try:
         if "kind" in extra:
             return _load_system(extra, weights, device)
         config, own_parts = DCDiTConfig.from_dict(extra.pop("model")), dict(extra.pop("own_parts", {}))
+    except CheckpointError:
+        raise
     except ConfigError as error:
         raise CheckpointError(f"{config_file}: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{config_file} is not a dcdit config: {error!r}") from error
     parts = {"router": router, "backbone": backbone}
     for name, kind in own_parts.items():

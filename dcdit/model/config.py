@@ -63,8 +63,10 @@ class DCDiTConfig:
             "norm_groups",
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+            if value >= 2**31:
+                raise ConfigError(f"{name} must be less than 2**31, got {value}")
         if not isinstance(self.keep_grid, int) or self.keep_grid < 0:
             raise ConfigError(f"keep_grid must be an integer of at least 0, got {self.keep_grid!r}")
         for name in ("mlp_ratio", "target_ratio", "sigma"):

@@ -239,9 +239,10 @@ class DCDiT(nn.Module):
             if part.shape[-2] % stride or part.shape[-1] % stride:
                 sides = tuple(part.shape[-2:])
                 raise ValueError(f"{name} must have sides that encoder_stride {stride} divides, got {sides}")
+        size = x.shape[0] if batch else len(x)  # torch.export takes a tensor's len for a constant
         for name, tensor in (("t", t), ("y", y)):
-            if tuple(tensor.shape) != (len(x),):
-                raise ValueError(f"{name} must have shape ({len(x)},), got {tuple(tensor.shape)}")
+            if tuple(tensor.shape) != (size,):
+                raise ValueError(f"{name} must have shape ({size},), got {tuple(tensor.shape)}")
         if y.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"y must hold integer class ids, got {y.dtype}")
         # On a GPU this look would be a synchronisation; there the embedding's own assert speaks.
