@@ -109,6 +109,18 @@ def test_reuse_keeps_the_regular_cells():
     assert torch.equal(*masks) and masks[0].sum() > 4
 
 
+def test_other_sizes(digits):
+    """A DC-DiT's policies serve any size of picture; a DiT says which one it has."""
+    options = OPTIONS | {"size": (6, 10), "batch_size": 3}
+    plain = sample(digits, CLASSES, **options).latents
+    assert plain.shape[2:] == (6, 10)
+    for policy in ("reuse=2", "teacache=0.5", "reuse=2 & teacache=0.5"):
+        other = sample(digits, CLASSES, **options, policy=policy).latents
+        assert 0 < float((other - plain).square().mean().sqrt()) < 0.3
+    with pytest.raises(ConfigError, match=r"size must be \(12, 8\), that of the SparseDiT, got \(6, 10\)"):
+        sample(dense(SparseDiT), CLASSES, **options)
+
+
 def test_teacache_skips(digits):
     """First and last step are computed, and of the others fewer at a higher threshold."""
     runs = [

@@ -118,7 +118,7 @@ class RoutingReuse(Paced):
             out, routing = self.ask(x, t, y, drop_fraction, rows)
             self.prob = stored(self.prob, rows, routing.boundary_prob)
             return out, routing
-        grid, stride = self.config.input_size, self.config.keep_grid
+        grid, stride = tuple(x.shape[2:]), self.config.keep_grid
         kept = {"keep": regular_cells(grid, stride, x.device).expand(len(x), -1)} if stride else {}
         routing = Routing.of(self.prob[rows], grid, drop_fraction, **kept)
         return self.ask(x, t, y, 0.0, rows, routing=routing)

@@ -28,7 +28,7 @@ from ..model.rival_macs import image_gflops
 from ..model.routing import Routing
 from ..pictures.images import to_uint8
 from .drop_fraction import DropFraction, drop_table
-from .paced import Paced
+from .paced import Paced, innermost
 from .policy import Policy
 from .schedulers import SCHEDULERS, make_scheduler
 
@@ -153,6 +153,9 @@ def sample(
     if uncond_drop_fraction is None:
         uncond_drop_fraction = drop_fraction
     size = checked_size(config.input_size if size is None else size, getattr(config, "encoder_stride", 1))
+    inner = innermost(model)
+    if isinstance(inner, DiTShell) and size != config.input_size:
+        raise ConfigError(f"size must be {config.input_size}, that of the {type(inner).__name__}, got {size}")
     make = functools.partial(make_scheduler, scheduler, objective, steps, config.learn_sigma, clip, shift)
     _, timesteps = make()
     low, high = guidance_interval
@@ -266,8 +269,9 @@ def latent_size(pixels: tuple[int, int], config: DCDiTConfig, codec) -> tuple[in
     """(H, W) in cells of pictures of `pixels` (H, W). Raises ConfigError where codec or model cannot take them."""
     cells = torch.zeros(1, config.in_channels, *config.input_size)
     unit = codec.decode(cells).shape[-1] // cells.shape[-1]
-    if any(side < 1 or side % (unit * config.encoder_stride) for side in pixels):
-        size, step = "×".join(map(str, pixels)), unit * config.encoder_stride
+    step = unit * getattr(config, "encoder_stride", 1)
+    if any(side < 1 or side % step for side in pixels):
+        size = "×".join(map(str, pixels))
         raise ConfigError(f"pictures must have sides of a multiple of {step} pixels, got {size}")
     return pixels[0] // unit, pixels[1] // unit
 
