@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from ..errors import ConfigError, DataError
 from ..model.config import DCDiTConfig
@@ -167,6 +166,8 @@ def pixels_of_a_cell(source: Source, codec: Any, model: DCDiTConfig, buckets: in
     divide into them."""
     if not buckets:
         return 0
+    import torch  # here: `dcdit data --help` does without
+
     image = torch.zeros(1, source.load(0, flip=False)[0].shape[0], 8 * buckets, 8 * buckets)
     latent = codec.encode(image)
     unit = image.shape[-1] // latent.shape[-1]
