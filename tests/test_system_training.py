@@ -105,6 +105,8 @@ def test_density_stream(tmp_path):
 def test_bad_input(tmp_path):
     with pytest.raises(ConfigError, match="compile is of kind dcdit, this run has sparse"):
         config(tmp_path, "kind=sparse", "compile=true")
+    with pytest.raises(ConfigError, match=r"data\.buckets is of kind dcdit, this run has dydit"):
+        config(tmp_path, "kind=dydit", "data.kind=folder", "data.path=x", "data.buckets=16")
     with pytest.raises(ConfigError, match="kind must be one of dcdit, sparse, dydit"):
         config(tmp_path, "kind=flexdit")
     with pytest.raises(ConfigError, match=r"spend\.rate must be in"):

@@ -212,8 +212,8 @@ class TrainConfig:
             raise ConfigError("output must be a folder, got an empty name")
         if self.init and self.upcycle.source:
             raise ConfigError("a run starts from init or from upcycle.source, not from both")
-        for key in ("init", "cuda_graph", "compile", "checkpointing"):
-            if self.kind != "dcdit" and getattr(self, key):
+        for key in ("init", "cuda_graph", "compile", "checkpointing", "data.buckets"):
+            if self.kind != "dcdit" and attrgetter(key)(self):
                 raise ConfigError(f"{key} is of kind dcdit, this run has {self.kind}")
         Density(self.spend.least, self.spend.most)
         if self.cuda_graph:
