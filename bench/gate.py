@@ -1,23 +1,21 @@
 """The correctness gate: a variant whose outputs or gradients miss float64 by more than its budget gets no time.
 
-Budget: |variant − fp64| ≤ 2·|eager − fp64| + √K·eps32·max|fp64|, each the largest over a tensor, with eager the
-straightforward formulation in its dtype. The yardstick first meets the budget in float32 itself, where the
+The budget is that of `dcdit_kernels.testing.complaint`, with eager the straightforward formulation in the same dtype. That
+one is first held to the same budget in float32, where the
 reference operator takes its place; when it fails, nothing is reported.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .problem import Family, Problem, Tensors, Variant
+from dcdit_kernels.testing import complaint, gradient_weight
 
-EPS32 = torch.finfo(torch.float32).eps
-ZERO = 1e-12  # of the largest number of a result: the residue of a cancelling sum in float64
+from .problem import Family, Problem, Tensors, Variant
 
 
 def check(problem: Problem) -> dict[str, str | None]:
@@ -85,30 +83,6 @@ def evaluate(variant: Variant, inputs: Tensors, backward: bool) -> Tensors:
         outs = variant.result(variant.run(*variant.prepare(*leaves)))
         if not backward:
             return outs
-        # The weights depend on the place, so that no error cancels; float32 holds them in every dtype alike.
-        weights = [torch.linspace(-1, 2, out.numel(), device=out.device).view(out.shape) for out in outs]
-        total = sum((out * w.bfloat16().to(out.dtype)).sum() for out, w in zip(outs, weights, strict=True))
+        total = sum((out * gradient_weight(out)).sum() for out in outs)
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         return *(out.detach() for out in outs), *torch.autograd.grad(total, wanted)
-
-
-def complaint(got: Tensors, want: Tensors, yardstick: Tensors, reduction: int) -> str | None:
-    """The first tensor that misses its budget, or None."""
-    largest = max((b.abs().max().item() for b in want if b.is_floating_point() and b.numel()), default=0.0)
-    for place, (a, b, c) in enumerate(zip(got, want, yardstick, strict=True)):
-        if a.shape != b.shape:
-            return f"result {place} has shape {tuple(a.shape)}, expected {tuple(b.shape)}"
-        if not b.is_floating_point():
-            if not torch.equal(a.long(), b.long()):
-                return f"result {place} differs at {int((a.long() != b.long()).sum())} of {b.numel()} places"
-            continue
-        if b.numel() == 0:
-            continue
-        error, eager = ((t.double() - b).abs().max().item() for t in (a, c))
-        scale = b.abs().max().item()
-        if scale < ZERO * largest:  # a gradient that is zero in exact arithmetic has the rounding of its terms
-            scale = largest
-        budget = 2 * eager + math.sqrt(reduction) * EPS32 * scale
-        if not error <= budget:
-            return f"result {place} is off by {error:.3g}, allowed {budget:.3g}"
-    return None

@@ -1,6 +1,5 @@
 """Without a GPU Triton's kernels run in its interpreter; the choice must stand before they are imported."""
 
-import math
 import os
 import sys
 from pathlib import Path
@@ -46,12 +45,12 @@ def seeded():
 
 
 @pytest.fixture
-def poisoned(monkeypatch):
+def poisoned():
     """Every buffer that a launcher allocates holds NaN, so that an element nobody writes is seen."""
-    fill = lambda t: t.fill_(math.nan) if t.is_floating_point() else t  # noqa: E731
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        allocate = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *a, allocate=allocate, **k: fill(allocate(*a, **k)))
+    from dcdit_kernels.testing import poisoned_buffers
+
+    with poisoned_buffers():
+        yield
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from bench.cases import Case
 from bench.gate import check
 from bench.measure import build
 from dcdit_kernels import _library, _ops
+from dcdit_kernels.testing import EXAMPLES, Scene, compare, evaluate, make_scene
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Aligned, ragged rows, ragged rows and width; then the shares that need a case of their own.
@@ -23,68 +24,20 @@ CASES += [((5, 7), 40, share) for share in (0.0, 1.0, "one")] + [((1, 9), 40, 0.
 CASES += [((5, 7), 264, 0.25)]  # rows in pieces, the last one ragged
 
 
-def make_plan(grid, share, batch=3, nearest=None, spare=5):
-    """(prob, plan) with an empty sample in the middle where share is a number, and rows past the live ones."""
-    cells = math.prod(grid)
-    gen = torch.Generator().manual_seed(cells)
-    prob = torch.rand(batch, cells, generator=gen)
-    keep = prob < (0.25 if share == "one" else share)
-    prob = torch.where(keep, 0.55 + 0.4 * prob, 0.05 + 0.4 * prob)
-    if share == "one":
-        prob = torch.where(torch.arange(cells) == cells // 2, 0.9, prob.clamp(max=0.45))
-    else:
-        prob[batch // 2] = 0.2
-    prob = prob.to(DEVICE)
-    live = int((prob > 0.5).sum())
-    nearest = nearest or f"{len(grid)}d"
-    return prob, K.plan_chunks(prob, grid, nearest=nearest, capacity=live + spare, backend="reference")
+def make_plan(grid, share, **options):
+    scene = make_scene(grid, 16, share, device=DEVICE, **options)
+    return scene.prob, scene.plan
 
 
-def packed(plan, width, dtype=torch.float32):
-    """Random rows with NaN past the live ones, as a strided view."""
-    rows = torch.randn(plan.capacity, 2 * width, device=DEVICE, dtype=dtype)[:, :width]
-    rows[int(plan.cu_seqlens[-1]) :] = math.nan
-    return rows
-
-
-def operators(plan, prob, width, grid):
-    """name → (function of (backend, *tensors), tensors)."""
-    batch, cells = prob.shape
-    random = lambda *shape: torch.randn(*shape, device=DEVICE)  # noqa: E731
-    x, y = packed(plan, width), packed(plan, width)
-    gate, shift, scale = random(batch, 3 * width).split(width, 1)
-    dense = random(cells, batch, width).transpose(0, 1)
-    pos = random(cells, width)
-    cases = {
-        "chunk": (lambda b, h, pos: K.chunk(h, plan, pos, backend=b), (dense, pos)),
-        "chunk mean": (lambda b, h, pos: K.chunk(h, plan, pos, "mean", backend=b), (dense, pos)),
-        "adaln_modulate": (lambda b, *t: K.adaln_modulate(*t, plan, backend=b), (x, shift, scale)),
-        "adaln_modulate dense": (lambda b, *t: K.adaln_modulate(*t, backend=b), (dense, shift, scale)),
-        "gate_residual": (lambda b, *t: K.gate_residual(*t, plan, backend=b), (x, y, gate)),
-        "gate_residual_modulate": (
-            lambda b, *t: K.gate_residual_modulate(*t, plan, backend=b),
-            (x, y, gate, shift, scale),
-        ),
-        "ema_smooth": (lambda b, *t: K.ema_smooth(*t, plan, backend=b), (x, prob)),
-    }
-    for smoothing in ("gaussian", "ema", None):
-        cases[f"dechunk {smoothing}"] = (
-            lambda b, x, prob, residual, smoothing=smoothing: K.dechunk(
-                x, prob, plan, residual, 1.3, smoothing, backend=b
-            ),
-            (x, prob, dense),
-        )
-    return cases
+def examples(grid, width, share):
+    """name → example, of the operators that Triton has."""
+    scene = make_scene(grid, width, share, device=DEVICE)
+    names = [name for name in EXAMPLES if "triton" in _ops.OPERATORS[name.split(",")[0]].backends]
+    return {name: EXAMPLES[name](scene) for name in names}
 
 
 def outputs_and_gradients(function, backend, tensors, dtype=None):
-    leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
-    outs = function(backend, *leaves)
-    outs = outs if isinstance(outs, tuple) else (outs,)
-    # Weights grow along the tensor, so that no error cancels, and are the same numbers in every dtype.
-    weights = [torch.linspace(-1, 2, o.numel(), device=DEVICE).bfloat16().to(o.dtype).view(o.shape) for o in outs]
-    total = sum((o * w).sum() for o, w in zip(outs, weights, strict=True))
-    return [o.detach() for o in outs] + list(torch.autograd.grad(total, leaves))
+    return evaluate(lambda *leaves: function(backend, *leaves), tensors, dtype)
 
 
 @pytest.mark.parametrize(
@@ -98,19 +51,8 @@ def outputs_and_gradients(function, backend, tensors, dtype=None):
 )
 def test_against_float64(dtype, grid, width, share, poisoned, launches, gpu_arithmetic):
     """Within twice the error of the reference in the same dtype plus rounding of the longest sum; no races."""
-    torch.manual_seed(0)
-    prob, plan = make_plan(grid, share)
-    for name, (function, tensors) in operators(plan, prob, width, grid).items():
-        as_given = [prob, tensors[-1]] if "dechunk" in name else [prob]  # dechunk's residual is float32 beside any rows
-        drawn = [t if any(t is own for own in as_given) else t.to(dtype) for t in tensors]
-        want = outputs_and_gradients(function, "reference", drawn, torch.float64)
-        eager, got = (outputs_and_gradients(function, backend, drawn) for backend in ("reference", "triton"))
-        for index, (w, e, g) in enumerate(zip(want, eager, got, strict=True)):
-            scale = w.abs().max().clamp(min=1.0) if w.numel() else 1.0
-            budget = 2 * (e - w).abs().max() + scale * math.sqrt(math.prod(grid)) * 2**-23 if w.numel() else 0.0
-            error = (g - w).abs().max() if w.numel() else 0.0
-            assert error <= budget, f"{name}, output or gradient {index}: {error:.2e} > {budget:.2e}"
-            assert g.dtype == e.dtype and g.shape == w.shape
+    for name, example in examples(grid, width, share).items():
+        assert compare(example, "triton", dtype, math.prod(grid)) is None, name
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -129,7 +71,7 @@ def test_windows_of_every_grid(grid, nearest, launches):
     """Grids wider than the window of the smoothing, few tokens and many."""
     for share in (0.05, 0.5):
         prob, plan = make_plan(grid, share, batch=2, nearest=nearest)
-        x = packed(plan, 16)
+        x = Scene(plan, prob, 16).packed()
         function = lambda b, *t, plan=plan: K.dechunk(*t, plan, None, 0.7, backend=b)  # noqa: E731
         want = outputs_and_gradients(function, "reference", (x, prob), torch.float64)
         got = outputs_and_gradients(function, "triton", (x, prob), torch.float32)
@@ -138,10 +80,10 @@ def test_windows_of_every_grid(grid, nearest, launches):
 
 
 def test_strides_change_nothing():
-    prob, plan = make_plan((5, 7), 0.25)
-    for name, (function, tensors) in operators(plan, prob, 24, (5, 7)).items():
+    for name, example in examples((5, 7), 24, 0.25).items():
+        tensors = list(example.tensors.values())
         strided, contiguous = (
-            outputs_and_gradients(function, "triton", ts) for ts in (tensors, [t.contiguous() for t in tensors])
+            outputs_and_gradients(example.function, "triton", ts) for ts in (tensors, [t.contiguous() for t in tensors])
         )
         assert any(not t.is_contiguous() for t in tensors), name
         for a, b in zip(strided, contiguous, strict=True):  # a GPU may add in another order
@@ -149,16 +91,15 @@ def test_strides_change_nothing():
 
 
 def test_runs_agree_bit_for_bit():
-    prob, plan = make_plan((5, 7), 0.5)
-    for name, (function, tensors) in operators(plan, prob, 24, (5, 7)).items():
-        first, second = (outputs_and_gradients(function, "triton", tensors, torch.float32) for _ in range(2))
+    for name, example in examples((5, 7), 24, 0.5).items():
+        tensors = list(example.tensors.values())
+        first, second = (outputs_and_gradients(example.function, "triton", tensors) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), name
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_opcheck(backend):
     """Schemas and fakes say what the operators do."""
-    prob, plan = make_plan((5, 6), 0.5)
     seen = set()
 
     def check(operator, backend, **inputs):
@@ -177,8 +118,8 @@ def test_opcheck(backend):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_ops.Differentiable, "__call__", check)
-        for function, tensors in operators(plan, prob, 8, (5, 6)).values():
-            function(backend, *(torch.nan_to_num(t) for t in tensors))
+        for example in examples((5, 6), 8, 0.5).values():
+            example.function(backend, *(torch.nan_to_num(t) for t in example.tensors.values()))
     assert seen == {"chunk", "adaln_modulate", "gate_residual", "gate_residual_modulate", "ema_smooth", "dechunk"}
 
 
