@@ -1,8 +1,8 @@
 """The correctness gate: a variant whose outputs or gradients miss float64 by more than its budget gets no time.
 
-The budget is that of `dcdit_kernels.testing.complaint`, with eager the straightforward formulation in the same dtype. That
-one is first held to the same budget in float32, where the
-reference operator takes its place; when it fails, nothing is reported.
+The budget is that of `dcdit_kernels.testing.complaint`, with eager the straightforward formulation in the same dtype.
+That one is first held to the same budget in float32, where the reference operator takes its place; when it fails,
+nothing is reported.
 """
 
 from __future__ import annotations
