@@ -61,7 +61,7 @@ def make_scene(
     """A plan that keeps about `share` of the cells, none of the middle sample, or "one" cell of each."""
     cells = math.prod(grid)
     prob = torch.rand(batch, cells, generator=torch.Generator().manual_seed(cells))
-    keep = prob < (0.25 if share == "one" else share)
+    keep = prob < (0.25 if isinstance(share, str) else share)
     prob = torch.where(keep, 0.55 + 0.4 * prob, 0.05 + 0.4 * prob)
     if share == "one":
         prob = torch.where(torch.arange(cells) == cells // 2, 0.9, prob.clamp(max=0.45))
@@ -97,28 +97,28 @@ def _chunk(s: Scene) -> Example:
 def _adaln_modulate(s: Scene) -> Example:
     shift, scale = s.vectors(2)
     tensors = {"x": s.packed(), "shift": shift, "scale": scale}
-    return Example(lambda b, *t: K.adaln_modulate(*t, s.plan, backend=b), tensors)
+    return Example(lambda b, *t: K.adaln_modulate(t[0], t[1], t[2], s.plan, backend=b), tensors)
 
 
 def _adaln_modulate_dense(s: Scene) -> Example:
     shift, scale = s.vectors(2)
     tensors = {"x": s.dense(), "shift": shift, "scale": scale}
-    return Example(lambda b, *t: K.adaln_modulate(*t, backend=b), tensors)
+    return Example(lambda b, *t: K.adaln_modulate(t[0], t[1], t[2], backend=b), tensors)
 
 
 def _gate_residual(s: Scene) -> Example:
     tensors = {"x": s.packed(), "y": s.packed(), "gate": s.vectors(3)[0]}
-    return Example(lambda b, *t: K.gate_residual(*t, s.plan, backend=b), tensors)
+    return Example(lambda b, *t: K.gate_residual(t[0], t[1], t[2], s.plan, backend=b), tensors)
 
 
 def _gate_residual_modulate(s: Scene) -> Example:
     tensors = {"x": s.packed(), "y": s.packed(), **dict(zip(("gate", "shift", "scale"), s.vectors(3), strict=True))}
-    return Example(lambda b, *t: K.gate_residual_modulate(*t, s.plan, backend=b), tensors)
+    return Example(lambda b, *t: K.gate_residual_modulate(t[0], t[1], t[2], t[3], t[4], s.plan, backend=b), tensors)
 
 
 def _ema_smooth(s: Scene) -> Example:
     tensors = {"x": s.packed(), "boundary_prob": s.prob}
-    return Example(lambda b, *t: K.ema_smooth(*t, s.plan, backend=b), tensors, ("boundary_prob",))
+    return Example(lambda b, *t: K.ema_smooth(t[0], t[1], s.plan, backend=b), tensors, ("boundary_prob",))
 
 
 def _dechunk(smoothing: str | None) -> Callable[[Scene], Example]:

@@ -122,6 +122,8 @@ def test_routing_again(model):
         model(xs, t, y, 0.2, routing=routing)
     with pytest.raises(ValueError, match="must be a MixedRouting for a list of samples, got a Routing"):
         model(xs, t, y, routing=routing.parts[0])
+    with pytest.raises(ValueError, match="must be a Routing for a batch of one size, got a MixedRouting"):
+        model(torch.stack([xs[0], xs[2]]), t[:2], y[:2], routing=routing)
 
 
 def test_backbone_sees_the_order_of_the_batch():

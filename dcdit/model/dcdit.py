@@ -152,6 +152,8 @@ class DCDiT(nn.Module):
             outs, mixed = forward_mixed(self, x, *self.condition(t, y), limits, routing, backbone_inputs)
             return (outs, mixed) if return_routing else outs
         grid = tuple(x.shape[2:])
+        if isinstance(routing, MixedRouting):
+            raise ValueError("routing must be a Routing for a batch of one size, got a MixedRouting")
         if routing is not None:
             routing.check(len(x), grid, limits)
         c, outer = self.condition(t, y)
@@ -200,7 +202,7 @@ class DCDiT(nn.Module):
             limits["keep"] = regular if keep is None else regular | keep
         return route(router, h, c, grid=grid, drop_fraction=drop_fraction, **limits)
 
-    def named(self, grid: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    def named(self, grid: tuple[int, ...]) -> dict[str, Any]:
         """The keyword `grid` of `route` and routers: none for config.input_size, which they know."""
         return {} if grid == self.config.input_size else {"grid": grid}
 
@@ -225,7 +227,7 @@ class DCDiT(nn.Module):
         out = self.final(out, outer).transpose(1, 2).unflatten(2, [side // stride for side in grid])
         return out if stride == 1 else F.pixel_shuffle(out, stride)
 
-    def _check(self, x: torch.Tensor | Sequence[torch.Tensor], t: torch.Tensor, y: torch.Tensor) -> None:
+    def _check(self, x: Any, t: torch.Tensor, y: torch.Tensor) -> None:
         if torch.jit.is_tracing():
             raise RuntimeError("torch.jit.trace cannot follow a number of tokens that changes; use torch.export")
         channels, stride = self.config.in_channels, self.config.encoder_stride
