@@ -3,6 +3,7 @@
 import copy
 import math
 
+import accelerate
 import pytest
 import torch
 
@@ -224,8 +225,14 @@ def picture(model, inputs):
 
 
 @every_family
-@pytest.mark.parametrize("blocks", [slice(None), slice(1, -1), slice(-1, None), slice(0, 1)], ids=str)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 5e-6)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "blocks"),
+    [
+        *((torch.float64, 1e-12, blocks) for blocks in (slice(None), slice(1, -1), slice(-1, None))),
+        (torch.float32, 5e-6, slice(None)),
+    ],
+    ids=str,
+)
 def test_all_cells_kept_is_the_untouched_model(family, dtype, tolerance, blocks, request):
     """Also on another grid afterwards; removed it is the same to the last bit, and with half the cells it is not."""
     if dtype == torch.float64:
@@ -299,13 +306,13 @@ def test_a_quarter_of_the_cells_trains(family, checkpointing):
         assert parameter.shape == (parameter if first is None else first).shape
     target, optimizer = torch.zeros_like(out), torch.optim.Adam(model.parameters(), 1e-3)
     losses = []
-    for _ in range(8):
+    for _ in range(5):
         loss = (picture(model, inputs) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 @every_family
@@ -468,6 +475,27 @@ def test_copies_and_tools_of_diffusers(family):
     assert not torch.allclose(run(other, inputs), want)
     names = {type(block).__name__ for block in chunking.blocks}
     assert names <= set(type(model)._no_split_modules)
+
+
+@every_family
+def test_weights_that_come_and_go(family):
+    """accelerate's offload by module, diffusers' by block, and blocks compiled by their names."""
+    model = make(family)
+    inputs = family.inputs()
+    chunking = add_dynamic_chunking(model)
+    chunking.drop_fraction = 0.5
+    want = run(model, inputs)
+    cpu = torch.device("cpu")
+    moved = accelerate.cpu_offload(copy.deepcopy(model), execution_device=cpu)
+    assert next(moved.parameters()).device.type == "meta"
+    assert torch.equal(run(moved, inputs), want)
+    grouped = copy.deepcopy(model)
+    grouped.enable_group_offload(cpu, offload_type="block_level", num_blocks_per_group=1)
+    assert torch.equal(run(grouped, inputs), want)
+    if family is FAMILIES["wan"]:  # of those that have _repeated_blocks the one that compiles soonest
+        torch._dynamo.reset()
+        model.compile_repeated_blocks(backend="aot_eager")
+        close(run(model, inputs), want, 1e-5)
 
 
 @every_family

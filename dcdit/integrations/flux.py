@@ -42,10 +42,10 @@ class FluxTransformerBlock(theirs.FluxTransformerBlock):
             rows.cos,
             rows.sin,
             rows.position,
-            attn.norm_added_q.weight,
-            attn.norm_added_k.weight,
+            attn.norm_added_q(),
+            attn.norm_added_k(),
             rows.joined,
-            (q, k, attn.norm_q.weight, attn.norm_k.weight),
+            (q, k, attn.norm_q(), attn.norm_k()),
             eps=attn.norm_q.eps,
         )
         y, x = rows.joined.split(attend(q, k, rows.joined.cat(text_v, v), rows.joined))
@@ -66,7 +66,7 @@ class FluxSingleTransformerBlock(theirs.FluxSingleTransformerBlock):
         shift, scale, gate = self.norm.linear(self.norm.silu(rows.c)).chunk(3, 1)
         normed = adaln_modulate(x, shift, scale, rows.joined, self.norm.norm.eps)
         q, k, v = heads((attn.to_q, attn.to_k, attn.to_v), normed, attn)
-        weights = attn.norm_q.weight, attn.norm_k.weight
+        weights = attn.norm_q(), attn.norm_k()
         q, k = qk_norm_rope(q, k, rows.cos, rows.sin, rows.position, *weights, rows.joined, eps=attn.norm_q.eps)
         out = torch.cat([attend(q, k, v, rows.joined), self.act_mlp(self.proj_mlp(normed))], 1)
         return finite(gate_residual(x, self.proj_out(out), gate, rows.joined))

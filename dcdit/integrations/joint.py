@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.utils.checkpoint
+from diffusers.models.normalization import RMSNorm
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -80,6 +81,25 @@ class Unchunked(nn.ModuleList):
         return len(self._modules) - self.run
 
 
+class WeightOf(nn.Module):
+    """Mixed into a norm whose weight a kernel applies. A forward gives the weight: what moves weights to where they are
+    needed acts on forwards."""
+
+    def forward(self) -> torch.Tensor | None:
+        return self.weight
+
+
+class WeightOfRMSNorm(WeightOf, nn.RMSNorm):
+    """torch's, in FLUX."""
+
+
+class WeightOfDiffusersRMSNorm(WeightOf, RMSNorm):
+    """diffusers', in the others."""
+
+
+NORMS = {nn.RMSNorm: WeightOfRMSNorm, RMSNorm: WeightOfDiffusersRMSNorm}
+
+
 class JointBlocks(DynamicChunking):
     """The chunked blocks of a model, standing in its list of blocks as one of them.
 
@@ -91,6 +111,7 @@ class JointBlocks(DynamicChunking):
 
     LISTS: ClassVar[tuple[str, ...]]
     CLASSES: ClassVar[dict[type[nn.Module], type[nn.Module]]]
+    WEIGHTS: ClassVar[tuple[str, ...]] = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")  # of RMSNorms, by kernels
     REFUSED: ClassVar[tuple[str, ...]] = ()  # arguments of the model's forward that chunked blocks cannot serve
 
     def __init__(self, model: nn.Module, width: int, blocks: slice = slice(None), **options: Any) -> None:
@@ -117,11 +138,17 @@ class JointBlocks(DynamicChunking):
         self.batch, self.checkpointing = None, False
         for block in chunked:
             block.__class__ = self.CLASSES[type(block)]
+            for norm in self.norms_of(block):
+                norm.__class__ = NORMS.get(type(norm), type(norm))
         self.hook: RemovableHandle = model.register_forward_pre_hook(self.see, with_kwargs=True)
         setattr(model, self.LISTS[place], self)
         for i in range(place + 1, len(lists)):
             run = max(0, min(self.stop - ends[i - 1], len(lists[i])))
             setattr(model, self.LISTS[i], Unchunked(lists[i], run))
+
+    def norms_of(self, block: nn.Module) -> list[nn.Module]:
+        """The norms whose weights kernels apply."""
+        return [module for name, module in block.named_modules() if name.split(".")[-1] in self.WEIGHTS]
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -160,6 +187,8 @@ class JointBlocks(DynamicChunking):
         """The model as it was."""
         for block in self.stack:
             block.__class__ = type(block).__bases__[0]
+            for norm in self.norms_of(block):
+                norm.__class__ = type(norm).__bases__[-1] if isinstance(norm, WeightOf) else type(norm)
         self.hook.remove()
         setattr(model, self.LISTS[self.place], nn.ModuleList(super().blocks))
         for name in self.LISTS[self.place + 1 :]:

@@ -37,10 +37,10 @@ class QwenImageTransformerBlock(theirs.QwenImageTransformerBlock):
             rows.cos,
             rows.sin,
             rows.position,
-            attn.norm_added_q.weight,
-            attn.norm_added_k.weight,
+            attn.norm_added_q(),
+            attn.norm_added_k(),
             joined,
-            (q, k, attn.norm_q.weight, attn.norm_k.weight),
+            (q, k, attn.norm_q(), attn.norm_k()),
             eps=attn.norm_q.eps,
         )
         y, x = joined.split(attend(q, k, joined.cat(text_v, v), joined))

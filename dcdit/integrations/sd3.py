@@ -28,7 +28,7 @@ def norm_of(attn: Attention) -> dict[str, Any]:
 
 
 def weights_of(*norms: nn.Module | None) -> list[torch.Tensor | None]:
-    return [None if norm is None else norm.weight for norm in norms]
+    return [None if norm is None else norm() for norm in norms]
 
 
 # Named as diffusers' own: device maps go by names.

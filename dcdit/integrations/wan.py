@@ -66,6 +66,7 @@ class WanBlocks(JointBlocks):
 
     LISTS: ClassVar = ("blocks",)
     CLASSES: ClassVar = {theirs.WanTransformerBlock: WanTransformerBlock}
+    WEIGHTS: ClassVar = ()  # norms over all heads are its own
     REFUSED: ClassVar = ("encoder_hidden_states_image",)
 
     def __init__(self, model: theirs.WanTransformer3DModel, **options: Any) -> None:

@@ -31,18 +31,18 @@ class ZImageTransformerBlock(theirs.ZImageTransformerBlock):
         scale, gate, next_scale, next_gate = self.adaLN_modulation(rows.c).chunk(4, 1)
         gate, next_gate, none = gate.tanh(), next_gate.tanh(), torch.zeros_like(scale)
         norm = self.attention_norm1
-        y = adaln_modulate(x, none, scale, joined, norm.eps, "rms", norm.weight)
+        y = adaln_modulate(x, none, scale, joined, norm.eps, "rms", norm())
         q, k, v = heads((attn.to_q, attn.to_k, attn.to_v), y, attn)
         normed = isinstance(attn.norm_q, RMSNorm)
         options = {"eps": attn.norm_q.eps} if normed else {"norm": "none"}
-        weights = (attn.norm_q.weight, attn.norm_k.weight) if normed else (None, None)
+        weights = (attn.norm_q(), attn.norm_k()) if normed else (None, None)
         q, k = qk_norm_rope(q, k, rows.cos, rows.sin, rows.position, *weights, joined, **options)
         y = attend(q, k, v, joined)
         for layer in attn.to_out:
             y = layer(y)
         norm = self.ffn_norm1
         x, y = gate_residual_modulate(
-            x, self.attention_norm2(y), gate, none, next_scale, joined, norm.eps, "rms", norm.weight
+            x, self.attention_norm2(y), gate, none, next_scale, joined, norm.eps, "rms", norm()
         )
         return gate_residual(x, self.ffn_norm2(self.feed_forward(y)), next_gate, joined)
 
@@ -52,6 +52,7 @@ class ZImageBlocks(JointBlocks):
 
     LISTS: ClassVar = ("layers",)
     CLASSES: ClassVar = {theirs.ZImageTransformerBlock: ZImageTransformerBlock}
+    WEIGHTS: ClassVar = ("norm_q", "norm_k", "attention_norm1", "ffn_norm1")
     REFUSED: ClassVar = ("controlnet_block_samples", "siglip_feats", "image_noise_mask")
 
     def __init__(self, model: theirs.ZImageTransformer2DModel, **options: Any) -> None:
