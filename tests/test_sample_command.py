@@ -1,6 +1,7 @@
 """`dcdit sample` as a long run: pictures at once, going on after a kill, one run in a folder, memory that stays."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from dcdit.files import locked
 from dcdit.interrupts import SIGNALS, Interrupted, held_back, raised
 from dcdit.model.config import DCDiTConfig
 from dcdit.model.dcdit import DCDiT
+from dcdit.model.flops import dcdit_flops
 
 TINY = DCDiTConfig(
     input_size=(6, 5), num_classes=4, hidden_size=32, depth=1, num_heads=1, encoder_width=32, learn_sigma=False
@@ -235,3 +237,20 @@ def test_a_codec_that_does_not_fit_is_found_first(checkpoint, tmp_path, capsys):
         assert main(words(str(tmp_path / "model"), tmp_path / "out")) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_the_cost_of_an_image_is_an_option(checkpoint, tmp_path, capsys):
+    budget = 1.01 * 4 * dcdit_flops(TINY, 15)["total"]  # two steps, two halves
+    out = tmp_path / "out"
+    assert main(words(checkpoint, out, "--num", 2, "--format", "png", "--gflops-per-image", budget)) == 0
+    said = capsys.readouterr().out
+    spent = float(re.search(r"([\d.e-]+) GFLOP", said)[1])
+    assert 0.99 * budget <= spent <= budget * 1.001
+    assert main(words(checkpoint, out, "--num", 2, "--format", "png", "--gflops-per-image", 1.2 * budget)) == 2
+    for more, message in (
+        (["--drop-fraction", "0.2"], "a budget of tokens and a drop fraction exclude each other"),
+        (["--gflops-per-image", "1e6"], r"no budget of tokens costs 1e\+06 GFLOP per image"),
+    ):
+        capsys.readouterr()
+        assert main(words(checkpoint, tmp_path / "new", "--gflops-per-image", budget, *more)) == 2
+        assert re.search(message, capsys.readouterr().err) and not (tmp_path / "new").exists()

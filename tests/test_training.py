@@ -101,6 +101,18 @@ def test_first_step_computes_the_stated_loss(whole):
     assert first["kept"] == pytest.approx(routing.plan.lengths.double().mean().item() / 49)
 
 
+def test_a_budget_is_drawn_in_place_of_rho(tiny, tmp_path):
+    """After the warm-up a step keeps exactly a drawn share of its batch's cells."""
+    shares = [0.2, 0.5, 0.8]
+    lines = run(tiny, tmp_path / "run", f"budgets={shares}", "steps=5", "drop_warmup=2")
+    for line in lines:
+        assert line["budget"] == draw_drop_fraction(0, line["step"] - 1, shares, 2)
+        assert "drop_fraction" not in line
+        if line["step"] > 2:
+            assert line["kept"] == pytest.approx(round(line["budget"] * 49) / 49)
+    assert load_checkpoint(tmp_path / "run" / "model")[1]["training"]["budgets"] == shares
+
+
 def test_metrics_and_checkpoint_of_a_run(whole):
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 9)) and list(lines[0]) == METRICS
@@ -276,6 +288,8 @@ def fails(capsys, *arguments):
         ("model.learn_sigma=true", "set model.learn_sigma=false"),
         ("drop_fractions=[0,1]", r"drop_fractions must lie in [0, 1), got 1.0"),
         ("drop_fractions=[]", "drop_fractions needs at least one value"),
+        ("budgets=[0.5,0]", r"budgets are shares of the cells and must lie in (0, 1], got 0"),
+        ("budgets=1.1", r"budgets are shares of the cells and must lie in (0, 1], got 1.1"),
         ("label_drop=1", "label_drop must be in [0, 1)"),
         ("steps", "expected key=value, got 'steps'"),
         ("output=pyproject.toml", "cannot write pyproject.toml: "),

@@ -84,6 +84,18 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help='what steps may do without, such as "reuse=2 & teacache=0.1" (what the checkpoint says)',
     )
+    parser.add_argument(
+        "--gflops-per-image",
+        type=float,
+        metavar="X",
+        help="in place of RHO: what a whole image costs, kept to 1 percent",
+    )
+    parser.add_argument(
+        "--budget-schedule",
+        choices=("constant", "linear"),
+        default="constant",
+        help="of --gflops-per-image: tokens of the steps, alike or twice as many at the end (constant)",
+    )
     parser.add_argument("--scheduler", default="auto", help=f"auto, {', '.join(SCHEDULERS)}")
     parser.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1 (0)")
     parser.add_argument("--shift", type=float, default=1.0, help="of flow matching's times towards the noise (1: none)")
@@ -142,6 +154,8 @@ def sampling_arguments(args: argparse.Namespace, objective: str, codec, model) -
         "drop_fraction": parse_drop_fraction(args.drop_fraction),
         "uncond_drop_fraction": uncond if uncond is None else parse_drop_fraction(uncond),
         "policy": Policy.of(args.policy),
+        "gflops_per_image": args.gflops_per_image,
+        "budget_schedule": args.budget_schedule,
         "seed": args.seed,
         "clip": isinstance(codec, PixelUnshuffle),
     }
@@ -154,6 +168,8 @@ def settings_of(args: argparse.Namespace, checkpoint: Path, ids: list[int]) -> d
     names = ("scheduler", "steps", "guidance", "guidance_channels", "eta", "shift")
     names += ("drop_fraction", "uncond_drop_fraction", "seed", "bf16", "cuda_graph")
     values = {name: getattr(args, name) for name in names}
+    if args.gflops_per_image is not None:
+        values |= {"gflops_per_image": args.gflops_per_image, "budget_schedule": args.budget_schedule}
     interval = list(args.guidance_interval)
     values |= {"policy": args.policy} if args.policy else {}
     values |= {"guidance_interval": interval, "size": list(args.size) if args.size else None}

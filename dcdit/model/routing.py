@@ -104,3 +104,14 @@ def regular_cells(grid: tuple[int, ...], stride: int, device: torch.device) -> t
     for side in grid:
         cells = cells[..., None] & (torch.arange(side, device=device) % stride == 0)
     return cells.flatten()
+
+
+def least_tokens(grid: tuple[int, ...], keep_grid: int) -> int:
+    """The cells that a sample keeps under any budget: the first, the last, and those of `keep_grid`."""
+    forced = (
+        regular_cells(grid, keep_grid, torch.device("cpu"))
+        if keep_grid
+        else torch.zeros(math.prod(grid), dtype=torch.bool)
+    )
+    forced[0] = forced[-1] = True
+    return int(forced.sum())

@@ -6,6 +6,7 @@ whatever the batch size, the order or the number of devices.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ from .drop_fraction import DropFraction, drop_table
 from .paced import Paced, innermost
 from .policy import Policy
 from .schedulers import SCHEDULERS, make_scheduler
+from .token_budget import Tokens, token_table, tokens_for_gflops
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,9 @@ def sample(
     shift: float = 1.0,
     drop_fraction: DropFraction = 0.0,
     uncond_drop_fraction: DropFraction | None = None,
+    tokens: Tokens | None = None,
+    gflops_per_image: float | None = None,
+    budget_schedule: str = "constant",
     seed: int = 0,
     indices: Sequence[int] | None = None,
     size: tuple[int, int] | None = None,
@@ -121,6 +126,9 @@ def sample(
         shift: of the times of flow matching, see `make_scheduler`.
         drop_fraction: ρ in [0, 1), see `drop_table`: a number, a tensor (N,), a list over the steps, a function of t.
         uncond_drop_fraction: likewise for the unconditional half (Lite-CFG, arXiv 2603.06351); None: the same.
+        tokens: in place of ρ, how many tokens an image has in each half of a step, given as ρ is: exactly so many.
+        gflops_per_image: in place of ρ, what an image costs over the whole trajectory, as `Trace.gflops` counts it. The
+            tokens of each step follow (`tokens_for_gflops`), with "constant" or "linear" for `budget_schedule`.
         seed, indices: image i draws from (seed, indices[i]); the indices are 0 to N − 1 by default.
         size: (H, W) of the latents, in cells; None: the model's input_size. `latent_size` gives it from pixels.
         clip: clamp the predicted x_0 of "ddpm" and "ddim" to [−1, 1], for codecs whose latents are pixels.
@@ -161,12 +169,25 @@ def sample(
     low, high = guidance_interval
     guidances = [guidance if low <= t <= high else 1.0 for t in timesteps.tolist()]
     # (S, N) each, checked before the first step is taken.
-    budgets = [drop_table(drop_fraction, timesteps, count)]
-    if any(value != 1 for value in guidances):
-        budgets.append(drop_table(uncond_drop_fraction, timesteps, count))
+    guided = any(value != 1 for value in guidances)
+    drops = (drop_fraction, uncond_drop_fraction) if guided else (drop_fraction,)
+    if tokens is None and gflops_per_image is None:
+        budgets = [drop_table(drop, timesteps, count) for drop in drops]
+    else:
+        if isinstance(model, Paced) or not isinstance(model, DCDiT | Graphed):
+            raise ConfigError(f"a budget of tokens is for a DC-DiT without a policy, got a {type(model).__name__}")
+        if not all(isinstance(drop, float | int) and drop == 0 for drop in drops):
+            raise ConfigError("a budget of tokens and a drop fraction exclude each other: leave one of them out")
+        resized = dataclasses.replace(config, input_size=size)
+        if gflops_per_image is not None:
+            if tokens is not None:
+                raise ConfigError("tokens and gflops_per_image exclude each other: leave one of them out")
+            halves_of = [1 if value == 1 else 2 for value in guidances]
+            tokens = tokens_for_gflops(resized, gflops_per_image, halves_of, budget_schedule, model.router)
+        budgets = [token_table(tokens, timesteps, count, resized)] * len(drops)
 
     latents = torch.empty(count, config.in_channels, *size)
-    tokens = torch.full((len(budgets), len(timesteps), count), torch.nan)
+    kept = torch.full((len(budgets), len(timesteps), count), torch.nan)
     seconds = torch.zeros(len(timesteps))
     with float32_products("high" if next(model.parameters()).dtype.itemsize < 4 else None):
         for start in range(0, count, batch_size):
@@ -178,20 +199,20 @@ def sample(
             for i, t in enumerate(timesteps.tolist()):
                 begin = time.perf_counter()
                 halves = 1 if guidances[i] == 1 else 2
-                rho = torch.cat([budget[i, part] for budget in budgets[:halves]])
-                routing = run.predict(t, rho, guidances[i])
+                amount = torch.cat([budget[i, part] for budget in budgets[:halves]])
+                routing = run.predict(t, amount, guidances[i])
                 if callback is not None:
                     paused = time.perf_counter()
                     callback(Step(i, len(timesteps), t, run.x, indices[part], routing))
                     begin += time.perf_counter() - paused
                 spent = model.spent if isinstance(model, Paced) else routing.plan.lengths
-                tokens[:halves, i, part] = spent.view(halves, -1).cpu().float()
+                kept[:halves, i, part] = spent.view(halves, -1).cpu().float()
                 run.update(i)
                 seconds[i] += time.perf_counter() - begin
             latents[part] = run.x.cpu()
             if not latents[part].isfinite().all():
                 raise DCDiTError(f"sampling diverged: latents that are not finite; {_hint(guidance)}")
-    trace = Trace(timesteps, seconds, tokens[0], tokens[1] if len(budgets) == 2 else None)
+    trace = Trace(timesteps, seconds, kept[0], kept[1] if len(budgets) == 2 else None)
     return Samples(latents, trace)
 
 
@@ -210,12 +231,19 @@ class _Batch:
         null = torch.full_like(classes, model.config.num_classes)
         self.y = torch.cat([classes, null]).to(self.device)
 
-    def predict(self, t: float, rho: torch.Tensor, guidance: float) -> Routing:
-        """Run the model at time t with ρ (B or, with guidance, 2B); keep the output, return the conditional routing."""
-        x = torch.cat([self.x] * (len(rho) // len(self.x))).to(self.dtype)
+    def predict(self, t: float, amount: torch.Tensor, guidance: float) -> Routing:
+        """Run the model at time t with ρ or tokens (B or, with guidance, 2B); keep the output, return the conditional
+        routing."""
+        x = torch.cat([self.x] * (len(amount) // len(self.x))).to(self.dtype)
+        rho: torch.Tensor | float = amount.to(self.device)
+        budget: dict[str, Any] = {}
+        if not amount.is_floating_point():
+            rho, budget = 0.0, {"budget_per_sample": int(amount[0])}
+            if (amount != amount[0]).any():
+                budget = {"budget_per_sample": amount.to(self.device), "capacity": int(amount.sum())}
         times = torch.full((len(x),), t, device=self.device)
         try:
-            out, routing = self.model(x, times, self.y[: len(x)], rho.to(self.device), return_routing=True)
+            out, routing = self.model(x, times, self.y[: len(x)], rho, return_routing=True, **budget)
         except ValueError as error:
             if "NaN" not in str(error):
                 raise

@@ -149,6 +149,9 @@ class TrainConfig:
     """Everything that `dcdit train` reads. `batch_size` is the global one. In its place `tokens_per_batch` (0: not)
     takes as many items for each step as have so many latent cells together. `drop_fractions` are the ρ to draw from.
 
+    `budgets` are shares of all cells to draw from in place of ρ: a step keeps exactly so many cells of its batch, the
+    most probable ones, whichever their samples.
+
     `kind` is the model: sparse and dydit are SparseDiT and DyDiT of `model`'s backbone, at the cost that `spend` names,
     from the DiT of upcycle.source where there is one (`from` in YAML). `init` is a DC-DiT to start from.
     `snapshot_every` steps (0: never) the first EMA model is kept in OUTPUT/snapshots. `log_with` names trackers of
@@ -181,6 +184,7 @@ class TrainConfig:
     label_drop: float = 0.1
     ratio_weight: float = 0.03
     drop_fractions: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    budgets: tuple[float, ...] = ()
     drop_warmup: int = 5000
     precision: Literal["no", "bf16"] = "no"
     channels_last: bool = False
@@ -203,6 +207,13 @@ class TrainConfig:
         for rho in self.drop_fractions:
             if not 0 <= rho < 1 - 2**-25:  # from there on float32 has 1
                 raise ConfigError(f"drop_fractions must lie in [0, 1), got {rho}")
+        for share in self.budgets:
+            if not 0 < share <= 1:
+                raise ConfigError(f"budgets are shares of the cells and must lie in (0, 1], got {share}")
+        if self.budgets and self.drop_fractions != TrainConfig.drop_fractions:
+            raise ConfigError("budgets and drop_fractions exclude each other: leave one of them out")
+        if self.budgets and self.cuda_graph:
+            raise ConfigError("cuda_graph is for drop_fractions: leave it out, or budgets")
         for decay in self.optim.ema_decay:
             if not 0 <= decay <= 1:
                 raise ConfigError(f"optim.ema_decay must be in [0, 1], got {decay}")
@@ -212,7 +223,7 @@ class TrainConfig:
             raise ConfigError("output must be a folder, got an empty name")
         if self.init and self.upcycle.source:
             raise ConfigError("a run starts from init or from upcycle.source, not from both")
-        for key in ("init", "cuda_graph", "compile", "checkpointing", "data.buckets"):
+        for key in ("init", "cuda_graph", "compile", "checkpointing", "data.buckets", "budgets"):
             if self.kind != "dcdit" and attrgetter(key)(self):
                 raise ConfigError(f"{key} is of kind dcdit, this run has {self.kind}")
         Density(self.spend.least, self.spend.most)

@@ -31,7 +31,7 @@ def generator(seed: int, stream: int, step: int = 0, position: int = 0) -> np.ra
 
 
 def draw_drop_fraction(seed: int, step: int, choices: Sequence[float], warmup: int) -> float:
-    """ρ of a step, the same on every rank: 0 in the first `warmup` steps, then one of `choices`."""
+    """ρ or budget of a step, the same on every rank: 0 in the first `warmup` steps, then one of `choices`."""
     if step < warmup:
         return 0.0
     return float(choices[int(generator(seed, _STEP, step).integers(len(choices)))])

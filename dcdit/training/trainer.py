@@ -21,7 +21,7 @@ from ..interrupts import held_back, raised
 from ..model.dcdit import DCDiT
 from ..model.mixed import Samples, by_size
 from ..model.precision import float32_products
-from ..model.routing import Routing
+from ..model.routing import Routing, least_tokens
 from .config import TrainConfig, learning_rate
 from .launch import make_accelerator
 from .objectives import SUB_BATCH, make_objective, ratio_loss
@@ -241,7 +241,7 @@ class Trainer:
     def train_step(self, batch: dict[str, Any], whole: int = 0) -> dict[str, torch.Tensor | float]:
         """One optimiser step on this rank's slice of `whole` samples (0: of equal slices); returns what is recorded."""
         config, count = self.config, self.config.accumulate
-        rho = draw_drop_fraction(config.seed, self.step, config.drop_fractions, config.drop_warmup)
+        drawn = draw_drop_fraction(config.seed, self.step, config.budgets or config.drop_fractions, config.drop_warmup)
         lr = learning_rate(config.optim, self.step, config.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -252,7 +252,7 @@ class Trainer:
             alone = self.accelerator.no_sync(self.model) if number + 1 < count else contextlib.nullcontext()
             with alone:
                 weights = weights_of(len(part[2]), whole, self.ranks * count)
-                values = self._backward(*(moved(given, self.device) for given in part), rho, weights)
+                values = self._backward(*(moved(given, self.device) for given in part), drawn, weights)
             for key, value in values.items():
                 sums[key] = sums.get(key, 0) + value.detach() / count
         # No clipping is clipping at infinity: the norm is still measured.
@@ -261,19 +261,28 @@ class Trainer:
         self.optimizer.step()
         for ema in self.emas:
             ema.update(self.net, self.step)
-        return {**sums, "drop_fraction": rho, "grad_norm": norm, "lr": lr}
+        return {**sums, "budget" if config.budgets else "drop_fraction": drawn, "grad_norm": norm, "lr": lr}
 
     def _backward(
-        self, image: Samples, noise: Samples, t: torch.Tensor, y: torch.Tensor, rho: float, weights: dict[str, Any]
+        self, image: Samples, noise: Samples, t: torch.Tensor, y: torch.Tensor, drawn: float, weights: dict[str, Any]
     ) -> dict[str, torch.Tensor]:
         """Add the gradients of one part of the batch to those of the others; returns its losses."""
         x0 = image if self.codec is None else by_size(self.codec.encode, image)
         if self.graphs:
-            return self.graphs.backward((x0, noise, t, y), rho)
+            return self.graphs.backward((x0, noise, t, y), drawn)
         # A tensor, because a compiled graph would be made anew for each number.
-        values, _ = self.losses(x0, noise, t, y, torch.full((), rho, device=self.device), **weights)
+        budget = self._tokens(x0, drawn) if self.config.budgets and drawn else {}
+        rho = 0.0 if budget else torch.full((), drawn, device=self.device)
+        values, _ = self.losses(x0, noise, t, y, rho, **weights, **budget)
         self.accelerator.backward(values["loss"] / self.config.accumulate)
         return values
+
+    def _tokens(self, x0: Samples, share: float) -> dict[str, Any]:
+        """The budget of a part: exactly this share of its cells, of each sample's where their sizes differ."""
+        rows = [max(round(share * x[0].numel()), least_tokens(x.shape[1:], self.config.model.keep_grid)) for x in x0]
+        if isinstance(x0, torch.Tensor):
+            return {"budget": sum(rows)}
+        return {"budget_per_sample": torch.tensor(rows).to(self.device)}
 
     def losses(
         self,
@@ -281,13 +290,14 @@ class Trainer:
         noise: Samples,
         t: torch.Tensor,
         y: torch.Tensor,
-        rho: torch.Tensor,
+        rho: torch.Tensor | float,
         weights: tuple[float, float] = (1.0, 1.0),
         **limits: int,
     ) -> tuple[dict[str, torch.Tensor], Any]:
         """The loss of latents, its parts, and the share of the cells that was kept, at drop fraction ρ; the routing.
 
-        `weights` are a part's in the batch's means over samples and over sub-batches; `limits` are those of the model.
+        `weights` are a part's in the batch's means over samples and over sub-batches; `limits` are those of the model;
+        beside a budget ρ is the number 0.
         """
         config, n = self.config, self.config.model.target_ratio
         x = by_size(self.objective.add_noise, x0, noise, t)
