@@ -20,6 +20,9 @@ try:
     load_error: str | None = None
 except ImportError as error:
     _C, load_error = None, str(error)
+INTERFACE = 2  # counts changes of what C++ takes, so that a build of other sources is not called
+if _C is not None and getattr(_C, "interface", 1) != INTERFACE:
+    _C, load_error = None, "it was built from other sources"
 
 # The place of a mode is its number in csrc/plan.h.
 MODES = ("grid", "1d", "previous")

@@ -1,8 +1,10 @@
 """plan_chunks in C++ against the reference, bit for bit: as the CPU runs it, and as a block of CUDA threads would."""
 
 import dataclasses
+import importlib.util
 import math
 import re
+import sys
 import types
 
 import pytest
@@ -191,6 +193,15 @@ def test_a_missing_extension_says_what_to_do(monkeypatch):
     assert K.plan_chunks(torch.rand(1, 6), (2, 3)).batch_size == 1
     with pytest.raises(K.BackendError, match=r"plan_chunks: backend 'native' cannot run.*no such file.*pip install"):
         K.plan_chunks(torch.rand(1, 6), (2, 3), backend="native")
+
+
+def test_a_build_of_other_sources_is_not_called(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dcdit_kernels._C", types.SimpleNamespace(plan_count=None))
+    spec = importlib.util.spec_from_file_location("dcdit_kernels.other", native.__file__)
+    other = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(other)
+    assert other._C is None and native._C is not None
+    assert "is not built (it was built from other sources); `pip install .`" in other.missing(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
