@@ -74,11 +74,12 @@ def rows_of_budget(
     budget_per_sample: int | torch.Tensor | None,
 ) -> tuple[bool, int | None, int | None]:
     """(whether every row will be live, capacity, max_seqlen), where a budget that is a number tells them."""
-    if budget is None and (budget_per_sample is None or isinstance(budget_per_sample, torch.Tensor)):
-        return capacity is None, capacity, max_seqlen
     exact = capacity is None and max_seqlen is None and ban is None
-    rows = budget
-    if budget is None:
+    if budget is not None:
+        rows = budget
+    elif budget_per_sample is None or isinstance(budget_per_sample, torch.Tensor):
+        return capacity is None, capacity, max_seqlen
+    else:
         rows = prob.shape[0] * budget_per_sample
         max_seqlen = budget_per_sample if max_seqlen is None else min(max_seqlen, budget_per_sample)
     return exact, rows if capacity is None else capacity, max_seqlen
