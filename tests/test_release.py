@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from dcdit.checkpoints.folder import load_checkpoint, load_release, save_checkpoint, save_release
-from dcdit.checkpoints.release_keys import RELEASE_USE, from_release, infer_heads, to_release
+from dcdit.checkpoints.release_keys import RELEASE_USE, from_release, infer_heads, release_content, to_release
 from dcdit.checkpoints.safe_pickle import Record, read_pickle
 from dcdit.cli import main
 from dcdit.errors import CheckpointError, ConfigError
@@ -482,3 +482,13 @@ def test_a_directory_with_other_files_is_left_alone(tmp_path):
     with pytest.raises(CheckpointError, match=r"holds more than a checkpoint \(thesis.tex\)"):
         DCDiT(TINY).save_pretrained(tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("norm_groups", 8), ("segment_mean", True), ("keep_grid", 4), ("encoder_stride", 2)]
+)
+def test_what_the_release_does_not_compute_is_refused(name, value):
+    """Its loader would take the weights and compute another model."""
+    config = DCDiTConfig(**{"input_size": (4, 4), "hidden_size": 32, "num_heads": 1, "encoder_width": 32, name: value})
+    with pytest.raises(CheckpointError, match=f"the public release has {name} .* only, this model's is {value}"):
+        release_content({}, config, {})
