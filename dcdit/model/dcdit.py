@@ -155,7 +155,7 @@ class DCDiT(nn.Module):
         if isinstance(routing, MixedRouting):
             raise ValueError("routing must be a Routing for a batch of one size, got a MixedRouting")
         if routing is not None:
-            routing.check(len(x), grid, limits)
+            routing.check(x.shape[0], grid, limits)
         c, outer = self.condition(t, y)
         h = self.encode(x, outer)
         # Router and residual path are at least float32, whatever autocast makes of the rest; h is copied once for both.
@@ -232,16 +232,18 @@ class DCDiT(nn.Module):
             raise RuntimeError("torch.jit.trace cannot follow a number of tokens that changes; use torch.export")
         channels, stride = self.config.in_channels, self.config.encoder_stride
         batch = isinstance(x, torch.Tensor)
-        if not batch:
+        if isinstance(x, torch.Tensor):
+            size, parts = x.shape[0], [("x", x)]  # torch.export takes a tensor's len for a constant
+        else:
             check_samples(x)
+            size, parts = len(x), [(f"x[{i}]", part) for i, part in enumerate(x)]
         shape = ("B, " if batch else "") + f"{channels}, H, W"
-        for name, part in [("x", x)] if batch else [(f"x[{i}]", part) for i, part in enumerate(x)]:
+        for name, part in parts:
             if part.dim() != 3 + batch or part.shape[-3] != channels or 0 in part.shape[-2:]:
                 raise ValueError(f"{name} must have shape ({shape}), got {tuple(part.shape)}")
             if part.shape[-2] % stride or part.shape[-1] % stride:
                 sides = tuple(part.shape[-2:])
                 raise ValueError(f"{name} must have sides that encoder_stride {stride} divides, got {sides}")
-        size = x.shape[0] if batch else len(x)  # torch.export takes a tensor's len for a constant
         for name, tensor in (("t", t), ("y", y)):
             if tuple(tensor.shape) != (size,):
                 raise ValueError(f"{name} must have shape ({size},), got {tuple(tensor.shape)}")
