@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 import dcdit.training.trainer
 from dcdit.errors import ConfigError
 from dcdit.training.config import load_config
+from dcdit.training.run import train
 from dcdit.training.step_graphs import SHARES, SPARE, StepGraphs, room
-from dcdit.training.trainer import Trainer, train
+from dcdit.training.trainer import Trainer
 
 RHO = [0.0, 0.2, 0.4, 0.6]
 TINY = {

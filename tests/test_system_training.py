@@ -16,8 +16,8 @@ from dcdit.sampling import sample
 from dcdit.training.config import load_config
 from dcdit.training.gate_loss import gate_loss
 from dcdit.training.objectives import FlowMatching
+from dcdit.training.run import train
 from dcdit.training.stream import DensityStream
-from dcdit.training.trainer import train
 
 SMALL = [
     "model.hidden_size=32",

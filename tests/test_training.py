@@ -23,11 +23,11 @@ from dcdit.checkpoints.folder import load_checkpoint
 from dcdit.cli import main
 from dcdit.data.sources import Digits
 from dcdit.model.dcdit import DCDiT
-from dcdit.training.config import OptimConfig, load_config
+from dcdit.training.config import OptimConfig, learning_rate, load_config
 from dcdit.training.objectives import FlowMatching, ratio_loss
+from dcdit.training.run import train
 from dcdit.training.state import EMA
-from dcdit.training.stream import TrainingStream, batches, draw_drop_fraction
-from dcdit.training.trainer import check_split, learning_rate, train
+from dcdit.training.stream import TrainingStream, batches, check_split, draw_drop_fraction
 
 TINY = {
     "model": {"preset": "digits", "input_size": 7, "in_channels": 16, "hidden_size": 32, "depth": 1, "num_heads": 1}
@@ -295,7 +295,7 @@ def fails(capsys, *arguments):
         ("output=pyproject.toml", "cannot write pyproject.toml: "),
         ("steps.x=1", "steps is not a group"),
         ("data.kind=folder", "data.kind=folder needs data.path"),
-        ("data.kind=digit", "data.kind must be one of digits, folder, latents"),
+        ("data.kind=digit", "data.kind must be one of digits, folder, idx, latents"),
         ("codec.factor=3", "do not divide into 3×3"),
         ("codec.factor=2", "model takes (16, 7, 7)"),
         ("model.num_classes=9", "10 classes"),

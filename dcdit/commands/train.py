@@ -17,6 +17,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train or resume."""
     from ..training.config import load_config
-    from ..training.trainer import train
+    from ..training.run import train
 
     train(load_config(args.config, args.overrides), args.allow)

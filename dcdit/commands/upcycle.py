@@ -24,6 +24,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Upcycle, or resume."""
     from ..training.config import load_config
-    from ..training.trainer import train
+    from ..training.run import train
 
     train(load_config(args.config, [*args.overrides, f"upcycle.source={args.source}"]), args.allow)

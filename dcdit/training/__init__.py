@@ -7,7 +7,8 @@ __getattr__, __all__ = lazy(
     {
         "config": "TrainConfig load_config",
         "objectives": "DDPM FlowMatching ratio_loss",
-        "trainer": "Trainer train",
+        "run": "train",
+        "trainer": "Trainer",
         "upcycling": "upcycle",
     },
 )

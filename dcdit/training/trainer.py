@@ -17,7 +17,7 @@ from ..codecs import make_codec
 from ..data.sources import check_codec, make_source, pixels_of_a_cell
 from ..errors import ConfigError, DCDiTError
 from ..files import check_folder, locked
-from ..interrupts import held_back, raised
+from ..interrupts import held_back
 from ..model.dcdit import DCDiT
 from ..model.mixed import Samples, by_size
 from ..model.precision import float32_products
@@ -28,7 +28,7 @@ from .objectives import SUB_BATCH, make_objective, ratio_loss
 from .parts import in_parts, moved, weights_of
 from .progress import Progress
 from .resume import Change, check_allowed, compare, describe_data
-from .run_output import average, describe_run, look, place, use
+from .run_output import average, look, place, use
 from .state import EMA, Metrics, load_state, read_header, save_state
 from .step_graphs import StepGraphs
 from .stream import TrainingStream, batches, check_latents, check_split, check_tokens, draw_drop_fraction
@@ -36,38 +36,8 @@ from .validation import Validation
 from .warm_start import start_from
 
 
-def train(config: TrainConfig, allow: Sequence[str] = ()) -> Path:
-    """Train, or resume what `config.output` holds, and return the directory of the EMA model.
-
-    Writes OUTPUT/last.safetensors (to resume from), OUTPUT/model (the EMA, for `dcdit sample`) and
-    OUTPUT/metrics.jsonl. `allow` names keys that may differ from those of the run that is resumed. Raises DCDiTError
-    for input that cannot be used.
-    """
-    kind = Trainer
-    if config.kind != "dcdit":
-        from .systems import TRAINERS
-
-        kind = TRAINERS[config.kind]
-    elif config.upcycle.source:
-        from .upcycling import Upcycler
-
-        kind = Upcycler
-    with raised():
-        trainer = kind(config, allow)
-        try:
-            trainer.accelerator.print(describe_run(trainer), flush=True)
-            return trainer.run()
-        except (KeyboardInterrupt, RuntimeError) as error:
-            # A signal to the whole group of processes ends those that load first.
-            if isinstance(error, KeyboardInterrupt) or "DataLoader worker" in str(error):
-                trainer.save_interrupted()
-            raise
-        finally:
-            trainer.close()
-
-
 class Trainer:
-    """One run. Everything random about a step is a function of (seed, step), see `dcdit.stream`."""
+    """One run. Everything random about a step is a function of (seed, step), see `dcdit.training.stream`."""
 
     policy: str | None = None  # by which a trained model is sampled, where that is known
 
