@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 
 def lazy(package: str, modules: dict[str, str]) -> tuple[Callable[[str], object], list[str]]:
-    """The __getattr__ and the __all__ of `package`, from its modules and the names that each of them exports."""
+    """The __getattr__ and the __all__ of `package`, from its modules and the names that each module exports."""
     homes = {name: module for module, names in modules.items() for name in names.split()}
 
     def __getattr__(name: str) -> object:

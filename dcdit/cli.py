@@ -79,7 +79,7 @@ def _run(argv: list[str]) -> int:
     module.configure(parsers[args.command])
     # By itself: a parser with sub-commands does not take key=value on both sides of an option.
     parsers[args.command].parse_intermixed_args(argv[1:], args)
-    from dcdit_kernels import BackendError  # here, lest torch be imported to complain of an option
+    from dcdit_kernels import BackendError  # here, so that an option's error imports no torch
 
     try:
         return module.run(args) or 0

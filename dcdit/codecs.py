@@ -48,7 +48,7 @@ class AutoencoderKL:
     def __init__(self, pretrained: str = "stabilityai/sd-vae-ft-ema", scale: float | None = None) -> None:
         self.vae = _load_vae(pretrained)
         self.offset, self.factor = latent_scaling(self.vae.config, scale)
-        # Autoencoders of video take an axis of frames, of which a picture is one.
+        # Autoencoders of video take an axis of frames; a picture is one frame.
         self.frames = any(isinstance(module, torch.nn.Conv3d) for module in self.vae.modules())
 
     @torch.no_grad()
@@ -91,7 +91,7 @@ def make_codec(kind: str = "", **options: Any) -> PixelUnshuffle | AutoencoderKL
 
 
 def _load_vae(pretrained: str):
-    """The autoencoder of a folder or Hub repository, its own or that of a whole pipeline."""
+    """The autoencoder of a folder or Hub repository, which may hold a whole pipeline."""
     try:
         import diffusers
     except ImportError as error:

@@ -2,7 +2,7 @@
 
 
 class DCDiTError(ValueError):
-    """Something in the input is wrong; the message says what was expected and what came."""
+    """Something in the input is wrong; the message names the expected value and the value that came."""
 
 
 class ConfigError(DCDiTError):

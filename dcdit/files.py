@@ -27,7 +27,7 @@ def replacing(file: Path, durable: bool = True) -> Iterator[Path]:
 
 
 def sync(file: Path) -> None:
-    """Wait until what was written is on the disk."""
+    """Wait until all writes are on the disk."""
     with open(file, "rb") as stream:
         os.fsync(stream.fileno())
 

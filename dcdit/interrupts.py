@@ -21,7 +21,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
-    """Within it SIGTERM, SIGHUP and Ctrl-C raise Interrupted, unless the caller has handlers of its own for them."""
+    """Within it SIGTERM, SIGHUP and Ctrl-C raise Interrupted, unless the caller handles these signals."""
     with _handlers(_raise):
         yield
 

@@ -87,15 +87,15 @@ def attend_with_text(h, prob, text, cu_text):
 def test_streams_are_joined():
     compiled = whole(attend_with_text)
     for batch, lengths in ((2, [3, 0]), (3, [7, 1, 2]), (2, [0, 0]), (5, [1, 2, 3, 4, 5])):
-        h, prob = torch.randn(batch, 64, 32, requires_grad=True), torch.rand(batch, 64)
-        text = torch.randn(sum(lengths) + 2, 32, requires_grad=True)
+        h, prob = torch.randn(batch, 64, 32, dtype=torch.float64, requires_grad=True), torch.rand(batch, 64)
+        text = torch.randn(sum(lengths) + 2, 32, dtype=torch.float64, requires_grad=True)
         cu_text = K.Packing.from_lengths(lengths).cu_seqlens
         results = []
         for function in (compiled, attend_with_text):
             outs = function(h, prob, text, cu_text)
             results.append([*outs, *torch.autograd.grad(sum(o.square().sum() for o in outs), (h, text))])
         for got, want in zip(*results, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
 def test_model_takes_every_batch():

@@ -403,6 +403,7 @@ def test_reference_gradients_are_derivatives():
     modulators = draw(2, width), draw(2, width)
     inner = prob.clone().clamp(0.1, 0.9).requires_grad_()
     weights = draw(8), draw(8), draw(8), draw(1)
+    angle = torch.rand(9, 4, dtype=torch.float64)
     cu_seqlens = torch.tensor([0, 5, 5, 9], dtype=torch.int32)
     cases = {
         "chunk": (lambda h, pos: reference.chunk(h, plan, pos), (h, draw(cells, width))),
@@ -426,9 +427,7 @@ def test_reference_gradients_are_derivatives():
         ),
         "qk_norm_rope": (
             lambda q, k, w: torch.cat(
-                reference.qk_norm_rope(
-                    q, k, None, None, w, w, cos=torch.rand(9, 4), sin=torch.rand(9, 4), pairing="half"
-                )
+                reference.qk_norm_rope(q, k, None, None, w, w, cos=angle.cos(), sin=angle.sin(), pairing="half")
             ),
             (draw(9, 2, 8), draw(9, 2, 8), weights[0]),
         ),

@@ -34,7 +34,7 @@ _DIFFUSERS = (
 
 
 def from_dit(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """PlainDiT's state dict from that of the original DiT, such as DiT-XL-2-256x256.pt. Raises CheckpointError."""
+    """PlainDiT's state dict from the original DiT's, such as DiT-XL-2-256x256.pt. Raises CheckpointError."""
     ours = {swap_prefix(key, OUTER) or swap_parts(key, PARTS): tensor for key, tensor in state.items()}
     if "pos_embed" in ours:
         ours["pos_embed"] = ours["pos_embed"].squeeze(0)
@@ -50,9 +50,9 @@ def to_dit(model: PlainDiT) -> dict[str, torch.Tensor]:
 
 
 def from_diffusers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """PlainDiT's state dict, without the position table, from that of diffusers' DiTTransformer2DModel.
+    """PlainDiT's state dict, without the position table, from diffusers' DiTTransformer2DModel's.
 
-    There each block has an embedder of time and class of its own, all equal in DiT as published; ours is block 0's.
+    There each block has its own embedder of time and class, all equal in DiT as published; ours is block 0's.
     """
     top = "transformer_blocks.0.norm1.emb."
     layers = [
@@ -89,7 +89,7 @@ def reorder_head(state: dict[str, torch.Tensor], to_ours: bool) -> dict[str, tor
 
 
 def from_sit(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """PlainDiT's state dict, in our convention, from that of SiT (arXiv 2401.08740), such as SiT-XL-2-256.pt.
+    """PlainDiT's state dict, in our convention, from SiT's (arXiv 2401.08740), such as SiT-XL-2-256.pt.
 
     SiT has DiT's names and shapes, times s in [0, 1] with the data at 1, and predicts data − noise, next to channels
     that its loss does not use. The output changes its sign. Our embedding of t = 1000·(1 − s) holds SiT's of s up to a
@@ -119,7 +119,7 @@ def check_source(source: str | Path) -> None:
 def load_dit(source: str | Path, config: DCDiTConfig, convention: str = "dit") -> PlainDiT:
     """The pretrained DiT that a DC-DiT of `config` can start from, in eval mode, with the classes that it has.
 
-    `source` is a `.pt` in the original DiT's layout, or what diffusers' `from_pretrained` takes: a directory or
+    `source` is a `.pt` in the original DiT's layout, or an argument of diffusers' `from_pretrained`: a directory or
     Hub repository of DiTTransformer2DModel or of a whole DiTPipeline. `convention` is "dit", or "sit" for a `.pt` of
     SiT. Raises CheckpointError naming the key and the shapes that do not fit.
     """

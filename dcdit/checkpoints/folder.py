@@ -30,7 +30,7 @@ from .safe_pickle import read_state
 from .systems_folder import empty_system, system_of
 
 FILES = ("config.json", "model.safetensors")
-KEPT = ("README.md", "LICENSE", "LICENSE.md", ".gitattributes")  # what repositories hold beside them
+KEPT = ("README.md", "LICENSE", "LICENSE.md", ".gitattributes")  # further files of repositories
 ASSETS = Path(__file__).parents[1] / "assets"
 SHIPPED = ("digits",)  # checkpoints in ASSETS
 
@@ -69,8 +69,8 @@ def check_place(directory: Path) -> None:
 def save_checkpoint(directory: str | Path, model: DCDiT, extra: dict[str, Any] | None = None) -> None:
     """Write model.safetensors and config.json; the directory appears whole or not at all.
 
-    `extra` holds JSON values about the model's use, such as {"objective": "flow"}; None: those that it was loaded with,
-    `model.use`. A checkpoint that is there already is replaced, and its README.md and licence stay; raises
+    `extra` holds JSON values about the model's use, such as {"objective": "flow"}; None: the values of `model.use`, as
+    it was loaded. A checkpoint that is there already is replaced, and its README.md and licence stay; raises
     CheckpointError where the directory holds anything else.
     """
     from safetensors.torch import save
@@ -78,7 +78,7 @@ def save_checkpoint(directory: str | Path, model: DCDiT, extra: dict[str, Any] |
     extra = getattr(model, "use", {}) if extra is None else extra
     directory = Path(directory).expanduser()
     check_place(directory)
-    directory = directory.resolve() if directory.is_symlink() else directory  # a link stays, what it names is replaced
+    directory = directory.resolve() if directory.is_symlink() else directory  # a link stays, its target is replaced
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
@@ -176,7 +176,7 @@ def _load_system(extra: dict[str, Any], weights: Path, device: str | torch.devic
 
 
 def _check_grid(table: torch.Tensor, config: DCDiTConfig, path: Path) -> None:
-    """Raise CheckpointError where the position table is that of another grid with as many cells."""
+    """Raise CheckpointError where the position table belongs to another grid with as many cells."""
     cells, width = config.cells, config.hidden_size
     grids = [config.input_size, *((h, cells // h) for h in range(1, cells + 1) if cells % h == 0)]
     for grid in grids:
@@ -256,7 +256,7 @@ def from_pretrained(
     backbone: nn.Module | None = None,
     **hub: Any,
 ) -> DCDiT:
-    """The model of a checkpoint that `locate` finds, in eval mode and float32; `model.use` says what it is for.
+    """The model of a checkpoint that `locate` finds, in eval mode and float32; `model.use` says its purpose.
 
     `router` and `backbone` as in `load_checkpoint`. `hub` goes to `huggingface_hub.snapshot_download`, such as
     revision= or local_files_only=. Raises CheckpointError.
@@ -290,7 +290,7 @@ def load_release(
 
     Args:
         path: the `.pt` file: a dict of model, ema and config, or a bare state dict.
-        num_heads, sigma: what the shapes do not tell. None: from the stored configuration where it can be read, else
+        num_heads, sigma: unknown from the shapes. None: from the stored configuration where it can be read, else
             heads of 72 or 64 channels and σ = 1.
         which: "ema" or "model".
 
@@ -303,7 +303,7 @@ def load_release(
 def read_release(
     path: str | Path, *, num_heads: int | None = None, sigma: float | None = None, which: str = "ema"
 ) -> tuple[DCDiT, dict[str, Any]]:
-    """`load_release`, and `model.use`: what `save_release` stored, or the release's own objective and codec."""
+    """`load_release`, and `model.use`: as `save_release` stored it, or the release's own objective and codec."""
     state, config = read_state(path, which)
     state = from_release(state)
     model = DCDiT(infer_config(state, config, num_heads, sigma))

@@ -21,6 +21,6 @@ def hub_options(name: str) -> dict[str, Any]:
         raise CheckpointError(f"there is no folder {name}, and it is no name of a repository") from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(f"there is no folder {name}, and no repository of that name that can be read") from error
-    except Exception:  # no network, offline mode, a server that is down: what is in the cache can still be read
+    except Exception:  # no network, offline mode, a server that is down: the cache can still be read
         return {"local_files_only": True}
     return {}

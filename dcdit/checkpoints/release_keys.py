@@ -13,16 +13,16 @@ from ..errors import CheckpointError
 from ..model.config import DCDiTConfig
 from .safe_pickle import inverse, shape_of, swap_parts, swap_prefix
 
-# What the release's models were trained by: DDPM on latents of Stable Diffusion's autoencoder, of which DiT's guidance
+# The release's models were trained by DDPM on latents of Stable Diffusion's autoencoder, of which DiT's guidance
 # moves three channels.
 RELEASE_USE = {
     "objective": "ddpm",
     "guidance_channels": 3,
     "codec": {"kind": "autoencoder_kl", "pretrained": "stabilityai/sd-vae-ft-ema", "scale": 0.18215},
 }
-# What a `.pt` keeps of a model's use.
+# The part of a model's use that a `.pt` keeps.
 _USE_KEYS = ("objective", "codec", "guidance_channels", "class_names")
-# The release's prefixes and ours, in the order in which they are tried.
+# The release's prefixes and ours, in the order of trial.
 _PREFIXES = (
     ("x_embedder.proj.", "stem."),
     ("t_embedder.", "time_embed."),
@@ -42,7 +42,7 @@ _PREFIXES = (
     ("final_layer.", "final."),
     ("pos_embed", "pos_embed"),
 )
-# Parts of a block's keys, between dots; those of DiT's own blocks are among them.
+# Parts of a block's keys, between dots; with the parts of DiT's own blocks.
 PARTS = (
     ("cond_proj", "cond"),
     ("skip_proj", "skip"),
@@ -102,7 +102,7 @@ def stored(config: Any, path: str, kind: type, default: Any = None) -> Any:
 
 
 def stored_use(config: Any) -> dict[str, Any]:
-    """What `release_content` stored of a model's use, as JSON; the release's own for a file that it did not write."""
+    """A model's use as `release_content` stored it, as JSON; the release's own for a file that it did not write."""
     text = config.get("use") if isinstance(config, dict) else None
     if text is None:
         return dict(RELEASE_USE)
@@ -148,7 +148,7 @@ def infer_heads(width: int) -> int:
 
 
 def release_content(state: dict[str, torch.Tensor], config: DCDiTConfig, extra: dict[str, Any]) -> dict[str, Any]:
-    """What `torch.save` writes for the release to read: weights as model and ema, and what shapes do not tell.
+    """Content for `torch.save` that the release reads: weights as model and ema, and the values unknown from shapes.
 
     Of `extra` the model's use, where it is not the release's own. Raises CheckpointError for a model
     that the release has no place for.

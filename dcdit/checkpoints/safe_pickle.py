@@ -1,4 +1,4 @@
-"""State dicts of `.pt` files: read without running what the files name, and their keys renamed."""
+"""State dicts of `.pt` files: read without running code that the files name, and their keys renamed."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class Record(metaclass=_InertType):
         self.__dict__.update(state)
 
 
-# The classes that torch's unpickler lets through are those of the process, not of one reader.
+# torch's unpickler has one list of safe classes for the process, not for one reader.
 _READING = threading.Lock()
 # How a file of torch before 1.6 begins.
 _LEGACY = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 
 
 def read_pickle(path: str | Path) -> Any:
-    """What a `.pt` file holds: tensors, containers and numbers; instances of unknown classes become `Record`s.
+    """The content of a `.pt` file: tensors, containers and numbers; instances of unknown classes become `Record`s.
 
     torch's weights-only unpickler reads it, so nothing that the file names is imported or run. Raises CheckpointError
     where it asks for that, or is truncated or no checkpoint, and OSError where it cannot be read.
@@ -78,7 +78,7 @@ def read_state(path: str | Path, which: str = "ema") -> tuple[dict[str, torch.Te
     """(state dict, stored configuration or None) of a training checkpoint, or of a bare state dict.
 
     `which` is "ema" or "model"; prefixes of DistributedDataParallel and torch.compile are stripped. Every entry is a
-    dense floating-point tensor with memory of its own for all its elements. Raises CheckpointError for anything else.
+    dense floating-point tensor with separate memory for all its elements. Raises CheckpointError for anything else.
     """
     content = read_pickle(path)
     if not isinstance(content, dict) or not content:

@@ -1,4 +1,4 @@
-"""Folders of the systems that are no DC-DiT: what `save_checkpoint` wrote of a SparseDiT or a DyDiT."""
+"""Folders of systems other than DC-DiT: a SparseDiT or a DyDiT as `save_checkpoint` wrote it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def system_of(model: torch.nn.Module) -> dict[str, str]:
 def empty_system(kind: str, sizes: dict[str, Any], shapes: dict[str, tuple[int, ...]], path: Path) -> Any:
     """The model of config.json's `kind` and `sizes`, without memory. Raises CheckpointError where it makes none.
 
-    `shapes` are those of the weights: their blocks are counted before a model is made.
+    `shapes` are the weights' shapes: their blocks are counted before a model is made.
     """
     try:
         check_keys([kind], SYSTEMS, "kind")

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    """Read every file; print what is there and each file that cannot be read."""
+    """Read every file; print a summary and each unreadable file."""
     from tqdm import tqdm
 
     root = Path(args.folder).expanduser()
@@ -73,7 +73,7 @@ def check(args: argparse.Namespace) -> int:
 
 
 def check_latents(root: Path) -> int:
-    """The same for latents; the first file's shape is what all others must have."""
+    """Check latents likewise; all files must have the first file's shape."""
     folder = min(root.glob("*_features"))
     first = next(iter(sorted(folder.glob("*.npy"))), None)
     shape = load_npy(first).shape[-3:] if first else (1, 1, 1)

@@ -1,4 +1,4 @@
-"""`dcdit demo`: what `make demo` runs."""
+"""`dcdit demo`, the command behind `make demo`."""
 
 from __future__ import annotations
 

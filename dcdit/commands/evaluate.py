@@ -1,4 +1,4 @@
-"""`dcdit evaluate`: how far pictures are from a reference, and whether they show what was asked for."""
+"""`dcdit evaluate`: how far pictures are from a reference, and whether they show the requested class."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _network(args, open_again):
-    """(the network of the features, what tells classes or None)."""
+    """(the network of the features, the classifier or None)."""
     import numpy as np
     import torch
 

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def print_rivals(config: DCDiTConfig) -> None:
-    """What SparseDiT and DyDiT of the same backbone spend beside the plain DiT, attention included."""
+    """Multiply-adds of SparseDiT and DyDiT of equal backbone beside the plain DiT's, attention included."""
     from ..model.rival_macs import dydit_macs, dydit_on, sparse_dit_macs, sparse_on
 
     if config.depth < 6 or any(side % 2 for side in config.input_size):

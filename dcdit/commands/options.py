@@ -1,4 +1,4 @@
-"""What every command that samples has: its options, and what they say."""
+"""Options of every command that samples."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def prepared(model, args: argparse.Namespace):
     from ..model.precision import cast_weights
 
     if args.policy is None:
-        args.policy = model.use.get("policy")  # that of its training
+        args.policy = model.use.get("policy")  # the policy of its training
     if args.bf16:
         cast_weights(model, torch.bfloat16)
     if not args.cuda_graph:
@@ -162,7 +162,7 @@ def sampling_arguments(args: argparse.Namespace, objective: str, codec, model) -
 
 
 def settings_of(args: argparse.Namespace, checkpoint: Path, ids: list[int]) -> dict[str, Any]:
-    """What decides how the pictures of a run look, in JSON types."""
+    """The settings on which a run's pictures depend, in JSON types."""
     from ..checkpoints.folder import weights_hash
 
     names = ("scheduler", "steps", "guidance", "guidance_channels", "eta", "shift")

@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
         # Only on a terminal.
         quiet = None if state.is_main_process else True
         bar = stack.enter_context(tqdm(total=len(rounds), unit="batch", disable=quiet, delay=0.5, leave=False))
-        state.wait_for_everyone()  # each has looked at what is there
+        state.wait_for_everyone()  # each has looked at the folder
         try:
             for mine in rounds:
                 draw(pictures, mine, model, codec, options, costs)
@@ -127,7 +127,7 @@ def try_out(model, label: int, options: dict) -> None:
 class Rounds:
     """Indices of this process's batches with a missing picture.
 
-    The batches are the same in every call. A resumed run is therefore bit-equal to an uninterrupted one.
+    Every call has equal batches. A resumed run is therefore bit-equal to an uninterrupted one.
     """
 
     def __init__(self, pictures, batch_size: int, processes: int, process: int) -> None:

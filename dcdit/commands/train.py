@@ -1,4 +1,4 @@
-"""`dcdit train`: train from a YAML file; the same command again resumes."""
+"""`dcdit train`: train from a YAML file; the command run again resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dcdit upcycle`: train from a pretrained DiT's weights; the same command again resumes."""
+"""`dcdit upcycle`: train from a pretrained DiT's weights; the command run again resumes."""
 
 from __future__ import annotations
 

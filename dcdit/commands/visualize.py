@@ -1,4 +1,4 @@
-"""`dcdit visualize`: chunk maps over the trajectory, and what each step costs."""
+"""`dcdit visualize`: chunk maps over the trajectory, and the cost of each step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..errors import ConfigError
 from ..model.config import DCDiTConfig
 from .options import add_sampling_options, output_path, parse_classes, prepared, sampling_arguments
 
-# What the cost of a forward and the levels in curves.png depend on.
+# The cost of a forward and the levels in curves.png depend on these fields.
 SIZES = ("input_size", "hidden_size", "depth", "encoder_width", "encoder_stride", "mlp_ratio", "router", "target_ratio")
 
 

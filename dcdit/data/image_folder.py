@@ -1,4 +1,4 @@
-"""A folder of pictures, one sub-folder for each class: its files, their order, and what is left out."""
+"""A folder of pictures, one sub-folder for each class: its files, their order, and the skipped files."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class ImageFolder:
         return (pixels[..., ::-1] if flip else pixels), label
 
     def describe(self) -> str:
-        """One line: pictures, classes, sizes and modes of some files, and what is left out."""
+        """One line: pictures, classes, sizes and modes of some files, and the skipped files."""
         looked = [
             self.files[i][0] for i in np.linspace(0, len(self.files) - 1, min(LOOKED_AT, len(self.files))).astype(int)
         ]

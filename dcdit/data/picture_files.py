@@ -45,7 +45,7 @@ def read_square(file: Path, size: int, background: str = "white") -> np.ndarray:
 
 
 def read_fitted(file: Path, shape: tuple[int, int], background: str = "white") -> np.ndarray:
-    """The picture resized to cover (H, W), what is over cut off evenly: (3, H, W), float32 in [-1, 1].
+    """The picture resized to cover (H, W), the excess cut off evenly: (3, H, W), float32 in [-1, 1].
 
     Raises DataError.
     """

@@ -40,8 +40,8 @@ class PictureSet:
 
 
 def open_set(path: str | Path, size: int | None = None) -> PictureSet:
-    """What `path` names: a folder of `dcdit sample`, of class folders, an `.npz` of ADM's layout, or idx files by their
-    path (see `Idx`). Pictures in class folders are cropped and resized to `size` pixels. Raises DataError.
+    """The pictures at `path`: a folder of `dcdit sample`, of class folders, an `.npz` of ADM's layout, or idx files by
+    their path (see `Idx`). Pictures in class folders are cropped and resized to `size` pixels. Raises DataError.
 
     A folder's sheet of pictures, grid.png, is none of its pictures.
     """

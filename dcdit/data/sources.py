@@ -17,7 +17,7 @@ from .idx import Idx
 from .image_folder import ImageFolder
 
 HELD_OUT = 50  # of each digit, the last ones
-DATASET = "dataset.json"  # beside latents: what `dcdit data encode` made them with
+DATASET = "dataset.json"  # beside latents: the settings of `dcdit data encode`
 
 
 class Source(Protocol):
@@ -205,7 +205,7 @@ def load_npy(file: Path) -> np.ndarray:
     """The numbers of an .npy file, nothing of it run. Raises DataError that names the file."""
     try:
         array = np.load(file, allow_pickle=False)
-    except Exception as error:  # NumPy reads the header as Python, and raises what its tokenizer does
+    except Exception as error:  # NumPy reads the header as Python; its tokenizer raises anything
         raise DataError(f"{file} is not a readable .npy file: {' '.join(str(error).split())}") from error
     if not isinstance(array, np.ndarray):
         raise DataError(f"{file} is not a readable .npy file: it is an .npz archive")

@@ -1,4 +1,4 @@
-"""diffusers' caches on a backbone whose tokens change from step to step: what they keep lies on the grid.
+"""diffusers' caches on a backbone with other tokens in every step: the caches keep grids.
 
 A cache compares and reuses hidden states of earlier steps. Packed tokens of two steps do not match, because the router
 decides anew in each. The modules here show the hidden states of the whole grid instead, (B, L, D), where each cell has
@@ -31,13 +31,13 @@ class GridStage(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, network: MainNetwork, c: torch.Tensor, plan: ChunkPlan
     ) -> torch.Tensor:
-        """(B, L, D) → (B, L, D); the rest is that of `MainNetwork.run`."""
+        """(B, L, D) → (B, L, D); the other arguments are `MainNetwork.run`'s."""
         stream = network.run(Stream(chunk(hidden_states, plan)), c, plan, network.blocks[self.part])
         return on_grid(stream.hidden(plan), plan)
 
 
 class GridChange(nn.Module):
-    """What all blocks add to the hidden states, on the grid."""
+    """The sum of all blocks' updates of the hidden states, on the grid."""
 
     def forward(
         self,

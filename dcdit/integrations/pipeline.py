@@ -26,8 +26,8 @@ class DCDiTPipeline(DiffusionPipeline):
 
     Args:
         transformer: the model.
-        scheduler: one of diffusers', for what the model was trained by: noise prediction, or flow matching.
-        vae: decodes latents; None for models of pixels, whose output_type is "latent".
+        scheduler: one of diffusers', for the model's objective: noise prediction, or flow matching.
+        vae: decodes latents; None for models of pixels, with output_type "latent".
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -77,12 +77,12 @@ class DCDiTPipeline(DiffusionPipeline):
             guidance_scale: uncond + guidance_scale·(cond − uncond); 1 or less runs no unconditional half.
             drop_fraction: ρ in [0, 1): a number; a tensor (N,), one for each image; a list over the steps; or a
                 function of the timestep; see `dcdit.drop_fraction.drop_table`.
-            uncond_drop_fraction: the same for the unconditional half (Lite-CFG, arXiv 2603.06351); None: the same.
+            uncond_drop_fraction: ρ of the unconditional half (Lite-CFG, arXiv 2603.06351); None: drop_fraction.
             generator: one, or one for each image. latents: (N, C, H, W), the noise to start from.
             height, width: of the images in pixels, without a vae in cells; None: the model's own.
             output_type: "pil", "np", "pt", or "latent" for (N, C, H, W) before the vae.
             callback_on_step_end: called as f(pipeline, step, timestep, tensors); returns a dict whose "latents"
-                replaces them. `tensors` holds what callback_on_step_end_tensor_inputs names.
+                replaces them. `tensors` holds the names in callback_on_step_end_tensor_inputs.
             cuda_graph: replay the model as CUDA graphs (`transformer.enable_cuda_graph()`), which later calls keep.
 
         Returns ImagePipelineOutput, or a tuple of its images without `return_dict`. Raises ConfigError.

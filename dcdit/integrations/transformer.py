@@ -1,4 +1,4 @@
-"""DC-DiT as a diffusers model: what `diffusers.DiTPipeline` takes for its transformer."""
+"""DC-DiT as a diffusers model: the transformer of `diffusers.DiTPipeline`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .caching import GridChange, GridStage, on_grid
 # DiTPipeline's id of 'no label', whatever the number of classes.
 DIT_NULL = 1000
 
-# By name: an older diffusers lacks some of them.
+# By name: an older diffusers lacks some.
 CACHES = ("FirstBlockCacheConfig", "MagCacheConfig", "TaylorSeerCacheConfig")
 
 
@@ -50,7 +50,7 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
     """A DCDiT with the configuration and forward of diffusers' DiTTransformer2DModel.
 
     `sample_size` is the latent grid, one number or (H, W); `out_channels` is in_channels, or twice that where the
-    variance is learned; `objective` is what the model was trained by, where known; the rest is DCDiTConfig's. The model
+    variance is learned; `objective` is the training objective, where known; the rest is DCDiTConfig's. The model
     itself is `.model`. Raises ConfigError.
     """
 
@@ -85,7 +85,7 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
 
     @classmethod
     def from_dcdit(cls, model: DCDiT) -> DCDiTTransformer2DModel:
-        """The same model, sharing its parameters, in the same mode."""
+        """A model that shares this one's parameters and mode."""
         config = model.config.to_dict()
         size, learned = config.pop("input_size"), config.pop("learn_sigma")
         with torch.device("meta"):
@@ -99,7 +99,7 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         return transformer.train(model.training)
 
     def set_drop_fraction(self, drop_fraction: DropFraction, uncond_drop_fraction: DropFraction | None = None) -> None:
-        """ρ for pipelines that do not know of it; `uncond_drop_fraction` for the rows without label (None: the same).
+        """ρ for pipelines that do not know of it; `uncond_drop_fraction` for the rows without label (None: equal).
 
         Each a number in [0, 1); a tensor, one for each row of the half that it is for; a list, each number for an equal
         share of the time from 1000 (noise) to 0 (data); or a function of the timestep.
@@ -125,8 +125,8 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
 
         Args:
             hidden_states: (B, C, H, W). timestep: (B,), 0 to 1000. class_labels: (B,) ids; `num_classes` is no label,
-                and so is 1000 where there are fewer classes, which is what DiTPipeline sends.
-            drop_fraction: ρ in [0, 1), a number or (B,); None: what `set_drop_fraction` says.
+                and so is 1000, which DiTPipeline sends, where there are fewer classes.
+            drop_fraction: ρ in [0, 1), a number or (B,); None: the value of `set_drop_fraction`.
 
         Returns `.sample` (B, out_channels, H, W), or a tuple of it without `return_dict`.
         """
@@ -145,7 +145,7 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
     def enable_cache(self, config: Any) -> None:
         """Skip blocks where diffusers' cache says so: FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig.
 
-        What is kept of a step lies on the grid, whatever tokens the next step retains. Raises ConfigError for the kinds
+        A cache keeps grids, whatever tokens the next step retains. Raises ConfigError for the kinds
         that keep the outputs of attention layers, and for a model of one block.
         """
         kind = type(config).__name__
@@ -162,7 +162,7 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
 
     @contextlib.contextmanager
     def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
-        """As in diffusers. A call outside of any has a context of its own."""
+        """As in diffusers. A call outside of any context makes one."""
         self.context_given = True
         try:
             with super().cache_context(name, **kwargs):

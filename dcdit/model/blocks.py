@@ -53,12 +53,12 @@ class DiTBlock(nn.Module):
         self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def _attention(self, width: int) -> None:
-        """The layers in front of attention, in which other kinds of blocks differ."""
+        """The layers in front of attention; other kinds of blocks differ here."""
         self.qkv = nn.Linear(width, 3 * width)
 
     @staticmethod
     def from_qkv(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A block's state dict from that of a DiT's."""
+        """A block's state dict from a DiT block's."""
         return state
 
     def forward(self, stream: Stream, c: torch.Tensor, packing: Packing) -> Stream:
@@ -77,7 +77,7 @@ class DiTBlock(nn.Module):
         return self.proj(self.mix(x, packing).flatten(1))
 
     def mix(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """(T, D) → (T, heads, D/heads): what each head makes of its sample."""
+        """(T, D) → (T, heads, D/heads): the output of each head."""
         q, k, v = self.qkv(x).unflatten(1, (3, self.heads, -1)).unbind(1)
         lengths = (packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen)
         return varlen_attention(q, k, v, *lengths, packing=packing)

@@ -18,7 +18,7 @@ class DCDiTConfig:
     """Sizes of a DC-DiT. The defaults are DC-DiT-S/N4 at 256 px.
 
     `input_size` is the latent grid (H, W), `target_ratio` is N: about 1/N of the cells are kept. `cond_norm` puts a
-    LayerNorm on the conditioning of encoder and decoder, for upcycled models. `norm_groups` are those of the GroupNorms
+    LayerNorm on the conditioning of encoder and decoder, for upcycled models. `norm_groups` are groups of GroupNorms
     in encoder and decoder: `encoder_width` should be at least twice as many, or each group has one channel and takes
     away the time and class just added to it. The paper's `encoder_stride` is 1; 2 runs encoder and decoder on blocks of
     2×2 cells, at a fifth of their FLOPs. With `segment_mean` a token is the mean of the cells that it will refill; the
@@ -156,7 +156,7 @@ PRESETS = _presets()
 
 
 def preset(name: str) -> DCDiTConfig:
-    """A preset by name: DC-DiT-{S,B,L,XL}/N{4,16} at 256 px, the same with -512, and digits."""
+    """A preset by name: DC-DiT-{S,B,L,XL}/N{4,16} at 256 px, with -512 at 512 px, and digits."""
     check_keys([name], PRESETS, "preset")
     return PRESETS[name]
 

@@ -68,7 +68,7 @@ class ConvStack(nn.Module):
 
 
 class Stem(Conv3x3):
-    """The first convolution; with a stride on blocks of stride×stride cells, whose values are its input channels."""
+    """The first convolution; with a stride on blocks of stride×stride cells as input channels."""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__(channels * stride**2, width)

@@ -135,8 +135,8 @@ class DCDiT(nn.Module):
             budget_per_sample: in place of ρ, the tokens of each sample; a tensor (B,) for one per sample. Where it is a
                 number nothing waits.
             routing: an earlier call's, for a batch of this size, to use in place of the router's. It has a budget
-                already: what else sets one must be left out.
-            backbone_inputs: what a backbone of your own takes beside tokens, c and packing.
+                already: every other budget must be left out.
+            backbone_inputs: inputs of a backbone of yours beside tokens, c and packing.
 
         Returns (B, C, H, W), or (B, 2C, H, W) with config.learn_sigma; with `return_routing` also the Routing. For a
         list the prediction is a list, and the routing a MixedRouting.
@@ -167,7 +167,7 @@ class DCDiT(nn.Module):
         return (out, routing) if return_routing else out
 
     def condition(self, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """t, y (B,) → the conditioning (B, D) of the backbone, and that of encoder and decoder."""
+        """t, y (B,) → the conditioning (B, D) of the backbone, and of encoder and decoder."""
         c = self.time_embed(t) + self.class_embed(y)
         return c, self.cond_norm(c)
 
@@ -207,7 +207,7 @@ class DCDiT(nn.Module):
         return {} if grid == self.config.input_size else {"grid": grid}
 
     def positions(self, grid: tuple[int, ...]) -> torch.Tensor:
-        """The position table (H·W, D) of a grid (H, W): `pos_embed` for config.input_size, else the same code."""
+        """The position table (H·W, D) of a grid (H, W): `pos_embed` for config.input_size, else computed alike."""
         return self.pos_embed if grid == self.config.input_size else positions_of(self.pos_embed, grid)
 
     def gather(self, h: torch.Tensor, routing: Routing) -> torch.Tensor:

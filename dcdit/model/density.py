@@ -28,6 +28,6 @@ class Density:
         return self.least + (self.most - self.least) * max(0.0, (t / T - 0.25) / 0.75)
 
     def size(self, t: float, grid: tuple[int, int]) -> tuple[int, int]:
-        """The sparse grid (h, w) at t whose sides come nearest to those wished for, in a `grid` of tokens."""
+        """The sparse grid (h, w) at t with the sides nearest to the wished ones, in a `grid` of tokens."""
         side = (1 - self.left_out(t)) ** 0.5
         return max(1, round(grid[0] * side)), max(1, round(grid[1] * side))

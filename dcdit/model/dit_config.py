@@ -12,7 +12,7 @@ from .config import check_keys
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """What all DiTs have. The defaults are DiT-S/2 at 256 px, but for the blocks.
+    """The fields of all DiTs. The defaults are DiT-S/2 at 256 px, but for the blocks.
 
     `input_size` is the latent grid (H, W), a token is `patch`×`patch` cells of it. Raises ConfigError when the sizes do
     not fit together.
@@ -55,7 +55,7 @@ class DiTConfig:
 
     @property
     def cells(self) -> int:
-        """What a model without a router keeps all of: its tokens."""
+        """Tokens; a model without a router keeps all."""
         return self.tokens
 
     @property

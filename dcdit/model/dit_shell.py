@@ -1,4 +1,4 @@
-"""What stands around the blocks of a DiT: patches, positions, time and class in front, pixels of patches behind."""
+"""The shell around the blocks of a DiT: patches, positions, time and class in front, pixels of patches behind."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class DiTShell(nn.Module):
         return self.stem(x).flatten(2).transpose(1, 2).contiguous() + self.pos_embed
 
     def pixels(self, out: torch.Tensor) -> torch.Tensor:
-        """What the head gives for tokens, (B, N, patch²·C), → (B, C, H, W)."""
+        """Head outputs (B, N, patch²·C) → (B, C, H, W)."""
         return F.pixel_shuffle(out.transpose(1, 2).unflatten(2, self.grid), self.patch)
 
     def finish(self, stream: Stream, active: torch.Tensor, packing: Packing) -> torch.Tensor:

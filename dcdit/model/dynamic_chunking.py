@@ -17,7 +17,7 @@ from .config import DCDiTConfig
 from .routers import PredictabilityRouter
 from .routing import Routing, route
 
-# Bias of a fresh router's score: p ≈ 0.95, so that a wrapped model still computes what it did before.
+# Bias of a fresh router's score: p ≈ 0.95, so that a wrapped model still computes as before.
 KEEP_ALL = 3.0
 
 # Which tokens a forward keeps and how many, by attribute or keyword, as `plan_chunks` takes it.
@@ -26,11 +26,11 @@ BUDGET = (*FORMS, "capacity", "max_seqlen", "keep", "ban")
 
 
 class DynamicChunking(nn.Module):
-    """A stack of blocks on (B, L, D), of which each sample's boundary cells alone are run: y = h + dechunk(f(x) − x).
+    """A stack of blocks on (B, L, D) that runs on each sample's boundary cells alone: y = h + dechunk(f(x) − x).
 
     x = chunk(h) are the retained cells, packed (capacity, D), and f is the stack. A cell that is not retained keeps its
     own features and takes the change of its nearest retained one. With all cells retained the result is f(h), so a
-    pretrained stack starts from what it knows; `drop_fraction` and the ratio loss then take tokens away.
+    pretrained stack starts from its own output; `drop_fraction` and the ratio loss then take tokens away.
 
     The blocks are children by their numbers, as in an nn.ModuleList: `model.blocks = DynamicChunking(model.blocks, …)`
     leaves their weights' names as they are, and `model.blocks = model.blocks.unwrap()` undoes it.
@@ -47,7 +47,7 @@ class DynamicChunking(nn.Module):
             v2), frame by frame on a video, that keeps everything at first.
         sigma: width of the Gaussian smoothing of the change, in cells; None: no smoothing.
 
-    Attributes, for models whose own forward has no such arguments: `grid`, and `drop_fraction`, `budget`,
+    Attributes, for models with a forward without such arguments: `grid`, and `drop_fraction`, `budget`,
     `budget_per_sample`, `capacity`, `max_seqlen`, `keep` and `ban` as in `dcdit.ops.plan_chunks`. After a forward
     `routing` holds its Routing, for `dcdit.diffusion.ratio_loss`; copies and pickles have none.
     """
@@ -110,7 +110,7 @@ class DynamicChunking(nn.Module):
         """h (B, L, D) → (B, L, D), or a tuple that begins with it where `run` returns one.
 
         Args:
-            args, kwargs: what `run` and the router take beside h. Those among them that say what is kept, as the
+            args, kwargs: inputs of `run` and the router beside h. Those among them that say what is kept, as the
                 attributes of these names do, go before the attributes.
             grid: of this call, with L cells. None: the attribute.
             routing: an earlier call's, to use in place of the router's.
@@ -140,7 +140,7 @@ class DynamicChunking(nn.Module):
         return (y, *rest) if isinstance(result, tuple) else y
 
     def _taken(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Those of a forward's arguments after h that the router's forward takes."""
+        """The forward's arguments after h that the router's forward takes."""
         kind = type(self.router)
         if self._asked is None or self._asked[0] is not kind:
             self._asked = kind, tuple(inspect.signature(kind.forward).parameters.values())[2:]

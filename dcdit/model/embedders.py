@@ -1,4 +1,4 @@
-"""What is added to the inputs: the embedding of the time, and the table of positions."""
+"""Additions to the inputs: the embedding of the time, and the table of positions."""
 
 from __future__ import annotations
 

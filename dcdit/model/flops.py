@@ -15,8 +15,8 @@ from .routers import make_router
 def dcdit_flops(config: DCDiTConfig, tokens: float, router: nn.Module | None = None) -> dict[str, float]:
     """GFLOP of one image by component, `tokens` being the retained tokens of that image.
 
-    `total` adds up what the paper counts (arXiv 2603.06351): encoder, router, main, dechunk and decoder.
-    `uncounted` is what it leaves out: stem, embedders, the residual projection and the output layer.
+    `total` has the paper's parts (arXiv 2603.06351): encoder, router, main, dechunk and decoder.
+    `uncounted` has the parts that the paper leaves out: stem, embedders, the residual projection and the output layer.
     A `router` of your own says its multiply-adds by `macs(cells)`; raises ConfigError where it does not.
     """
     width, narrow, cells = config.hidden_size, config.encoder_width, config.cells
@@ -41,7 +41,7 @@ def dcdit_flops(config: DCDiTConfig, tokens: float, router: nn.Module | None = N
 
 
 def dit_flops(config: DCDiTConfig, tokens: float) -> float:
-    """GFLOP of one image through the plain DiT of the same backbone on `tokens` tokens (2×2 patches)."""
+    """GFLOP of one image through the plain DiT of equal backbone on `tokens` tokens (2×2 patches)."""
     patches = 4 * config.in_channels + 4 * config.out_channels
     return 2e-9 * (_blocks(config, tokens) + tokens * patches * config.hidden_size)
 

@@ -12,7 +12,7 @@ TEMPERATURE = 5.0
 
 
 class Gates(NamedTuple):
-    """What a forward computed, as 0 and 1: `heads` and `groups` (B, depth, H), `tokens` (B, depth, N).
+    """The computed parts of a forward, as 0 and 1: `heads` and `groups` (B, depth, H), `tokens` (B, depth, N).
 
     Head and group 0 are always on. Of one block the axis depth is missing, and tokens are (T, 1) packed.
     """

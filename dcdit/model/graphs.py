@@ -1,7 +1,7 @@
 """graphed: a model's forward replayed as CUDA graphs, because a small batch waits for its host.
 
 A graph has a fixed number of rows for the retained tokens; the router decides how many a batch needs. `Graphed`
-captures a graph with room for the last batch of the same shape and some more. The result comes with the true counts. A
+captures a graph with room for the last batch of its shape and some more. The result comes with the true counts. A
 batch that had too little room is computed again by the eager model.
 """
 
@@ -79,7 +79,7 @@ class Graphed:
     """A model, called as before, that is replayed as a CUDA graph where shapes repeat. It has the model's attributes.
 
     A call copies its inputs into a graph's, starts the graph, and copies the outputs. The first call of a shape
-    captures it. The results have the bits of the eager model with the same `capacity` and `max_seqlen`. The eager model
+    captures it. The results have the bits of the eager model with equal `capacity` and `max_seqlen`. The eager model
     itself runs on a CPU, under autocast, with forward hooks, and where a gradient is needed; `eager` counts the
     reasons.
 
@@ -269,7 +269,7 @@ class CudaCapture:
 
 
 def report(routing: Routing) -> torch.Tensor:
-    """What a host must know of a replay, int32 (B + 2,): tokens of each sample, overflow, whether a probability is
+    """A replay's report to the host, int32 (B + 2,): tokens of each sample, overflow, whether a probability is
     improper."""
     prob, plan = routing.boundary_prob, routing.plan
     improper = ~((prob >= 0) & (prob <= 1)).all()

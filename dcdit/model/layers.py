@@ -60,7 +60,7 @@ class Conv3x3(nn.Conv2d):
 
 
 class BiasApartConv3x3(Conv3x3):
-    """The same, its bias left to the next kernel to add: a GPU would spend one pass more over the features."""
+    """`Conv3x3` with its bias left to the next kernel: a GPU would spend one pass more over the features."""
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x (B, in, H, W) → (features (B, out, H, W) without the bias, bias (out,))."""
@@ -68,7 +68,7 @@ class BiasApartConv3x3(Conv3x3):
 
 
 class PointwiseConv2d(nn.Conv2d):
-    """A 1×1 convolution, as the matrix product over cells that it is: the bias then costs no pass of its own."""
+    """A 1×1 convolution, as a matrix product over cells: the bias then costs no further pass."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__(channels_in, channels_out, 1)
@@ -81,7 +81,7 @@ class PointwiseConv2d(nn.Conv2d):
 
 
 class WidePointwiseConv2d(PointwiseConv2d):
-    """The same in its weight's dtype, whatever that of x."""
+    """A 1×1 convolution in its weight's dtype, whatever x's dtype."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in, H, W) of any dtype → (B, out, H, W) in the weight's."""
@@ -124,8 +124,8 @@ def may_overwrite(x: torch.Tensor, source: nn.Module | None) -> bool:
 
 
 def init_linears(model: nn.Module, zero: tuple[str, ...], skipped: tuple[str, ...] = ()) -> None:
-    """DiT's initialisation of linear maps: Xavier, the time embedding's normal, those whose names end in `zero` zero;
-    biases zero. Children that `skipped` names keep what they have."""
+    """DiT's initialisation of linear maps: Xavier, the time embedding's normal, zeros where names end in
+    `zero`; biases zero. Children that `skipped` names keep their weights."""
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or name.split(".")[0] in skipped:
             continue

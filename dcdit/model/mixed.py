@@ -26,11 +26,11 @@ Samples = torch.Tensor | list[torch.Tensor]
 
 @dataclass(frozen=True)
 class MixedRouting:
-    """What a router decided for B samples of several sizes.
+    """A router's decision for B samples of several sizes.
 
-    - `parts`: the Routing of each size, in the order in which the sizes first come.
+    - `parts`: the Routing of each size, in the order of first appearance.
     - `indices`: for each part, the places of its samples in the batch.
-    - `packing`: the retained tokens of all samples, in the order of the batch: what the backbone gets.
+    - `packing`: the retained tokens of all samples, in the order of the batch: the backbone's input.
     """
 
     parts: tuple[Routing, ...]
@@ -76,7 +76,7 @@ class MixedRouting:
 
 
 def sizes_of(samples: Sequence[torch.Tensor]) -> dict[tuple[int, ...], list[int]]:
-    """The sizes (H, W) of samples (C, H, W), in the order in which they first come, and which samples have them."""
+    """The sizes (H, W) of samples (C, H, W) in the order of first appearance, with the places of their samples."""
     sizes: dict[tuple[int, ...], list[int]] = {}
     for i, sample in enumerate(samples):
         sizes.setdefault(tuple(sample.shape[-2:]), []).append(i)
@@ -93,7 +93,7 @@ def unsorted(parts: Sequence[torch.Tensor], indices: Sequence[Sequence[int]]) ->
 def by_size(function: Callable[..., torch.Tensor], samples: Any, *others: Any) -> Any:
     """function(samples, *others) on a batch (B, …); on a list of samples (C, H, W), once for each size.
 
-    `others` have an entry for each sample. Returns what the function does, for a list a list of its entries.
+    `others` have an entry for each sample. Returns the function's result, for a list a list of its entries.
     """
     if isinstance(samples, torch.Tensor):
         return function(samples, *others)
@@ -103,7 +103,7 @@ def by_size(function: Callable[..., torch.Tensor], samples: Any, *others: Any) -
 
 
 def check_samples(samples: Any) -> None:
-    """Raise ValueError unless these are tensors, at least one, of one dtype on one device."""
+    """Raise ValueError unless `samples` are tensors, at least one, of one dtype on one device."""
     if not isinstance(samples, list | tuple) or not samples or not all(isinstance(x, torch.Tensor) for x in samples):
         kinds = [type(x).__name__ for x in samples] if isinstance(samples, list | tuple) else type(samples).__name__
         raise ValueError(f"x must be a tensor (B, C, H, W) or a list of tensors (C, H, W), got {kinds}")
@@ -122,7 +122,7 @@ def forward_mixed(
     routing: Any,
     backbone_inputs: dict[str, Any],
 ) -> tuple[list[torch.Tensor], MixedRouting]:
-    """`DCDiT.forward` of a list: the predictions and the routing. c and outer (B, D) are those of `condition`."""
+    """`DCDiT.forward` of a list: the predictions and the routing. c and outer (B, D) come from `condition`."""
     sizes = sizes_of(samples)
     indices = tuple(map(tuple, sizes.values()))
     if isinstance(routing, MixedRouting):

@@ -15,7 +15,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def cast_weights(model: Model, dtype: torch.dtype) -> Model:
-    """The model itself, its weights in `dtype` but for those of the router and the residual path, which stay.
+    """The model itself, its weights in `dtype`, except for router and residual path.
 
     For inference: autocast would cast the weights in every step or keep a second copy of them, and would normalise in
     float32. Inputs x are then of that dtype.

@@ -1,7 +1,7 @@
 """Routers: the boundary probability of every cell, in float32 (arXiv 2603.06351 section 3).
 
 A router is a module, called as router(h, c) with h (B, L, D) and the conditioning c (B, D), that returns
-boundary_prob (B, L). `macs(cells)` says what it costs: the multiply-adds of one image of that many cells.
+boundary_prob (B, L). `macs(cells)` is its cost: the multiply-adds of one image of that many cells.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class PredictabilityRouter(nn.Module):
     ) -> torch.Tensor:
         """h (B, L, D) → boundary_prob (B, L).
 
-        `grid` is that of the configuration where None. The frames of a video (F, H, W) are planes of their own, a
+        `grid` is the configuration's where None. The frames of a video (F, H, W) are separate planes, a
         sequence (L,) is one row.
         """
         plane = (1, *(grid or self.grid))[-2:]
@@ -113,7 +113,7 @@ class CosineRouter(nn.Module):
     def forward(
         self, h: torch.Tensor, c: torch.Tensor | None = None, *, grid: tuple[int, int] | None = None
     ) -> torch.Tensor:
-        """h (B, L, D) → boundary_prob (B, L); `grid` (H, W) is that of the configuration where None."""
+        """h (B, L, D) → boundary_prob (B, L); `grid` (H, W) is the configuration's where None."""
         return boundary_cosine(self.query(h), self.key(h), self.kernel, grid or self.grid)
 
     def macs(self, cells: int) -> float:

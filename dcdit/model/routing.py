@@ -1,4 +1,4 @@
-"""Routing: what a router decided for a batch, and the way of its cells to packed tokens and back."""
+"""Routing: a router's decision for a batch, and the way of its cells to packed tokens and back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dcdit_kernels import ChunkPlan, chunk, dechunk, plan_chunks
 
 @dataclass(frozen=True)
 class Routing:
-    """What a router decided.
+    """A router's decision.
 
     - `boundary_prob` (B, L), float32 or float64: of each cell, the probability that it starts a chunk; that of the
       plan's first B samples where the batch holds further ones.
@@ -32,7 +32,7 @@ class Routing:
         drop_fraction: float | torch.Tensor = 0.0,
         **options: Any,
     ) -> Routing:
-        """The routing of boundary_prob (B, L) on a grid of L cells; `options` are those of `plan_chunks`."""
+        """The routing of boundary_prob (B, L) on a grid of L cells; `options` are `plan_chunks`'s."""
         return cls(boundary_prob, plan_chunks(boundary_prob, grid, drop_fraction, nearest=f"{len(grid)}d", **options))
 
     @property
@@ -69,7 +69,7 @@ class Routing:
     def check(self, batch: int, grid: tuple[int, ...], budget: dict[str, Any]) -> None:
         """Raise ValueError unless this routing can serve `batch` samples of `grid` in place of a router's.
 
-        `budget` holds what a call asks for by drop_fraction, capacity and the like: nothing.
+        `budget` holds a call's drop_fraction, capacity and the like; it must be empty.
         """
         if budget:
             names = " and ".join(budget)

@@ -33,7 +33,7 @@ class SparseDiT(DiTShell):
 
     @classmethod
     def from_dit(cls, dit: PlainDiT, config: SparseDiTConfig) -> SparseDiT:
-        """A SparseDiT whose blocks are those of a DiT of its depth, in their order.
+        """A SparseDiT with the blocks of a DiT of its depth, in their order.
 
         q, kv and the pooling blocks' v are slices of qkv. The merge layers begin as 0 and the identity: the dense
         tokens pass, and the sparse ones are heard by attention. Raises ConfigError where the depths differ.
@@ -57,7 +57,7 @@ class SparseDiT(DiTShell):
         """x (B, C, H, W), t and y (B,) → (B, C, H, W), or (B, 2C, H, W) with config.learn_sigma.
 
         `sparse_size` is the sparse grid (h, w), or one number for both sides; None: the configuration's. Raises
-        ValueError for inputs of another shape, ConfigError for a sparse grid larger than that of the tokens.
+        ValueError for inputs of another shape, ConfigError for a sparse grid larger than the tokens'.
         """
         self.check(x, t, y)
         size = self.config.sparse_size if sparse_size is None else fitting_size(sparse_size, self.grid)

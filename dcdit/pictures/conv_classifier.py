@@ -15,7 +15,7 @@ BATCH = 128
 
 
 class ConvClassifier(nn.Module):
-    """Three convolutions, pooled to 3×3 places, and a hidden layer whose 64 values are the features."""
+    """Three convolutions, pooled to 3×3 places, and a hidden layer of 64 values, the features."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class ConvClassifier(nn.Module):
 def fit(
     images: np.ndarray, labels: np.ndarray, epochs: float = 3, report: Callable[[str], object] = print
 ) -> ConvClassifier:
-    """The classifier of uint8 pictures (N, H, W, 3) with labels (N,): Adam, linear decay; the same each time."""
+    """The classifier of uint8 pictures (N, H, W, 3) with labels (N,): Adam, linear decay; deterministic."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net, steps = ConvClassifier(int(labels.max()) + 1), max(round(epochs * len(labels) / BATCH), 100)

@@ -1,4 +1,4 @@
-"""The demo: digits from the shipped checkpoint at several budgets, and what each budget saves and costs."""
+"""The demo: digits from the shipped checkpoint at several budgets, with the saving and the cost of each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LATE = 0.8  # of the way from noise to image
 
 @dataclass(frozen=True)
 class Budget:
-    """One row of the table: what N samples at one ρ cost, and how many the classifier took for the class asked for.
+    """One row of the table: the cost of N samples at one ρ, and how many the classifier took for the wanted class.
 
     `share` is the mean share of cells kept by the conditional half, over images and steps. `ink` and `blank` are the
     shares of inked and of blank cells kept late in sampling.
@@ -38,7 +38,7 @@ class Budget:
 
 
 def run_budget(model: DCDiT, codec, classify, drop_fraction: float, classes: np.ndarray, **options) -> Budget:
-    """Sample `classes` (N,) at ρ and measure. `options` are those of `sample`; `classify` maps uint8 (N, 28, 28) to
+    """Sample `classes` (N,) at ρ and measure. `options` are `sample`'s; `classify` maps uint8 (N, 28, 28) to
     digits (N,)."""
     cells = model.config.cells
     kept = torch.zeros(len(classes), cells)

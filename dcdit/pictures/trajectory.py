@@ -77,7 +77,7 @@ def chunk_map(image: np.ndarray, mask: np.ndarray, source: np.ndarray, side: int
 
 def draw_chunk_maps(file: Path, samples: Samples, snapshots: list[Snapshot], codec) -> None:
     """For every sample x_t over its chunk map, one column per snapshot and the result at the right."""
-    # Inches: a picture is `side` wide and `tall` high; two of them and a line of text make a block.
+    # Inches: a picture is `side` wide and `tall` high; two pictures and a line of text make a block.
     side, gap, text, margin = 1.2, 0.07, 0.3, 0.12
     tall = side * samples.latents.shape[2] / samples.latents.shape[3]
     block = 2 * tall + gap + text
@@ -114,7 +114,7 @@ def draw_poster(file: Path, samples: Samples, last: Snapshot, codec) -> None:
 
 
 def draw_budgets(file: Path, images: dict[str, np.ndarray]) -> None:
-    """One row of 20 pictures of (N, H, W, 3) for each name, the same samples under each other."""
+    """One row of 20 pictures of (N, H, W, 3) for each name, equal samples under each other."""
     rows = [enlarge(row[:20], 84) for row in images.values()]
     sheet = grid(np.concatenate(rows), len(rows[0]), gap=4)
     figure = Figure(figsize=(12, 11 * sheet.shape[0] / sheet.shape[1] + 0.1), facecolor=PAPER, layout="constrained")

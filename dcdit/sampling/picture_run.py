@@ -24,7 +24,7 @@ IN_GRID = 1024  # pictures that grid.png shows
 class PictureRun:
     """`count` pictures of the classes `ids`, which take turns, in `folder`: NNNNNN_classC.png, or hidden without "png".
 
-    `settings` decide what the pictures look like: sampling.json keeps them, and a folder with pictures of other
+    `settings` decide the pictures: sampling.json keeps them, and a folder with pictures of other
     settings is refused with DataError, as a figure such as FID is taken over a folder.
     """
 
@@ -36,7 +36,7 @@ class PictureRun:
         self._check()
 
     def label(self, index: int) -> int:
-        """The class of a picture. The first pictures stay the same when more are asked for."""
+        """The class of a picture. The first pictures do not change when more are asked for."""
         return self.ids[index % len(self.ids)]
 
     def file(self, index: int) -> Path:

@@ -1,6 +1,6 @@
 """Sampling with diffusers' schedulers, classifier-free guidance and a budget of tokens for each half.
 
-Every image has random numbers of its own, made on the CPU from (seed, image index): the same image comes out
+Every image has its own random numbers, made on the CPU from (seed, image index): the same image comes out
 whatever the batch size, the order or the number of devices.
 """
 
@@ -37,7 +37,7 @@ from .token_budget import Tokens, token_table, tokens_for_gflops
 
 @dataclass(frozen=True)
 class Step:
-    """What a callback sees before each update: x (B, C, H, W) at `timestep` (0 data to 1000 noise), the images' indices
+    """A callback's view before each update: x (B, C, H, W) at `timestep` (0 data to 1000 noise), the images' indices
     (B,), and the Routing of the conditional half (its plan covers both halves where there is guidance)."""
 
     number: int
@@ -50,7 +50,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Trace:
-    """What a run cost: `timesteps` (S,), `seconds` (S,) over all images, and the retained tokens of each image,
+    """The cost of a run: `timesteps` (S,), `seconds` (S,) over all images, and the retained tokens of each image,
     `tokens` (S, N) and `uncond_tokens` (S, N); the latter None without guidance, NaN in steps without it. 0 tokens are
     a step that a policy did not compute."""
 
@@ -114,7 +114,7 @@ def sample(
     Args:
         model: in half precision (`dcdit.precision.cast_weights`) its float32 products are in TF32; a graphed one
             (`dcdit.graphed`) is replayed as CUDA graphs. A PlainDiT, SparseDiT or DyDiT is sampled likewise.
-        objective: what the model was trained by, "flow" or "ddpm".
+        objective: the model's training objective, "flow" or "ddpm".
         scheduler: "auto", "flow-euler", "flow-heun", "ddpm" (variance learned where the model has it), "ddim",
             "dpm-solver++".
         guidance: classifier-free guidance, uncond + guidance·(cond − uncond), of the noise or velocity; a learned
@@ -125,14 +125,14 @@ def sample(
         eta: noise of "ddim", 0 (none) to 1 (as much as DDPM's; arXiv 2010.02502 eq. 16).
         shift: of the times of flow matching, see `make_scheduler`.
         drop_fraction: ρ in [0, 1), see `drop_table`: a number, a tensor (N,), a list over the steps, a function of t.
-        uncond_drop_fraction: likewise for the unconditional half (Lite-CFG, arXiv 2603.06351); None: the same.
+        uncond_drop_fraction: ρ of the unconditional half (Lite-CFG, arXiv 2603.06351); None: drop_fraction.
         tokens: in place of ρ, how many tokens an image has in each half of a step, given as ρ is: exactly so many.
         gflops_per_image: in place of ρ, what an image costs over the whole trajectory, as `Trace.gflops` counts it. The
             tokens of each step follow (`tokens_for_gflops`), with "constant" or "linear" for `budget_schedule`.
         seed, indices: image i draws from (seed, indices[i]); the indices are 0 to N − 1 by default.
         size: (H, W) of the latents, in cells; None: the model's input_size. `latent_size` gives it from pixels.
-        clip: clamp the predicted x_0 of "ddpm" and "ddim" to [−1, 1], for codecs whose latents are pixels.
-        policy: what a step may do without, see `Policy`; such as "reuse=2 & teacache=0.15".
+        clip: clamp the predicted x_0 of "ddpm" and "ddim" to [−1, 1], for codecs with pixels as latents.
+        policy: savings of each step, see `Policy`; such as "reuse=2 & teacache=0.15".
         callback: called with a Step before each update.
 
     Raises ConfigError for a class id outside [0, num_classes), ρ outside [0, 1), a size that the model cannot
@@ -315,7 +315,7 @@ def guide(out: torch.Tensor, guidance: float, channels: int) -> torch.Tensor:
 
 
 def open_checkpoint(path: str | Path, device: str | torch.device = "cpu"):
-    """What a checkpoint needs to become images: (model, objective, codec). `path` as in `dcdit.checkpoints.locate`.
+    """(model, objective, codec) of a checkpoint: enough to make images. `path` as in `dcdit.checkpoints.locate`.
 
     Raises CheckpointError or ConfigError, also for a codec that cannot decode the model's latents.
     """

@@ -12,7 +12,7 @@ from ..model.config import check_keys
 if TYPE_CHECKING:  # the command line names the schedulers before torch is imported
     import torch
 
-# The objective that each scheduler integrates; the first of an objective is what "auto" takes.
+# The objective that each scheduler integrates; "auto" takes the first of an objective.
 SCHEDULERS = {"flow-euler": "flow", "flow-heun": "flow", "ddpm": "ddpm", "ddim": "ddpm", "dpm-solver++": "ddpm"}
 TRAIN_STEPS = 1000
 
@@ -29,7 +29,7 @@ def make_scheduler(
 
     For noise prediction the linear 1000-step schedule is respaced as in DiT (steps evenly spread from 0 to 999;
     arXiv 2102.09672 section 4): the scheduler gets the betas of the steps that are left, and counts them 0 to S − 1.
-    All three then step between exactly these times, also where S does not divide 1000.
+    All three then step between exactly the S times, also where S does not divide 1000.
     """
     import diffusers
 

@@ -68,7 +68,7 @@ class CodecConfig:
     scale: float = 0.0
 
     def options(self) -> dict[str, Any]:
-        """The keywords of `dcdit.codecs.make_codec`, without those of the other kind."""
+        """The keywords of `dcdit.codecs.make_codec`, without the other kind's."""
         if self.kind == "pixel_unshuffle":
             return {"kind": self.kind, "factor": self.factor}
         return {"kind": self.kind, "pretrained": self.pretrained, "scale": self.scale or None}
@@ -78,7 +78,7 @@ class CodecConfig:
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay to 0, gradients clipped by norm (0: not), EMAs of the weights.
 
-    `ema_decay` may be several; the first is the one of OUTPUT/model, the others are OUTPUT/model-DECAY.
+    `ema_decay` may be several; the first makes OUTPUT/model, the others OUTPUT/model-DECAY.
     """
 
     lr: float = 1e-4
@@ -264,7 +264,7 @@ class TrainConfig:
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> TrainConfig:
-    """A YAML file under `key=value` overrides, dots for nesting. Raises ConfigError for what cannot be used."""
+    """A YAML file under `key=value` overrides, dots for nesting. Raises ConfigError for unusable values."""
     import yaml
 
     try:

@@ -1,4 +1,4 @@
-"""accelerate's Accelerator for a training configuration: what the launcher asks for is obeyed or refused."""
+"""accelerate's Accelerator for a training configuration: the launcher's settings are obeyed or refused."""
 
 from __future__ import annotations
 

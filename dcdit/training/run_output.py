@@ -1,4 +1,4 @@
-"""What a training run says and leaves: its head, averaged models, snapshots and sheets of samples."""
+"""Output of a training run: its header, averaged models, snapshots and sheets of samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .state import EMA
 
 
 def describe_run(trainer) -> str:
-    """Data, model, device and output of a `dcdit.training.Trainer`, a line each, and what was changed on the way."""
+    """Data, model, device and output of a `dcdit.training.Trainer`, a line each, and changes on the way."""
     config, model, device = trainer.config, trainer.config.model, trainer.device
     count = sum(p.numel() for p in trainer.net.parameters())
     (height, width), codec = model.input_size, " ".join(str(v) for v in config.codec.options().values() if v)
@@ -66,7 +66,7 @@ def place(trainer, decay: float) -> Path:
 
 
 def use(trainer) -> dict[str, Any]:
-    """What a checkpoint says about its use and its making."""
+    """A checkpoint's notes about its use and its making."""
     config, names = trainer.config.to_dict(), trainer.source.class_names
     values = {"objective": config["objective"], "codec": trainer.config.codec.options(), "data": config["data"]}
     values |= {"class_names": names} if names else {}

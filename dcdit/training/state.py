@@ -1,4 +1,4 @@
-"""What a training run keeps on disk: one checkpoint file to resume from, and the metrics as JSON lines."""
+"""A training run on disk: one checkpoint file to resume from, and the metrics as JSON lines."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def load_state(file: Path, model: nn.Module, emas: Sequence[EMA], optimizer: tor
         for name, p in model.named_parameters():
             p.copy_(tensors[f"model.{name}"])
             if p.requires_grad:
-                # Moments take their parameter's strides: fused AdamW walks through the memory of all of them alike.
+                # Moments take their parameter's strides: fused AdamW walks through the memory of all tensors alike.
                 moments = {key: torch.empty_like(p).copy_(tensors[f"optim.{name}.{key}"]) for key in MOMENTS}
                 optimizer.state[p] = moments | {"step": tensors[f"optim.{name}.step"].to(p.device)}
         for i, ema in enumerate(emas):

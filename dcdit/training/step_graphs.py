@@ -11,7 +11,7 @@ from ..errors import ConfigError
 from ..model.graphs import Capture, CudaCapture, Graph, GraphCache, report, room
 from ..model.routing import Routing
 
-Losses = dict[str, torch.Tensor]  # "loss" is the one to minimise
+Losses = dict[str, torch.Tensor]  # "loss" is minimised
 SHARES = 128  # a graph has rows for so many 128ths of all cells: spare rows cost a training step three products each
 SPARE = 32  # one row more for so many: those are the most that were needed so far
 FORGET = 1024  # of the largest number of tokens so far, one part in so many is forgotten with each step
@@ -30,10 +30,10 @@ class StepGraphs:
 
     Args:
         losses: losses(*inputs, drop_fraction, **limits) → (losses by name, Routing), with tensors for inputs and ρ and
-            with `capacity` and `max_seqlen` as limits, or none of them.
-        parameters: those that require a gradient are trained. Each must have a part in the loss.
+            with `capacity` and `max_seqlen` as limits, or no limits.
+        parameters: trained where they require a gradient. Each must have a part in the loss.
         cells: L of a sample.
-        parts: of a batch whose gradients are added up; each counts for 1/parts.
+        parts: of a batch, with gradients added up; each counts for 1/parts.
         max_graphs: how many are kept; the least recently used goes first. They share their memory.
         capture: for tests, in place of CUDA's.
 
@@ -56,7 +56,7 @@ class StepGraphs:
             raise ConfigError(f"cuda_graph needs a GPU, the model is on {device}; leave it out")
         self.cache = GraphCache(max_graphs, capture or CudaCapture())
         self.rows: dict[str, list[int]] = {}
-        self.grads: list[torch.Tensor] = []  # those of the last replay
+        self.grads: list[torch.Tensor] = []  # of the last replay
         self.replays, self.eager = 0, collections.Counter[str]()
 
     def backward(self, inputs: tuple[torch.Tensor, ...], drop_fraction: float) -> Losses:

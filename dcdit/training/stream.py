@@ -21,12 +21,12 @@ from ..model.density import Density
 from .objectives import DDPM, SUB_BATCH, FlowMatching
 from .parts import cuts
 
-# Streams of random numbers; each has a key of its own.
+# Streams of random numbers; each has its own key.
 _SAMPLE, _ORDER, _STEP, _DENSITY, GATES = range(5)
 
 
 def generator(seed: int, stream: int, step: int = 0, position: int = 0) -> np.random.Generator:
-    """Random numbers that depend on these four alone, so that nothing has to be saved to resume (Philox)."""
+    """Random numbers that depend on the four arguments alone, so that nothing has to be saved to resume (Philox)."""
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, position, step]))
 
 
@@ -145,7 +145,7 @@ class TrainingStream(Dataset):
 
 
 class DensityStream(TrainingStream):
-    """A training set whose times at each step ask for one sparse grid, so that a batch has it in common.
+    """A training set with times that ask for one sparse grid at each step, common to the batch.
 
     A time drawn for the step chooses the grid, and each sample draws until its time asks for it too: over all steps the
     times are distributed as the objective draws them.
@@ -195,7 +195,7 @@ def batches(
     try:
         yield from loader
     except DataError as error:
-        # A worker process sends its whole traceback; the last line is what it had to say.
+        # A worker process sends its whole traceback; the last line is its message.
         raise DataError(str(error).splitlines()[-1].removeprefix("dcdit.errors.DataError: ")) from error
 
 

@@ -153,9 +153,9 @@ class Trainer:
     def teach(
         self, diffusion: torch.Tensor, inputs: tuple[torch.Tensor, ...], output: torch.Tensor, routing: Routing
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """What this step minimises next to the ratio loss, and its further parts by their names in metrics.jsonl.
+        """This step's loss beside the ratio loss, and its further parts by their names in metrics.jsonl.
 
-        `inputs` are those of the model: x_t, t and y.
+        `inputs` are the model's: x_t, t and y.
         """
         return diffusion, {}
 
@@ -209,7 +209,7 @@ class Trainer:
                 tracker.finish()
 
     def train_step(self, batch: dict[str, Any], whole: int = 0) -> dict[str, torch.Tensor | float]:
-        """One optimiser step on this rank's slice of `whole` samples (0: of equal slices); returns what is recorded."""
+        """One optimiser step on this rank's slice of `whole` samples (0: of equal slices); returns the metrics."""
         config, count = self.config, self.config.accumulate
         drawn = draw_drop_fraction(config.seed, self.step, config.budgets or config.drop_fractions, config.drop_warmup)
         lr = learning_rate(config.optim, self.step, config.steps)
@@ -236,7 +236,7 @@ class Trainer:
     def _backward(
         self, image: Samples, noise: Samples, t: torch.Tensor, y: torch.Tensor, drawn: float, weights: dict[str, Any]
     ) -> dict[str, torch.Tensor]:
-        """Add the gradients of one part of the batch to those of the others; returns its losses."""
+        """Add the gradients of one part of the batch to the others'; returns its losses."""
         x0 = image if self.codec is None else by_size(self.codec.encode, image)
         if self.graphs:
             return self.graphs.backward((x0, noise, t, y), drawn)

@@ -50,7 +50,7 @@ def distillation_loss(
 
     A teacher's token stands for patch×patch cells, of which the student kept some, or none. Its state is compared with
     the mean of the student's rows inside its patch; patches without a row are left out. The rows of one patch
-    stay free to differ, which is what a token for each cell is for. Squares are relative to the teacher's own, so that
+    stay free to differ, as tokens of single cells should. Squares are relative to the teacher's own, so that
     the growing residual stream of late blocks does not outweigh the others.
 
     Args:
@@ -98,7 +98,7 @@ class Upcycler(Trainer):
 
     @torch.no_grad()
     def _check_teacher(self) -> None:
-        """Compare the teacher's loss on the first items with that of predicting zero. Raises CheckpointError."""
+        """Compare the teacher's loss on the first items with the loss of predicting zero. Raises CheckpointError."""
         items = [self.stream[i] for i in range(min(self.config.batch_size, 64))]
         image, noise, t, y = (
             torch.stack([i[key] for i in items]).to(self.device) for key in ("image", "noise", "t", "y")
@@ -136,7 +136,7 @@ class Upcycler(Trainer):
             x, t, y = inputs
             known = self.teacher(x, t, self._labels(y)).float()
         if config.output_share:
-            # Where one of them learns a variance, its channels are the second half.
+            # Where a model learns a variance, its channels are the second half.
             channels = self.config.model.in_channels
             parts["output_loss"] = (output[:, :channels] - known[:, :channels]).square().mean()
             share = config.output_share * (1 - self.step / self.config.steps)
