@@ -287,6 +287,9 @@ def test_every_field_of_the_configuration_reaches_the_diffusers_model():
         "router": "cosine",
         "sigma": 2.0,
         "encoder_stride": 2,
+        "norm_groups": 16,
+        "segment_mean": True,
+        "keep_grid": 3,
     }
     config = DCDiTConfig(**fields, learn_sigma=False, cond_norm=True)
     default = DCDiTConfig()

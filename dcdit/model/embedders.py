@@ -19,9 +19,10 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         """t (B,) → (B, D). The sinusoid is computed in float32."""
-        exponent = -math.log(10000) * torch.arange(128, device=t.device, dtype=torch.float32) / 128
+        exponent = torch.arange(128, device=t.device, dtype=torch.float32) * (-math.log(10000) / 128)
         # Rounded once: a float32 exp's last bit differs between machines, and t = 1000 multiplies it.
-        frequency = exponent.to(torch.float32 if t.device.type == "mps" else torch.float64).exp().float()
+        wide = exponent.to(torch.float32 if t.device.type == "mps" else torch.float64)
+        frequency = torch.exp(wide, out=torch.empty_like(exponent))
         angle = t.float()[:, None] * frequency
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
 
