@@ -139,7 +139,7 @@ def launch_everything(dtype, grid, width, share, batch=2):
     head = 128 if width % 128 == 0 else width
     joined = plan.join(plan)
     stream, tables = (
-        new(plan.capacity, 3 * width).view(plan.capacity, 3, -1, head),
+        new(plan.capacity, 3 * width).view(plan.capacity, 3, width // head, head),
         new(2, cells, head // 2, dtype=torch.float32),
     )
     for norm, pairing, second in (("rms", "interleaved", True), ("layer", "half", False)):
