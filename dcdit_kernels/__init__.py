@@ -1,6 +1,6 @@
 """Operators for dynamic token counts: plan once in C++/CUDA, move features in Triton, attend with FlashAttention.
 
-Every operator has a plain PyTorch twin of the same name in `dcdit_kernels.reference`.
+Every operator has a plain PyTorch twin under its name in `dcdit_kernels.reference`.
 """
 
 from ._dispatch import BackendError, use_backend

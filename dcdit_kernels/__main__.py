@@ -1,4 +1,4 @@
-"""`python -m dcdit_kernels`: what is here, what is missing, and why."""
+"""`python -m dcdit_kernels`: the parts that are here, the missing ones, and why."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ._dispatch import BackendError
 from ._explain import explain
 from ._ops import OPERATORS
 
-# Distributions, each with what it is for.
+# Distributions, each with its purpose.
 PACKAGES = {
     "triton": "kernels that move features",
     "flash-attn": "attention, flash-attn 2",
@@ -23,7 +23,7 @@ PACKAGES = {
 
 
 def versions() -> list[str]:
-    """What runs here, a line each."""
+    """The back-ends that run here, a line each."""
     lines = [f"dcdit_kernels {__version__}, Python {platform.python_version()} on {platform.platform()}"]
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
     lines.append(f"torch {torch.__version__} ({cuda if torch.version.cuda or torch.version.hip else 'CPU build'})")

@@ -54,7 +54,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def connect(grads: Iterable[torch.Tensor | None], depends: Iterable[torch.Tensor | None]) -> tuple[Any, ...]:
-    """The gradients as functions of these tensors: a derivative of a gradient raises BackendError."""
+    """The gradients as functions of the saved tensors: a derivative of a gradient raises BackendError."""
     grads = tuple(grads)
     given = [grad for grad in grads if grad is not None]
     if not given:

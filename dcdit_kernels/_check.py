@@ -1,4 +1,4 @@
-"""Argument checks shared by the public operators: each error names what was expected and what came."""
+"""Argument checks shared by the public operators: each error names the expected value and the value that came."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 if TYPE_CHECKING:
     from .packing import Packing
 
-# What make_fx records by, in its two modes.
+# Recorders of make_fx, in its two modes.
 PROXY, PRE_DISPATCH = torch._C._TorchDispatchModeKey.PROXY, torch._C.DispatchKey.PreDispatch
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PLAIN = (torch.Tensor, torch.nn.Parameter)

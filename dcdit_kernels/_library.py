@@ -1,6 +1,6 @@
 """torch.library operators `dcdit::NAME` and `dcdit::NAME_backward`, for torch.compile, make_fx and opcheck.
 
-An operator is a function of its inputs; its backward is a function of the gradients and the same inputs. A plan travels
+An operator is a function of its inputs; its backward is a function of the gradients and the inputs. A plan travels
 as its tensors and sizes. A back-end that is a function recomputes the forward to differentiate it: the price of
 torch.compile on a CPU.
 """

@@ -1,4 +1,4 @@
-"""What plan_chunks may be asked for: masks, ρ and budgets, the cells that they force, and what it refuses."""
+"""Inputs of plan_chunks: masks, ρ and budgets, the cells that they force, and refusals."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def check_values(
     budget: int | None = None,
     budget_per_sample: int | torch.Tensor | None = None,
 ) -> None:
-    """Raise ValueError for values that do not fit; looks at all of them.
+    """Raise ValueError for values that do not fit; looks at all values.
 
     A cell (B, L) may not be both kept and banned; the number of one that is not banned must be in [0, 1]; a budget must
     have room for the forced cells, and a sample must have as many cells as its budget (B,).

@@ -109,7 +109,7 @@ def varlen_attention(
     return flash_calls.attend(library, packing, exact, **inputs)
 
 
-# (request, dtypes, devices, shapes without rows) → the back-end and the library, once the checks of these have passed.
+# (request, dtypes, devices, shapes without rows) → the back-end and the library, once their checks have passed.
 _chosen: dict[tuple[Any, ...], tuple[str, flash.Library | None]] = {}
 
 

@@ -28,7 +28,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Library:
-    """One varlen function, and what it can take."""
+    """One varlen function, and its limits."""
 
     name: str
     module: str
@@ -41,7 +41,7 @@ class Library:
     grouped: bool = True  # takes fewer heads of k and v than of q
     uneven_causal: bool = True  # takes a causal mask where q and k differ in length
     compiles: bool = True  # has operators that torch.compile can trace
-    # Loads whole tiles, past a sample's end: what lies there must be finite, as 0 · NaN would reach the sums.
+    # Loads whole tiles, past a sample's end: the rows there must be finite, as 0 · NaN would reach the sums.
     reads_past: bool = False
 
 
@@ -142,7 +142,7 @@ def choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, uneven_causal: boo
 
 
 def describe(q: torch.Tensor, k: torch.Tensor | None = None, v: torch.Tensor | None = None, *_: Any) -> list[str]:
-    """For `explain`: what native takes, and why not the others. Without k and v they are like q."""
+    """For `explain`: native's choice, and why not the others. Without k and v they are like q."""
     k, v = (q if part is None else part for part in (k, v))
     chosen = choose(q, k, v)
     name = "SDPA sample by sample" if chosen is None else chosen.name

@@ -1,6 +1,6 @@
-"""How each library of `flash` is called, and what becomes of the rows past the last live one.
+"""How each library of `flash` is called, and the fate of the rows past the last live one.
 
-No library writes those rows, neither of the output nor of the gradients: they hold what the memory held.
+No library writes those rows, neither of the output nor of the gradients: they keep the memory's old values.
 """
 
 from __future__ import annotations

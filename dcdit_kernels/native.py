@@ -20,7 +20,7 @@ try:
     load_error: str | None = None
 except ImportError as error:
     _C, load_error = None, str(error)
-INTERFACE = 2  # counts changes of what C++ takes, so that a build of other sources is not called
+INTERFACE = 2  # counts changes of C++ arguments, so that a build of other sources is not called
 if _C is not None and getattr(_C, "interface", 1) != INTERFACE:
     _C, load_error = None, "it was built from other sources"
 
@@ -32,7 +32,7 @@ BYTES_PER_THREAD = 1 << 20
 
 
 def missing(device: torch.device) -> str | None:
-    """Reason why the extension cannot run on this device, with what to do; None where it can."""
+    """Reason why the extension cannot run on this device, with the remedy; None where it can."""
     if _C is None:
         return (
             f"the extension dcdit_kernels._C is not built ({load_error}); `pip install .` with a C++ compiler makes it"

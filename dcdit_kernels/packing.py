@@ -1,4 +1,4 @@
-"""Packing: rows of samples of different lengths, one sample after the other in one tensor; and two of them joined."""
+"""Packing: rows of samples of different lengths, one sample after the other in one tensor; and two packings joined."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ class Packing:
         return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def clone(self) -> Self:
-        """A copy with tensors of its own."""
+        """A copy with separate tensors."""
         return self._each_tensor(torch.Tensor.clone)
 
     def pin_memory(self) -> Self:

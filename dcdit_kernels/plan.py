@@ -98,7 +98,7 @@ def plan_chunks(
         with kept_for_backward():
             args = boundary_prob, grid, drop_fraction, threshold, nearest, capacity, max_seqlen, keep, ban, *budgets
             return OPERATOR.run(backend, *args, exact)
-    if not isinstance(drop_fraction, torch.Tensor):  # a number would be compiled in, each of them anew
+    if not isinstance(drop_fraction, torch.Tensor):  # a number would be compiled in, each number anew
         drop_fraction = torch.full((), drop_fraction, dtype=torch.float32, device=boundary_prob.device)
     if budget_per_sample is not None and not isinstance(budget_per_sample, torch.Tensor):
         budget_per_sample = torch.full((), budget_per_sample, dtype=torch.int32, device=boundary_prob.device)

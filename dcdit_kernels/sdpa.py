@@ -1,7 +1,7 @@
 """varlen_attention by PyTorch's fused attention, sample after sample: on a CPU faster than padding, but for samples of
 a few dozen rows.
 
-On a GPU too, for what no FlashAttention takes; the lengths are read there, one synchronisation.
+On a GPU too, for inputs that no FlashAttention takes; the lengths are read there, one synchronisation.
 """
 
 from __future__ import annotations
@@ -43,6 +43,6 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | No
 
 def _samples(x: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
     """(T, heads, d) → one (1, heads, M_b, d) for each sample."""
-    # split, not slices: its backward is one concatenation, that of a slice fills a tensor as large as x.
+    # split, not slices: its backward is one concatenation; a slice's fills a tensor as large as x.
     parts = x.split([*lengths, x.shape[0] - sum(lengths)])[:-1]
     return [part.transpose(0, 1).unsqueeze(0) for part in parts]

@@ -1,4 +1,4 @@
-"""What tests and benches of operators share: example inputs, gradient weights, error budgets, poisoned buffers.
+"""Shared by tests and benches of operators: example inputs, gradient weights, error budgets, poisoned buffers.
 
 `EXAMPLES` has an entry for each operator on features. A new operator is its formula, its reference, its kernels, and an
 entry here: the tests against float64 and the table of `bench.errors` then take it in.
@@ -18,12 +18,12 @@ import torch
 import dcdit_kernels as K
 
 EPS32 = torch.finfo(torch.float32).eps
-ZERO = 1e-12  # of the largest number of a result: what float64 leaves of a sum that cancels
+ZERO = 1e-12  # of the largest number of a result: the residue of a cancelling sum in float64
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What examples are drawn from: a plan of `prob` (B, L), and the width D of the features."""
+    """The source of examples: a plan of `prob` (B, L), and the width D of the features."""
 
     plan: K.ChunkPlan
     prob: torch.Tensor
@@ -144,7 +144,7 @@ EXAMPLES: dict[str, Callable[[Scene], Example]] = {
 
 
 def gradient_weight(out: torch.Tensor) -> torch.Tensor:
-    """Weights like `out` that grow along the tensor, so that no error cancels, the same numbers in every dtype."""
+    """Weights like `out` that grow along the tensor, so that no error cancels, equal numbers in every dtype."""
     return torch.linspace(-1, 2, out.numel(), device=out.device).bfloat16().to(out.dtype).view(out.shape)
 
 
@@ -179,7 +179,7 @@ def complaint(
             continue
         error, yardstick = ((t.double() - w).abs().max().item() for t in (g, e))
         scale = w.abs().max().item()
-        if scale < ZERO * largest:  # a gradient that is zero in truth: its rounding is that of the terms that cancel
+        if scale < ZERO * largest:  # a gradient that is zero in exact arithmetic has the rounding of its terms
             scale = largest
         budget = 2 * yardstick + math.sqrt(terms) * EPS32 * scale
         if not error <= budget:
@@ -188,7 +188,7 @@ def complaint(
 
 
 def compare(example: Example, backend: str, dtype: torch.dtype, terms: int) -> str | None:
-    """What is wrong with a back-end's outputs and gradients in `dtype`, or None: `complaint`, and the dtypes."""
+    """The fault of a back-end's outputs and gradients in `dtype`, or None: `complaint`, and the dtypes."""
     drawn = example.drawn(dtype)
     want = evaluate(lambda *t: example.function("reference", *t), drawn, torch.float64)
     eager, got = (evaluate(lambda *t, b=b: example.function(b, *t), drawn) for b in ("reference", backend))

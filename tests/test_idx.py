@@ -54,6 +54,8 @@ def test_pictures_and_labels(tmp_path):
         (f"train{LABELS}", b"", r"found \[\]"),
         (f"train{LABELS}", content(np.zeros(3, dtype=np.uint8)), "found 2 pictures and 3 labels"),
     ],
+    # gzip's bytes hold the time: as names they would differ between the processes that collect.
+    ids=("cut gzip", "no gzip", "too short", "floats", "pictures as labels", "empty", "three labels"),
 )  # fmt: skip
 def test_what_is_wrong_is_said(tmp_path, name, data, complaint):
     path = write(tmp_path)

@@ -18,7 +18,7 @@ def chunk(h: torch.Tensor, plan: ChunkPlan, pos_embed: torch.Tensor | None = Non
 
 
 def segment_mean(cells: torch.Tensor, plan: ChunkPlan) -> torch.Tensor:
-    """cells (B·L, D) → the mean of those that each row refills, (capacity, D) in float32 or float64."""
+    """cells (B·L, D) → the mean over the cells that each row refills, (capacity, D) in float32 or float64."""
     refills = torch.where(plan.nearest < 0, plan.capacity, plan.nearest)  # no row: one past the last
     sums = cells.new_zeros(plan.capacity + 1, cells.shape[1], dtype=accumulate_dtype(cells))
     sums = sums.index_add(0, refills, cells.to(sums.dtype))[:-1]

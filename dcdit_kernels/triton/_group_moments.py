@@ -51,7 +51,7 @@ def all_moments(
     x_ptr, moments_ptr, cells, slab_cells, channel, known, WHOLE: tl.constexpr, CHANNELS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Moments of each channel over all cells, slab by slab; those of the slabs are given unless WHOLE."""
+    """Moments of each channel over all cells, slab by slab; the slabs' moments are given unless WHOLE."""
     mean = tl.zeros([channel.shape[0]], tl.float32)
     spread = tl.zeros([channel.shape[0]], tl.float32)
     if WHOLE:
@@ -76,7 +76,7 @@ def load_pair(ptr, slab, channel, known, CHANNELS: tl.constexpr):
 
 @triton.jit
 def store_pair(ptr, slab, channel, known, first, second, CHANNELS: tl.constexpr):
-    """Store what `load_pair` loads."""
+    """The inverse of `load_pair`."""
     ptr += slab * 2 * CHANNELS
     tl.store(ptr + channel, first, mask=known)
     tl.store(ptr + CHANNELS + channel, second, mask=known)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-# Programs that fill the GPUs these kernels are for several times over (132 SMs on an H200).
+# Programs that fill a GPU several times over (132 SMs on an H200).
 FILL = 1024
 
 

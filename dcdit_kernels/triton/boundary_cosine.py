@@ -4,7 +4,7 @@ Bytes for T rows of D elements of e bytes: forward 2·T·D·e and 4·T of scores
 their norms and again for the gradients, both gradients written).
 
 A program takes a tile of cells, so that of the nine neighbours of each most come from the cache. Neighbours lie along
-the first axis of its blocks: one of them in 1D, nine (of 16, a power of two) in 2D.
+the first axis of its blocks: one in 1D, nine (of 16, a power of two) in 2D.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ._rows import FILL, cdiv, next_power_of_2
 
 @triton.jit
 def tile_cells(tile, height, columns, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
-    """(y, x) of the cells of a tile, some of them outside the grid."""
+    """(y, x) of the cells of a tile, some outside the grid."""
     across = tl.cdiv(columns, TILE_W)
     cell = tl.arange(0, TILE_H * TILE_W)
     return tile // across * TILE_H + cell // TILE_W, tile % across * TILE_W + cell % TILE_W
@@ -27,7 +27,7 @@ def tile_cells(tile, height, columns, TILE_H: tl.constexpr, TILE_W: tl.constexpr
 
 @triton.jit
 def neighbours(y, x, height, columns, SIGN: tl.constexpr, TAPS: tl.constexpr):
-    """(cell, inside) of each tap's neighbour, (taps, cells); SIGN -1 for the cells whose neighbour this one is."""
+    """(cell, inside) of each tap's neighbour, (taps, cells); SIGN -1 for the cells that have this one as neighbour."""
     tap = tl.arange(0, TAPS)[:, None]
     dy = tap * 0 if TAPS == 1 else tap // 3 - 1
     dx = tap - 1 if TAPS == 1 else tap % 3 - 1
@@ -188,7 +188,7 @@ def _tiles(q, kernel, grid, backward):
     """(height, columns, tiles, launch) of q (B, L, D)."""
     height, columns = grid if kernel is not None else (1, q.shape[1])
     # On large grids more cells a program, for the neighbours that they share. The batch has no say: sums over a row
-    # depend on the tile, and a sample has the same bits in every batch.
+    # depend on the tile, and a sample has equal bits in every batch.
     size = 16 if kernel is not None and height * columns >= FILL else 4
     tile_h = min(next_power_of_2(height), 4 if size == 16 else 2)
     elements, taps, warps = (512, 16, 16) if kernel is not None else (2048, 1, 4)

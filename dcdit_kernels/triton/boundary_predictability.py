@@ -178,7 +178,7 @@ def _statistics(x, groups, eps):
 
 
 def _scores(x, statistics, parameters, grad, groups):
-    """p (B, L), or with the gradient of p that of the logit."""
+    """p (B, L), or with the gradient of p the logit's gradient."""
     batch, channels, cells = x.shape
     out = torch.empty(batch, cells, dtype=torch.float32, device=x.device)
     predictability_score[(batch * cdiv(cells, 32),)](

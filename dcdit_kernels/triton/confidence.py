@@ -24,7 +24,7 @@ def prob_backward(
     through_ptr, partial_ptr, prob_ptr, nearest_ptr, token_ptr, out_ptr, total, capacity, parts, through_parts,
     ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """∂p: what the straight-through confidence passes on, and at retained cells what the smoothing does."""
+    """∂p: the straight-through confidence's gradient, and at retained cells the smoothing's."""
     if ALIGNED:
         total = total // 4 * 4  # Triton then sees that four cells share a mask, and loads 16 bytes
     cell = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -24,7 +24,7 @@ SCRATCH_BYTES = 256 << 20
 
 
 def images_at_once(batch: int, capacity: int, width: int) -> int:
-    """Images whose smoothed rows, float32, fill SCRATCH_BYTES if all are alike; all of them where these suffice."""
+    """Images whose smoothed rows, float32, fill SCRATCH_BYTES if all are alike; all images where they suffice."""
     passes = max(cdiv(capacity * width * 4, SCRATCH_BYTES), 1)
     return max(cdiv(batch, passes), 1)
 
@@ -186,7 +186,7 @@ def _plug(rows, residual, plan, out, first, samples, cu_seqlens):
 def _plug_backward(
     grad, x, prob, plan, grad_rows, converted, through, s=None, a=None, q=None, partial=None, first=0, samples=0
 ):
-    """All rows, or with s those of some samples, as many programs as these have on average."""
+    """All rows, or with s the rows of some samples, as many programs as they have on average."""
     width = x.shape[1]
     if plan.capacity and width:
         rows = plan.capacity if s is None else cdiv(plan.capacity * samples, plan.batch_size)

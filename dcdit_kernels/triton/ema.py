@@ -73,7 +73,7 @@ def scan_backward_kernel(
     grad_ptr, x_ptr, rows_ptr, prob_ptr, token_ptr, cu_ptr, grad_x_ptr, partial_ptr,
     grad_stride, x_stride, batch, capacity, width, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The same from the last row to the first; dp̃ of these columns goes to partial (column blocks, capacity)."""
+    """The recurrence from the last row to the first; dp̃ of these columns goes to partial (column blocks, capacity)."""
     sample = tl.program_id(0)
     step = tl.arange(0, BLOCK_T)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -135,7 +135,7 @@ def scan_backward(grad, x, rows, prob, plan):
 
 
 class EmaSmooth:
-    """x̄ as an operator of its own."""
+    """x̄ as a separate operator."""
 
     @staticmethod
     def forward(x, boundary_prob, plan):

@@ -5,7 +5,7 @@ statistics, then to write. Bytes for N elements of e bytes: forward 2·N·e, bac
 program come back from the cache; 3·N·e and 6·N·e where they do not.
 
 Statistics are made slab by slab of the cells and merged in an order that the grid alone decides, so that a sample has
-the same bits in any batch. A small batch has too few programs for a GPU. Its slabs then have programs of their own, in
+equal bits in any batch. A small batch has too few programs for a GPU. Its slabs then have programs of their own, in
 one launch for the statistics and one to write; the backward has three.
 """
 
@@ -43,7 +43,7 @@ def channel_values(ptr, channel, known):
 
 @triton.jit
 def added_values(cond_ptr, x_bias_ptr, channel, known):
-    """What is added to x in these channels, of the conditioning and the bias that there are."""
+    """The sum added to x in these channels: conditioning and bias, where given."""
     total = tl.zeros([channel.shape[0]], tl.float32)
     if cond_ptr is not None:
         total += channel_values(cond_ptr, channel, known)
@@ -54,7 +54,7 @@ def added_values(cond_ptr, x_bias_ptr, channel, known):
 
 @triton.jit
 def piece(CHANNELS: tl.constexpr, SHARE: tl.constexpr, COLUMNS: tl.constexpr):
-    """(sample, its channels, which of them are there) of a program."""
+    """(sample, its channels, which channels exist) of a program."""
     pieces: tl.constexpr = (CHANNELS + SHARE - 1) // SHARE
     column = tl.arange(0, COLUMNS)
     channel = tl.program_id(0) % pieces * SHARE + column

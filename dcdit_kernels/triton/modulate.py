@@ -69,7 +69,7 @@ def modulate_forward(
             y = load_rows(y_ptr, row, y_stride, column, sample >= 0, WIDTH)
             mixed = (x + gate * y).to(mixed_ptr.dtype.element_ty)
             store_rows(mixed_ptr, row, column, mixed, row < total, WIDTH)
-            x = mixed.to(tl.float32)  # the norm sees what the next operator will read
+            x = mixed.to(tl.float32)  # the norm sees x as stored
         xs += (x,)
     if NORM:
         normed, _ = normalise(xs, sample >= 0, eps, CENTRED, WIDTH, COLUMNS)
@@ -218,7 +218,7 @@ def modulator_sums(
 
 
 def _forward(x, y, gate, shift, scale, weight, plan, eps, norm):
-    """(mixed, out), either of them None where gate or scale is None; contiguous, in x's dtype."""
+    """(mixed, out), each None where gate or scale is None; contiguous, in x's dtype."""
     mixed = torch.empty_like(x, memory_format=torch.contiguous_format) if gate is not None else None
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if scale is not None else None
     x, x_stride = strided_rows(x)

@@ -16,7 +16,7 @@ import triton.language as tl
 from ._launch import jit_kernel
 from ._rows import cdiv, next_power_of_2
 
-# Steps of a backward program, whose sums of weight gradients they share.
+# Steps of a backward program; they share sums of weight gradients.
 STEPS = 8
 
 

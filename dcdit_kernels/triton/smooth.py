@@ -10,7 +10,7 @@ Backward, with G the gradient of p̃ x + (1 - p̃) s, a_i = (1 - p̃_i) / (Z_i +
 The window is symmetric, so both directions take the same sums, `window_sums`, with weights p̃ or a.
 
 Bytes for T rows of D elements of e bytes: forward T·D·(e + 4), backward T·D·(2·e + 8); the window is read from L2.
-Blocks of rows begin with their sample: a sample gets the same bits in every batch, and reads no other sample's rows.
+Blocks of rows begin with their sample: a sample gets equal bits in every batch, and reads no other sample's rows.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ def smooth_backward(
 
 @dataclass(frozen=True)
 class Smoothing:
-    """The smoothing of one batch's rows: the plan, and what `locate_rows` found once for all columns."""
+    """The smoothing of one batch's rows: the plan, and the windows that `locate_rows` found once for all columns."""
 
     plan: ChunkPlan
     sigma: float
@@ -235,7 +235,7 @@ class Smoothing:
 
     @classmethod
     def of(cls, prob, plan, sigma, dtype) -> Smoothing:
-        """`prob` (B, L) in float32, contiguous; the windows are those of rows of `dtype`."""
+        """`prob` (B, L) in float32, contiguous; the windows suit rows of `dtype`."""
         axes, cells, height, columns, reach, kernel = _locate(plan.grid, sigma, dtype == torch.float32)
         blocks = max(cdiv(plan.max_seqlen, BLOCK_M), 1)
         points = prob.new_empty(1 + axes, plan.capacity)
@@ -280,7 +280,7 @@ class Smoothing:
 @functools.cache
 def _locate(grid, sigma, full):
     """(axes, cells, height, columns, reach of the windows, kernel) of a grid, in float32 where `full`."""
-    # What is left out is below 2e-8 of the sum at 6σ, and below 5e-5, under half-precision rounding, at 4.5σ.
+    # The rest is below 2e-8 of the sum at 6σ, and below 5e-5, under half-precision rounding, at 4.5σ.
     radius = math.ceil((6 if full else 4.5) * sigma)
     axes, cells, (_, height, columns) = max(len(grid), 2), math.prod(grid), (1, 1, *grid)[-3:]
     reach = min(radius * (sum({columns * height, columns, 1}) if len(grid) == 3 else columns + 1), cells)
@@ -306,7 +306,7 @@ def _launch(axes, width, operand):
 
 
 def _block_d(width):
-    """Half as many columns where rows do not start at 16 bytes: each element needs an address of its own."""
+    """Half as many columns where rows do not start at 16 bytes: each element needs a separate address."""
     return min(max(next_power_of_2(width), 16), 128 if width % 16 == 0 else 64)
 
 
