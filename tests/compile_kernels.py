@@ -175,14 +175,9 @@ def compiled(function, signature, constants, attributes, options, target):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        dump = lambda option: (
-            subprocess.run(  # noqa: E731
-                [CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True
-            ).stdout
-        )
-        usage = dump("-res-usage")
+        usage = disassembled("-res-usage", file.name)
         # Disassembling takes longer than compiling, and the counts of one target are read.
-        counts = instructions(dump("-sass")) if target is TARGETS["sm_90"] else {}
+        counts = instructions(disassembled("-sass", file.name)) if target is TARGETS["sm_90"] else {}
     ptx = kernel.asm["ptx"]
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
@@ -193,6 +188,11 @@ def compiled(function, signature, constants, attributes, options, target):
         "warps": kernel.metadata.num_warps,
         **counts,
     }
+
+
+def disassembled(option, file):
+    """What cuobjdump prints of a cubin."""
+    return subprocess.run([CUOBJDUMP, option, file], capture_output=True, text=True, check=True).stdout
 
 
 def instructions(sass):
