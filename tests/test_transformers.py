@@ -459,14 +459,18 @@ def test_z_image_wants_one_size_in_a_batch():
         run(model, inputs)
 
 
+def half_kept(family):
+    """A wrapped model at ρ = 0.5, its inputs, its chunking and its output."""
+    model, inputs = make(family), family.inputs()
+    chunking = add_dynamic_chunking(model)
+    chunking.drop_fraction = 0.5
+    return model, inputs, chunking, run(model, inputs)
+
+
 @every_family
 def test_copies_and_tools_of_diffusers(family):
     """A deep copy is independent; LoRA on the blocks' linears acts; the repeated blocks compile by their names."""
-    model = make(family)
-    inputs = family.inputs()
-    chunking = add_dynamic_chunking(model)
-    chunking.drop_fraction = 0.5
-    want = run(model, inputs)
+    model, inputs, chunking, want = half_kept(family)
     other = copy.deepcopy(model)
     torch.nn.init.zeros_(chunking.router.score.weight)
     assert torch.equal(run(other, inputs), want)
@@ -480,11 +484,7 @@ def test_copies_and_tools_of_diffusers(family):
 @every_family
 def test_weights_that_come_and_go(family):
     """accelerate's offload by module, diffusers' by block, and blocks compiled by their names."""
-    model = make(family)
-    inputs = family.inputs()
-    chunking = add_dynamic_chunking(model)
-    chunking.drop_fraction = 0.5
-    want = run(model, inputs)
+    model, inputs, _, want = half_kept(family)
     cpu = torch.device("cpu")
     moved = accelerate.cpu_offload(copy.deepcopy(model), execution_device=cpu)
     assert next(moved.parameters()).device.type == "meta"

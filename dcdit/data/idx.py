@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import zlib
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import DataError
+from .grey import GreyPictures
 
 IMAGES, LABELS = "-images-idx3-ubyte", "-labels-idx1-ubyte"
 
 
-class Idx:
+class Idx(GreyPictures):
     """Grey pictures (1, H, W) of PATH-images-idx3-ubyte with the class ids of PATH-labels-idx1-ubyte, each as it is or
     with `.gz`: `path` is the folder and the part before, such as /usr/share/datasets/fashion-mnist/train.
 
     Raises DataError for a file that is missing, damaged or of another kind, and for labels that do not pair up.
     """
 
-    encoded = False
     class_names = None
 
     def __init__(self, path: str | Path) -> None:
@@ -35,19 +34,9 @@ class Idx:
         """How many pictures and labels there are, in words."""
         return f"{len(self.images)} pictures and {len(self.labels)} labels"
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def load(self, index: int, flip: bool) -> tuple[np.ndarray, int]:
-        image = self.images[index][None].astype(np.float32) / 127.5 - 1
-        return (image[..., ::-1] if flip else image), int(self.labels[index])
-
     def describe(self) -> str:
         height, width = self.images.shape[1:]
         return f"{len(self)} pictures of {height}×{width} pixels in {self.path}, {self.classes} classes"
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()[:16]
 
 
 def read_idx(name: str, dims: int) -> np.ndarray:

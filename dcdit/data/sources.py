@@ -13,6 +13,7 @@ import numpy as np
 from ..errors import ConfigError, DataError
 from ..model.config import DCDiTConfig
 from ..training.config import DataConfig
+from .grey import GreyPictures
 from .idx import Idx
 from .image_folder import ImageFolder
 
@@ -55,28 +56,16 @@ def load_digits() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return images, labels, held_out
 
 
-class Digits:
+class Digits(GreyPictures):
     """MNIST digits, (1, 28, 28): 4 500 to train on, or the last 50 of each class, which are held out."""
-
-    encoded = False
 
     def __init__(self, held_out: bool = False) -> None:
         images, labels, outside = load_digits()
         self.images, self.labels = images[outside == held_out], labels[outside == held_out]
         self.classes, self.class_names = 10, [str(digit) for digit in range(10)]
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def load(self, index: int, flip: bool) -> tuple[np.ndarray, int]:
-        image = self.images[index][None].astype(np.float32) / 127.5 - 1
-        return (image[..., ::-1] if flip else image), int(self.labels[index])
-
     def describe(self) -> str:
         return f"{len(self)} MNIST digits of 28×28 pixels, 10 classes"
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()[:16]
 
 
 class Latents:

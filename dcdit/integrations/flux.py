@@ -11,7 +11,7 @@ from torch import nn
 from dcdit_kernels import adaln_modulate, gate_residual, gate_residual_modulate, qk_norm_rope
 
 from ..errors import ConfigError
-from .joint import JointBlocks, PackedText, Rows, attend, finite, heads, kept_by
+from .joint import JointBlocks, PackedText, Rows, attend, attend_jointly, finite, heads, kept_by
 
 
 def check_processor(attn: nn.Module) -> None:
@@ -34,21 +34,7 @@ class FluxTransformerBlock(theirs.FluxTransformerBlock):
         ).chunk(6, 1)
         x = adaln_modulate(image, shift, scale, rows.plan, self.norm1.norm.eps)
         y = adaln_modulate(text, text_shift, text_scale, rows.text, self.norm1_context.norm.eps)
-        q, k, v = heads((attn.to_q, attn.to_k, attn.to_v), x, attn)
-        text_q, text_k, text_v = heads((attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), y, attn)
-        q, k = qk_norm_rope(
-            text_q,
-            text_k,
-            rows.cos,
-            rows.sin,
-            rows.position,
-            attn.norm_added_q(),
-            attn.norm_added_k(),
-            rows.joined,
-            (q, k, attn.norm_q(), attn.norm_k()),
-            eps=attn.norm_q.eps,
-        )
-        y, x = rows.joined.split(attend(q, k, rows.joined.cat(text_v, v), rows.joined))
+        y, x = attend_jointly(attn, x, y, rows)
         x, y = attn.to_out[1](attn.to_out[0](x)), attn.to_add_out(y)
         image, x = gate_residual_modulate(image, x, gate, *rest[:2], rows.plan, self.norm2.eps)
         image = gate_residual(image, self.ff(x), rest[2], rows.plan)

@@ -18,7 +18,7 @@ from diffusers.models.normalization import RMSNorm
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from dcdit_kernels import ChunkPlan, Packing, pad_input, unpad_input, varlen_attention
+from dcdit_kernels import ChunkPlan, Packing, pad_input, qk_norm_rope, unpad_input, varlen_attention
 from dcdit_kernels.packing import JoinedPacking
 
 from ..errors import ConfigError
@@ -204,6 +204,27 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing) 
     """Each row to all rows of its sample: (T, heads, head width) → (T, D)."""
     cu, longest = packing.cu_seqlens, packing.max_seqlen
     return varlen_attention(q, k, v, cu, cu, longest, longest, packing=packing).flatten(1)
+
+
+def attend_jointly(
+    attn: nn.Module, image: torch.Tensor, text: torch.Tensor, rows: Rows
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Text rows and image rows of a block whose attention joins both: (T1, D), (T2, D) → (text, image)."""
+    q, k, v = heads((attn.to_q, attn.to_k, attn.to_v), image, attn)
+    text_q, text_k, text_v = heads((attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), text, attn)
+    q, k = qk_norm_rope(
+        text_q,
+        text_k,
+        rows.cos,
+        rows.sin,
+        rows.position,
+        attn.norm_added_q(),
+        attn.norm_added_k(),
+        rows.joined,
+        (q, k, attn.norm_q(), attn.norm_k()),
+        eps=attn.norm_q.eps,
+    )
+    return rows.joined.split(attend(q, k, rows.joined.cat(text_v, v), rows.joined))
 
 
 def finite(x: torch.Tensor) -> torch.Tensor:

@@ -9,10 +9,10 @@ import torch
 from diffusers.models.transformers import transformer_qwenimage as theirs
 from torch import nn
 
-from dcdit_kernels import adaln_modulate, gate_residual, gate_residual_modulate, qk_norm_rope
+from dcdit_kernels import adaln_modulate, gate_residual, gate_residual_modulate
 
 from ..errors import ConfigError
-from .joint import JointBlocks, PackedText, Rows, attend, finite, heads
+from .joint import JointBlocks, PackedText, Rows, attend_jointly, finite
 
 
 # Named as diffusers' own: compile_repeated_blocks and device maps go by names.
@@ -21,7 +21,7 @@ class QwenImageTransformerBlock(theirs.QwenImageTransformerBlock):
 
     def forward(self, image: torch.Tensor, text: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """Image rows (T1, D), text rows (T2, D) → (text, image)."""
-        attn, joined = self.attn, rows.joined
+        attn = self.attn
         if type(attn.processor) is not theirs.QwenDoubleStreamAttnProcessor2_0:
             name = type(attn.processor).__name__
             raise ConfigError(f"chunked blocks need QwenDoubleStreamAttnProcessor2_0, got {name}")
@@ -29,21 +29,7 @@ class QwenImageTransformerBlock(theirs.QwenImageTransformerBlock):
         text_shift, text_scale, text_gate, *text_rest = self.txt_mod(rows.c).chunk(6, 1)
         x = adaln_modulate(image, shift, scale, rows.plan, self.img_norm1.eps)
         y = adaln_modulate(text, text_shift, text_scale, rows.text, self.txt_norm1.eps)
-        q, k, v = heads((attn.to_q, attn.to_k, attn.to_v), x, attn)
-        text_q, text_k, text_v = heads((attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), y, attn)
-        q, k = qk_norm_rope(
-            text_q,
-            text_k,
-            rows.cos,
-            rows.sin,
-            rows.position,
-            attn.norm_added_q(),
-            attn.norm_added_k(),
-            joined,
-            (q, k, attn.norm_q(), attn.norm_k()),
-            eps=attn.norm_q.eps,
-        )
-        y, x = joined.split(attend(q, k, joined.cat(text_v, v), joined))
+        y, x = attend_jointly(attn, x, y, rows)
         for layer in attn.to_out:
             x = layer(x)
         image, x = gate_residual_modulate(image, x, gate, *rest[:2], rows.plan, self.img_norm2.eps)
