@@ -57,8 +57,8 @@ class Replay:
 
 
 class ShippedStep:
-    """Gradients of a DC-DiT by `dcdit.step_graphs`, as `dcdit train` has them; `losses` as there. An eager step comes
-    first, and tells how many rows are needed.
+    """Gradients of a DC-DiT by `dcdit.training.step_graphs`, as in `dcdit train`; `losses` likewise. An eager step
+    comes first, and tells how many rows are needed.
 
     Raises RuntimeError where a graph could not be replayed.
     """

@@ -5,7 +5,7 @@
     apt-get install fonts-noto-color-emoji unicode-data && pip install fonttools    # OFL 1.1; 1 377 of 136×136
     python examples/datasets.py emoji FOLDER
 
-FOLDER/train and FOLDER/test; LICENCE.txt says the licence. Emoji are those of one code point, by Unicode's groups; a
+FOLDER/train and FOLDER/test; LICENCE.txt says the licence. Emoji have one code point each, by Unicode's groups; a
 tenth is for tests. The idx files of Fashion-MNIST need no folder to be trained on: data.kind=idx.
 """
 
@@ -36,7 +36,7 @@ def fashion_mnist():
 def emoji():
     """(train or test, Unicode's group, code point, picture on white) of each emoji of one code point.
 
-    The others differ from these in a skin tone, or are ligatures of the font.
+    Other emoji differ in a skin tone, or are ligatures of the font.
     """
     from fontTools.ttLib import TTFont
 

@@ -1,4 +1,4 @@
-"""Dynamic chunking in diffusers' own DiT: the same output with all tokens, then training with a quarter of them.
+"""Dynamic chunking in diffusers' own DiT: an equal output with all tokens, then training with a quarter.
 
 python examples/dit_diffusers.py
 """

@@ -5,7 +5,7 @@ for stage in teacher scratch scratch-6e-3 scratch-long upcycled draw; do
 done
 
 teacher trains a DiT on 2×2 patches and saves it in the original DiT's layout. The others are configs/digits.yaml with
-ρ = 0 and learning rates of their own; upcycled is to reach the loss of scratch's 4 000 steps in a quarter of them. draw
+ρ = 0 and separate learning rates; upcycled is to reach the loss of scratch's 4 000 steps in a quarter of them. draw
 makes docs/images/upcycling.png. Three hours on a core.
 """
 
@@ -71,7 +71,7 @@ def train_teacher(folder: Path, steps: int) -> None:
 
 
 def held_out() -> dict[str, torch.Tensor]:
-    """The 500 digits that no training sees, each with a noise and a time of its own, always the same."""
+    """The 500 digits that no training sees, each with a fixed noise and time."""
     images, labels, out = load_digits()
     stream = TrainingStream(Digits(), FlowMatching(), (4, 14, 14), 10, seed=2, batch_size=500)
     drawn = [stream[i] for i in range(500)]

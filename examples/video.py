@@ -1,4 +1,4 @@
-"""Dynamic chunking on video: a transformer on (F, H, W) cells, trained with a quarter of them.
+"""Dynamic chunking on video: a transformer on (F, H, W) cells, trained with a quarter of the tokens.
 
 python examples/video.py
 """

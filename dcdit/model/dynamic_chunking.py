@@ -49,7 +49,7 @@ class DynamicChunking(nn.Module):
 
     Attributes, for models with a forward without such arguments: `grid`, and `drop_fraction`, `budget`,
     `budget_per_sample`, `capacity`, `max_seqlen`, `keep` and `ban` as in `dcdit.ops.plan_chunks`. After a forward
-    `routing` holds its Routing, for `dcdit.diffusion.ratio_loss`; copies and pickles have none.
+    `routing` holds its Routing, for `dcdit.training.ratio_loss`; copies and pickles have none.
     """
 
     def __init__(

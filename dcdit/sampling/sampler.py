@@ -112,7 +112,7 @@ def sample(
     """Sample one latent (C, H, W) for each class id in `classes` (N,).
 
     Args:
-        model: in half precision (`dcdit.precision.cast_weights`) its float32 products are in TF32; a graphed one
+        model: in half precision (`dcdit.model.cast_weights`) its float32 products are in TF32; a graphed one
             (`dcdit.graphed`) is replayed as CUDA graphs. A PlainDiT, SparseDiT or DyDiT is sampled likewise.
         objective: the model's training objective, "flow" or "ddpm".
         scheduler: "auto", "flow-euler", "flow-heun", "ddpm" (variance learned where the model has it), "ddim",
@@ -315,7 +315,7 @@ def guide(out: torch.Tensor, guidance: float, channels: int) -> torch.Tensor:
 
 
 def open_checkpoint(path: str | Path, device: str | torch.device = "cpu"):
-    """(model, objective, codec) of a checkpoint: enough to make images. `path` as in `dcdit.checkpoints.locate`.
+    """(model, objective, codec) of a checkpoint: enough to make images. `path` as in `dcdit.checkpoints.folder.locate`.
 
     Raises CheckpointError or ConfigError, also for a codec that cannot decode the model's latents.
     """

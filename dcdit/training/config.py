@@ -155,11 +155,11 @@ class TrainConfig:
     `kind` is the model: sparse and dydit are SparseDiT and DyDiT of `model`'s backbone, at the cost that `spend` names,
     from the DiT of upcycle.source where there is one (`from` in YAML). `init` is a DC-DiT to start from.
     `snapshot_every` steps (0: never) the first EMA model is kept in OUTPUT/snapshots. `log_with` names trackers of
-    accelerate. `time_shift` is of flow matching, `min_snr` of ddpm; see `dcdit.diffusion`.
+    accelerate. `time_shift` is of flow matching, `min_snr` of ddpm; see `dcdit.training.objectives`.
 
     Each process goes through its slice of the batch in `accumulate` parts. With `checkpointing` the backward computes
     the activations of each block again instead of keeping them. With `cuda_graph` the forward and backward of a step
-    are replayed as CUDA graphs, see `dcdit.step_graphs`.
+    are replayed as CUDA graphs, see `dcdit.training.step_graphs`.
     """
 
     output: str = "runs/train"

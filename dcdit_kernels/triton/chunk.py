@@ -94,9 +94,7 @@ class Chunk:
             h, h_stride = strided_rows(h)
             pos_embed, pos_stride = strided_rows(pos_embed)
             if reduce == "mean":
-                columns = min(
-                    next_power_of_2(width), 512
-                )  # of one warp, as a flat image gives one row hundreds of cells
+                columns = min(next_power_of_2(width), 512)  # one warp: a flat image gives one row hundreds of cells
                 mean_forward[(plan.capacity, cdiv(width, columns))](
                     h, pos_embed, plan.token_index, plan.member_offsets, plan.member_index, out, h_stride, pos_stride,
                     plan.cells, width, COLUMNS=columns, num_warps=1,
