@@ -1,5 +1,6 @@
 """Without a GPU Triton's kernels run in its interpreter; the choice must stand before they are imported."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -9,6 +10,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        import quick_interpreter
+
+        quick_interpreter.install()
 # Training is compared bit for bit with itself and with float64, for which no GPU computes alike or finely enough.
 os.environ["ACCELERATE_USE_CPU"] = "true"
 # A process that a test starts runs this checkout, whatever is installed.

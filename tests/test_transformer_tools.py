@@ -1,0 +1,178 @@
+"""Chunked transformers of diffusers in its pipelines and tools: saved, copied, adapted, offloaded; bad input."""
+
+import copy
+
+import accelerate
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+from diffusers.models.transformers import transformer_flux
+from transformer_families import FAMILIES, close, every_family, make, run
+
+from dcdit.errors import ConfigError
+from dcdit.integrations.attention import add_dynamic_chunking, load_dynamic_chunking, remove_dynamic_chunking
+
+
+@every_family
+def test_saved_and_loaded_without_a_recipe(family, tmp_path):
+    """Blocks, sigma and router come back; diffusers alone reads the untouched model."""
+    model = make(family)
+    inputs = family.inputs()
+    untouched = run(model, inputs)
+    chunking = add_dynamic_chunking(model, blocks=slice(1, 3), sigma=0.7)
+    torch.nn.init.normal_(chunking.router.score.weight)
+    torch.nn.init.zeros_(chunking.router.score.bias)
+    want = run(model, inputs)
+    assert chunking.routing.plan.capacity < 70
+    for folder in ("once", "twice"):  # a loaded model is saved like the first
+        model.save_pretrained(tmp_path / folder)
+        model = load_dynamic_chunking(tmp_path / folder)
+        assert torch.equal(run(model, inputs), want)
+    plain = type(model).from_pretrained(tmp_path / "once")
+    assert torch.equal(run(plain, inputs), untouched)
+    with pytest.raises(ConfigError, match="router must be a None, got Linear"):
+        load_dynamic_chunking(tmp_path / "once", router=torch.nn.Linear(1, 1))
+    plain.save_pretrained(tmp_path / "plain")
+    remove_dynamic_chunking(model)
+    model.save_pretrained(tmp_path / "removed")
+    with pytest.raises(ConfigError, match="must have dynamic_chunking"):
+        load_dynamic_chunking(tmp_path / "removed")
+
+
+@every_family
+def test_the_pipeline_runs_unchanged(family):
+    """All kept: the pictures of the untouched model; with a budget each step keeps its share."""
+    model = make(family)
+    pipe, prompts = family.pipeline(model), family.prompts()
+    pipe.set_progress_bar_config(disable=True)
+
+    def sample():
+        options = {"height": 32, "width": 48, "num_inference_steps": 2, "output_type": "latent"}
+        out = pipe(**prompts, **options, generator=torch.Generator().manual_seed(0))
+        return out[0]
+
+    want = sample()
+    chunking = add_dynamic_chunking(model)
+    close(sample(), want, 1e-4)
+    chunking.drop_fraction = 0.5
+    assert sample().shape == want.shape
+    assert float(chunking.routing.plan.lengths.max()) == chunking.routing.plan.cells / 2
+
+
+def test_another_budget_for_the_unconditional_pass():
+    """SD3's pipeline runs both in one batch, the unconditional one first."""
+    family = FAMILIES["sd3"]
+    model = make(family)
+    pipe = family.pipeline(model)
+    chunking = add_dynamic_chunking(model)
+    chunking.drop_fraction = torch.tensor([0.75, 0.25])
+    pipe(**family.prompts(), height=16, width=24, num_inference_steps=1, output_type="latent")
+    assert chunking.routing.plan.lengths.tolist() == [6, 18]
+
+
+def test_bad_input_of_qwen_image_and_wan():
+    family = FAMILIES["qwen-image"]
+    model, inputs = make(family), family.inputs()
+    add_dynamic_chunking(model)
+    for shapes, words in (
+        ([[(1, 5, 7)], [(1, 7, 5)]], "need one picture a sample, of one shape"),
+        ([[(1, 5, 7), (1, 2, 2)]] * 2, "need one picture a sample, of one shape"),
+        ([[(1, 5, 8)]] * 2, "img_shapes must be one grid of 35 tokens"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            run(model, {**inputs, "img_shapes": shapes})
+    with pytest.raises(ConfigError, match="without zero_cond_t"):
+        add_dynamic_chunking(make(family, zero_cond_t=True))
+    model, inputs = make(FAMILIES["wan"]), FAMILIES["wan"].inputs()
+    add_dynamic_chunking(model)
+    with pytest.raises(ConfigError, match="one timestep a sample, got one for each token"):
+        run(model, {**inputs, "timestep": torch.rand(2, 35)})
+
+
+def test_z_image_wants_one_size_in_a_batch():
+    family = FAMILIES["z-image"]
+    model, inputs = make(family), family.inputs()
+    add_dynamic_chunking(model)
+    inputs["x"][1] = inputs["x"][1][..., :-2]
+    with pytest.raises(ConfigError, match=r"need latents of one size in a batch, got \[\(1, 10, 12\), \(1, 10, 14\)\]"):
+        run(model, inputs)
+
+
+def half_kept(family):
+    """A wrapped model at ρ = 0.5, its inputs, its chunking and its output."""
+    model, inputs = make(family), family.inputs()
+    chunking = add_dynamic_chunking(model)
+    chunking.drop_fraction = 0.5
+    return model, inputs, chunking, run(model, inputs)
+
+
+@every_family
+def test_copies_and_tools_of_diffusers(family):
+    """A deep copy is independent; LoRA on the blocks' linears acts; the repeated blocks compile by their names."""
+    model, inputs, chunking, want = half_kept(family)
+    other = copy.deepcopy(model)
+    torch.nn.init.zeros_(chunking.router.score.weight)
+    assert torch.equal(run(other, inputs), want)
+    peft = pytest.importorskip("peft")
+    other.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    assert not torch.allclose(run(other, inputs), want)
+    names = {type(block).__name__ for block in chunking.blocks}
+    assert names <= set(type(model)._no_split_modules)
+
+
+@every_family
+def test_weights_that_come_and_go(family):
+    """accelerate's offload by module, diffusers' by block, and blocks compiled by their names."""
+    model, inputs, _, want = half_kept(family)
+    cpu = torch.device("cpu")
+    moved = accelerate.cpu_offload(copy.deepcopy(model), execution_device=cpu)
+    assert next(moved.parameters()).device.type == "meta"
+    assert torch.equal(run(moved, inputs), want)
+    grouped = copy.deepcopy(model)
+    grouped.enable_group_offload(cpu, offload_type="block_level", num_blocks_per_group=1)
+    assert torch.equal(run(grouped, inputs), want)
+    if family is FAMILIES["wan"]:  # of those that have _repeated_blocks the one that compiles soonest
+        torch._dynamo.reset()
+        model.compile_repeated_blocks(backend="aot_eager")
+        close(run(model, inputs), want, 1e-5)
+
+
+@every_family
+def test_bad_input(family):
+    """One line that says what was expected and what came."""
+    model = make(family)
+    for blocks, words in (
+        (slice(9, None), "blocks must name one block or more"),
+        (slice(None, None, 2), "blocks must be a slice without a step"),
+        ([1], "blocks must be a slice"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            add_dynamic_chunking(model, blocks=blocks)
+    with pytest.raises(ConfigError, match="must be one that add_dynamic_chunking was called on"):
+        remove_dynamic_chunking(model)
+    add_dynamic_chunking(model)
+    with pytest.raises(ConfigError, match="has dynamic chunking already"):
+        add_dynamic_chunking(model)
+    remove_dynamic_chunking(model)
+    with pytest.raises(ConfigError, match=r"model must be one of FluxTransformer2DModel.* or have transformer_blocks"):
+        add_dynamic_chunking(torch.nn.Linear(2, 2))
+
+
+def test_bad_input_of_flux():
+    family = FAMILIES["flux"]
+    model, inputs = make(family), family.inputs()
+    add_dynamic_chunking(model)
+    ids = inputs["img_ids"]
+    mask = torch.ones(2, 1, 1, 7, dtype=torch.bool)
+    for change, words in (
+        ({"controlnet_block_samples": [torch.zeros(1)]}, "do not support controlnet_block_samples"),
+        ({"img_ids": ids[:-1], "hidden_states": inputs["hidden_states"][:, :-1]}, "img_ids must be one grid of tokens"),
+        ({"joint_attention_kwargs": {"attention_mask": mask}}, r"attention_mask must be bool \(2, 1, 1, 41\)"),
+        ({"joint_attention_kwargs": {"ip_hidden_states": mask}}, "take no joint_attention_kwargs but attention_mask"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            run(model, {**inputs, **change})
+    model.set_attn_processor(transformer_flux.FluxIPAdapterAttnProcessor(64, 64))
+    with pytest.raises(ConfigError, match=r"need FluxAttnProcessor .* got FluxIPAdapterAttnProcessor"):
+        run(model, inputs)
