@@ -1,4 +1,5 @@
-"""python -m bench.savings: how much of the FLOPs that SparseDiT and DyDiT save is saved in time, beside the plain DiT.
+"""python -m bench.savings: how much of the FLOPs that SparseDiT, DyDiT and patches of twice the side save is saved
+in time, beside the plain DiT.
 
 All models have random weights and take turns in one run. A realised saving of 1 is a time that falls as the FLOPs do.
 """
@@ -12,10 +13,18 @@ from collections.abc import Callable
 
 import torch
 
-from dcdit.model import DyDiT, PlainDiT, SparseDiT
+from dcdit.model import DyDiT, PatchDiT, PlainDiT, SparseDiT
 from dcdit.model.config import preset
 from dcdit.model.gates import Gates
-from dcdit.model.rival_macs import dydit_macs, dydit_on, gate_rates, sparse_dit_macs, sparse_on
+from dcdit.model.rival_macs import (
+    dydit_macs,
+    dydit_on,
+    gate_rates,
+    patch_dit_macs,
+    patch_on,
+    sparse_dit_macs,
+    sparse_on,
+)
 
 TIME = 500.0
 
@@ -45,7 +54,11 @@ def cases(name: str, batch: int) -> tuple[dict[str, Callable], dict[str, float]]
         "sparse": sparse_dit_macs(sparse),
         "dydit": dydit_macs(dynamic, rate),
     }
-    return {key: lambda model=model: model(*inputs) for key, model in models.items()}, macs
+    forwards: dict[str, Callable] = {key: lambda model=model: model(*inputs) for key, model in models.items()}
+    if not any(side % 2 for side in dynamic.grid):
+        coarse = PatchDiT(patch_on(config, scales=(1, 2))).eval()
+        forwards["patches"], macs["patches"] = (lambda: coarse(*inputs, 2)), patch_dit_macs(coarse.config, 2)
+    return forwards, macs
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ COMMANDS = {
     "convert": "turn a checkpoint of the public release into a directory, or back",
     "sample": "sample images from a checkpoint",
     "evaluate": "measure how far samples are from real pictures",
+    "calibrate-patches": "find the threshold by which a model of several patch sizes has a wished speed",
     "visualize": "draw chunk maps and the compute spent along a trajectory",
     "demo": "sample the digits that ship with the package and tabulate what dynamic chunking saves",
 }
@@ -75,7 +76,7 @@ def _run(argv: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {name: commands.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
     args = parser.parse_args(argv[:1])
-    module = importlib.import_module(f"dcdit.commands.{args.command}")
+    module = importlib.import_module(f"dcdit.commands.{args.command.replace('-', '_')}")
     module.configure(parsers[args.command])
     # By itself: a parser with sub-commands does not take key=value on both sides of an option.
     parsers[args.command].parse_intermixed_args(argv[1:], args)

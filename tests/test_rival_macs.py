@@ -12,7 +12,7 @@ from bench.savings import cases
 from dcdit.cli import main
 from dcdit.errors import ConfigError
 from dcdit.model import DyDiT, DyDiTConfig, SparseDiT, SparseDiTConfig, preset
-from dcdit.model.rival_macs import dydit_macs, dydit_on, sparse_dit_macs, sparse_on
+from dcdit.model.rival_macs import dydit_macs, dydit_on, patch_dit_macs, patch_on, sparse_dit_macs, sparse_on
 
 MACS = json.loads((Path(__file__).parent / "data" / "systems" / "macs.json").read_text())
 XL = {"hidden_size": 1152, "num_heads": 16}
@@ -71,7 +71,8 @@ def test_what_runs():
 def test_savings_bench(batch):
     """What `bench.savings` times are the models that it counts."""
     forwards, macs = cases("digits", batch)
-    assert forwards.keys() == macs.keys() == {"plain", "sparse", "dydit"} and macs["dydit"] < macs["plain"]
+    names = {"plain", "sparse", "dydit"}  # the digits have 7×7 patches
+    assert forwards.keys() == macs.keys() == names and macs["dydit"] < macs["plain"]
     assert all(forward().shape == (batch, 4, 14, 14) for forward in forwards.values())
 
 
@@ -83,6 +84,7 @@ def test_info(capsys):
     assert "SparseDiT, 2 + 4×6 + 2 blocks" in out and "DyDiT" in out
     assert f"{2e-9 * sparse_dit_macs(sparse_on(config), 8):.4g}" in out
     assert f"{2e-9 * dydit_macs(dydit_on(config), 0.5):.4g}" in out
+    assert "PatchDiT" in out and f"{2e-9 * patch_dit_macs(patch_on(config), 4):.4g}" in out
 
 
 def test_layouts():

@@ -107,7 +107,7 @@ def test_bad_input(tmp_path):
         config(tmp_path, "kind=sparse", "compile=true")
     with pytest.raises(ConfigError, match=r"data\.buckets is of kind dcdit, this run has dydit"):
         config(tmp_path, "kind=dydit", "data.kind=folder", "data.path=x", "data.buckets=16")
-    with pytest.raises(ConfigError, match="kind must be one of dcdit, sparse, dydit"):
+    with pytest.raises(ConfigError, match="kind must be one of dcdit, sparse, dydit, patches"):
         config(tmp_path, "kind=flexdit")
     with pytest.raises(ConfigError, match=r"spend\.rate must be in"):
         config(tmp_path, "kind=dydit", "spend.rate=0")

@@ -159,7 +159,7 @@ def load_checkpoint(
 
 
 def _load_system(extra: dict[str, Any], weights: Path, device: str | torch.device) -> tuple[Any, dict[str, Any]]:
-    """`load_checkpoint` of a SparseDiT or DyDiT."""
+    """`load_checkpoint` of one of `SYSTEMS`."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

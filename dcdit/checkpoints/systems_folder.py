@@ -1,4 +1,4 @@
-"""Folders of systems other than DC-DiT: a SparseDiT or a DyDiT as `save_checkpoint` wrote it."""
+"""Folders of systems other than DC-DiT: a SparseDiT, DyDiT or PatchDiT as `save_checkpoint` wrote it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ import torch
 
 from ..errors import CheckpointError, ConfigError
 from ..model.config import check_keys
-from ..model.dit_config import DyDiTConfig, SparseDiTConfig
+from ..model.dit_config import DyDiTConfig, PatchDiTConfig, SparseDiTConfig
 from ..model.dydit import DyDiT
+from ..model.patch_dit import PatchDiT
 from ..model.sparse_dit import SparseDiT
 
-SYSTEMS: dict[str, tuple[Any, Any]] = {"sparse": (SparseDiT, SparseDiTConfig), "dydit": (DyDiT, DyDiTConfig)}
+SYSTEMS: dict[str, tuple[Any, Any]] = {
+    "sparse": (SparseDiT, SparseDiTConfig),
+    "dydit": (DyDiT, DyDiTConfig),
+    "patches": (PatchDiT, PatchDiTConfig),
+}
 
 
 def system_of(model: torch.nn.Module) -> dict[str, str]:
-    """{"kind": …} of a SparseDiT or DyDiT, as config.json holds it; nothing of a DC-DiT."""
+    """{"kind": …} of one of SYSTEMS, as config.json holds it; nothing of a DC-DiT."""
     return next(({"kind": kind} for kind, (cls, _) in SYSTEMS.items() if type(model) is cls), {})
 
 

@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def print_rivals(config: DCDiTConfig) -> None:
-    """Multiply-adds of SparseDiT and DyDiT of equal backbone beside the plain DiT's, attention included."""
-    from ..model.rival_macs import dydit_macs, dydit_on, sparse_dit_macs, sparse_on
+    """Multiply-adds of SparseDiT, DyDiT and PatchDiT of equal backbone beside the plain DiT's, attention included."""
+    from ..model.rival_macs import dydit_macs, dydit_on, patch_dit_macs, patch_on, sparse_dit_macs, sparse_on
 
     if config.depth < 6 or any(side % 2 for side in config.input_size):
         return
@@ -57,6 +57,10 @@ def print_rivals(config: DCDiTConfig) -> None:
     rates = (0.25, 0.5, 0.7, 1.0)
     print("  DyDiT, gates leaving" + " " * 8 + "".join(f"{f'{rate:.0%}':>12}" for rate in rates))
     print(" " * 30 + "".join(f"{2e-9 * dydit_macs(dynamic, rate):12.4g}" for rate in rates))
+    scales = tuple(scale for scale in (1, 2, 4) if not any(side % scale for side in dynamic.grid))
+    patches = patch_on(config, scales=scales)
+    print("  PatchDiT, patches of cells" + " " * 2 + "".join(f"{f'{2 * s}×{2 * s}':>12}" for s in scales))
+    print(" " * 30 + "".join(f"{2e-9 * patch_dit_macs(patches, scale):12.4g}" for scale in scales))
 
 
 def count_parameters(config: DCDiTConfig) -> tuple[int, int]:

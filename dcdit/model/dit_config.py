@@ -1,4 +1,4 @@
-"""Sizes of DiTs that spend less than a plain one: SparseDiT's and DyDiT's."""
+"""Sizes of DiTs that spend less than a plain one: SparseDiT's, DyDiT's and PatchDiT's."""
 
 from __future__ import annotations
 
@@ -109,6 +109,28 @@ class DyDiTConfig(DiTConfig):
                 f"the MLP's {int(self.hidden_size * self.mlp_ratio)} channels must be a multiple of num_heads, "
                 f"{self.num_heads}, and hidden_size at least 16, got {self.hidden_size}"
             )
+
+
+@dataclass(frozen=True)
+class PatchDiTConfig(DiTConfig):
+    """Sizes of a PatchDiT of `depth` blocks: patches of `patch` times each of `scales`, 1 first and out of 1, 2 and 4,
+    and the `rank` of the additions to the feed-forward layers."""
+
+    depth: int = 12
+    scales: tuple[int, ...] = (1, 2, 4)
+    rank: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        scales = tuple(self.scales) if isinstance(self.scales, tuple | list) else ()
+        if scales not in ((1,), (1, 2), (1, 4), (1, 2, 4)):
+            raise ConfigError(f"scales must be 1 and then 2, 4 or both, got {self.scales!r}")
+        object.__setattr__(self, "scales", scales)
+        for scale in scales:
+            if any(side % scale for side in self.grid):
+                raise ConfigError(
+                    f"scale {scale}: patches of {scale * self.patch} cells do not fill the grid {self.input_size}"
+                )
 
 
 def pair(name: str, size: Any) -> tuple[int, int]:

@@ -28,7 +28,7 @@ class TimestepEmbedding(nn.Module):
 
 
 def sincos_2d(
-    width: int, grid: tuple[int, ...], patch: int | torch.Tensor = 1, device: torch.device | None = None
+    width: int, grid: tuple[int, ...], patch: float | torch.Tensor = 1, device: torch.device | None = None
 ) -> torch.Tensor:
     """2D sin-cos position table (H·W, width): the column's code in the first half, the row's in the second.
 

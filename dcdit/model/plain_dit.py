@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,8 +20,11 @@ class PlainDiT(DiTShell):
 
     def __init__(self, config: DCDiTConfig | DiTConfig, patch: int = 2) -> None:
         super().__init__(config, patch)
-        width = config.hidden_size
-        self.blocks = nn.ModuleList(_Block(width, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(self.block(config) for _ in range(config.depth))
+
+    def block(self, config: Any) -> PlainBlock:
+        """One fresh block."""
+        return PlainBlock(config.hidden_size, config.num_heads, config.mlp_ratio)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """x (B, C, H, W), t and y (B,) → (B, C, H, W), or (B, 2C, H, W) with config.learn_sigma."""
@@ -30,17 +36,17 @@ class PlainDiT(DiTShell):
         return self.pixels(self.head(self.norm(h) * (1 + scale) + shift))
 
 
-class _Block(DiTBlock):
+class PlainBlock(DiTBlock):
     """The whole of an adaLN-Zero block on (B, M, D)."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__(width, heads, mlp_ratio)
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
 
-    def forward(self, h: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        """h (B, M, D), c (B, D) → (B, M, D)."""
+    def forward(self, h: torch.Tensor, c: torch.Tensor, mlp: Callable | None = None) -> torch.Tensor:
+        """h (B, M, D), c (B, D) → (B, M, D); `mlp` stands for the block's own."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c)[:, None].chunk(6, dim=2)
         q, k, v = self.qkv(self.norm(h) * (1 + scale1) + shift1).unflatten(2, (3, self.heads, -1)).unbind(2)
         out = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)))
         h = h + gate1 * self.proj(out.transpose(1, 2).flatten(2))
-        return h + gate2 * self.mlp(self.norm(h) * (1 + scale2) + shift2)
+        return h + gate2 * (mlp or self.mlp)(self.norm(h) * (1 + scale2) + shift2)

@@ -1,4 +1,4 @@
-"""Multiply-adds of one image through SparseDiT and DyDiT: all products, attention's included."""
+"""Multiply-adds of one image through SparseDiT, DyDiT and PatchDiT: all products, attention's included."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .config import DCDiTConfig
-from .dit_config import DiTConfig, DyDiTConfig, SparseDiTConfig, fitting_size
+from .dit_config import DiTConfig, DyDiTConfig, PatchDiTConfig, SparseDiTConfig, fitting_size
 from .flops import dcdit_flops
 from .gates import Gates
 
@@ -47,6 +47,13 @@ def dydit_macs(config: DyDiTConfig, rate: float = 1.0, routers: bool = True) -> 
     return rate * blocks + routing * routers + _shell_macs(config, config.depth)
 
 
+def patch_dit_macs(config: PatchDiTConfig, scale: float = 1) -> float:
+    """Multiply-adds of a PatchDiT at a scale; at 1 those of the plain DiT."""
+    n, d = config.tokens / scale**2, config.hidden_size
+    added = 2 * n * config.rank * (1 + config.mlp_ratio) * d if scale > 1 else 0
+    return config.depth * (sum(block_macs(n, d, config.mlp_ratio)) + added) + _shell_macs(config, config.depth)
+
+
 def gate_rates(gates: Gates, tokens: int, width: int, mlp_ratio: float = 4.0) -> torch.Tensor:
     """The share of the blocks' multiply-adds that open gates leave, (B,); gradients go through the gates.
 
@@ -61,7 +68,8 @@ def gate_rates(gates: Gates, tokens: int, width: int, mlp_ratio: float = 4.0) ->
 def image_gflops(config: DCDiTConfig | DiTConfig, tokens: float, router: nn.Module | None = None) -> float:
     """GFLOP of one image at a step of sampling that cost so many tokens; 0 tokens are a step that was not computed.
 
-    A SparseDiT's are the sparse ones, a DyDiT's all of its tokens times the share of its products.
+    A SparseDiT's are the sparse ones, a DyDiT's all of its tokens times the share of its products, a PatchDiT's those
+    of the step's scale.
     """
     if not tokens > 0:
         return 0.0
@@ -69,6 +77,8 @@ def image_gflops(config: DCDiTConfig | DiTConfig, tokens: float, router: nn.Modu
         return 2e-9 * _sparse_macs(config, tokens, False)
     if isinstance(config, DyDiTConfig):
         return 2e-9 * dydit_macs(config, tokens / config.tokens)
+    if isinstance(config, PatchDiTConfig):
+        return 2e-9 * patch_dit_macs(config, (config.tokens / tokens) ** 0.5)
     return dcdit_flops(config, tokens, router)["total"]
 
 
@@ -102,6 +112,11 @@ def sparse_on(config: DCDiTConfig) -> SparseDiTConfig:
 def dydit_on(config: DCDiTConfig) -> DyDiTConfig:
     """A DyDiT of the sizes and depth of a DC-DiT's backbone."""
     return DyDiTConfig(**_common(config), depth=config.depth)
+
+
+def patch_on(config: DCDiTConfig, patch: int = 2, scales: tuple[int, ...] = (1, 2, 4)) -> PatchDiTConfig:
+    """A PatchDiT of the sizes and depth of a DC-DiT's backbone. Raises ConfigError where its patches do not fit."""
+    return PatchDiTConfig(**_common(config), depth=config.depth, patch=patch, scales=scales)
 
 
 def _common(config: DCDiTConfig) -> dict[str, Any]:

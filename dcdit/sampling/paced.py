@@ -1,8 +1,8 @@
 """Models as the sampler calls them, and wrappers by which a step costs less: density, a kept routing, TeaCache.
 
-Each is called as a DCDiT with return_routing, has `begin(timesteps)` for the start of a batch, and says by `spent` (B,)
-how many tokens each sample of the last call cost; 0 where nothing was computed. `rows` names the rows of the batch
-that a call holds, where it does not hold all.
+Each is called as a DCDiT with return_routing, has `begin(timesteps)` for the start of a batch and `observe(x)` for that
+of a step, and says by `spent` (B,) how many tokens each sample of the last call cost; 0 where nothing was computed.
+`rows` names the rows of the batch that a call holds, where it does not hold all.
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ class Paced(nn.Module):
         if isinstance(self.model, Paced):
             self.model.begin(timesteps)
 
+    def observe(self, x: torch.Tensor) -> None:
+        """The latents x (B, C, H, W) of the batch's next step, each image once."""
+        if isinstance(self.model, Paced):
+            self.model.observe(x)
+
     def ask(self, x, t, y, drop_fraction, rows: torch.Tensor | None, **options: Any) -> Answer:
         """The wrapped model's answer."""
         if isinstance(self.model, Paced):
@@ -58,8 +63,6 @@ class GridModel(Paced):
 
     def __init__(self, model: nn.Module, density: Density | None = None) -> None:
         super().__init__(model)
-        if density is not None and not isinstance(model, SparseDiT):
-            raise ConfigError(f"density is of a SparseDiT, this model is a {type(model).__name__}")
         self.density, self.table = density, None
 
     def begin(self, timesteps: torch.Tensor) -> None:

@@ -12,9 +12,11 @@ from ..model.density import Density
 from ..model.dydit import DyDiT
 from ..model.dydit_main import DyDCDiT
 from ..model.graphs import Graphed
+from ..model.patch_dit import PatchDiT
 from ..model.plain_dit import PlainDiT
 from ..model.sparse_dit import SparseDiT
 from .paced import GatedModel, GridModel, RoutingReuse, TeaCache
+from .patches import PatchChoice
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,11 @@ class Policy:
     - `density`: the sparse grid of a SparseDiT over t.
     - `reuse`: the router of a DCDiT is asked at every so many steps.
     - `teacache`: the change of the input, relative, below which a sample's last prediction is given again.
+    - `patches`: τ of a PatchDiT, under which a patch of the latents' third difference counts as smooth.
     """
 
     density: Density | None = None
+    patches: float | None = None
     reuse: int | None = None
     teacache: float | None = None
 
@@ -65,10 +69,12 @@ class Policy:
         """The model as the sampler calls it. Raises ConfigError for a part that the model lacks."""
         if isinstance(model, Graphed) and self._parts():
             raise ConfigError(f"a policy and CUDA graphs exclude each other, got {self}")
-        if type(model) in (PlainDiT, SparseDiT, DyDiT):  # a subclass may answer with a routing itself
-            model = GridModel(model, self.density)
-        elif self.density is not None:
+        if self.density is not None and not isinstance(model, SparseDiT):
             raise ConfigError(f"density is of a SparseDiT, this model is a {type(model).__name__}")
+        if self.patches is not None:
+            model = PatchChoice(model, self.patches)
+        elif type(model) in (PlainDiT, SparseDiT, DyDiT, PatchDiT):  # a subclass may answer with a routing itself
+            model = GridModel(model, self.density)
         if isinstance(model, DyDCDiT):
             model = GatedModel(model)
         if self.reuse is not None:
@@ -85,5 +91,10 @@ def _density(text: str) -> Density:
     return Density(float(least), float(most or least))
 
 
-_READERS = {"density": _density, "reuse": int, "teacache": float}
-_EXAMPLES = {"density": "density=0.5:0.75", "reuse": "reuse=2", "teacache": "teacache=0.15"}
+_READERS = {"density": _density, "patches": float, "reuse": int, "teacache": float}
+_EXAMPLES = {
+    "density": "density=0.5:0.75",
+    "patches": "patches=0.02",
+    "reuse": "reuse=2",
+    "teacache": "teacache=0.15",
+}

@@ -199,6 +199,8 @@ def sample(
             for i, t in enumerate(timesteps.tolist()):
                 begin = time.perf_counter()
                 halves = 1 if guidances[i] == 1 else 2
+                if isinstance(model, Paced):
+                    model.observe(run.x)
                 amount = torch.cat([budget[i, part] for budget in budgets[:halves]])
                 routing = run.predict(t, amount, guidances[i])
                 if callback is not None:

@@ -121,12 +121,15 @@ class UpcycleConfig:
 @dataclass(frozen=True)
 class SpendConfig:
     """Of `kind` sparse the share of tokens left out, `least` for t < 250, then linear to `most` at t = 1000; of dydit
-    the `rate` of the blocks' FLOPs to come down to in `warmup` steps."""
+    the `rate` of the blocks' FLOPs to come down to in `warmup` steps; of patches the DiT's `patch` and the patch sizes
+    in units of it, `scales`, of which 1 is the DiT itself."""
 
     least: float = 0.5
     most: float = 0.75
     rate: float = 0.5
     warmup: int = 1000
+    patch: int = 2
+    scales: tuple[int, ...] = (1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -152,10 +155,10 @@ class TrainConfig:
     `budgets` are shares of all cells to draw from in place of ρ: a step keeps exactly so many cells of its batch, the
     most probable ones, whichever their samples.
 
-    `kind` is the model: sparse and dydit are SparseDiT and DyDiT of `model`'s backbone, at the cost that `spend` names,
-    from the DiT of upcycle.source where there is one (`from` in YAML). `init` is a DC-DiT to start from.
-    `snapshot_every` steps (0: never) the first EMA model is kept in OUTPUT/snapshots. `log_with` names trackers of
-    accelerate. `time_shift` is of flow matching, `min_snr` of ddpm; see `dcdit.training.objectives`.
+    `kind` is the model: sparse, dydit and patches are SparseDiT, DyDiT and PatchDiT of `model`'s backbone, at the cost
+    that `spend` names, from the DiT of upcycle.source (`from` in YAML), which patches alone needs. `init` is a DC-DiT
+    to start from. `snapshot_every` steps (0: never) the first EMA model is kept in OUTPUT/snapshots. `log_with` names
+    trackers of accelerate. `time_shift` is of flow matching, `min_snr` of ddpm; see `dcdit.training.objectives`.
 
     Each process goes through its slice of the batch in `accumulate` parts. With `checkpointing` the backward computes
     the activations of each block again instead of keeping them. With `cuda_graph` the forward and backward of a step
@@ -163,7 +166,7 @@ class TrainConfig:
     """
 
     output: str = "runs/train"
-    kind: Literal["dcdit", "sparse", "dydit"] = "dcdit"
+    kind: Literal["dcdit", "sparse", "dydit", "patches"] = "dcdit"
     init: str = ""
     seed: int = 0
     steps: int = 400_000

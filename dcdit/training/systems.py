@@ -1,4 +1,4 @@
-"""Training of SparseDiT and DyDiT, from a DiT or from fresh weights."""
+"""Training of SparseDiT, DyDiT and PatchDiT, from a DiT; of the first two from fresh weights as well."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from ..errors import ConfigError
 from ..model.density import Density
 from ..model.dydit import DyDiT
 from ..model.layers import init_linears
+from ..model.patch_dit import PatchDiT
 from ..model.plain_dit import PlainDiT
-from ..model.rival_macs import dydit_on, gate_rates, sparse_on
+from ..model.rival_macs import dydit_on, gate_rates, patch_on, sparse_on
 from ..model.sparse_dit import SparseDiT
 from ..sampling.policy import Policy
 from .config import TrainConfig
@@ -115,6 +116,33 @@ class DyTrainer(SystemTrainer):
             yield
 
 
+class PatchTrainer(SystemTrainer):
+    """A PatchDiT on a frozen DiT: every coarse scale learns to predict as the DiT does (arXiv 2602.16968)."""
+
+    def __init__(self, config: TrainConfig, allow: Sequence[str] = ()) -> None:
+        spend = config.spend
+        self.sizes = patch_on(config.model, spend.patch, spend.scales)
+        if not config.upcycle.source:
+            raise ConfigError("kind patches learns from a DiT: name it, from=…")
+        if len(self.sizes.scales) < 2:
+            raise ConfigError(f"spend.scales needs a scale beside 1, got {list(spend.scales)}")
+        super().__init__(config, allow)
+
+    def blank(self) -> Any:
+        return PatchDiT(self.sizes)
+
+    def parts(self, inputs, diffusion) -> dict[str, torch.Tensor]:
+        with torch.no_grad(), self.accelerator.autocast():
+            target = self.net(*inputs).float()
+        scales = self.net.config.scales[1:]
+        outs = [self.model(*inputs, scale).float() for scale in scales]
+        loss = torch.stack([(out - target).square().mean() for out in outs]).mean()
+        with torch.no_grad():
+            values = {"diffusion_loss": torch.stack([diffusion(out) for out in outs]).mean()}
+        kept = loss.new_tensor(sum(scale**-2 for scale in scales) / len(scales))
+        return {"loss": loss, **values, "kept": kept}
+
+
 def _fresh(dit: PlainDiT) -> PlainDiT:
     """DiT's own initialisation."""
     init_linears(dit, ("adaln.1", "head"))
@@ -124,4 +152,4 @@ def _fresh(dit: PlainDiT) -> PlainDiT:
     return dit
 
 
-TRAINERS = {"sparse": SparseTrainer, "dydit": DyTrainer}
+TRAINERS = {"sparse": SparseTrainer, "dydit": DyTrainer, "patches": PatchTrainer}

@@ -72,8 +72,8 @@ class Trainer:
             self.validation = Validation(config, self.objective, self.codec, self.source.class_names, self.stream.unit)
 
         torch.manual_seed(config.seed)
-        net = self.make_net()
         self.started = "fresh weights"
+        net = self.make_net()
         if config.init:
             use = {"objective": config.objective, "codec": config.codec.options()}
             self.started = start_from(net, config.init, self.source.class_names, use)
