@@ -80,7 +80,16 @@ def wan(tokens: int, blocks: bool, text: int = 512) -> int:
     return flops(lambda: model(video, torch.empty(1), torch.empty(1, text, 4096)))
 
 
-# How to count, its options, the width, and the tokens: of 1024×1024 pixels, for Wan of 81 frames of 480×832.
+def ltx(tokens: int, blocks: bool, text: int = 128) -> int:
+    """LTX-Video 2B, its tokens in one row."""
+    model = diffusers.LTXVideoTransformer3DModel(num_layers=28 if blocks else 0)
+    inputs = {"hidden_states": torch.empty(1, tokens, 128), "encoder_hidden_states": torch.empty(1, text, 4096)}
+    inputs |= {"num_frames": 1, "height": 1, "width": tokens}
+    return flops(lambda: model(**inputs, timestep=torch.empty(1), encoder_attention_mask=torch.empty(1, text)))
+
+
+# How to count, its options, the width, and the tokens: of 1024×1024 pixels, for Wan of 81 frames of 480×832, for LTX of
+# 161 frames of 512×704.
 MODELS: dict[str, tuple[Callable[..., int], dict[str, int], int, int]] = {
     "FLUX.1": (flux, {}, 3072, 4096),
     "SD3.5 large": (sd3, {"layers": 38, "heads": 38, "dual": 0}, 2432, 4096),
@@ -88,6 +97,7 @@ MODELS: dict[str, tuple[Callable[..., int], dict[str, int], int, int]] = {
     "Z-Image": (z_image, {}, 3840, 4096),
     "Qwen-Image": (qwen_image, {}, 3072, 4096),
     "Wan 2.1 14B": (wan, {}, 5120, 32760),
+    "LTX-Video 2B": (ltx, {}, 2048, 7392),
 }
 
 

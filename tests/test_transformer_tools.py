@@ -22,7 +22,9 @@ def test_saved_and_loaded_without_a_recipe(family, tmp_path):
     untouched = run(model, inputs)
     chunking = add_dynamic_chunking(model, blocks=slice(1, 3), sigma=0.7)
     torch.nn.init.normal_(chunking.router.score.weight)
-    torch.nn.init.zeros_(chunking.router.score.bias)
+    run(model, inputs)
+    prob = chunking.routing.boundary_prob
+    chunking.router.score.bias.data -= prob[prob < 1].logit().median()  # so that some cells are kept
     want = run(model, inputs)
     assert chunking.routing.plan.capacity < 70
     for folder in ("once", "twice"):  # a loaded model is saved like the first
@@ -49,7 +51,7 @@ def test_the_pipeline_runs_unchanged(family):
 
     def sample():
         options = {"height": 32, "width": 48, "num_inference_steps": 2, "output_type": "latent"}
-        out = pipe(**prompts, **options, generator=torch.Generator().manual_seed(0))
+        out = pipe(**options | prompts, generator=torch.Generator().manual_seed(0))
         return out[0]
 
     want = sample()
@@ -118,7 +120,7 @@ def test_copies_and_tools_of_diffusers(family):
     other.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
     assert not torch.allclose(run(other, inputs), want)
     names = {type(block).__name__ for block in chunking.blocks}
-    assert names <= set(type(model)._no_split_modules)
+    assert names <= set(type(model)._no_split_modules or type(model)._repeated_blocks)
 
 
 @every_family

@@ -179,9 +179,56 @@ class Wan:
         return {f"{sign}prompt_embeds": torch.randn(1, TEXT, 24) for sign in ("", "negative_")} | {"num_frames": 5}
 
 
-FAMILIES = {"flux": Flux(), "sd3": SD3(), "z-image": ZImage(), "qwen-image": QwenImage(), "wan": Wan()}
+class LTX:
+    lists = ("transformer_blocks.",)
+
+    def model(self, **options):
+        """Heads that the angles of three axes do not fill: the first of them turn nothing."""
+        return diffusers.LTXVideoTransformer3DModel(
+            in_channels=8, out_channels=8, num_attention_heads=4, attention_head_dim=16, cross_attention_dim=64,
+            num_layers=4, caption_channels=24, norm_elementwise_affine=True, **options,
+        )  # fmt: skip
+
+    def inputs(self, grid=(5, 7), batch=2, dtype=torch.float32):
+        """Frames as in `Wan.inputs`; texts of several lengths."""
+        frames, rows = (grid[0] // 2, 2) if grid[0] % 2 == 0 else (grid[0], 1)
+        mask = torch.ones(batch, TEXT, dtype=torch.int64)
+        mask[1:, 2:] = 0
+        return {
+            "hidden_states": torch.randn(batch, math.prod(grid), 8, dtype=dtype),
+            "encoder_hidden_states": torch.randn(batch, TEXT, 24, dtype=dtype),
+            "encoder_attention_mask": mask,
+            "timestep": 1000 * torch.rand(batch),
+            "num_frames": frames,
+            "height": rows,
+            "width": grid[1],
+            "rope_interpolation_scale": (0.3, 32, 32),
+        }
+
+    def pipeline(self, transformer):
+        vae = diffusers.AutoencoderKLLTXVideo(
+            latent_channels=8, block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), layers_per_block=(1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1), spatio_temporal_scaling=(True, False),
+            decoder_spatio_temporal_scaling=(True, False), decoder_inject_noise=(False,) * 3, patch_size=4,
+            down_block_types=("LTXVideoDownBlock3D",) * 2, downsample_type=("conv",) * 2, upsample_factor=(1, 1),
+            upsample_residual=(False, False),
+        )  # fmt: skip
+        return diffusers.LTXPipeline(diffusers.FlowMatchEulerDiscreteScheduler(), vae, None, None, transformer)
+
+    def prompts(self):
+        texts = {f"{sign}prompt_embeds": torch.randn(1, TEXT, 24) for sign in ("", "negative_")}
+        masks = {f"{sign}prompt_attention_mask": torch.ones(1, TEXT) for sign in ("", "negative_")}
+        return texts | masks | {"num_frames": 3, "width": 64}
 
 
+FAMILIES = {
+    "flux": Flux(),
+    "sd3": SD3(),
+    "z-image": ZImage(),
+    "qwen-image": QwenImage(),
+    "wan": Wan(),
+    "ltx": LTX(),
+}
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 

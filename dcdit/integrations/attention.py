@@ -27,7 +27,8 @@ from dcdit_kernels import ChunkPlan, Packing, adaln_modulate, unpad_input, varle
 
 from ..errors import ConfigError
 from ..model.dynamic_chunking import DynamicChunking
-from .joint import JointBlocks
+from ..model.untrained_routers import UNTRAINED, DifferenceRouter
+from .joint import JointBlocks, kept_text
 
 BLOCK_KINDS = ("ada_norm_zero", "ada_norm_single", "layer_norm")
 
@@ -135,17 +136,6 @@ def run_blocks(
     return tokens.squeeze(1)
 
 
-def kept_text(text: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The tokens of text (B, S, D) that are no padding, bool (B, S). `mask` as in `run_blocks`.
-
-    A sample that is all padding keeps it, as it does in diffusers.
-    """
-    if mask is None:
-        return torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-    keep = mask[:, 0] > -1 if mask.dim() == 3 else mask.bool()  # in a bias 0 keeps and -10000 hides
-    return keep | ~keep.any(1, keepdim=True)  # diffusers' bias hides nothing where it is the same for all
-
-
 class ChunkedBlocks(DynamicChunking):
     """DynamicChunking of BasicTransformerBlocks; to the model that holds it, a list of one block.
 
@@ -250,6 +240,7 @@ FAMILIES = {
     "ZImageTransformer2DModel": ("z_image", "ZImageBlocks"),
     "QwenImageTransformer2DModel": ("qwen_image", "QwenImageBlocks"),
     "WanTransformer3DModel": ("wan", "WanBlocks"),
+    "LTXVideoTransformer3DModel": ("ltx", "LTXBlocks"),
 }
 
 
@@ -257,11 +248,16 @@ def add_dynamic_chunking(model: nn.Module, **options) -> DynamicChunking:
     """Put dynamic chunking around a model's blocks, in place, and return it.
 
     For the models of `FAMILIES`, and for DiTTransformer2DModel, PixArtTransformer2DModel and others that are made of
-    BasicTransformerBlocks. `options` are DynamicChunking's router and sigma; for those of FAMILIES also `blocks`, a
-    slice of all blocks in turn. The weights keep their names, and the model's config keeps the options, by which
-    `load_dynamic_chunking` reads what save_pretrained has written. Raises ConfigError for a model or blocks of another
-    kind. `remove_dynamic_chunking` undoes it.
+    BasicTransformerBlocks. `options` are DynamicChunking's router, or the name of one of `UNTRAINED`, and sigma; for
+    those of FAMILIES also `blocks`, a slice of all blocks in turn. The weights keep their names, and the model's config
+    keeps the options, by which `load_dynamic_chunking` reads what save_pretrained has written. Raises ConfigError for a
+    model, blocks or a router of another kind. `remove_dynamic_chunking` undoes it.
     """
+    asked = options.get("router")
+    if isinstance(asked, str):
+        if asked not in UNTRAINED:
+            raise ConfigError(f"router must be a module or one of {', '.join(UNTRAINED)}, got {asked!r}")
+        options["router"] = UNTRAINED[asked]()
     if chunking_of(model) is not None:
         raise ConfigError("model has dynamic chunking already; remove_dynamic_chunking takes it away")
     kind = next((FAMILIES[c.__name__] for c in type(model).__mro__ if c.__name__ in FAMILIES), None)
@@ -271,11 +267,13 @@ def add_dynamic_chunking(model: nn.Module, **options) -> DynamicChunking:
         module = importlib.import_module(f".{kind[0]}", __package__)
         chunking = getattr(module, kind[1])(model, **options)
     chunking.to(next(model.parameters()).device)
+    if isinstance(chunking.router, DifferenceRouter):
+        chunking.router.watch(model)
     written = {
         name: [v.start, v.stop] if isinstance(v, slice) else v for name, v in options.items() if name != "router"
     }
     if "router" in options:
-        written["router"] = type(options["router"]).__name__
+        written["router"] = asked if isinstance(asked, str) else type(asked).__name__
     if isinstance(model, ConfigMixin):
         model.register_to_config(dynamic_chunking=written)
     return chunking
@@ -291,6 +289,8 @@ def remove_dynamic_chunking(model: nn.Module) -> None:
     chunking = chunking_of(model)
     if chunking is None:
         raise ConfigError("model must be one that add_dynamic_chunking was called on")
+    for hook in getattr(chunking.router, "hooks", ()):
+        hook.remove()
     if isinstance(chunking, JointBlocks):
         chunking.restore(model)
     else:
@@ -315,7 +315,9 @@ def load_dynamic_chunking(folder: str | os.PathLike, router: nn.Module | None = 
         raise ConfigError(f"config.json of {folder} must have dynamic_chunking, as of a wrapped model; got none")
     given = None if router is None else type(router).__name__
     wanted = written.pop("router", None)
-    if wanted != given:
+    if wanted in UNTRAINED:
+        router = wanted
+    elif wanted != given:
         raise ConfigError(f"router must be a {wanted}, got {given}")
     model = getattr(diffusers, config["_class_name"]).from_pretrained(folder, **options)
     if "blocks" in written:

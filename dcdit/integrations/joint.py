@@ -7,8 +7,10 @@ chunked blocks keep their weights and their names; their class alone is another,
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -107,6 +109,11 @@ class JointBlocks(DynamicChunking):
         model: one of the family, which is changed in place.
         blocks: which are chunked, counted over all lists in turn.
         options: DynamicChunking's router and sigma.
+
+    `uncond` holds what is kept in the unconditional pass instead, as keywords of DynamicChunking's forward
+    (`drop_fraction`, `budget` and the like), where a pipeline runs that pass alone and names it by
+    `model.cache_context("uncond")`: FluxPipeline with true guidance, QwenImagePipeline, WanPipeline. `passing` is the
+    name of the pass that runs; a router with an attribute of this name has it too.
     """
 
     LISTS: ClassVar[tuple[str, ...]]
@@ -136,10 +143,14 @@ class JointBlocks(DynamicChunking):
         self.place, self.first, self.own = place, self.start - before, min(self.stop - before, len(lists[place]))
         self.stack = (*chunked,)  # in a tuple, or those of another list would be children
         self.batch, self.checkpointing = None, False
+        self.uncond: dict[str, Any] = {}
+        self.passing: str | None = None
         for block in chunked:
             block.__class__ = self.CLASSES[type(block)]
             for norm in self.norms_of(block):
                 norm.__class__ = NORMS.get(type(norm), type(norm))
+        if hasattr(model, "cache_context"):
+            model.cache_context = functools.partial(self.named_pass, model.cache_context)
         self.hook: RemovableHandle = model.register_forward_pre_hook(self.see, with_kwargs=True)
         setattr(model, self.LISTS[place], self)
         for i in range(place + 1, len(lists)):
@@ -164,6 +175,23 @@ class JointBlocks(DynamicChunking):
 
     def __getitem__(self, index: int) -> nn.Module:
         return list(self)[index]
+
+    @contextlib.contextmanager
+    def named_pass(self, own: Callable[..., contextlib.AbstractContextManager], name: str, **rest: Any) -> Iterator:
+        """In place of the model's own `cache_context`: the pass of guidance is noted as well."""
+        parts = [part for part in (self, self.router) if hasattr(part, "passing")]
+        with own(name, **rest):
+            for part in parts:
+                part.passing = name
+            try:
+                yield
+            finally:
+                for part in parts:
+                    part.passing = None
+
+    def forward(self, h: torch.Tensor, **kwargs: Any) -> Any:
+        """As DynamicChunking's, with the budget of the pass."""
+        return super().forward(h, **kwargs, **(self.uncond if self.passing == "uncond" else {}))
 
     def see(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Note what the blocks are not told: the grid of the model's input. A hook on the model."""
@@ -190,6 +218,7 @@ class JointBlocks(DynamicChunking):
             for norm in self.norms_of(block):
                 norm.__class__ = type(norm).__bases__[-1] if isinstance(norm, WeightOf) else type(norm)
         self.hook.remove()
+        vars(model).pop("cache_context", None)
         setattr(model, self.LISTS[self.place], nn.ModuleList(super().blocks))
         for name in self.LISTS[self.place + 1 :]:
             setattr(model, name, nn.ModuleList(getattr(model, name)._modules.values()))
@@ -227,6 +256,21 @@ def attend_jointly(
     return rows.joined.split(attend(q, k, rows.joined.cat(text_v, v), rows.joined))
 
 
+def project(attn: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The projection behind an attention."""
+    return attn.to_out[1](attn.to_out[0](x))
+
+
+def attend_to_text(attn: nn.Module, x: torch.Tensor, text: PackedText, plan: ChunkPlan) -> torch.Tensor:
+    """A cross-attention with norms over all heads together: rows (T, D) to their sample's text, (T, D)."""
+    q, k = attn.norm_q(attn.to_q(x)), attn.norm_k(attn.to_k(text.rows))
+    q, k = (part.unflatten(1, (attn.heads, -1)) for part in (q, k))
+    (v,) = heads((attn.to_v,), text.rows, attn)
+    ends, longest = text.packing.cu_seqlens, text.packing.max_seqlen
+    y = varlen_attention(q, k, v, plan.cu_seqlens, ends, plan.max_seqlen, longest, packing=plan)
+    return project(attn, y.flatten(1))
+
+
 def finite(x: torch.Tensor) -> torch.Tensor:
     """As diffusers' blocks: no infinity in half precision."""
     return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
@@ -243,3 +287,15 @@ def kept_by(mask: torch.Tensor | None, text: torch.Tensor, cells: int) -> torch.
         wanted = f"bool ({batch}, 1, 1, {length + cells}), one for each text and image token"
         raise ConfigError(f"attention_mask must be {wanted}, got {mask.dtype} {tuple(mask.shape)}")
     return flat[:, :length]
+
+
+def kept_text(text: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The tokens of text (B, S, D) that are no padding, bool (B, S). `mask` (B, S) is 1 for text and 0 for
+    padding, or it is the bias (B, 1, S) that diffusers makes of that.
+
+    A sample that is all padding keeps it, as it does in diffusers.
+    """
+    if mask is None:
+        return torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+    keep = mask[:, 0] > -1 if mask.dim() == 3 else mask.bool()  # in a bias 0 keeps and -10000 hides
+    return keep | ~keep.any(1, keepdim=True)  # diffusers' bias hides nothing where it is the same for all

@@ -11,15 +11,10 @@ import torch
 from diffusers.models.transformers import transformer_wan as theirs
 from torch import nn
 
-from dcdit_kernels import ChunkPlan, adaln_modulate, gate_residual, qk_norm_rope, varlen_attention
+from dcdit_kernels import ChunkPlan, adaln_modulate, gate_residual, qk_norm_rope
 
 from ..errors import ConfigError
-from .joint import JointBlocks, PackedText, attend, heads
-
-
-def project(attn: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The projection behind an attention."""
-    return attn.to_out[1](attn.to_out[0](x))
+from .joint import JointBlocks, PackedText, attend, attend_to_text, heads, project
 
 
 # Named as diffusers' own: compile_repeated_blocks and device maps go by names.
@@ -49,14 +44,7 @@ class WanTransformerBlock(theirs.WanTransformerBlock):
         q, k = qk_norm_rope(q, k, cos, sin, plan.cell_index, plan=plan, norm="none")
         (v,) = heads((attn.to_v,), y, attn)
         x = gate_residual(x, project(attn, attend(q, k, v, plan)), gate, plan)
-        attn = self.attn2
-        y = self.norm2(x.to(wide)).type_as(x)
-        q, k = attn.norm_q(attn.to_q(y)), attn.norm_k(attn.to_k(text.rows))
-        q, k = (part.unflatten(1, (attn.heads, -1)) for part in (q, k))
-        (v,) = heads((attn.to_v,), text.rows, attn)
-        ends, longest = text.packing.cu_seqlens, text.packing.max_seqlen
-        y = varlen_attention(q, k, v, plan.cu_seqlens, ends, plan.max_seqlen, longest, packing=plan)
-        x = x + project(attn, y.flatten(1))
+        x = x + attend_to_text(self.attn2, self.norm2(x.to(wide)).type_as(x), text, plan)
         y = adaln_modulate(x, *rest[:2], plan, self.norm3.eps)
         return gate_residual(x, self.ffn(y), rest[2], plan)
 

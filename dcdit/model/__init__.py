@@ -22,5 +22,6 @@ __getattr__, __all__ = lazy(
         "routers": "CosineRouter PredictabilityRouter",
         "routing": "Routing route",
         "sparse_dit": "SparseDiT",
+        "untrained_routers": "DifferenceRouter MapRouter MotionRouter",
     },
 )
