@@ -9,6 +9,7 @@ __getattr__, __all__ = lazy(
         "model.dcdit": "DCDiT",
         "model.dynamic_chunking": "DynamicChunking",
         "model.graphs": "graphed",
+        "sampling.batcher": "Batcher",
         "ops": "__version__",
     },
 )

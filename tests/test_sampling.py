@@ -19,13 +19,10 @@ from dcdit.errors import ConfigError, DCDiTError
 from dcdit.model.config import DCDiTConfig
 from dcdit.model.dcdit import DCDiT
 from dcdit.model.precision import cast_weights
-from dcdit.sampling.sampler import (
-    SCHEDULERS,
-    drop_table,
-    image_generator,
-    make_scheduler,
-    sample,
-)
+from dcdit.sampling.drop_fraction import drop_table
+from dcdit.sampling.sampler import sample
+from dcdit.sampling.schedulers import SCHEDULERS, make_scheduler
+from dcdit.sampling.trajectory import guide, image_generator
 
 ROUNDING = 1e-3  # of float32, which the first x_0 = (x − …)/√ᾱ magnifies by 160
 SIZES = {"input_size": (6, 5), "in_channels": 3, "num_classes": 4, "hidden_size": 32, "depth": 1, "num_heads": 1}
@@ -219,7 +216,6 @@ def test_the_release_guides_three_channels(tmp_path):
     y[2:] = model.config.num_classes
     with torch.no_grad():
         out = model(torch.cat([x, x]), t, y)
-    from dcdit.sampling.sampler import guide
 
     cond, uncond = out.chunk(2)
     guided = guide(out, 4.0, use["guidance_channels"])

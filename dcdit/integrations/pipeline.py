@@ -16,8 +16,9 @@ from ..codecs import latent_scaling
 from ..errors import ConfigError
 from ..model.precision import float32_products
 from ..sampling.drop_fraction import DropFraction, drop_table
-from ..sampling.sampler import class_ids, guide
+from ..sampling.sampler import class_ids
 from ..sampling.schedulers import set_timesteps
+from ..sampling.trajectory import guide
 from .transformer import DCDiTTransformer2DModel
 
 

@@ -5,6 +5,7 @@ from .._lazy import lazy
 __getattr__, __all__ = lazy(
     __name__,
     {
+        "batcher": "Batcher Request",
         "policy": "Policy",
         "sampler": "Samples Step Trace open_checkpoint sample",
         "schedulers": "make_scheduler",

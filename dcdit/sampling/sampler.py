@@ -6,8 +6,6 @@ whatever the batch size, the order or the number of devices.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ import torch
 
 from ..checkpoints.folder import load_checkpoint, locate
 from ..codecs import make_codec
-from ..errors import CheckpointError, ConfigError, DCDiTError
+from ..errors import CheckpointError, ConfigError
 from ..model.config import DCDiTConfig, check_keys
 from ..model.dcdit import DCDiT
 from ..model.dit_shell import DiTShell
@@ -28,11 +26,12 @@ from ..model.precision import float32_products
 from ..model.rival_macs import image_gflops
 from ..model.routing import Routing
 from ..pictures.images import to_uint8
-from .drop_fraction import DropFraction, drop_table
-from .paced import Paced, innermost
+from .drop_fraction import DropFraction
+from .paced import Paced
 from .policy import Policy
-from .schedulers import SCHEDULERS, make_scheduler
-from .token_budget import Tokens, token_table, tokens_for_gflops
+from .schedulers import SCHEDULERS
+from .token_budget import Tokens
+from .trajectory import Denoising, budget_of, plan_trajectory
 
 
 @dataclass(frozen=True)
@@ -72,15 +71,6 @@ class Samples:
 
     latents: torch.Tensor
     trace: Trace
-
-
-def image_generator(seed: int, index: int) -> torch.Generator:
-    """The random numbers of one image.
-
-    The CPU generator reads 32 bits of its seed. Within a run the indices keep them apart; the odd multiplier
-    (2³² divided by the golden ratio) puts the runs of nearby seeds far from each other.
-    """
-    return torch.Generator().manual_seed((seed * 0x9E3779B1 + index) % 2**32)
 
 
 @torch.no_grad()
@@ -139,136 +129,75 @@ def sample(
     take, or a scheduler that does not fit; DCDiTError where the router's probabilities are NaN.
     """
     model = Policy.of(policy).wrap(model)
-    config = model.config
-    classes = class_ids(classes, config.num_classes)
+    classes = class_ids(classes, model.config.num_classes)
     count = len(classes)
     indices = torch.arange(count) if indices is None else torch.as_tensor(indices)
     if len(indices) != count:
         raise ConfigError(f"indices must have one entry for each of the {count} classes, got {len(indices)}")
-    for name, value in (("steps", steps), ("seed", seed)):
-        if not isinstance(value, int | np.integer):
-            raise ConfigError(f"{name} must be an integer, got {value!r}")
-    if not 0 <= seed < 2**32:
-        raise ConfigError(f"seed must be in [0, 2**32), got {seed}")
-    if not isinstance(guidance, int | float) or not 0 <= guidance < float("inf"):
-        raise ConfigError(f"guidance must be a number of at least 0, got {guidance}")
-    if guidance_channels is not None and not 1 <= guidance_channels <= config.in_channels:
-        raise ConfigError(f"guidance_channels must be in [1, {config.in_channels}], got {guidance_channels}")
-    if not 0 <= eta <= 1 or (eta and scheduler != "ddim"):
-        raise ConfigError(f"eta must be in [0, 1] and is of the scheduler ddim, got {eta} and {scheduler}")
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-    if uncond_drop_fraction is None:
-        uncond_drop_fraction = drop_fraction
-    size = checked_size(config.input_size if size is None else size, getattr(config, "encoder_stride", 1))
-    inner = innermost(model)
-    if isinstance(inner, DiTShell) and size != config.input_size:
-        raise ConfigError(f"size must be {config.input_size}, that of the {type(inner).__name__}, got {size}")
-    make = functools.partial(make_scheduler, scheduler, objective, steps, config.learn_sigma, clip, shift)
-    _, timesteps = make()
-    low, high = guidance_interval
-    guidances = [guidance if low <= t <= high else 1.0 for t in timesteps.tolist()]
-    # (S, N) each, checked before the first step is taken.
-    guided = any(value != 1 for value in guidances)
-    drops = (drop_fraction, uncond_drop_fraction) if guided else (drop_fraction,)
-    if tokens is None and gflops_per_image is None:
-        budgets = [drop_table(drop, timesteps, count) for drop in drops]
-    else:
-        if isinstance(model, Paced) or not isinstance(model, DCDiT | Graphed):
-            raise ConfigError(f"a budget of tokens is for a DC-DiT without a policy, got a {type(model).__name__}")
-        if not all(isinstance(drop, float | int) and drop == 0 for drop in drops):
-            raise ConfigError("a budget of tokens and a drop fraction exclude each other: leave one of them out")
-        resized = dataclasses.replace(config, input_size=size)
-        if gflops_per_image is not None:
-            if tokens is not None:
-                raise ConfigError("tokens and gflops_per_image exclude each other: leave one of them out")
-            halves_of = [1 if value == 1 else 2 for value in guidances]
-            tokens = tokens_for_gflops(resized, gflops_per_image, halves_of, budget_schedule, model.router)
-        budgets = [token_table(tokens, timesteps, count, resized)] * len(drops)
-
-    latents = torch.empty(count, config.in_channels, *size)
-    kept = torch.full((len(budgets), len(timesteps), count), torch.nan)
+    way = plan_trajectory(
+        model,
+        count,
+        objective=objective,
+        scheduler=scheduler,
+        steps=steps,
+        guidance=guidance,
+        guidance_channels=guidance_channels,
+        guidance_interval=guidance_interval,
+        eta=eta,
+        shift=shift,
+        drop_fraction=drop_fraction,
+        uncond_drop_fraction=uncond_drop_fraction,
+        tokens=tokens,
+        gflops_per_image=gflops_per_image,
+        budget_schedule=budget_schedule,
+        seed=seed,
+        size=size,
+        clip=clip,
+    )
+    timesteps = way.timesteps
+    latents = torch.empty(count, model.config.in_channels, *way.size)
+    kept = torch.full((len(way.budgets), len(timesteps), count), torch.nan)
     seconds = torch.zeros(len(timesteps))
     with float32_products("high" if next(model.parameters()).dtype.itemsize < 4 else None):
         for start in range(0, count, batch_size):
             part = slice(start, start + batch_size)
-            # A scheduler for each batch: multistep ones keep state.
-            run = _Batch(model, size, make()[0], classes[part], indices[part], seed, guidance_channels, eta)
+            run = Denoising(way, model, classes[part], indices[part].tolist(), part)
             if isinstance(model, Paced):
                 model.begin(timesteps)
-            for i, t in enumerate(timesteps.tolist()):
-                begin = time.perf_counter()
-                halves = 1 if guidances[i] == 1 else 2
+            while not run.done:
+                begin, i = time.perf_counter(), run.number
                 if isinstance(model, Paced):
                     model.observe(run.x)
-                amount = torch.cat([budget[i, part] for budget in budgets[:halves]])
-                routing = run.predict(t, amount, guidances[i])
+                out, routing = predict(model, run)
                 if callback is not None:
-                    paused = time.perf_counter()
-                    callback(Step(i, len(timesteps), t, run.x, indices[part], routing))
+                    paused, batch = time.perf_counter(), len(run.x)
+                    conditional = Routing(routing.boundary_prob[:batch], routing.plan)
+                    callback(Step(i, len(timesteps), run.timestep, run.x, indices[part], conditional))
                     begin += time.perf_counter() - paused
-                spent = model.spent if isinstance(model, Paced) else routing.plan.lengths
-                kept[:halves, i, part] = spent.view(halves, -1).cpu().float()
-                run.update(i)
+                spent = (model.spent if isinstance(model, Paced) else routing.plan.lengths).view(-1, len(run.x))
+                kept[: len(spent), i, part] = spent.cpu().float()
+                run.update(out)
+                if run.device.type == "cuda":
+                    torch.cuda.synchronize(run.device)
                 seconds[i] += time.perf_counter() - begin
             latents[part] = run.x.cpu()
             if not latents[part].isfinite().all():
-                raise DCDiTError(f"sampling diverged: latents that are not finite; {_hint(guidance)}")
-    trace = Trace(timesteps, seconds, kept[0], kept[1] if len(budgets) == 2 else None)
+                raise run.diverged("latents that are not finite")
+    trace = Trace(timesteps, seconds, kept[0], kept[1] if len(way.budgets) == 2 else None)
     return Samples(latents, trace)
 
 
-class _Batch:
-    """The images of one batch on their way from noise to data."""
-
-    def __init__(self, model, size, scheduler, classes, indices, seed, guidance_channels, eta) -> None:
-        self.model, self.scheduler = model, scheduler
-        self.channels = guidance_channels or model.config.in_channels
-        self.options = {"eta": eta} if eta else {}
-        weight = next(model.parameters())
-        self.device, self.dtype = weight.device, weight.dtype
-        self.generators = [image_generator(seed, index) for index in indices.tolist()]
-        shape = (1, model.config.in_channels, *size)
-        self.x = torch.cat([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
-        null = torch.full_like(classes, model.config.num_classes)
-        self.y = torch.cat([classes, null]).to(self.device)
-
-    def predict(self, t: float, amount: torch.Tensor, guidance: float) -> Routing:
-        """Run the model at time t with ρ or tokens (B or, with guidance, 2B); keep the output, return the conditional
-        routing."""
-        x = torch.cat([self.x] * (len(amount) // len(self.x))).to(self.dtype)
-        rho: torch.Tensor | float = amount.to(self.device)
-        budget: dict[str, Any] = {}
-        if not amount.is_floating_point():
-            rho, budget = 0.0, {"budget_per_sample": int(amount[0])}
-            if (amount != amount[0]).any():
-                budget = {"budget_per_sample": amount.to(self.device), "capacity": int(amount.sum())}
-        times = torch.full((len(x),), t, device=self.device)
-        try:
-            out, routing = self.model(x, times, self.y[: len(x)], rho, return_routing=True, **budget)
-        except ValueError as error:
-            if "NaN" not in str(error):
-                raise
-            raise DCDiTError(f"sampling diverged at t = {t:g}: {error}; {_hint(guidance)}") from error
-        self.output = out.float() if guidance == 1 else guide(out.float(), guidance, self.channels)
-        batch = len(self.x)
-        return Routing(routing.boundary_prob[:batch], routing.plan)
-
-    def update(self, i: int) -> None:
-        """Let the scheduler take step i."""
-        scheduler, output = self.scheduler, self.output
-        if scheduler.config.get("variance_type") != "learned_range":
-            output = output[:, : self.x.shape[1]]
-        # diffusers draws a list of generators one image at a time, on the CPU.
-        self.x = scheduler.step(
-            output, scheduler.timesteps[i], self.x, generator=self.generators, **self.options
-        ).prev_sample
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
-def _hint(guidance: float) -> str:
-    return f"are the weights finite, is guidance {guidance:g} too large?"
+def predict(model: Any, run: Denoising) -> tuple[torch.Tensor, Routing]:
+    """The next forward of a batch. Raises DCDiTError where its numbers are not finite."""
+    x, t, y, amount = run.inputs()
+    try:
+        return model(x, t, y, return_routing=True, **budget_of(amount, x.device))
+    except ValueError as error:
+        if "NaN" not in str(error):
+            raise
+        raise run.diverged(error) from error
 
 
 def class_ids(classes: Sequence[int] | torch.Tensor, num_classes: int) -> torch.Tensor:
@@ -286,15 +215,6 @@ def class_ids(classes: Sequence[int] | torch.Tensor, num_classes: int) -> torch.
     return classes.long()
 
 
-def checked_size(size: Sequence[int], stride: int) -> tuple[int, int]:
-    """(H, W) in cells. Raises ConfigError unless they are two positive multiples of the model's encoder_stride."""
-    sides = tuple(size) if isinstance(size, list | tuple) else ()
-    if len(sides) != 2 or not all(isinstance(n, int) and n >= 1 and n % stride == 0 for n in sides):
-        unit = f" that encoder_stride {stride} divides" if stride > 1 else ""
-        raise ConfigError(f"size must be two positive integers (H, W){unit}, got {size!r}")
-    return sides
-
-
 def latent_size(pixels: tuple[int, int], config: DCDiTConfig, codec) -> tuple[int, int]:
     """(H, W) in cells of pictures of `pixels` (H, W). Raises ConfigError where codec or model cannot take them."""
     cells = torch.zeros(1, config.in_channels, *config.input_size)
@@ -304,16 +224,6 @@ def latent_size(pixels: tuple[int, int], config: DCDiTConfig, codec) -> tuple[in
         size = "×".join(map(str, pixels))
         raise ConfigError(f"pictures must have sides of a multiple of {step} pixels, got {size}")
     return pixels[0] // unit, pixels[1] // unit
-
-
-def guide(out: torch.Tensor, guidance: float, channels: int) -> torch.Tensor:
-    """Classifier-free guidance of `out` (2B, C or 2C, H, W), the conditional half first, on the first `channels`.
-
-    The channels after them, such as a learned variance, are the conditional ones.
-    """
-    cond, uncond = out.chunk(2)
-    mean = uncond[:, :channels] + guidance * (cond[:, :channels] - uncond[:, :channels])
-    return torch.cat([mean, cond[:, channels:]], dim=1)
 
 
 def open_checkpoint(path: str | Path, device: str | torch.device = "cpu"):

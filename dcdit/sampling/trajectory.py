@@ -1,0 +1,207 @@
+"""The way of images from noise to data: what each forward gets, checked before the first, and the state on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import ConfigError, DCDiTError
+from ..model.dcdit import DCDiT
+from ..model.dit_shell import DiTShell
+from ..model.graphs import Graphed
+from .drop_fraction import DropFraction, drop_table
+from .paced import Paced, innermost
+from .schedulers import make_scheduler
+from .token_budget import Tokens, token_table, tokens_for_gflops
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """S forwards of N images.
+
+    - `timesteps` (S,), and the `guidances` of the steps: 1 runs no unconditional half.
+    - `budgets`: of the conditional half and, with guidance, the other, (S, N): ρ in float32 or tokens in int64.
+    - `size` (H, W) of the latents, in cells; `channels` that guidance moves.
+    - `make`: a scheduler and its timesteps. Each batch has its own, for multistep ones keep state.
+    """
+
+    timesteps: torch.Tensor
+    guidances: list[float]
+    budgets: list[torch.Tensor]
+    size: tuple[int, int]
+    channels: int
+    make: Callable[[], Any]
+    step_options: dict[str, float]
+    seed: int
+
+
+def plan_trajectory(
+    model: Any,
+    count: int,
+    *,
+    objective: str,
+    scheduler: str = "auto",
+    steps: int = 50,
+    guidance: float = 1.0,
+    guidance_channels: int | None = None,
+    guidance_interval: tuple[float, float] = (0.0, 1000.0),
+    eta: float = 0.0,
+    shift: float = 1.0,
+    drop_fraction: DropFraction = 0.0,
+    uncond_drop_fraction: DropFraction | None = None,
+    tokens: Tokens | None = None,
+    gflops_per_image: float | None = None,
+    budget_schedule: str = "constant",
+    seed: int = 0,
+    size: tuple[int, int] | None = None,
+    clip: bool = False,
+) -> Trajectory:
+    """The trajectory of N = `count` images; the options are those of `dcdit.sampling.sample`. Raises ConfigError."""
+    config = model.config
+    for name, value in (("steps", steps), ("seed", seed)):
+        if not isinstance(value, int | np.integer):
+            raise ConfigError(f"{name} must be an integer, got {value!r}")
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed must be in [0, 2**32), got {seed}")
+    if not isinstance(guidance, int | float) or not 0 <= guidance < float("inf"):
+        raise ConfigError(f"guidance must be a number of at least 0, got {guidance}")
+    if guidance_channels is not None and not 1 <= guidance_channels <= config.in_channels:
+        raise ConfigError(f"guidance_channels must be in [1, {config.in_channels}], got {guidance_channels}")
+    if not 0 <= eta <= 1 or (eta and scheduler != "ddim"):
+        raise ConfigError(f"eta must be in [0, 1] and is of the scheduler ddim, got {eta} and {scheduler}")
+    if uncond_drop_fraction is None:
+        uncond_drop_fraction = drop_fraction
+    size = checked_size(config.input_size if size is None else size, getattr(config, "encoder_stride", 1))
+    inner = innermost(model)
+    if isinstance(inner, DiTShell) and size != config.input_size:
+        raise ConfigError(f"size must be {config.input_size}, that of the {type(inner).__name__}, got {size}")
+    make = functools.partial(make_scheduler, scheduler, objective, steps, config.learn_sigma, clip, shift)
+    _, timesteps = make()
+    low, high = guidance_interval
+    guidances = [guidance if low <= t <= high else 1.0 for t in timesteps.tolist()]
+    guided = any(value != 1 for value in guidances)
+    drops = (drop_fraction, uncond_drop_fraction) if guided else (drop_fraction,)
+    if tokens is None and gflops_per_image is None:
+        budgets = [drop_table(drop, timesteps, count) for drop in drops]
+    else:
+        if isinstance(model, Paced) or not isinstance(model, DCDiT | Graphed):
+            raise ConfigError(f"a budget of tokens is for a DC-DiT without a policy, got a {type(model).__name__}")
+        if not all(isinstance(drop, float | int) and drop == 0 for drop in drops):
+            raise ConfigError("a budget of tokens and a drop fraction exclude each other: leave one of them out")
+        resized = dataclasses.replace(config, input_size=size)
+        if gflops_per_image is not None:
+            if tokens is not None:
+                raise ConfigError("tokens and gflops_per_image exclude each other: leave one of them out")
+            halves_of = [1 if value == 1 else 2 for value in guidances]
+            tokens = tokens_for_gflops(resized, gflops_per_image, halves_of, budget_schedule, model.router)
+        budgets = [token_table(tokens, timesteps, count, resized)] * len(drops)
+    step_options = {"eta": eta} if eta else {}
+    channels = guidance_channels or config.in_channels
+    return Trajectory(timesteps, guidances, budgets, size, channels, make, step_options, int(seed))
+
+
+class Denoising:
+    """B images on their way along a trajectory, the images `part` of its N; `number` counts the steps that are done.
+
+    The sampler asks for the `inputs` of a forward, and hands its output to `update`.
+    """
+
+    def __init__(
+        self,
+        trajectory: Trajectory,
+        model: Any,
+        classes: torch.Tensor,
+        indices: Sequence[int],
+        part: slice = slice(None),
+    ) -> None:
+        self.trajectory, self.part, self.number = trajectory, part, 0
+        self.scheduler = trajectory.make()[0]
+        self.generators = [image_generator(trajectory.seed, index) for index in indices]
+        weight = next(model.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+        shape = (1, model.config.in_channels, *trajectory.size)
+        self.x = torch.cat([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
+        self.y = torch.cat([classes, torch.full_like(classes, model.config.num_classes)]).to(self.device)
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are taken."""
+        return self.number == len(self.trajectory.timesteps)
+
+    @property
+    def timestep(self) -> float:
+        """Of the next forward."""
+        return float(self.trajectory.timesteps[self.number])
+
+    @property
+    def guidance(self) -> float:
+        """Of the next forward."""
+        return self.trajectory.guidances[self.number]
+
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x (R, C, H, W), t (R,), y (R,) and, on the CPU, ρ or tokens (R,) of the next forward, where R is B, or with
+        guidance 2B, the half without a class last."""
+        halves = 1 if self.guidance == 1 else 2
+        amount = torch.cat([budget[self.number, self.part] for budget in self.trajectory.budgets[:halves]])
+        x = torch.cat([self.x] * halves).to(self.dtype)
+        t = torch.full((len(x),), self.timestep, device=self.device)
+        return x, t, self.y[: len(x)], amount
+
+    def update(self, out: torch.Tensor) -> None:
+        """Let the scheduler take a step by the forward's output (R, C or 2C, H, W)."""
+        out = out.float() if self.guidance == 1 else guide(out.float(), self.guidance, self.trajectory.channels)
+        if self.scheduler.config.get("variance_type") != "learned_range":
+            out = out[:, : self.x.shape[1]]
+        # diffusers draws a list of generators one image at a time, on the CPU.
+        options = {"generator": self.generators, **self.trajectory.step_options}
+        self.x = self.scheduler.step(out, self.scheduler.timesteps[self.number], self.x, **options).prev_sample
+        self.number += 1
+
+    def diverged(self, error: Exception | str) -> DCDiTError:
+        """The error for numbers that are not finite."""
+        hint = f"are the weights finite, is guidance {self.trajectory.guidances[-1]:g} too large?"
+        where = "" if self.done else f" at t = {self.timestep:g}"
+        return DCDiTError(f"sampling diverged{where}: {error}; {hint}")
+
+
+def budget_of(amount: torch.Tensor, device: torch.device, batch: bool = True) -> dict[str, Any]:
+    """ρ or tokens (R,) as keywords of a forward; in a `batch` of one size nothing waits for a number of tokens."""
+    if amount.is_floating_point():
+        return {"drop_fraction": amount.to(device)}
+    if (amount == amount[0]).all():
+        return {"budget_per_sample": int(amount[0])}
+    return {"budget_per_sample": amount.to(device), **({"capacity": int(amount.sum())} if batch else {})}
+
+
+def image_generator(seed: int, index: int) -> torch.Generator:
+    """The random numbers of one image.
+
+    The CPU generator reads 32 bits of its seed. Within a run the indices keep them apart; the odd multiplier
+    (2³² divided by the golden ratio) puts the runs of nearby seeds far from each other.
+    """
+    return torch.Generator().manual_seed((seed * 0x9E3779B1 + index) % 2**32)
+
+
+def guide(out: torch.Tensor, guidance: float, channels: int) -> torch.Tensor:
+    """Classifier-free guidance of `out` (2B, C or 2C, H, W), the conditional half first, on the first `channels`.
+
+    The channels after them, such as a learned variance, are the conditional ones.
+    """
+    cond, uncond = out.chunk(2)
+    mean = uncond[:, :channels] + guidance * (cond[:, :channels] - uncond[:, :channels])
+    return torch.cat([mean, cond[:, channels:]], dim=1)
+
+
+def checked_size(size: Sequence[int], stride: int) -> tuple[int, int]:
+    """(H, W) in cells. Raises ConfigError unless they are two positive multiples of the model's encoder_stride."""
+    sides = tuple(size) if isinstance(size, list | tuple) else ()
+    if len(sides) != 2 or not all(isinstance(n, int) and n >= 1 and n % stride == 0 for n in sides):
+        unit = f" that encoder_stride {stride} divides" if stride > 1 else ""
+        raise ConfigError(f"size must be two positive integers (H, W){unit}, got {size!r}")
+    return sides
