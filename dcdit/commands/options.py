@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 import sys
 from pathlib import Path
@@ -96,6 +97,10 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         default="constant",
         help="of --gflops-per-image: tokens of the steps, alike or twice as many at the end (constant)",
     )
+    parser.add_argument("--image", metavar="FILE", help="a picture to edit: outside of --edit-mask it stays")
+    parser.add_argument(
+        "--edit-mask", metavar="FILE", help="black and white, of the same size: white is sampled, and gets tokens first"
+    )
     parser.add_argument("--scheduler", default="auto", help=f"auto, {', '.join(SCHEDULERS)}")
     parser.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1 (0)")
     parser.add_argument("--shift", type=float, default=1.0, help="of flow matching's times towards the noise (1: none)")
@@ -158,7 +163,22 @@ def sampling_arguments(args: argparse.Namespace, objective: str, codec, model) -
         "budget_schedule": args.budget_schedule,
         "seed": args.seed,
         "clip": isinstance(codec, PixelUnshuffle),
+        "edit": _edit(args, codec, model),
     }
+
+
+def _edit(args: argparse.Namespace, codec, model):
+    """The edit of --image and --edit-mask, or None."""
+    from ..sampling.edits import read_edit
+    from ..sampling.sampler import pixel_size
+
+    if args.image is None and args.edit_mask is None:
+        return None
+    if args.image is None or args.edit_mask is None:
+        given, missing = ("--edit-mask", "--image") if args.image is None else ("--image", "--edit-mask")
+        raise ConfigError(f"{given} needs {missing} as well")
+    pixels = getattr(args, "size", None) or pixel_size(model.config, codec)
+    return read_edit(args.image, args.edit_mask, codec, model.config, pixels, next(model.parameters()).device)
 
 
 def settings_of(args: argparse.Namespace, checkpoint: Path, ids: list[int]) -> dict[str, Any]:
@@ -168,10 +188,13 @@ def settings_of(args: argparse.Namespace, checkpoint: Path, ids: list[int]) -> d
     names = ("scheduler", "steps", "guidance", "guidance_channels", "eta", "shift")
     names += ("drop_fraction", "uncond_drop_fraction", "seed", "bf16", "cuda_graph")
     values = {name: getattr(args, name) for name in names}
-    if args.gflops_per_image is not None:
-        values |= {"gflops_per_image": args.gflops_per_image, "budget_schedule": args.budget_schedule}
+    # What is not asked for is None, so that a folder with it is another run's.
+    gflops = args.gflops_per_image
+    values |= {"gflops_per_image": gflops, "budget_schedule": None if gflops is None else args.budget_schedule}
+    for name, file in (("image", args.image), ("edit_mask", args.edit_mask)):
+        values[name] = None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
     interval = list(args.guidance_interval)
-    values |= {"policy": args.policy} if args.policy else {}
+    values["policy"] = args.policy or None
     values |= {"guidance_interval": interval, "size": list(args.size) if args.size else None}
     return {"weights": weights_hash(checkpoint), "classes": ids, **values}
 

@@ -6,6 +6,7 @@ __getattr__, __all__ = lazy(
     __name__,
     {
         "batcher": "Batcher Request",
+        "edits": "Edit read_edit",
         "policy": "Policy",
         "sampler": "Samples Step Trace open_checkpoint sample",
         "schedulers": "make_scheduler",

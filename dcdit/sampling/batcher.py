@@ -46,7 +46,7 @@ class Batcher:
     its own scheduler's update. A request has its own class, seed, size, steps, scheduler, guidance and ρ or tokens, and
     its picture is that of `sample` alone with these options: kernels are batch invariant, so nothing depends on what
     else runs but the rounding of the host library's matrix products. Requests by ρ and requests by tokens are a forward
-    each.
+    each, and so are those with an edit.
 
         batcher = Batcher(model, objective="flow", steps=20)
         seven = batcher.submit(7, seed=1, guidance=2.0)
@@ -92,9 +92,10 @@ class Batcher:
             if not request.cancelled:
                 classes = torch.tensor([request.label])
                 self.running.append((request, Denoising(request.trajectory, self.model, classes, [request.index])))
-        forms: dict[torch.dtype, list[tuple[Request, Denoising]]] = {}
+        forms: dict[Any, list[tuple[Request, Denoising]]] = {}
         for request, run in self.running:
-            forms.setdefault(request.trajectory.budgets[0].dtype, []).append((request, run))
+            form = request.trajectory.budgets[0].dtype, request.trajectory.edit is None
+            forms.setdefault(form, []).append((request, run))
         with float32_products("high" if next(self.model.parameters()).dtype.itemsize < 4 else None):
             for members in forms.values():
                 self._advance(members)
@@ -128,16 +129,21 @@ class Batcher:
 
     def _forward(self, runs: list[Denoising]) -> tuple[list[torch.Tensor], list[list[int]]]:
         """The output (R, C or 2C, H, W) of each, and the retained tokens of its rows."""
-        xs, *others = zip(*(run.inputs() for run in runs), strict=True)
-        t, y, amount = map(torch.cat, others)
+        xs, ts, ys, amounts = zip(*(run.inputs() for run in runs), strict=True)
+        t, y, amount = map(torch.cat, (ts, ys, amounts))
         counts = [len(x) for x in xs]
         alike = len({x.shape[1:] for x in xs}) == 1
         x = torch.cat(xs) if alike else [row for x in xs for row in x]
-        outs, routing = self.model(x, t, y, return_routing=True, **budget_of(amount, t.device, alike))
+        budget = budget_of(amount, t.device, alike)
+        masks = [run.limits(own) for run, own in zip(runs, amounts, strict=True)]
+        for name in masks[0]:
+            rows = [mask[name] for mask in masks]
+            budget[name] = torch.cat(rows) if alike else [row for part in rows for row in part]
+        outs, routing = self.model(x, t, y, return_routing=True, **budget)
         packing = routing.plan if alike else routing.packing
         parts = iter(packing.lengths.tolist())
         lengths = [[next(parts) for _ in range(count)] for count in counts]
         if alike:
             return list(outs.split(counts)), lengths
-        rows = iter(outs)
-        return [torch.stack([next(rows) for _ in range(count)]) for count in counts], lengths
+        each = iter(outs)
+        return [torch.stack([next(each) for _ in range(count)]) for count in counts], lengths

@@ -27,6 +27,7 @@ from ..model.rival_macs import image_gflops
 from ..model.routing import Routing
 from ..pictures.images import to_uint8
 from .drop_fraction import DropFraction
+from .edits import Edit
 from .paced import Paced
 from .policy import Policy
 from .schedulers import SCHEDULERS
@@ -96,6 +97,7 @@ def sample(
     size: tuple[int, int] | None = None,
     batch_size: int = 64,
     clip: bool = False,
+    edit: Edit | None = None,
     policy: Policy | str | None = None,
     callback: Callable[[Step], Any] | None = None,
 ) -> Samples:
@@ -122,6 +124,7 @@ def sample(
         seed, indices: image i draws from (seed, indices[i]); the indices are 0 to N − 1 by default.
         size: (H, W) of the latents, in cells; None: the model's input_size. `latent_size` gives it from pixels.
         clip: clamp the predicted x_0 of "ddpm" and "ddim" to [−1, 1], for codecs with pixels as latents.
+        edit: a picture's cells to sample, the others stay; see `Edit`, and `dcdit.sampling.read_edit` for files.
         policy: savings of each step, see `Policy`; such as "reuse=2 & teacache=0.15".
         callback: called with a Step before each update.
 
@@ -155,6 +158,7 @@ def sample(
         seed=seed,
         size=size,
         clip=clip,
+        edit=edit,
     )
     timesteps = way.timesteps
     latents = torch.empty(count, model.config.in_channels, *way.size)
@@ -193,7 +197,7 @@ def predict(model: Any, run: Denoising) -> tuple[torch.Tensor, Routing]:
     """The next forward of a batch. Raises DCDiTError where its numbers are not finite."""
     x, t, y, amount = run.inputs()
     try:
-        return model(x, t, y, return_routing=True, **budget_of(amount, x.device))
+        return model(x, t, y, return_routing=True, **budget_of(amount, x.device), **run.limits(amount))
     except ValueError as error:
         if "NaN" not in str(error):
             raise
@@ -213,6 +217,12 @@ def class_ids(classes: Sequence[int] | torch.Tensor, num_classes: int) -> torch.
         wrong = low if low < 0 else high
         raise ConfigError(f"class id {wrong} is outside [0, {num_classes - 1}], the classes of this model")
     return classes.long()
+
+
+def pixel_size(config: DCDiTConfig, codec) -> tuple[int, int]:
+    """(H, W) in pixels of the model's own pictures."""
+    height, width = codec.decode(torch.zeros(1, config.in_channels, *config.input_size)).shape[-2:]
+    return height, width
 
 
 def latent_size(pixels: tuple[int, int], config: DCDiTConfig, codec) -> tuple[int, int]:

@@ -16,8 +16,9 @@ from ..model.dcdit import DCDiT
 from ..model.dit_shell import DiTShell
 from ..model.graphs import Graphed
 from .drop_fraction import DropFraction, drop_table
+from .edits import Edit
 from .paced import Paced, innermost
-from .schedulers import make_scheduler
+from .schedulers import TRAIN_STEPS, make_scheduler
 from .token_budget import Tokens, token_table, tokens_for_gflops
 
 
@@ -39,6 +40,7 @@ class Trajectory:
     make: Callable[[], Any]
     step_options: dict[str, float]
     seed: int
+    edit: Edit | None
 
 
 def plan_trajectory(
@@ -61,6 +63,7 @@ def plan_trajectory(
     seed: int = 0,
     size: tuple[int, int] | None = None,
     clip: bool = False,
+    edit: Edit | None = None,
 ) -> Trajectory:
     """The trajectory of N = `count` images; the options are those of `dcdit.sampling.sample`. Raises ConfigError."""
     config = model.config
@@ -77,6 +80,12 @@ def plan_trajectory(
         raise ConfigError(f"eta must be in [0, 1] and is of the scheduler ddim, got {eta} and {scheduler}")
     if uncond_drop_fraction is None:
         uncond_drop_fraction = drop_fraction
+    if edit is not None:
+        _check_chunking(model, "an edit")
+        edit.check(config)
+        if size not in (None, tuple(edit.mask.shape)):
+            raise ConfigError(f"size must be {tuple(edit.mask.shape)}, that of the edit's mask, got {size}")
+        size = tuple(edit.mask.shape)
     size = checked_size(config.input_size if size is None else size, getattr(config, "encoder_stride", 1))
     inner = innermost(model)
     if isinstance(inner, DiTShell) and size != config.input_size:
@@ -90,8 +99,7 @@ def plan_trajectory(
     if tokens is None and gflops_per_image is None:
         budgets = [drop_table(drop, timesteps, count) for drop in drops]
     else:
-        if isinstance(model, Paced) or not isinstance(model, DCDiT | Graphed):
-            raise ConfigError(f"a budget of tokens is for a DC-DiT without a policy, got a {type(model).__name__}")
+        _check_chunking(model, "a budget of tokens")
         if not all(isinstance(drop, float | int) and drop == 0 for drop in drops):
             raise ConfigError("a budget of tokens and a drop fraction exclude each other: leave one of them out")
         resized = dataclasses.replace(config, input_size=size)
@@ -103,7 +111,12 @@ def plan_trajectory(
         budgets = [token_table(tokens, timesteps, count, resized)] * len(drops)
     step_options = {"eta": eta} if eta else {}
     channels = guidance_channels or config.in_channels
-    return Trajectory(timesteps, guidances, budgets, size, channels, make, step_options, int(seed))
+    return Trajectory(timesteps, guidances, budgets, size, channels, make, step_options, int(seed), edit)
+
+
+def _check_chunking(model: Any, what: str) -> None:
+    if isinstance(model, Paced) or not isinstance(model, DCDiT | Graphed):
+        raise ConfigError(f"{what} is for a DC-DiT without a policy, got a {type(model).__name__}")
 
 
 class Denoising:
@@ -123,11 +136,13 @@ class Denoising:
         self.trajectory, self.part, self.number = trajectory, part, 0
         self.scheduler = trajectory.make()[0]
         self.generators = [image_generator(trajectory.seed, index) for index in indices]
-        weight = next(model.parameters())
+        weight, self.keep_grid = next(model.parameters()), getattr(model.config, "keep_grid", 0)
         self.device, self.dtype = weight.device, weight.dtype
         shape = (1, model.config.in_channels, *trajectory.size)
         self.x = torch.cat([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
+        self.noise = self.x
         self.y = torch.cat([classes, torch.full_like(classes, model.config.num_classes)]).to(self.device)
+        self._keep_known()
 
     @property
     def done(self) -> bool:
@@ -153,6 +168,11 @@ class Denoising:
         t = torch.full((len(x),), self.timestep, device=self.device)
         return x, t, self.y[: len(x)], amount
 
+    def limits(self, amount: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The masks of an edit (R, L), for `inputs`' ρ or tokens (R,)."""
+        edit = self.trajectory.edit
+        return {} if edit is None else edit.limits(amount, self.keep_grid, self.device)
+
     def update(self, out: torch.Tensor) -> None:
         """Let the scheduler take a step by the forward's output (R, C or 2C, H, W)."""
         out = out.float() if self.guidance == 1 else guide(out.float(), self.guidance, self.trajectory.channels)
@@ -162,6 +182,19 @@ class Denoising:
         options = {"generator": self.generators, **self.trajectory.step_options}
         self.x = self.scheduler.step(out, self.scheduler.timesteps[self.number], self.x, **options).prev_sample
         self.number += 1
+        self._keep_known()
+
+    def _keep_known(self) -> None:
+        """Replace the known cells of an edit by the noised original; at the end by the original."""
+        if self.trajectory.edit is None:
+            return
+        signal, sigma = 1.0, 0.0
+        if not self.done and hasattr(self.scheduler, "alphas_cumprod"):
+            power = float(self.scheduler.alphas_cumprod[int(self.scheduler.timesteps[self.number])])
+            signal, sigma = power**0.5, (1 - power) ** 0.5
+        elif not self.done:
+            signal, sigma = 1 - self.timestep / TRAIN_STEPS, self.timestep / TRAIN_STEPS
+        self.x = self.trajectory.edit.blend(self.x, self.noise, signal, sigma)
 
     def diverged(self, error: Exception | str) -> DCDiTError:
         """The error for numbers that are not finite."""
