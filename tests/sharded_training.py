@@ -3,6 +3,7 @@
 Usage: sharded_training.py FILE PORT. FILE gets, of each case, the losses and the gradients of two steps.
 """
 
+import importlib.util
 import os
 import sys
 
@@ -19,10 +20,46 @@ from dcdit.model.dcdit import DCDiT
 
 RANKS, BATCH = 2, 4
 CASES = [("fsdp", "predictability"), ("fsdp", "cosine"), ("fsdp bf16", "predictability"), ("ddp", "predictability")]
+if importlib.util.find_spec("diffusers"):
+    CASES.append(("fsdp", "FLUX"))
+
+
+class Flux(nn.Module):
+    """A small FLUX with chunked blocks and activation checkpointing, called as a DCDiT."""
+
+    def __init__(self):
+        super().__init__()
+        from diffusers import FluxTransformer2DModel
+
+        from dcdit.integrations.attention import add_dynamic_chunking
+
+        sizes = {"num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 4}
+        sizes |= {"in_channels": 4, "joint_attention_dim": 24, "pooled_projection_dim": 12, "axes_dims_rope": (4, 6, 6)}
+        self.main = FluxTransformer2DModel(**sizes)
+        self.chunking = (add_dynamic_chunking(self.main, blocks=slice(0, 3)),)  # in a tuple: no second child
+        self.main.enable_gradient_checkpointing()
+        ids = torch.cartesian_prod(torch.zeros(1), torch.arange(6.0), torch.arange(5.0))
+        self.inputs = {"img_ids": ids, "txt_ids": torch.zeros(3, 3)}
+        self.text, self.pooled = torch.randn(5, 3, 24), torch.randn(5, 12)
+
+    @property
+    def blocks(self):
+        return [*self.main.transformer_blocks[0].blocks, *self.main.single_transformer_blocks]
+
+    def forward(self, x, t, y, drop_fraction, return_routing):
+        (chunking,) = self.chunking
+        chunking.drop_fraction = drop_fraction
+        inputs = {"encoder_hidden_states": self.text[y], "pooled_projections": self.pooled[y], "timestep": t / 1000}
+        return self.main(x.flatten(2).mT, **inputs, **self.inputs).sample, chunking.routing
 
 
 def make_model(router):
     torch.manual_seed(0)
+    if router == "FLUX":
+        model = Flux().train()
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        return model
     sizes = {"hidden_size": 64, "depth": 2, "num_heads": 2, "encoder_width": 32, "num_classes": 5}
     model = DCDiT(DCDiTConfig(input_size=(6, 5), router=router, **sizes))
     for parameter in model.parameters():
@@ -32,7 +69,7 @@ def make_model(router):
 
 def shard(model, kind):
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if "bf16" in kind else None)
-    for block in model.main.blocks:
+    for block in model.blocks if isinstance(model, Flux) else model.main.blocks:
         fully_shard(block, mp_policy=policy)
     return fully_shard(model, mp_policy=policy)
 

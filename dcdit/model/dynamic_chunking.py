@@ -22,7 +22,7 @@ KEEP_ALL = 3.0
 
 # Which tokens a forward keeps and how many, by attribute or keyword, as `plan_chunks` takes it.
 FORMS = ("drop_fraction", "budget", "budget_per_sample")  # one of them at a time
-BUDGET = (*FORMS, "capacity", "max_seqlen", "keep", "ban")
+BUDGET = (*FORMS, "capacity", "max_seqlen", "keep", "ban", "valid")
 
 
 class DynamicChunking(nn.Module):
@@ -48,7 +48,7 @@ class DynamicChunking(nn.Module):
         sigma: width of the Gaussian smoothing of the change, in cells; None: no smoothing.
 
     Attributes, for models with a forward without such arguments: `grid`, and `drop_fraction`, `budget`,
-    `budget_per_sample`, `capacity`, `max_seqlen`, `keep` and `ban` as in `dcdit.ops.plan_chunks`. After a forward
+    `budget_per_sample`, `capacity`, `max_seqlen`, `keep`, `ban` and `valid` as in `dcdit.ops.plan_chunks`. After a forward
     `routing` holds its Routing, for `dcdit.training.ratio_loss`; copies and pickles have none.
     """
 
@@ -77,6 +77,7 @@ class DynamicChunking(nn.Module):
         self.max_seqlen: int | None = None
         self.keep: torch.Tensor | None = None
         self.ban: torch.Tensor | None = None
+        self.valid: torch.Tensor | None = None
         self.routing: Routing | None = None
         self.router = router or _keep_all_router(width, self.grid)
         self._asked: tuple[type, tuple[inspect.Parameter, ...]] | None = None
