@@ -19,7 +19,7 @@ from dcdit.model.flops import dit_flops
 from dcdit.model.plain_dit import PlainDiT
 from dcdit.pictures import demo
 from dcdit.pictures.classifier import DigitClassifier
-from dcdit.sampling.sampler import Trace
+from dcdit.sampling.trace import Trace
 from dcdit_kernels import plan_chunks
 
 DIGITS = DCDiTConfig(

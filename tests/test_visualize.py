@@ -11,7 +11,7 @@ from dcdit.model.config import DCDiTConfig
 from dcdit.model.dcdit import DCDiT
 from dcdit.pictures.images import enlarge, grid, to_uint8
 from dcdit.pictures.trajectory import TINT, chunk_map, draw_budgets, draw_chunk_maps, draw_curves, draw_poster, record
-from dcdit.sampling.sampler import Trace
+from dcdit.sampling.trace import Trace
 
 CONFIG = DCDiTConfig(
     input_size=(6, 5), num_classes=4, hidden_size=32, depth=1, num_heads=1, encoder_width=32, learn_sigma=False

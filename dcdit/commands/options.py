@@ -83,7 +83,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy",
         metavar="TEXT",
-        help='what steps may do without, such as "reuse=2 & teacache=0.1" (what the checkpoint says)',
+        help='what steps may spend, such as "budget=64:32 & teacache=0.1" (what the checkpoint says)',
     )
     parser.add_argument(
         "--gflops-per-image",

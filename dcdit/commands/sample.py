@@ -45,6 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=["grid"],
         help="grid.png; one PNG for each image; samples.npz as the ADM evaluation suite reads it (grid)",
     )
+    parser.add_argument("--table", action="store_true", help="print what was decided for each step of the first batch")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -107,6 +108,8 @@ def run(args: argparse.Namespace) -> None:
         if state.is_main_process:
             pictures.finish()
             graphs = f"; {model.summary()}" if args.cuda_graph else ""
+            if args.table and costs.table:
+                print(costs.table)
             print(f"{count} images in {output}/: {costs.summary()}{graphs}")
 
 
@@ -167,9 +170,11 @@ class Costs:
 
     def __init__(self, config) -> None:
         self.config, self.images, self.kept, self.uncond, self.gflops, self.seconds = config, 0, 0.0, None, 0.0, 0.0
+        self.table = ""  # of the first batch
 
     def add(self, trace) -> None:
         images = trace.tokens.shape[1]
+        self.table = self.table or trace.table()
         self.images += images
         self.kept += float(trace.tokens.mean()) * images
         if trace.uncond_tokens is not None:

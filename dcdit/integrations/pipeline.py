@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
@@ -16,6 +17,8 @@ from ..codecs import latent_scaling
 from ..errors import ConfigError
 from ..model.precision import float32_products
 from ..sampling.drop_fraction import DropFraction, drop_table
+from ..sampling.policy import Policy
+from ..sampling.policy_run import PolicyRun
 from ..sampling.sampler import class_ids
 from ..sampling.schedulers import set_timesteps
 from ..sampling.trajectory import guide
@@ -31,6 +34,7 @@ class DCDiTPipeline(DiffusionPipeline):
         vae: decodes latents; None for models of pixels, with output_type "latent".
     """
 
+    policy_run: PolicyRun | None = None
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]  # noqa: RUF012, diffusers reads a list
     _callback_tensor_inputs = ["latents", "noise_pred", "drop_fraction"]  # noqa: RUF012
@@ -71,6 +75,7 @@ class DCDiTPipeline(DiffusionPipeline):
         cuda_graph: bool = False,
         height: int | None = None,
         width: int | None = None,
+        policy: Policy | str | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate one image for each of `class_labels`.
 
@@ -84,6 +89,8 @@ class DCDiTPipeline(DiffusionPipeline):
             output_type: "pil", "np", "pt", or "latent" for (N, C, H, W) before the vae.
             callback_on_step_end: called as f(pipeline, step, timestep, tensors); returns a dict whose "latents"
                 replaces them. `tensors` holds the names in callback_on_step_end_tensor_inputs.
+            policy: what each step may spend, see `dcdit.sampling.Policy`; None: the transformer's own.
+                `policy_run.table()` says what it decided when.
             cuda_graph: replay the model as CUDA graphs (`transformer.enable_cuda_graph()`), which later calls keep.
 
         Returns ImagePipelineOutput, or a tuple of its images without `return_dict`. Raises ConfigError.
@@ -103,6 +110,7 @@ class DCDiTPipeline(DiffusionPipeline):
         set_timesteps(self.scheduler, num_inference_steps, device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
+        policy = self.transformer.config.get("policy") if policy is None else policy
         table = drop_table(drop_fraction, timesteps.float(), count)
         if self.do_classifier_free_guidance:
             y = torch.cat([y, torch.full_like(y, model.config.num_classes)])
@@ -114,7 +122,7 @@ class DCDiTPipeline(DiffusionPipeline):
         whole = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
 
         products = float32_products("high" if self.transformer.dtype.itemsize < 4 else None)
-        with products, self.progress_bar(total=len(timesteps)) as bar:
+        with products, self._spending(policy, timesteps), self.progress_bar(total=len(timesteps)) as bar:
             for i, t in enumerate(timesteps):
                 x = torch.cat([latents, latents]) if self.do_classifier_free_guidance else latents
                 x = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
@@ -138,6 +146,19 @@ class DCDiTPipeline(DiffusionPipeline):
             images = self.image_processor.postprocess(images, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @contextlib.contextmanager
+    def _spending(self, policy: Policy | str | None, timesteps: torch.Tensor) -> Iterator[None]:
+        """The transformer under a policy, where one is given; it keeps its own otherwise."""
+        if policy is None:
+            yield
+            return
+        before = self.transformer.policy_run
+        self.policy_run = self.transformer.set_policy(policy, timesteps)
+        try:
+            yield
+        finally:
+            self.transformer.policy_run = before
 
     def _check(self, tensor_inputs: list[str], output_type: str, steps: int, drop_fraction: DropFraction) -> None:
         objective = self.transformer.config.get("objective")

@@ -24,6 +24,8 @@ from ..model.config import DCDiTConfig
 from ..model.dcdit import DCDiT
 from ..model.graphs import Graphed
 from ..sampling.drop_fraction import DropFraction
+from ..sampling.policy import Policy
+from ..sampling.policy_run import PolicyRun
 from ..sampling.schedulers import TRAIN_STEPS
 from .caching import GridChange, GridStage, on_grid
 
@@ -50,11 +52,12 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
     """A DCDiT with the configuration and forward of diffusers' DiTTransformer2DModel.
 
     `sample_size` is the latent grid, one number or (H, W); `out_channels` is in_channels, or twice that where the
-    variance is learned; `objective` is the training objective, where known; the rest is DCDiTConfig's. The model
-    itself is `.model`. Raises ConfigError.
+    variance is learned; `objective` is the training objective and `policy` that of sampling, where known; the rest is
+    DCDiTConfig's. The model itself is `.model`. Raises ConfigError.
     """
 
     graph: Graphed | None = None
+    policy_run: PolicyRun | None = None
     # diffusers reads lists.
     _keep_in_fp32_modules = ["router", "residual_proj"]  # noqa: RUF012
     _repeated_blocks = ["DiTBlock"]  # noqa: RUF012
@@ -69,6 +72,7 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         sample_size: int | tuple[int, int] = 32,
         out_channels: int = 8,
         objective: str | None = None,
+        policy: str | None = None,
         **sizes: Any,
     ) -> None:
         super().__init__()
@@ -92,7 +96,7 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             transformer = cls(
                 sample_size=size[0] if size[0] == size[1] else tuple(size),
                 out_channels=config["in_channels"] * (2 if learned else 1),
-                objective=getattr(model, "use", {}).get("objective"),
+                **{name: getattr(model, "use", {}).get(name) for name in ("objective", "policy")},
                 **config,
             )
         transformer.model = model
@@ -105,6 +109,21 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         share of the time from 1000 (noise) to 0 (data); or a function of the timestep.
         """
         self.budgets = (drop_fraction, drop_fraction if uncond_drop_fraction is None else uncond_drop_fraction)
+
+    def set_policy(
+        self, policy: Policy | str | None, timesteps: torch.Tensor | Sequence[float] | None = None
+    ) -> PolicyRun | None:
+        """A policy for pipelines that do not know of it; None: no longer. `policy_run.table()` says what it decided.
+
+        `timesteps` are those of the runs to come, such as `pipe.scheduler.timesteps` after `set_timesteps`. Raises
+        ConfigError.
+        """
+        self.policy_run = None
+        if policy is not None:
+            if timesteps is None:
+                raise ConfigError("set_policy needs the timesteps of a run, such as pipe.scheduler.timesteps")
+            self.policy_run = PolicyRun(self.graph or self.model, policy, timesteps)
+        return self.policy_run
 
     def enable_cuda_graph(self, enabled: bool = True) -> None:
         """Replay the model as CUDA graphs where shapes repeat, see `dcdit.graphs.Graphed`; `.graph` counts."""
@@ -135,7 +154,11 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             class_labels = torch.where(class_labels == DIT_NULL, null, class_labels)
         if drop_fraction is None:
             drop_fraction = self._rho(timestep, class_labels == null)
-        if not self.is_cache_enabled:
+        if self.policy_run is not None:
+            if self.is_cache_enabled:
+                raise ConfigError("a policy and a cache of diffusers exclude each other: leave one of them out")
+            out = self.policy_run(hidden_states, timestep, class_labels, drop_fraction)
+        elif not self.is_cache_enabled:
             out = (self.graph or self.model)(hidden_states, timestep, class_labels, drop_fraction)
         else:
             with contextlib.nullcontext() if self.context_given else self.cache_context("batch"):

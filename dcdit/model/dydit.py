@@ -73,18 +73,18 @@ class DyDiT(DiTShell):
         heads, groups, tokens = (torch.stack(part, 1) for part in zip(*decided, strict=True))
         return out, Gates(heads, groups, tokens.view(len(x), -1, len(decided)).transpose(1, 2))
 
-    def tabulate(self, timesteps: Sequence[float] | torch.Tensor) -> TabulatedDyDiT:
-        """The model for these timesteps, with their heads and groups alone; see `TabulatedDyDiT`."""
-        return TabulatedDyDiT(self, timesteps)
+    def tabulate(self, timesteps: Sequence[float] | torch.Tensor, share: float | None = None) -> TabulatedDyDiT:
+        """The model for these timesteps, with their heads and groups alone; see `WidthTable`."""
+        return TabulatedDyDiT(self, timesteps, share)
 
 
 class TabulatedDyDiT(nn.Module):
     """A DyDiT in inference that computes nothing masked, see `WidthTable`."""
 
-    def __init__(self, model: DyDiT, timesteps: Sequence[float] | torch.Tensor) -> None:
+    def __init__(self, model: DyDiT, timesteps: Sequence[float] | torch.Tensor, share: float | None = None) -> None:
         super().__init__()
         self.model, self.config = model, model.config
-        self.table = WidthTable(model.blocks, model.time_embed, timesteps)
+        self.table = WidthTable(model.blocks, model.time_embed, timesteps, share)
 
     @torch.no_grad()
     def forward(

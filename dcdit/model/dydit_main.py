@@ -78,18 +78,18 @@ class DyDCDiT(DCDiT):
         te = None if complete else self.time_embed(t)
         return super().forward(x, t, y, *args, te=te, **options)
 
-    def tabulate(self, timesteps: Sequence[float] | torch.Tensor) -> TabulatedDyDCDiT:
-        """The model for these timesteps, computing nothing masked."""
-        return TabulatedDyDCDiT(self, timesteps)
+    def tabulate(self, timesteps: Sequence[float] | torch.Tensor, share: float | None = None) -> TabulatedDyDCDiT:
+        """The model for these timesteps, computing nothing masked; see `WidthTable`."""
+        return TabulatedDyDCDiT(self, timesteps, share)
 
 
 class TabulatedDyDCDiT(nn.Module):
     """A DyDCDiT in inference, all samples of a call at one time of the table; see `WidthTable`."""
 
-    def __init__(self, model: DyDCDiT, timesteps: Sequence[float] | torch.Tensor) -> None:
+    def __init__(self, model: DyDCDiT, timesteps: Sequence[float] | torch.Tensor, share: float | None = None) -> None:
         super().__init__()
         self.model, self.config = model, model.config
-        self.table = WidthTable(model.main.blocks, model.time_embed, timesteps)
+        self.table = WidthTable(model.main.blocks, model.time_embed, timesteps, share)
 
     @torch.no_grad()
     def forward(self, x: Any, t: torch.Tensor, y: torch.Tensor, *args: Any, **options: Any) -> Any:

@@ -18,7 +18,9 @@ class WidthTable(nn.Module):
     """What heads and groups are on at each of `timesteps`, and the blocks' weights without the others.
 
     Both depend on the time alone. The weights are copied once for each choice that occurs; later changes of the
-    blocks' own are not seen. `time_embed` is the model's.
+    blocks' own are not seen. `time_embed` is the model's. With a `share` in (0, 1] so many of all blocks' heads, and of
+    their groups, are on at each time: the first of each block, then those of the largest logits. At 1 all gates are
+    left out, those of tokens as well.
     """
 
     @torch.no_grad()
@@ -27,18 +29,20 @@ class WidthTable(nn.Module):
         blocks: nn.ModuleList,
         time_embed: Callable[[torch.Tensor], torch.Tensor],
         timesteps: Sequence[float] | torch.Tensor,
+        share: float | None = None,
     ) -> None:
         super().__init__()
-        self.blocks = blocks
+        self.blocks, self.complete = blocks, share == 1
         device = blocks[0].fc1.weight.device
         times = torch.as_tensor(timesteps, dtype=torch.float32, device=device).flatten().unique()
         te = time_embed(times)
         self.narrow = nn.ModuleDict()
         self.names: dict[float, list[str]] = {t: [] for t in times.tolist()}
         self.on: dict[str, tuple[tuple[bool, ...], tuple[bool, ...]]] = {}
+        both = [torch.stack([getattr(block.routers, part)(te) for block in blocks], 1) for part in ("heads", "groups")]
+        opened = [_opened(logits.float(), share) for logits in both]
         for number, block in enumerate(blocks):
-            logits = block.routers.heads(te), block.routers.groups(te)
-            decided = [(first_on(torch.sigmoid(part.float()) - 0.5) > 0).tolist() for part in logits]
+            decided = [part[:, number].tolist() for part in opened]
             for names, heads, groups in zip(self.names.values(), *decided, strict=True):
                 name = f"{number} {_bits(heads)} {_bits(groups)}"
                 names.append(name)
@@ -60,11 +64,29 @@ class WidthTable(nn.Module):
         `heads` and `groups` are (depth, H), `tokens` (depth, T).
         """
         tokens = []
+        if self.complete:
+            for block in self.blocks:
+                stream = block(stream, active, packing)
+            widths = active.new_ones(len(self.blocks), self.blocks[0].heads)
+            return stream, Gates(widths, widths, active.new_ones(len(self.blocks), len(stream.x)))
         for name, block in zip(self.names[time], self.blocks, strict=True):
             stream, on = skip_tokens(self.narrow[name], block.routers, stream, active, packing)
             tokens.append(on)
         heads, groups = (active.new_tensor(part) for part in zip(*(self.on[n] for n in self.names[time]), strict=True))
         return stream, Gates(heads, groups, torch.stack(tokens).to(active.dtype))
+
+
+def _opened(logits: torch.Tensor, share: float | None) -> torch.Tensor:
+    """Logits (S, depth, H − 1) of all but the first gates → which are on, bool (S, depth, H)."""
+    if share is None:
+        on = torch.sigmoid(logits) > 0.5
+    else:
+        steps, depth, others = logits.shape
+        count = max(0, round(share * depth * (others + 1)) - depth)
+        largest = logits.flatten(1).topk(count, dim=1).indices
+        on = torch.zeros(steps, depth * others, dtype=torch.bool, device=logits.device)
+        on = on.scatter_(1, largest, True).view_as(logits)
+    return first_on(on.float()) > 0
 
 
 def _bits(on: list[bool]) -> str:

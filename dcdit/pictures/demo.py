@@ -12,7 +12,8 @@ from ..model.config import DCDiTConfig
 from ..model.dcdit import DCDiT
 from ..model.flops import dit_flops
 from ..model.plain_dit import PlainDiT
-from ..sampling.sampler import Samples, Step, sample
+from ..sampling.sampler import sample
+from ..sampling.trace import Samples, Step
 from .images import to_uint8
 
 LATE = 0.8  # of the way from noise to image

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from ..model.config import DCDiTConfig
 from ..model.dcdit import DCDiT
 from ..model.flops import dit_flops
-from ..sampling.sampler import Samples, Step, Trace, sample
+from ..sampling.sampler import sample
+from ..sampling.trace import Samples, Step, Trace
 from .images import enlarge, grid, save_png, to_uint8
 
 TINT = np.array([255, 122, 24])  # kept cells

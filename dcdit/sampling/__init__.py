@@ -8,7 +8,8 @@ __getattr__, __all__ = lazy(
         "batcher": "Batcher Request",
         "edits": "Edit read_edit",
         "policy": "Policy",
-        "sampler": "Samples Step Trace open_checkpoint sample",
+        "sampler": "open_checkpoint sample",
         "schedulers": "make_scheduler",
+        "trace": "Samples Step Trace",
     },
 )

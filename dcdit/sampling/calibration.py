@@ -12,7 +12,8 @@ from ..model.patch_dit import PatchDiT
 from ..model.rival_macs import patch_dit_macs
 from .patches import roughness
 from .policy import Policy
-from .sampler import Step, sample
+from .sampler import sample
+from .trace import Step
 
 TRIES = 12
 NEAR = 0.01

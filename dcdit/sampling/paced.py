@@ -2,7 +2,8 @@
 
 Each is called as a DCDiT with return_routing, has `begin(timesteps)` for the start of a batch and `observe(x)` for that
 of a step, and says by `spent` (B,) how many tokens each sample of the last call cost; 0 where nothing was computed.
-`rows` names the rows of the batch that a call holds, where it does not hold all.
+`decided` has numbers or (B,) for a table of decisions. `rows` names the rows of the batch that a call holds, where it
+does not hold all.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Paced(nn.Module):
     """A model, passed through."""
 
     spent: torch.Tensor
+    decided: dict[str, float | torch.Tensor]
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -51,8 +53,16 @@ class Paced(nn.Module):
         if isinstance(self.model, Paced):
             options["rows"] = rows
         out, routing = self.model(x, t, y, drop_fraction, return_routing=True, **options)
-        self.spent = self.model.spent if isinstance(self.model, Paced) else routing.plan.lengths
+        inner = isinstance(self.model, Paced)
+        self.spent = self.model.spent if inner else routing.plan.lengths
+        self.decided = dict(self.model.decided) if inner else {}
         return out, routing
+
+    def refuse(self, drop_fraction: Any, budget: dict[str, Any]) -> None:
+        """Raise ConfigError where ρ or a budget is asked of a model without a router."""
+        if budget or torch.as_tensor(drop_fraction).any():
+            name = "budget" if budget else "drop_fraction"
+            raise ConfigError(f"{name} is of a model with a router, this one is a {type(self.model).__name__}")
 
 
 class GridModel(Paced):
@@ -61,25 +71,26 @@ class GridModel(Paced):
     It answers with a Routing of all its tokens. A DyDiT's `spent` are all tokens times the share of its products.
     """
 
-    def __init__(self, model: nn.Module, density: Density | None = None) -> None:
+    def __init__(self, model: nn.Module, density: Density | None = None, gates: float | None = None) -> None:
         super().__init__(model)
-        self.density, self.table = density, None
+        self.density, self.gates, self.table = density, gates, None
 
     def begin(self, timesteps: torch.Tensor) -> None:
         if isinstance(self.model, DyDiT):
-            self.table = self.model.tabulate(timesteps)
+            self.table = self.model.tabulate(timesteps, self.gates)
 
-    def forward(self, x, t, y, drop_fraction=0.0, return_routing: bool = True, rows=None) -> Answer:
-        if torch.as_tensor(drop_fraction).any():
-            raise ConfigError(f"drop_fraction is of a model with a router, this one is a {type(self.model).__name__}")
-        grid, rate = self.model.grid, torch.ones(len(x))
+    def forward(self, x, t, y, drop_fraction=0.0, return_routing: bool = True, rows=None, **budget: Any) -> Answer:
+        self.refuse(drop_fraction, budget)
+        grid, rate, self.decided = self.model.grid, torch.ones(len(x)), {}
         if isinstance(self.model, SparseDiT):
             grid = self.config.sparse_size if self.density is None else self.density.size(float(t[0]), grid)
             out = self.model(x, t, y, grid)
+            self.decided["density"] = 1 - grid[0] * grid[1] / self.config.tokens
         elif self.table is not None:
             out, gates = self.table(x, t, y, return_gates=True)
             sizes = self.config.tokens, self.config.hidden_size, self.config.mlp_ratio
             rate = gate_rates(gates, *sizes)
+            self.decided["gates"] = rate
         else:
             out = self.model(x, t, y)
         self.spent = rate.cpu() * (grid[0] * grid[1])
@@ -89,12 +100,17 @@ class GridModel(Paced):
 class GatedModel(Paced):
     """A DyDCDiT, tabulated over the timesteps of a batch."""
 
+    def __init__(self, model: nn.Module, gates: float | None = None) -> None:
+        super().__init__(model)
+        self.gates = gates
+
     def begin(self, timesteps: torch.Tensor) -> None:
-        self.table = self.model.tabulate(timesteps)
+        self.table = self.model.tabulate(timesteps, self.gates)
 
     def forward(self, x, t, y, drop_fraction=0.0, return_routing: bool = True, rows=None, **options: Any) -> Answer:
         out, routing = self.table(x, t, y, drop_fraction, return_routing=True, **options)
         self.spent = routing.plan.lengths
+        self.decided = {} if self.gates is None else {"gates": self.gates}
         return out, routing
 
 
@@ -114,17 +130,20 @@ class RoutingReuse(Paced):
         self.prob: torch.Tensor | None = None
         self.fresh = {float(t) for t in timesteps[:: self.every]}
 
-    def forward(self, x, t, y, drop_fraction=0.0, return_routing: bool = True, rows=None) -> Answer:
+    def forward(self, x, t, y, drop_fraction=0.0, return_routing: bool = True, rows=None, **budget: Any) -> Answer:
         rows = torch.arange(len(x), device=x.device) if rows is None else rows
         known = self.prob is not None and int(rows.max()) < len(self.prob) and bool(self.prob[rows].isfinite().all())
         if not known or float(t[0]) in self.fresh:
-            out, routing = self.ask(x, t, y, drop_fraction, rows)
+            out, routing = self.ask(x, t, y, drop_fraction, rows, **budget)
             self.prob = stored(self.prob, rows, routing.boundary_prob)
+            self.decided["router"] = 1
             return out, routing
         grid, stride = tuple(x.shape[2:]), self.config.keep_grid
         kept = {"keep": regular_cells(grid, stride, x.device).expand(len(x), -1)} if stride else {}
-        routing = Routing.of(self.prob[rows], grid, drop_fraction, **kept)
-        return self.ask(x, t, y, 0.0, rows, routing=routing)
+        routing = Routing.of(self.prob[rows], grid, drop_fraction, **kept, **budget)
+        out, routing = self.ask(x, t, y, 0.0, rows, routing=routing)
+        self.decided["router"] = 0
+        return out, routing
 
 
 class TeaCache(Paced):
@@ -146,20 +165,27 @@ class TeaCache(Paced):
         self.last, self.before = float(timesteps[-1]), None
         self.out = self.prob = None
 
-    def forward(self, x, t, y, drop_fraction=0.0, return_routing: bool = True, rows=None) -> Answer:
+    def forward(self, x, t, y, drop_fraction=0.0, return_routing: bool = True, rows=None, **budget: Any) -> Answer:
         due = self._due(signal(self.model, x, t, y), float(t[0]))
         if due.all():
-            out, routing = self.ask(x, t, y, drop_fraction, None)
+            out, routing = self.ask(x, t, y, drop_fraction, None, **budget)
             self.out, self.prob, self.grid = out, routing.boundary_prob, routing.plan.grid
+            self.decided["computed"] = 1
             return out, routing
         rows = due.nonzero().squeeze(1)
-        spent = torch.zeros(len(x))
+        spent, self.decided = torch.zeros(len(x)), {}
         if len(rows):
-            some = drop_fraction[rows] if isinstance(drop_fraction, torch.Tensor) else drop_fraction
-            out, routing = self.ask(x[rows], t[rows], y[rows], some, rows)
+            some, own = rows_of(drop_fraction, rows), {name: rows_of(value, rows) for name, value in budget.items()}
+            if isinstance(own.get("budget_per_sample"), torch.Tensor):
+                own["capacity"] = int(own["budget_per_sample"].sum())
+            out, routing = self.ask(x[rows], t[rows], y[rows], some, rows, **own)
             spent[rows.cpu()] = self.spent.cpu().float()
             self.out, self.prob = stored(self.out, rows, out), stored(self.prob, rows, routing.boundary_prob)
-        self.spent = spent
+            for name, value in self.decided.items():
+                whole = torch.full((len(x),), torch.nan)
+                whole[rows.cpu()] = torch.as_tensor(value, dtype=torch.float32).cpu()
+                self.decided[name] = whole
+        self.spent, self.decided["computed"] = spent, due
         return self.out[: len(x)], Routing.of(self.prob[: len(x)], self.grid)
 
     def _due(self, now: torch.Tensor, t: float) -> torch.Tensor:
@@ -193,6 +219,11 @@ def innermost(model: nn.Module) -> nn.Module:
     while isinstance(model, Paced):
         model = model.model
     return model
+
+
+def rows_of(value: Any, rows: torch.Tensor) -> Any:
+    """A number as it is, and the `rows` of a tensor."""
+    return value[rows] if isinstance(value, torch.Tensor) else value
 
 
 def stored(kept: torch.Tensor | None, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -36,16 +38,15 @@ class PatchChoice(Paced):
         for scale, rough in roughness(self.history, self.model.config).items():
             self.scale[(rough < self.threshold).cpu()] = scale
 
-    def forward(self, x, t, y, drop_fraction=0.0, return_routing: bool = True, rows=None) -> Answer:
-        if torch.as_tensor(drop_fraction).any():
-            raise ConfigError("drop_fraction is of a model with a router, this one is a PatchDiT")
+    def forward(self, x, t, y, drop_fraction=0.0, return_routing: bool = True, rows=None, **budget: Any) -> Answer:
+        self.refuse(drop_fraction, budget)
         rows = torch.arange(len(x)) if rows is None else rows.cpu()
         scale = self.scale[rows % len(self.scale)]  # both halves of guidance see one x
         parts = [(s, (scale == s).nonzero().squeeze(1).to(x.device)) for s in scale.unique().tolist()]
         outs = [self.model(x[own], t[own], y[own], s) for s, own in parts]
         out = torch.cat(outs)[torch.cat([own for _, own in parts]).argsort()]
         tokens = len(self.model.pos_embed)
-        self.spent = tokens / scale.float() ** 2
+        self.spent, self.decided = tokens / scale.float() ** 2, {"patches": self.config.patch * scale}
         return out, Routing.of(torch.ones(len(x), tokens, device=x.device), self.model.grid)
 
 

@@ -1,10 +1,11 @@
-"""How a sampling step costs less, as text: "density=0.5:0.75", "reuse=2", "teacache=0.15", joined by &."""
+"""What a sampling step may spend, as text: "budget=64:32", "density=0.5:0.75", "teacache=0.15", joined by &."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import ConfigError
 from ..model.config import check_keys
@@ -17,22 +18,54 @@ from ..model.plain_dit import PlainDiT
 from ..model.sparse_dit import SparseDiT
 from .paced import GatedModel, GridModel, RoutingReuse, TeaCache
 from .patches import PatchChoice
+from .schedulers import TRAIN_STEPS
+
+
+class Ramp(NamedTuple):
+    """A number that depends on the timestep: `data` at t = 0, `noise` at t = 1000, and on the line between."""
+
+    data: float
+    noise: float
+
+    def at(self, t: float) -> float:
+        """The number at t."""
+        return self.data + (self.noise - self.data) * t / TRAIN_STEPS
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How each step of sampling costs less. None leaves a part out; policies of different parts are joined by `&`.
+    """What each step of sampling may spend. None leaves a part out; policies of different parts are joined by `&`.
 
+    - `rho`: the drop fraction of a model with a router.
+    - `budget`: in its place the tokens of an image in each half of a step, exactly so many.
+    - `guidance`: the timesteps, low and high, between which guidance is applied.
     - `density`: the sparse grid of a SparseDiT over t.
+    - `patches`: τ of a PatchDiT, under which a patch of the latents' third difference counts as smooth.
+    - `gates`: the share λ of a DyDiT's heads and channel groups that are on; at 1 all gates are left out.
     - `reuse`: the router of a DCDiT is asked at every so many steps.
     - `teacache`: the change of the input, relative, below which a sample's last prediction is given again.
-    - `patches`: τ of a PatchDiT, under which a patch of the latents' third difference counts as smooth.
     """
 
+    rho: Ramp | None = None
+    budget: Ramp | None = None
+    guidance: tuple[float, float] | None = None
     density: Density | None = None
     patches: float | None = None
+    gates: float | None = None
     reuse: int | None = None
     teacache: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rho is not None and self.budget is not None:
+            raise ConfigError(f"rho and budget exclude each other, got {self}")
+        if self.rho is not None and not all(0 <= value < 1 for value in self.rho):
+            raise ConfigError(f"rho must be in [0, 1), got {_text(self.rho)}")
+        if self.budget is not None and not all(1 <= value < 2**31 for value in self.budget):
+            raise ConfigError(f"budget must be a number of tokens, got {_text(self.budget)}")
+        if self.guidance is not None and not 0 <= self.guidance[0] <= self.guidance[1] <= TRAIN_STEPS:
+            raise ConfigError(f"guidance must be timesteps 0 <= low <= high <= 1000, got {_text(self.guidance)}")
+        if self.gates is not None and not 0 < self.gates <= 1:
+            raise ConfigError(f"gates must be a share in (0, 1], got {self.gates}")
 
     @classmethod
     def of(cls, policy: Policy | str | None) -> Policy:
@@ -42,13 +75,13 @@ class Policy:
         joined = cls()
         for part in filter(None, (part.strip() for part in policy.replace(";", "&").split("&"))):
             name, _, value = (text.strip() for text in part.partition("="))
-            check_keys([name], _READERS, "policy")
+            check_keys([name], _PARTS, "policy")
             try:
-                read = _READERS[name](value)
+                read = _PARTS[name][0](value)
             except ConfigError:
                 raise
             except ValueError as error:
-                raise ConfigError(f"policy {name} must look like {_EXAMPLES[name]}, got {part!r}") from error
+                raise ConfigError(f"policy {name} must look like {name}={_PARTS[name][1]}, got {part!r}") from error
             joined &= cls(**{name: read})
         return joined
 
@@ -60,23 +93,39 @@ class Policy:
         return Policy(**mine, **theirs)
 
     def __str__(self) -> str:
-        parts = self._parts()
-        if self.density is not None:
-            parts["density"] = f"{self.density.least:g}:{self.density.most:g}"
-        return " & ".join(f"{name}={value}" for name, value in parts.items())
+        return " & ".join(f"{name}={_text(value)}" for name, value in self._parts().items())
+
+    def spending(
+        self, drop_fraction: Any, tokens: Any, guidance_interval: tuple[float, float]
+    ) -> tuple[Any, Any, tuple[float, float]]:
+        """These arguments of `sample` with the policy's own in their place. Raises ConfigError where both say one."""
+        plain = isinstance(drop_fraction, float | int) and drop_fraction == 0
+        for name, free in (
+            ("rho", plain),
+            ("budget", tokens is None),
+            ("guidance", tuple(guidance_interval) == (0, TRAIN_STEPS)),
+        ):
+            if getattr(self, name) is not None and not free:
+                raise ConfigError(f"the policy has {name} already, {self}: leave one of them out")
+        rho, budget = self.rho, self.budget
+        drop_fraction = drop_fraction if rho is None else rho.at
+        tokens = tokens if budget is None else lambda t: round(budget.at(t))
+        return drop_fraction, tokens, guidance_interval if self.guidance is None else self.guidance
 
     def wrap(self, model: Any) -> Any:
         """The model as the sampler calls it. Raises ConfigError for a part that the model lacks."""
-        if isinstance(model, Graphed) and self._parts():
-            raise ConfigError(f"a policy and CUDA graphs exclude each other, got {self}")
+        if isinstance(model, Graphed) and self._parts().keys() - {"rho", "budget", "guidance"}:
+            raise ConfigError(f"CUDA graphs take rho, budget and guidance of a policy, got {self}")
+        if self.gates is not None and not isinstance(model, DyDiT | DyDCDiT):
+            raise ConfigError(f"gates are of a DyDiT, this model is a {type(model).__name__}")
         if self.density is not None and not isinstance(model, SparseDiT):
             raise ConfigError(f"density is of a SparseDiT, this model is a {type(model).__name__}")
         if self.patches is not None:
             model = PatchChoice(model, self.patches)
         elif type(model) in (PlainDiT, SparseDiT, DyDiT, PatchDiT):  # a subclass may answer with a routing itself
-            model = GridModel(model, self.density)
+            model = GridModel(model, self.density, self.gates)
         if isinstance(model, DyDCDiT):
-            model = GatedModel(model)
+            model = GatedModel(model, self.gates)
         if self.reuse is not None:
             model = RoutingReuse(model, self.reuse)
         return model if self.teacache is None else TeaCache(model, self.teacache)
@@ -86,15 +135,29 @@ class Policy:
         return {name: value for name, value in values.items() if value is not None}
 
 
-def _density(text: str) -> Density:
-    least, _, most = text.partition(":")
-    return Density(float(least), float(most or least))
+def _text(value: Any) -> str:
+    if isinstance(value, Density):
+        value = value.least, value.most
+    if not isinstance(value, tuple):
+        return str(value)
+    return ":".join(
+        f"{number:g}" for number in (value[:1] if isinstance(value, Ramp) and value[0] == value[1] else value)
+    )
 
 
-_READERS = {"density": _density, "patches": float, "reuse": int, "teacache": float}
-_EXAMPLES = {
-    "density": "density=0.5:0.75",
-    "patches": "patches=0.02",
-    "reuse": "reuse=2",
-    "teacache": "teacache=0.15",
+def _two(text: str) -> tuple[float, float]:
+    first, _, second = text.partition(":")
+    return float(first), float(second or first)
+
+
+# How a part's value is read, and an example.
+_PARTS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "rho": (lambda text: Ramp(*_two(text)), "0.2:0.6"),
+    "budget": (lambda text: Ramp(*_two(text)), "64:32"),
+    "guidance": (_two, "200:800"),
+    "density": (lambda text: Density(*_two(text)), "0.5:0.75"),
+    "patches": (float, "0.02"),
+    "gates": (float, "0.5"),
+    "reuse": (int, "2"),
+    "teacache": (float, "0.15"),
 }

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..checkpoints.folder import load_checkpoint, locate
@@ -23,7 +21,6 @@ from ..model.dcdit import DCDiT
 from ..model.dit_shell import DiTShell
 from ..model.graphs import Graphed
 from ..model.precision import float32_products
-from ..model.rival_macs import image_gflops
 from ..model.routing import Routing
 from ..pictures.images import to_uint8
 from .drop_fraction import DropFraction
@@ -32,46 +29,8 @@ from .paced import Paced
 from .policy import Policy
 from .schedulers import SCHEDULERS
 from .token_budget import Tokens
+from .trace import Decided, Samples, Step, Trace
 from .trajectory import Denoising, budget_of, plan_trajectory
-
-
-@dataclass(frozen=True)
-class Step:
-    """A callback's view before each update: x (B, C, H, W) at `timestep` (0 data to 1000 noise), the images' indices
-    (B,), and the Routing of the conditional half (its plan covers both halves where there is guidance)."""
-
-    number: int
-    steps: int
-    timestep: float
-    x: torch.Tensor
-    indices: torch.Tensor
-    routing: Routing
-
-
-@dataclass(frozen=True)
-class Trace:
-    """The cost of a run: `timesteps` (S,), `seconds` (S,) over all images, and the retained tokens of each image,
-    `tokens` (S, N) and `uncond_tokens` (S, N); the latter None without guidance, NaN in steps without it. 0 tokens are
-    a step that a policy did not compute."""
-
-    timesteps: torch.Tensor
-    seconds: torch.Tensor
-    tokens: torch.Tensor
-    uncond_tokens: torch.Tensor | None
-
-    def gflops(self, config: DCDiTConfig, router: torch.nn.Module | None = None) -> torch.Tensor:
-        """GFLOP of each step, mean over the images, both halves together: (S,); `router` as in `dcdit_flops`."""
-        halves = [self.tokens] if self.uncond_tokens is None else [self.tokens, self.uncond_tokens]
-        costs = [[np.mean([image_gflops(config, m, router) for m in row]) for row in h.tolist()] for h in halves]
-        return torch.tensor(costs).nan_to_num(0.0).sum(0)
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Clean latents (N, C, H, W), float32 on the CPU, and the Trace of the run."""
-
-    latents: torch.Tensor
-    trace: Trace
 
 
 @torch.no_grad()
@@ -125,13 +84,16 @@ def sample(
         size: (H, W) of the latents, in cells; None: the model's input_size. `latent_size` gives it from pixels.
         clip: clamp the predicted x_0 of "ddpm" and "ddim" to [−1, 1], for codecs with pixels as latents.
         edit: a picture's cells to sample, the others stay; see `Edit`, and `dcdit.sampling.read_edit` for files.
-        policy: savings of each step, see `Policy`; such as "reuse=2 & teacache=0.15".
+        policy: what each step may spend, see `Policy`; such as "budget=64:32 & teacache=0.15". `Trace.table()` says
+            what it decided when.
         callback: called with a Step before each update.
 
     Raises ConfigError for a class id outside [0, num_classes), ρ outside [0, 1), a size that the model cannot
     take, or a scheduler that does not fit; DCDiTError where the router's probabilities are NaN.
     """
-    model = Policy.of(policy).wrap(model)
+    policy = Policy.of(policy)
+    model = policy.wrap(model)
+    drop_fraction, tokens, guidance_interval = policy.spending(drop_fraction, tokens, guidance_interval)
     classes = class_ids(classes, model.config.num_classes)
     count = len(classes)
     indices = torch.arange(count) if indices is None else torch.as_tensor(indices)
@@ -164,6 +126,7 @@ def sample(
     latents = torch.empty(count, model.config.in_channels, *way.size)
     kept = torch.full((len(way.budgets), len(timesteps), count), torch.nan)
     seconds = torch.zeros(len(timesteps))
+    decided = Decided(len(timesteps), count)
     with float32_products("high" if next(model.parameters()).dtype.itemsize < 4 else None):
         for start in range(0, count, batch_size):
             part = slice(start, start + batch_size)
@@ -182,6 +145,7 @@ def sample(
                     begin += time.perf_counter() - paused
                 spent = (model.spent if isinstance(model, Paced) else routing.plan.lengths).view(-1, len(run.x))
                 kept[: len(spent), i, part] = spent.cpu().float()
+                decided.add(i, part, {**run.decided(), **(model.decided if isinstance(model, Paced) else {})})
                 run.update(out)
                 if run.device.type == "cuda":
                     torch.cuda.synchronize(run.device)
@@ -189,7 +153,7 @@ def sample(
             latents[part] = run.x.cpu()
             if not latents[part].isfinite().all():
                 raise run.diverged("latents that are not finite")
-    trace = Trace(timesteps, seconds, kept[0], kept[1] if len(way.budgets) == 2 else None)
+    trace = Trace(timesteps, seconds, kept[0], kept[1] if len(way.budgets) == 2 else None, decided.values)
     return Samples(latents, trace)
 
 

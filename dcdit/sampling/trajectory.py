@@ -99,13 +99,15 @@ def plan_trajectory(
     if tokens is None and gflops_per_image is None:
         budgets = [drop_table(drop, timesteps, count) for drop in drops]
     else:
-        _check_chunking(model, "a budget of tokens")
+        if not isinstance(inner, DCDiT | Graphed):
+            raise ConfigError(f"a budget of tokens is for a model with a router, got a {type(inner).__name__}")
         if not all(isinstance(drop, float | int) and drop == 0 for drop in drops):
             raise ConfigError("a budget of tokens and a drop fraction exclude each other: leave one of them out")
         resized = dataclasses.replace(config, input_size=size)
         if gflops_per_image is not None:
             if tokens is not None:
                 raise ConfigError("tokens and gflops_per_image exclude each other: leave one of them out")
+            _check_chunking(model, "gflops_per_image")
             halves_of = [1 if value == 1 else 2 for value in guidances]
             tokens = tokens_for_gflops(resized, gflops_per_image, halves_of, budget_schedule, model.router)
         budgets = [token_table(tokens, timesteps, count, resized)] * len(drops)
@@ -172,6 +174,15 @@ class Denoising:
         """The masks of an edit (R, L), for `inputs`' ρ or tokens (R,)."""
         edit = self.trajectory.edit
         return {} if edit is None else edit.limits(amount, self.keep_grid, self.device)
+
+    def decided(self) -> dict[str, float | torch.Tensor]:
+        """Guidance, and ρ or tokens (B,), of the next forward, where the trajectory has any."""
+        way = self.trajectory
+        found: dict[str, float | torch.Tensor] = {"guidance": self.guidance} if len(way.budgets) == 2 else {}
+        if way.budgets[0].any():
+            name = "rho" if way.budgets[0].is_floating_point() else "budget"
+            found[name] = way.budgets[0][self.number, self.part]
+        return found
 
     def update(self, out: torch.Tensor) -> None:
         """Let the scheduler take a step by the forward's output (R, C or 2C, H, W)."""
