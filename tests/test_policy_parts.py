@@ -2,11 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, FlowMatchEulerDiscreteScheduler
 from test_pipeline import quiet, record_tokens, transformer, vae  # noqa: F401
 
+from bench.policies import measure
 from dcdit.checkpoints.folder import save_checkpoint
 from dcdit.cli import main
 from dcdit.errors import ConfigError
@@ -198,3 +200,15 @@ def test_bad_input(net):
     with pytest.raises(ConfigError, match="the policy has rho already"):
         model(x, torch.full((2,), 900.0), y, 0.25)
     assert isinstance(net, DCDiT)
+
+
+def test_the_bench_measures_policies(net):
+    """No policy is no distance; a policy's row has its share of forwards, its FLOPs and the recognised images."""
+    rows = list(
+        measure(
+            net, lambda z: z[:, :3], lambda images: np.zeros(len(images)), np.array([0, 3]), ["teacache=9"], **OPTIONS
+        )
+    )
+    assert [row.policy for row in rows] == ["none", "teacache=9"] and all(row.recognised == 1 for row in rows)
+    assert rows[0].distance == 0 and rows[0].computed == 1 and rows[1].distance > 0
+    assert rows[1].computed == 0.5 and rows[1].gflops == pytest.approx(rows[0].gflops / 2, rel=0.2)

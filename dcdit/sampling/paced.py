@@ -132,6 +132,8 @@ class RoutingReuse(Paced):
 
     def forward(self, x, t, y, drop_fraction=0.0, return_routing: bool = True, rows=None, **budget: Any) -> Answer:
         rows = torch.arange(len(x), device=x.device) if rows is None else rows
+        if self.prob is not None and self.prob.shape[1] != x.shape[2] * x.shape[3]:
+            self.prob = None  # of another grid
         known = self.prob is not None and int(rows.max()) < len(self.prob) and bool(self.prob[rows].isfinite().all())
         if not known or float(t[0]) in self.fresh:
             out, routing = self.ask(x, t, y, drop_fraction, rows, **budget)
@@ -166,6 +168,8 @@ class TeaCache(Paced):
         self.out = self.prob = None
 
     def forward(self, x, t, y, drop_fraction=0.0, return_routing: bool = True, rows=None, **budget: Any) -> Answer:
+        if self.out is not None and self.out.shape[2:] != x.shape[2:]:
+            self.before = self.out = self.prob = None  # of another grid
         due = self._due(signal(self.model, x, t, y), float(t[0]))
         if due.all():
             out, routing = self.ask(x, t, y, drop_fraction, None, **budget)

@@ -39,6 +39,7 @@ class Policy:
     - `rho`: the drop fraction of a model with a router.
     - `budget`: in its place the tokens of an image in each half of a step, exactly so many.
     - `guidance`: the timesteps, low and high, between which guidance is applied.
+    - `grid`: the share of the full grid's sides, and the timestep above which a DC-DiT's steps have it.
     - `density`: the sparse grid of a SparseDiT over t.
     - `patches`: τ of a PatchDiT, under which a patch of the latents' third difference counts as smooth.
     - `gates`: the share λ of a DyDiT's heads and channel groups that are on; at 1 all gates are left out.
@@ -49,6 +50,7 @@ class Policy:
     rho: Ramp | None = None
     budget: Ramp | None = None
     guidance: tuple[float, float] | None = None
+    grid: tuple[float, float] | None = None
     density: Density | None = None
     patches: float | None = None
     gates: float | None = None
@@ -64,6 +66,8 @@ class Policy:
             raise ConfigError(f"budget must be a number of tokens, got {_text(self.budget)}")
         if self.guidance is not None and not 0 <= self.guidance[0] <= self.guidance[1] <= TRAIN_STEPS:
             raise ConfigError(f"guidance must be timesteps 0 <= low <= high <= 1000, got {_text(self.guidance)}")
+        if self.grid is not None and not (0 < self.grid[0] < 1 and 0 < self.grid[1] < TRAIN_STEPS):
+            raise ConfigError(f"grid must be a share in (0, 1) and a timestep in (0, 1000), got {_text(self.grid)}")
         if self.gates is not None and not 0 < self.gates <= 1:
             raise ConfigError(f"gates must be a share in (0, 1], got {self.gates}")
 
@@ -114,8 +118,8 @@ class Policy:
 
     def wrap(self, model: Any) -> Any:
         """The model as the sampler calls it. Raises ConfigError for a part that the model lacks."""
-        if isinstance(model, Graphed) and self._parts().keys() - {"rho", "budget", "guidance"}:
-            raise ConfigError(f"CUDA graphs take rho, budget and guidance of a policy, got {self}")
+        if isinstance(model, Graphed) and self._parts().keys() - {"rho", "budget", "guidance", "grid"}:
+            raise ConfigError(f"CUDA graphs take rho, budget, guidance and grid of a policy, got {self}")
         if self.gates is not None and not isinstance(model, DyDiT | DyDCDiT):
             raise ConfigError(f"gates are of a DyDiT, this model is a {type(model).__name__}")
         if self.density is not None and not isinstance(model, SparseDiT):
@@ -155,6 +159,7 @@ _PARTS: dict[str, tuple[Callable[[str], Any], str]] = {
     "rho": (lambda text: Ramp(*_two(text)), "0.2:0.6"),
     "budget": (lambda text: Ramp(*_two(text)), "64:32"),
     "guidance": (_two, "200:800"),
+    "grid": (_two, "0.5:700"),
     "density": (lambda text: Density(*_two(text)), "0.5:0.75"),
     "patches": (float, "0.02"),
     "gates": (float, "0.5"),

@@ -21,6 +21,8 @@ class PolicyRun:
 
     def __init__(self, model: Any, policy: Policy | str, timesteps: torch.Tensor | Sequence[float]) -> None:
         self.policy = Policy.of(policy)
+        if self.policy.grid is not None:
+            raise ConfigError(f"grid is of dcdit.sampling.sample, a pipeline has one size, got {self.policy}")
         self.model = self.policy.wrap(model)
         self.timesteps = torch.as_tensor(timesteps).float().cpu()
         if self.timesteps.dim() != 1 or not len(self.timesteps):

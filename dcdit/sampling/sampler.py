@@ -121,6 +121,7 @@ def sample(
         size=size,
         clip=clip,
         edit=edit,
+        grid=policy.grid,
     )
     timesteps = way.timesteps
     latents = torch.empty(count, model.config.in_channels, *way.size)
@@ -153,7 +154,7 @@ def sample(
             latents[part] = run.x.cpu()
             if not latents[part].isfinite().all():
                 raise run.diverged("latents that are not finite")
-    trace = Trace(timesteps, seconds, kept[0], kept[1] if len(way.budgets) == 2 else None, decided.values)
+    trace = Trace(timesteps, seconds, kept[0], kept[1] if len(way.budgets) == 2 else None, decided.values, way.sizes)
     return Samples(latents, trace)
 
 

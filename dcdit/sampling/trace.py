@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -31,18 +32,25 @@ class Trace:
     """The cost of a run: `timesteps` (S,), `seconds` (S,) over all images, and the retained tokens of each image,
     `tokens` (S, N) and `uncond_tokens` (S, N); the latter None without guidance, NaN in steps without it. 0 tokens are
     a step that a policy did not compute. `decided` has the decisions for each step and image, (S, N) each, by the
-    names of a policy's parts; NaN where nothing was."""
+    names of a policy's parts; NaN where nothing was. `sizes` has each step's grid (H, W) where they differ."""
 
     timesteps: torch.Tensor
     seconds: torch.Tensor
     tokens: torch.Tensor
     uncond_tokens: torch.Tensor | None
     decided: dict[str, torch.Tensor] = field(default_factory=dict)
+    sizes: list[tuple[int, int]] | None = None
 
     def gflops(self, config: DCDiTConfig, router: torch.nn.Module | None = None) -> torch.Tensor:
         """GFLOP of each step, mean over the images, both halves together: (S,); `router` as in `dcdit_flops`."""
         halves = [self.tokens] if self.uncond_tokens is None else [self.tokens, self.uncond_tokens]
-        costs = [[np.mean([image_gflops(config, m, router) for m in row]) for row in h.tolist()] for h in halves]
+        configs = [config] * len(self.timesteps)
+        if self.sizes is not None:
+            configs = [dataclasses.replace(config, input_size=size) for size in self.sizes]
+        costs = [
+            [np.mean([image_gflops(sizes, m, router) for m in row]) for sizes, row in zip(configs, h, strict=True)]
+            for h in (half.tolist() for half in halves)
+        ]
         return torch.tensor(costs).nan_to_num(0.0).sum(0)
 
     def table(self) -> str:

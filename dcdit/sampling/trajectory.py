@@ -15,9 +15,11 @@ from ..errors import ConfigError, DCDiTError
 from ..model.dcdit import DCDiT
 from ..model.dit_shell import DiTShell
 from ..model.graphs import Graphed
+from ..model.routing import least_tokens
 from .drop_fraction import DropFraction, drop_table
 from .edits import Edit
 from .paced import Paced, innermost
+from .progressive import CoarseStart
 from .schedulers import TRAIN_STEPS, make_scheduler
 from .token_budget import Tokens, token_table, tokens_for_gflops
 
@@ -30,6 +32,7 @@ class Trajectory:
     - `budgets`: of the conditional half and, with guidance, the other, (S, N): ρ in float32 or tokens in int64.
     - `size` (H, W) of the latents, in cells; `channels` that guidance moves.
     - `make`: a scheduler and its timesteps. Each batch has its own, for multistep ones keep state.
+    - `coarse`: the forwards on a coarse grid in front, where a policy wants them.
     """
 
     timesteps: torch.Tensor
@@ -41,6 +44,14 @@ class Trajectory:
     step_options: dict[str, float]
     seed: int
     edit: Edit | None
+    coarse: CoarseStart | None = None
+
+    @property
+    def sizes(self) -> list[tuple[int, int]] | None:
+        """The grid of each forward, where they differ."""
+        if self.coarse is None:
+            return None
+        return [self.coarse.size if i < self.coarse.steps else self.size for i in range(len(self.timesteps))]
 
 
 def plan_trajectory(
@@ -64,8 +75,12 @@ def plan_trajectory(
     size: tuple[int, int] | None = None,
     clip: bool = False,
     edit: Edit | None = None,
+    grid: tuple[float, float] | None = None,
 ) -> Trajectory:
-    """The trajectory of N = `count` images; the options are those of `dcdit.sampling.sample`. Raises ConfigError."""
+    """The trajectory of N = `count` images; the options are those of `dcdit.sampling.sample`, `grid` a policy's.
+
+    Raises ConfigError.
+    """
     config = model.config
     for name, value in (("steps", steps), ("seed", seed)):
         if not isinstance(value, int | np.integer):
@@ -108,12 +123,34 @@ def plan_trajectory(
             if tokens is not None:
                 raise ConfigError("tokens and gflops_per_image exclude each other: leave one of them out")
             _check_chunking(model, "gflops_per_image")
+            if grid is not None:
+                raise ConfigError("gflops_per_image and a policy's grid exclude each other: leave one of them out")
             halves_of = [1 if value == 1 else 2 for value in guidances]
             tokens = tokens_for_gflops(resized, gflops_per_image, halves_of, budget_schedule, model.router)
         budgets = [token_table(tokens, timesteps, count, resized)] * len(drops)
+    coarse = None
+    if grid is not None:
+        if edit is not None or not isinstance(inner, DCDiT | Graphed):
+            name = "an edit" if edit is not None else f"a {type(inner).__name__}"
+            raise ConfigError(f"grid is of a DC-DiT, which takes any size, and of whole pictures, got {name}")
+        coarse = CoarseStart.plan(*grid, size, config.encoder_stride, make()[0])
+    if coarse is not None:
+        timesteps = torch.cat([coarse.timesteps, timesteps[coarse.steps :]])
+        budgets = [_coarser(budget, coarse, config.keep_grid) for budget in budgets]
     step_options = {"eta": eta} if eta else {}
     channels = guidance_channels or config.in_channels
-    return Trajectory(timesteps, guidances, budgets, size, channels, make, step_options, int(seed), edit)
+    return Trajectory(timesteps, guidances, budgets, size, channels, make, step_options, int(seed), edit, coarse)
+
+
+def _coarser(budget: torch.Tensor, coarse: CoarseStart, keep_grid: int) -> torch.Tensor:
+    """A budget (S, N) whose tokens are an equal share of the cells on the coarse grid."""
+    if budget.is_floating_point():
+        return budget
+    budget, cells = budget.clone(), coarse.size[0] * coarse.size[1]
+    share = cells / (coarse.full[0] * coarse.full[1])
+    early = (budget[: coarse.steps] * share).round().long()
+    budget[: coarse.steps] = early.clamp(least_tokens(coarse.size, keep_grid), cells)
+    return budget
 
 
 def _check_chunking(model: Any, what: str) -> None:
@@ -136,15 +173,20 @@ class Denoising:
         part: slice = slice(None),
     ) -> None:
         self.trajectory, self.part, self.number = trajectory, part, 0
-        self.scheduler = trajectory.make()[0]
+        coarse = trajectory.coarse
+        self.scheduler = trajectory.make()[0] if coarse is None else coarse.scheduler()
         self.generators = [image_generator(trajectory.seed, index) for index in indices]
         weight, self.keep_grid = next(model.parameters()), getattr(model.config, "keep_grid", 0)
         self.device, self.dtype = weight.device, weight.dtype
-        shape = (1, model.config.in_channels, *trajectory.size)
-        self.x = torch.cat([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
-        self.noise = self.x
+        self.channels = model.config.in_channels
+        self.x = self.noise = self._draw(trajectory.size if coarse is None else coarse.size)
         self.y = torch.cat([classes, torch.full_like(classes, model.config.num_classes)]).to(self.device)
         self._keep_known()
+
+    def _draw(self, size: tuple[int, int]) -> torch.Tensor:
+        """Normal noise (B, C, H, W), each image's from its own generator."""
+        shape = (1, self.channels, *size)
+        return torch.cat([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
 
     @property
     def done(self) -> bool:
@@ -178,7 +220,8 @@ class Denoising:
     def decided(self) -> dict[str, float | torch.Tensor]:
         """Guidance, and ρ or tokens (B,), of the next forward, where the trajectory has any."""
         way = self.trajectory
-        found: dict[str, float | torch.Tensor] = {"guidance": self.guidance} if len(way.budgets) == 2 else {}
+        found: dict[str, float | torch.Tensor] = {} if way.coarse is None else {"rows": self.x.shape[2]}
+        found |= {"guidance": self.guidance} if len(way.budgets) == 2 else {}
         if way.budgets[0].any():
             name = "rho" if way.budgets[0].is_floating_point() else "budget"
             found[name] = way.budgets[0][self.number, self.part]
@@ -193,6 +236,9 @@ class Denoising:
         options = {"generator": self.generators, **self.trajectory.step_options}
         self.x = self.scheduler.step(out, self.scheduler.timesteps[self.number], self.x, **options).prev_sample
         self.number += 1
+        coarse = self.trajectory.coarse
+        if coarse is not None and self.number == coarse.steps:
+            self.x, self.scheduler = coarse.expand(self.x, self._draw(coarse.full)), self.trajectory.make()[0]
         self._keep_known()
 
     def _keep_known(self) -> None:
