@@ -138,9 +138,8 @@ def main(steps: int = 60, rotary: bool = False) -> tuple[float, float, float]:
         losses.append(loss.item())
     kept = float(chunking.routing.plan.lengths.sum()) * 16 / sum(picture.numel() for picture in pictures)
     before, after = sum(losses[:5]) / 5, sum(losses[-5:]) / 5
-    print(
-        f"{'rotary' if rotary else 'learned'} positions: loss {before:.3f} → {after:.3f} with {kept:.1%} of the patches"
-    )
+    positions = "rotary" if rotary else "learned"
+    print(f"{positions} positions: loss {before:.3f} → {after:.3f} with {kept:.1%} of the patches")
     return before, after, kept
 
 

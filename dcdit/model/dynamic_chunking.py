@@ -48,8 +48,8 @@ class DynamicChunking(nn.Module):
         sigma: width of the Gaussian smoothing of the change, in cells; None: no smoothing.
 
     Attributes, for models with a forward without such arguments: `grid`, and `drop_fraction`, `budget`,
-    `budget_per_sample`, `capacity`, `max_seqlen`, `keep`, `ban` and `valid` as in `dcdit.ops.plan_chunks`. After a forward
-    `routing` holds its Routing, for `dcdit.training.ratio_loss`; copies and pickles have none.
+    `budget_per_sample`, `capacity`, `max_seqlen`, `keep`, `ban` and `valid` as in `dcdit.ops.plan_chunks`. After a
+    forward `routing` holds its Routing, for `dcdit.training.ratio_loss`; copies and pickles have none.
     """
 
     def __init__(

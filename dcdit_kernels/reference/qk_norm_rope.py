@@ -75,5 +75,5 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairing: str)
     if pairing == "half":
         a, b = x.chunk(2, -1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-    a, b = x[..., ::2], x[..., 1::2]
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+    pairs = torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2)))  # one pass over x
+    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
