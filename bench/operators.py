@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -92,6 +93,11 @@ def plan_problem(case: Case, device: str, compiled: bool) -> Problem:
         limits = {"capacity": tokens, "max_seqlen": tokens // batch}
         fixed = Variant(lambda p: K.plan_chunks(p, grid, 0.5, **limits, backend="native"), result=packed)
         problem.variants["native fixed"] = fixed
+        # As many tokens, shared by the batch in place of ρ: other cells, so a family of their own.
+        problem.families["budget"] = Family("budget reference", "budget reference")
+        for name, backend in (("budget reference", "reference"), ("native batch budget", "native")):
+            run = functools.partial(K.plan_chunks, grid=grid, budget=tokens, backend=backend)
+            problem.variants[name] = Variant(run, result=packed, family="budget")
     return problem
 
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "convert": "turn a checkpoint of the public release into a directory, or back",
     "sample": "sample images from a checkpoint",
     "evaluate": "measure how far samples are from real pictures",
+    "calibrate": "measure the time of a step on this machine, and the router's own tokens over t",
     "calibrate-patches": "find the threshold by which a model of several patch sizes has a wished speed",
     "visualize": "draw chunk maps and the compute spent along a trajectory",
     "demo": "sample the digits that ship with the package and tabulate what dynamic chunking saves",

@@ -82,6 +82,8 @@ def test_bad_budgets(model):
         ({"tokens": 9, "drop_fraction": 0.2}, "exclude each other"),
         ({"tokens": 9, "uncond_drop_fraction": [0.2]}, "exclude each other"),
         ({"tokens": 9, "gflops_per_image": 1.0}, "tokens and gflops_per_image exclude each other"),
+        ({"gflops_per_image": 1.0, "seconds_per_image": 1.0}, "gflops_per_image and seconds_per_image exclude"),
+        ({"gflops_per_image": 1.0, "budget_schedule": "router"}, "does not say its router's tokens over t"),
         ({"gflops_per_image": 1e9}, "no budget of tokens costs 1e\\+09 GFLOP per image"),
     ]
     for options, message in cases:

@@ -101,6 +101,17 @@ def save_checkpoint(directory: str | Path, model: DCDiT, extra: dict[str, Any] |
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def store_use(directory: Path, values: dict[str, Any]) -> None:
+    """Add JSON values to a checkpoint's config.json. Raises CheckpointError where it cannot be written."""
+    file = directory / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps({**config, **values}, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"cannot write {file}: {error}") from error
+
+
 def load_checkpoint(
     path: str | Path,
     device: str | torch.device = "cpu",

@@ -92,10 +92,17 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="in place of RHO: what a whole image costs, kept to 1 percent",
     )
     parser.add_argument(
+        "--seconds-per-image",
+        type=float,
+        metavar="S",
+        help="in place of RHO: the time of a whole image, by the table of dcdit calibrate, kept to 1 percent",
+    )
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="that table (this machine's, in the cache)")
+    parser.add_argument(
         "--budget-schedule",
-        choices=("constant", "linear"),
+        choices=("constant", "linear", "router"),
         default="constant",
-        help="of --gflops-per-image: tokens of the steps, alike or twice as many at the end (constant)",
+        help="tokens of a budget's steps: alike, twice as many at the end, or as the router's own average (constant)",
     )
     parser.add_argument("--image", metavar="FILE", help="a picture to edit: outside of --edit-mask it stays")
     parser.add_argument(
@@ -160,6 +167,8 @@ def sampling_arguments(args: argparse.Namespace, objective: str, codec, model) -
         "uncond_drop_fraction": uncond if uncond is None else parse_drop_fraction(uncond),
         "policy": Policy.of(args.policy),
         "gflops_per_image": args.gflops_per_image,
+        "seconds_per_image": args.seconds_per_image,
+        "calibration": args.calibration,
         "budget_schedule": args.budget_schedule,
         "seed": args.seed,
         "clip": isinstance(codec, PixelUnshuffle),
@@ -189,8 +198,9 @@ def settings_of(args: argparse.Namespace, checkpoint: Path, ids: list[int]) -> d
     names += ("drop_fraction", "uncond_drop_fraction", "seed", "bf16", "cuda_graph")
     values = {name: getattr(args, name) for name in names}
     # What is not asked for is None, so that a folder with it is another run's.
-    gflops = args.gflops_per_image
-    values |= {"gflops_per_image": gflops, "budget_schedule": None if gflops is None else args.budget_schedule}
+    budgets = {"gflops_per_image": args.gflops_per_image, "seconds_per_image": args.seconds_per_image}
+    budgeted = any(value is not None for value in budgets.values())
+    values |= {**budgets, "budget_schedule": args.budget_schedule if budgeted else None}
     for name, file in (("image", args.image), ("edit_mask", args.edit_mask)):
         values[name] = None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
     interval = list(args.guidance_interval)

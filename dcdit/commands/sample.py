@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
     from ..pictures.images import check_output
     from ..sampling.picture_run import PictureRun
     from ..sampling.sampler import latent_size, open_checkpoint
+    from ..sampling.trajectory import plan_trajectory
     from ..training.ranks import cpu_ranks
 
     wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -77,7 +78,16 @@ def run(args: argparse.Namespace) -> None:
     if args.size:
         options["size"] = latent_size(args.size, config, codec)
         config = dataclasses.replace(config, input_size=options["size"])
-    pictures = PictureRun(output, ids, count, settings_of(args, checkpoint, ids), args.format)
+    settings = settings_of(args, checkpoint, ids)
+    if args.seconds_per_image is not None:
+        # The tokens of all pictures, also of those in a last batch that is smaller; another table gives others.
+        if str(options["policy"]):
+            raise ConfigError(f"--seconds-per-image and a policy exclude each other, got {options['policy']}")
+        without = {name: value for name, value in options.items() if name != "policy"}
+        planned = plan_trajectory(model, 1, batch_size=min(args.batch_size, count), **without)
+        settings["tokens"] = planned.budgets[0][:, 0].tolist()
+        options |= {"tokens": settings["tokens"], "seconds_per_image": None}
+    pictures = PictureRun(output, ids, count, settings, args.format)
     if pictures.finished:
         if state.is_main_process:
             print(f"{count} images are in {output}/ already")

@@ -50,6 +50,8 @@ def sample(
     uncond_drop_fraction: DropFraction | None = None,
     tokens: Tokens | None = None,
     gflops_per_image: float | None = None,
+    seconds_per_image: float | None = None,
+    calibration: Path | None = None,
     budget_schedule: str = "constant",
     seed: int = 0,
     indices: Sequence[int] | None = None,
@@ -79,7 +81,10 @@ def sample(
         uncond_drop_fraction: ρ of the unconditional half (Lite-CFG, arXiv 2603.06351); None: drop_fraction.
         tokens: in place of ρ, how many tokens an image has in each half of a step, given as ρ is: exactly so many.
         gflops_per_image: in place of ρ, what an image costs over the whole trajectory, as `Trace.gflops` counts it. The
-            tokens of each step follow (`tokens_for_gflops`), with "constant" or "linear" for `budget_schedule`.
+            tokens of each step follow (`tokens_for_gflops`), with "constant", "linear" or "router" for
+            `budget_schedule`; the last is the router's own average over t, which `dcdit calibrate` stores.
+        seconds_per_image: in place of ρ, the time of an image's steps by `dcdit calibrate`'s table: that of this
+            machine, or of the file `calibration`.
         seed, indices: image i draws from (seed, indices[i]); the indices are 0 to N − 1 by default.
         size: (H, W) of the latents, in cells; None: the model's input_size. `latent_size` gives it from pixels.
         clip: clamp the predicted x_0 of "ddpm" and "ddim" to [−1, 1], for codecs with pixels as latents.
@@ -116,6 +121,9 @@ def sample(
         uncond_drop_fraction=uncond_drop_fraction,
         tokens=tokens,
         gflops_per_image=gflops_per_image,
+        seconds_per_image=seconds_per_image,
+        calibration=calibration,
+        batch_size=min(batch_size, count),
         budget_schedule=budget_schedule,
         seed=seed,
         size=size,

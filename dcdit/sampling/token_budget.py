@@ -1,4 +1,4 @@
-"""Tokens of each step of a trajectory: as they are asked for, or as many as a number of FLOPs per image pays for."""
+"""Tokens of each step of a trajectory: as they are asked for, or as many as FLOPs or seconds per image pay for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..model.routing import least_tokens
 from .drop_fraction import over_steps
 
 Tokens = int | torch.Tensor | Sequence[int] | Callable[[float], int]
-# The share of the mean that a step gets, noise first. The paper's router keeps twice as many cells at the end.
+# The share of the mean that a step gets, noise first; "router" is the checkpoint's own.
 SCHEDULES: dict[str, tuple[float, float]] = {"constant": (1.0, 1.0), "linear": (2 / 3, 4 / 3)}
 
 
@@ -28,32 +28,47 @@ def token_table(tokens: Tokens, timesteps: torch.Tensor, count: int, config: DCD
     return table.long()
 
 
-def tokens_for_gflops(config: DCDiTConfig, gflops: float, halves: Sequence[int], schedule: str = "constant",
-                      router: Any = None) -> list[int]:  # fmt: skip
+def tokens_for_gflops(config: DCDiTConfig, gflops: float, halves: Sequence[int],
+                      schedule: str | torch.Tensor = "constant", router: Any = None) -> list[int]:  # fmt: skip
     """Tokens of each forward of a trajectory, for at most `gflops` GFLOP per image and less than a token short of it.
 
     `halves` has the halves that run in each forward, noise first: 2 with guidance, else 1. Both halves get the same
     number. Steps differ as the schedule says, and by one token more where that comes closest. `router` as in
     `dcdit_flops`. Raises ConfigError where no number of tokens costs so much or so little.
     """
-    if schedule not in SCHEDULES:
-        raise ConfigError(f"a budget's schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
-    (first, last), least = SCHEDULES[schedule], least_tokens(config.input_size, config.keep_grid)
-    steps = len(halves)
-    shape = torch.linspace(first, last, steps, dtype=torch.float64)
+    gflop = [dcdit_flops(config, n, router)["total"] for n in range(config.cells + 1)]
+    prices = torch.tensor(gflop, dtype=torch.float64)
+    return tokens_for(config, gflops, "GFLOP", {1: prices, 2: 2 * prices}, halves, schedule)
+
+
+def tokens_for(
+    config: DCDiTConfig,
+    total: float,
+    unit: str,
+    costs: dict[int, torch.Tensor],
+    halves: Sequence[int],
+    schedule: str | torch.Tensor = "constant",
+) -> list[int]:
+    """As `tokens_for_gflops`, for a `total` in any unit. `costs` of one half and of two (cells + 1,), float64, are an
+    image's share of a forward with so many tokens. A schedule may be the relative tokens of the steps (S,)."""
+    least, steps = least_tokens(config.input_size, config.keep_grid), len(halves)
+    if isinstance(schedule, str):
+        if schedule not in SCHEDULES:
+            raise ConfigError(f"a budget's schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+        schedule = torch.linspace(*SCHEDULES[schedule], steps, dtype=torch.float64)
     late = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps  # of equal steps the later get a token first
-    prices = [dcdit_flops(config, n, router)["total"] for n in range(config.cells + 1)]
-    costs, most = torch.tensor(prices, dtype=torch.float64), gflops * (1 + 1e-9)  # sums are rounded
+    most = total * (1 + 1e-9)  # sums are rounded
+    prices = torch.stack([costs[half] for half in halves])
 
     def at(mean: float) -> tuple[torch.Tensor, float]:
-        tokens = (mean * shape + late).floor().clamp(least, config.cells).long()
-        return tokens, float((costs[tokens] * torch.tensor(halves)).sum())
+        tokens = (mean * schedule + late).floor().clamp(least, config.cells).long()
+        return tokens, float(prices.gather(1, tokens[:, None]).sum())
 
-    low, high = 0.0, 2.0 * config.cells
+    low, high = 0.0, 2.0 * config.cells / min(1.0, float(schedule.min()))
     bounds = at(low)[1], at(high)[1]
-    if not bounds[0] <= most or not gflops <= bounds[1] * (1 + 1e-9):
+    if not bounds[0] <= most or not total <= bounds[1] * (1 + 1e-9):
         kind = f"{steps} forwards of {least} to {config.cells} tokens cost {bounds[0]:.4g} to {bounds[1]:.4g}"
-        raise ConfigError(f"no budget of tokens costs {gflops:g} GFLOP per image: {kind}")
+        raise ConfigError(f"no budget of tokens costs {total:g} {unit} per image: {kind}")
     if most >= bounds[1]:
         return at(high)[0].tolist()
     for _ in range(60):

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from .edits import Edit
 from .paced import Paced, innermost
 from .progressive import CoarseStart
 from .schedulers import TRAIN_STEPS, make_scheduler
-from .token_budget import Tokens, token_table, tokens_for_gflops
+from .step_times import costs_of, router_shape
+from .token_budget import Tokens, token_table, tokens_for, tokens_for_gflops
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,9 @@ def plan_trajectory(
     uncond_drop_fraction: DropFraction | None = None,
     tokens: Tokens | None = None,
     gflops_per_image: float | None = None,
+    seconds_per_image: float | None = None,
+    calibration: Path | None = None,
+    batch_size: int = 1,
     budget_schedule: str = "constant",
     seed: int = 0,
     size: tuple[int, int] | None = None,
@@ -77,9 +82,10 @@ def plan_trajectory(
     edit: Edit | None = None,
     grid: tuple[float, float] | None = None,
 ) -> Trajectory:
-    """The trajectory of N = `count` images; the options are those of `dcdit.sampling.sample`, `grid` a policy's.
+    """The trajectory of N = `count` images, `batch_size` at a time; the options are those of `dcdit.sampling.sample`,
+    `grid` a policy's.
 
-    Raises ConfigError.
+    Raises ConfigError, and DataError where steps were not measured for `seconds_per_image`.
     """
     config = model.config
     for name, value in (("steps", steps), ("seed", seed)):
@@ -111,7 +117,11 @@ def plan_trajectory(
     guidances = [guidance if low <= t <= high else 1.0 for t in timesteps.tolist()]
     guided = any(value != 1 for value in guidances)
     drops = (drop_fraction, uncond_drop_fraction) if guided else (drop_fraction,)
-    if tokens is None and gflops_per_image is None:
+    forms = {"tokens": tokens, "gflops_per_image": gflops_per_image, "seconds_per_image": seconds_per_image}
+    given = [name for name, value in forms.items() if value is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} exclude each other: leave one of them out")
+    if not given:
         budgets = [drop_table(drop, timesteps, count) for drop in drops]
     else:
         if not isinstance(inner, DCDiT | Graphed):
@@ -119,14 +129,18 @@ def plan_trajectory(
         if not all(isinstance(drop, float | int) and drop == 0 for drop in drops):
             raise ConfigError("a budget of tokens and a drop fraction exclude each other: leave one of them out")
         resized = dataclasses.replace(config, input_size=size)
-        if gflops_per_image is not None:
-            if tokens is not None:
-                raise ConfigError("tokens and gflops_per_image exclude each other: leave one of them out")
-            _check_chunking(model, "gflops_per_image")
+        halves_of = [1 if value == 1 else 2 for value in guidances]
+        own = budget_schedule == "router"
+        schedule = router_shape(getattr(model, "use", {}), timesteps) if own else budget_schedule
+        if tokens is None:
+            _check_chunking(model, given[0])
             if grid is not None:
-                raise ConfigError("gflops_per_image and a policy's grid exclude each other: leave one of them out")
-            halves_of = [1 if value == 1 else 2 for value in guidances]
-            tokens = tokens_for_gflops(resized, gflops_per_image, halves_of, budget_schedule, model.router)
+                raise ConfigError(f"{given[0]} and a policy's grid exclude each other: leave one of them out")
+        if gflops_per_image is not None:
+            tokens = tokens_for_gflops(resized, gflops_per_image, halves_of, schedule, model.router)
+        if seconds_per_image is not None:
+            costs = costs_of(resized, next(model.parameters()), batch_size, calibration)
+            tokens = tokens_for(resized, seconds_per_image, "s", costs, halves_of, schedule)
         budgets = [token_table(tokens, timesteps, count, resized)] * len(drops)
     coarse = None
     if grid is not None:
