@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -89,17 +91,12 @@ class CoarsePatches(nn.Module):
 
     @torch.no_grad()
     def resize_from(self, dit: PlainDiT) -> None:
-        """Take the embedding and de-embedding of a DiT's patches, resized (FlexiViT, arXiv 2212.08013 section 3.4).
-
-        B is the bilinear resize of a patch to the larger side. The new filter is pinv(B)ᵀ·w: a resized patch B·x gets
-        the token of x. The new output is B times the old one, which pinv(B) takes back.
-        """
-        resize = bilinear(dit.patch, self.side)
-        self.stem.weight.copy_((dit.stem.weight.flatten(2).double() @ resize.pinverse()).view_as(self.stem.weight))
+        """Take the embedding and de-embedding of a DiT's patches, resized."""
+        self.stem.weight.copy_(resized_filters(dit.stem.weight, self.side))
         self.stem.bias.copy_(dit.stem.bias)
-        cells = dit.patch**2
-        self.head.weight.copy_((resize @ dit.head.weight.double().unflatten(0, (-1, cells))).flatten(0, 1))
-        self.head.bias.copy_((dit.head.bias.double().unflatten(0, (-1, cells)) @ resize.T).flatten())
+        cells = -1, dit.patch**2
+        self.head.weight.copy_(resized_rows(dit.head.weight.unflatten(0, cells), self.side))
+        self.head.bias.copy_(resized_rows(dit.head.bias.unflatten(0, cells), self.side))
 
 
 class PatchBlock(PlainBlock):
@@ -121,6 +118,22 @@ def low_rank(inputs: int, rank: int, outputs: int) -> nn.Sequential:
     layers = nn.Sequential(nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=False))
     nn.init.zeros_(layers[1].weight)
     return layers
+
+
+def resized_filters(weight: torch.Tensor, side: int) -> torch.Tensor:
+    """Filters (…, p, p) of an embedding → (…, side, side), by FlexiViT (arXiv 2212.08013 section 3.4).
+
+    With B the bilinear resize the new filter is pinv(B)ᵀ·w, so that a resized patch B·x gets the token of x.
+    """
+    inverse = bilinear(weight.shape[-1], side).pinverse().to(weight.device)
+    return (weight.flatten(-2).double() @ inverse).unflatten(-1, (side, side)).to(weight.dtype)
+
+
+def resized_rows(weight: torch.Tensor, side: int) -> torch.Tensor:
+    """Rows (C, p², …) of a de-embedding → (C·side², …): the new output is B times the old one, which pinv(B) takes
+    back."""
+    resize = bilinear(math.isqrt(weight.shape[1]), side).to(weight.device)
+    return torch.tensordot(weight.double(), resize, ([1], [1])).movedim(-1, 1).flatten(0, 1).to(weight.dtype)
 
 
 def bilinear(side: int, larger: int) -> torch.Tensor:
