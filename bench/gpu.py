@@ -103,8 +103,7 @@ def first(device: str, earlier: dict | None, end: float) -> list[list[Stage]]:
     checks = [shell(tool, f"{sanitizer(tool) if gpu else ''} {program} {'raw' * (tool == 'initcheck')}", 75)
               for tool in ("memcheck", "racecheck", "synccheck", "initcheck")]  # fmt: skip
     files = gpu_tests() if gpu else ["tests/test_gpu.py"]
-    # Compiling for other GPUs needs none.
-    tests = pytest("tests", [*files, "-k", "not ahead_of and not meets_a_compiler"], 140, workers=14)
+    tests = pytest("tests", files, 140, workers=14)
     return [
         opening,
         [shell("plan times", f"{program} time", 20)],

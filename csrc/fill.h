@@ -40,8 +40,8 @@ HD void fill_line(Exec& exec, const FillArgs& a, int b, int start, int length) {
 
 // `nearest` of one sample inverted by counting; cells of a row stay in ascending order.
 //
-// Rows are shared out among gangs of Exec::lanes threads, and each gang walks over all cells in order, `lanes` of them at
-// a time, and counts those of its own rows. No gang waits for another. Before a step of the walk
+// Rows are shared out among gangs of Exec::lanes threads, and each gang walks over all cells in order, `lanes` cells at
+// a time, and counts the cells of its own rows. No gang waits for another. Before a step of the walk
 //   count[r] is the number of cells of row r that the walk has passed, and
 //   rank[i] of a passed cell i is the number of cells of its row before it.
 // So a cell's place is its row's first place and its rank. Three rows on a 3×6 grid, nearest and rank:
@@ -128,7 +128,7 @@ HD void fill_sample(Exec& exec, Block& shared, const FillArgs& a, int b, int* sc
     invert(exec, shared, a, b, start, length, seed, count);
 }
 
-// What no sample writes: rows past the last live one, and the places of cells that no row refills.
+// Places that no sample writes: rows past the last live one, and the members of no row.
 template <class Exec>
 HD void fill_tail(Exec& exec, const FillArgs& a, int block, int blocks) {
     const int64_t live = a.cu_seqlens[a.batch], members = a.member_base[a.batch];

@@ -1,4 +1,4 @@
-// What the CPU loops share: code for AVX2 beside the plain one, sums that vectorise, and runs of rows over threads.
+// Shared by the CPU loops: code for AVX2 beside the plain one, sums that vectorise, and runs of rows over threads.
 #pragma once
 
 #include <dlfcn.h>
@@ -32,8 +32,8 @@ DCDIT_INLINE Real lane_sum(int64_t width, F f) {
     return total;
 }
 
-// work() in each of `threads` threads: those of PyTorch's OpenMP, if it is loaded, since its idle workers spin for a
-// while and would hold the cores against threads of our own.
+// work() in each of `threads` threads: PyTorch's OpenMP threads, if OpenMP is loaded, since idle OpenMP workers spin for
+// a while and would hold the cores against other threads.
 template <class F>
 void in_parallel(int threads, F work) {
     if (threads <= 1) return work();

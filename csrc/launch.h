@@ -1,4 +1,4 @@
-// What the bindings call. Nothing here allocates: outputs and scratch come from the caller.
+// Functions that the bindings call. Nothing here allocates: outputs and scratch come from the caller.
 #pragma once
 
 #include <array>

@@ -1,4 +1,4 @@
-// Varlen adaLN on the CPU: a row is read once, and what is computed from it stays in the first-level cache.
+// Varlen adaLN on the CPU: a row is read once, and its statistics and result stay in the first-level cache.
 #include "modulate.h"
 
 #include <cmath>
@@ -99,7 +99,7 @@ Real* offset(Real* tensor, int64_t by) {
     return tensor ? tensor + by : nullptr;
 }
 
-// What each normalised number of a sample is multiplied by: weight·(1 + scale), made once for a run of its rows.
+// The factor of each normalised number of a sample: weight·(1 + scale), made once for a run of its rows.
 template <class Real>
 class Factors {
    public:

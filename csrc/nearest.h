@@ -1,7 +1,7 @@
 // The retained cell nearest to each cell of a grid: an exact feature transform, one axis after the other.
 //
-// After axis k a cell knows the best of the retained cells that differ from it in the axes up to k only: its raster
-// index over these axes, its seed, -1 for none. Of equal distances the lowest raster index wins, everywhere.
+// After axis k a cell knows the best of the retained cells that differ from it in the axes up to k only, by a seed: a
+// raster index over the axes up to k, -1 for none. Of equal distances the lowest raster index wins, everywhere.
 #pragma once
 
 #include "plan.h"
@@ -11,8 +11,7 @@ namespace dcdit {
 // Words of bits for a column of n cells; no more than cells.
 HD int mask_words(int n) { return (n + 31) / 32; }
 
-// One line of an axis: the seed of each of its places, which is the best cell by the axes before, and its squared
-// distance. A seed is a raster index over these axes.
+// One line of an axis: the seed of each place, which is the best cell by the axes before, and its squared distance.
 struct Line {
     const int* seeds;
     int64_t start, stride;
@@ -108,7 +107,7 @@ HD void envelope(const Line& line, Parabola* stack, Store store) {
     }
 }
 
-// Along another axis: seeds -> store(cell, seed over the axes up to this one).
+// Along another axis: seeds -> store(cell, seed over the axes so far).
 template <class Exec, class Store>
 HD void pass(Exec& exec, const FillArgs& a, int axis, const int* seeds, Parabola* stack, Store store) {
     const unsigned n = a.dim[axis], stride = axis + 1 < a.axes ? a.dim[2] : 1, lines = unsigned(a.cells / n);

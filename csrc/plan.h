@@ -9,7 +9,7 @@
 //                                        they came one after the other, and adds one; no other gang touches count[i]
 //
 // CUDA runs a block of 1024 threads per sample, the CPU a block of one. Tests run many threads on the CPU as well, so
-// that what CUDA compiles is tried and sanitised where there is no GPU.
+// that the code for CUDA is tried and sanitised where there is no GPU.
 #pragma once
 
 #include <climits>
@@ -49,9 +49,9 @@ struct CountArgs {
     int64_t cells;
     int64_t capacity;  // rows; past them the least probable cells of the batch go; -1: as many as are retained
     int mode;
-    int* prefix;       // (batch, cells): retained cells up to and with this one
+    int* prefix;       // (batch, cells): retained cells up to and with each cell
     int* sums;         // (batch, cells), or null where there is neither capacity nor budget
-    int* info;         // (batch, 4): retained cells; the first of them; cells past max_seqlen, or -1 for bad input; forced cells
+    int* info;         // (batch, 4): retained cells; the first retained cell; cells past max_seqlen, or -1 for bad input; forced cells
     int* member_base;  // (batch + 1,): refilled cells of the samples before
     int* cu_seqlens;   // (batch + 1,)
     int* overflow;     // ()
@@ -80,7 +80,7 @@ struct FillArgs {
     int* scratch;  // scratch_ints() for each block that runs at once
 };
 
-// What the threads of one block share.
+// Shared by the threads of one block.
 template <int Size>
 struct Shared {
     int64_t values[Size];
@@ -125,7 +125,7 @@ struct Cells {
     HD bool candidate(int64_t i) const { return forced(i) || (!banned(i) && (budgeted || prob[i] > threshold)); }
     // A number outside [0, 1], NaN among them, or a cell both kept and banned.
     HD bool improper(int64_t i) const { return banned(i) ? keep && keep[i] : !((prob[i] >= 0) & (prob[i] <= 1)); }
-    // What candidates are ordered by: the larger stays.
+    // The order of candidates: the larger key stays.
     HD Key key(int64_t i) const { return forced(i) ? ~Key(0) : prob[i] > 0 ? ordered(prob[i]) : 0; }
 };
 
@@ -190,8 +190,8 @@ HD Key select(Exec& exec, Block& shared, int64_t n, int keep, Valid valid, Load 
     return chosen;
 }
 
-// Of the `count` cells with valid(i) the `keep` of largest key stay, of equal keys the first: store(i, sum, before), with how
-// many stay up to and with cell i, and before() the same of the cell before it.
+// Of the `count` cells with valid(i) the `keep` of largest key stay, of equal keys the first: store(i, sum, before), where
+// `sum` cells stay up to and with cell i, and before() up to and with the cell before.
 template <class Key, class Exec, class Block, class Valid, class Load, class Store>
 HD void keep_largest(Exec& exec, Block& shared, int64_t n, int keep, int count, Valid valid, Load key, Store store) {
     // A cell stays where its key is above `cut`, and so do the first `equals` of those equal to it.

@@ -12,7 +12,7 @@ template <int Size>
 struct HostBlock {
     static constexpr int size = Size, lanes = 1;
 
-    // Threads of a phase run from the last to the first: what depends on their order shows.
+    // Threads of a phase run from the last to the first: a result that depends on their order shows.
     template <class F>
     void each(F f) {
         for (int t = Size - 1; t >= 0; --t) f(t);

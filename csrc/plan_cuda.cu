@@ -28,7 +28,7 @@ struct CudaBlock {
     __device__ __forceinline__ void max(int* p, int x) { atomicMax(p, x); }
     __device__ __forceinline__ void set(unsigned* p, unsigned bits) { atomicOr(p, bits); }
 
-    // A gang is a warp. Of its threads with the same i the first adds for all of them.
+    // A gang is a warp. Of its threads with an equal i the first adds for all.
     __device__ __forceinline__ int count_one_more(bool own, int* count, int i) {
         const unsigned owners = __ballot_sync(~0u, own);
         int before = 0;

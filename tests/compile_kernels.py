@@ -1,14 +1,18 @@
 """Compile every Triton kernel as it is launched, without a GPU; one JSON line for each kernel, case and target.
 
+    python tests/compile_kernels.py CASE… [--count KERNEL,…]
+
+--count: instructions of the named kernels alone, in the first case. Disassembling takes longer than compiling.
+
 A process of its own, because Triton's interpreter and its compiler exclude each other. Launches are recorded and not
-run; what Triton would specialise on (16-divisible integers and pointers, ones, None) is specialised on.
+run; arguments are specialised as by Triton: 16-divisible integers and pointers, ones, None.
 """
 
+import argparse
 import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
@@ -16,6 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
+os.environ["MLIR_DISABLE_MULTITHREADING"] = "1"  # one process on each core
 
 import torch
 import triton
@@ -49,20 +54,24 @@ def record(function, *args, grid, warmup, **kwargs):
     """Stands in for JITFunction.run."""
     options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
     values = dict(zip(function.arg_names, args, strict=False)) | kwargs
-    signature, constants, divisible = {}, {}, []
+    # Attributes as Triton's own launcher writes them, so that its cache serves both.
+    signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(function.params):
         value = values[parameter.name]
         special = isinstance(value, int) and not parameter.do_not_specialize
+        divisible = False
         if parameter.is_constexpr or value is None or (special and value == 1):
             signature[parameter.name], constants[(index,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = TYPES[value.dtype]
-            divisible += [index] * (value.data_ptr() % 16 == 0)
+            divisible = value.data_ptr() % 16 == 0
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-            divisible += [index] * (special and value % 16 == 0)
-    attributes = {(index,): [["tt.divisibility", 16]] for index in divisible}
-    recorded[f"{function.__name__} {signature} {constants} {divisible}"] = (
+            divisible = special and value % 16 == 0
+            if not special:
+                continue
+        attributes[(index,)] = [["tt.divisibility", 16]] if divisible else []
+    recorded[f"{function.__name__} {signature} {constants} {attributes}"] = (
         function, signature, constants, attributes, options, current,
     )  # fmt: skip
 
@@ -160,8 +169,8 @@ def launch_everything(dtype, grid, width, share, batch=2):
         kernels.backward(*grads, [True] * len(floats), **inputs)
 
 
-def compiled(function, signature, constants, attributes, options, target):
-    """Registers, spills, widths of loads, 64-bit products of a compiled launch; instructions of a warp for sm_90."""
+def compiled(function, signature, constants, attributes, options, target, counted):
+    """Registers, spills, widths of loads, 64-bit products of a compiled launch; a warp's instructions if `counted`."""
     if target.backend == "hip":
         # As the launcher chooses there.
         names = function.arg_names
@@ -176,8 +185,7 @@ def compiled(function, signature, constants, attributes, options, target):
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = disassembled("-res-usage", file.name)
-        # Disassembling takes longer than compiling, and the counts of one target are read.
-        counts = instructions(disassembled("-sass", file.name)) if target is TARGETS["sm_90"] else {}
+        counts = instructions(disassembled("-sass", file.name)) if counted else {}
     ptx = kernel.asm["ptx"]
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
@@ -191,12 +199,12 @@ def compiled(function, signature, constants, attributes, options, target):
 
 
 def disassembled(option, file):
-    """What cuobjdump prints of a cubin."""
+    """The output of cuobjdump for a cubin."""
     return subprocess.run([CUOBJDUMP, option, file], capture_output=True, text=True, check=True).stdout
 
 
 def instructions(sass):
-    """How many a warp executes once, slow paths and padding counted, and of these how many its longest loop has."""
+    """Instructions that a warp executes once, slow paths and padding counted, and the share inside its longest loop."""
     places = [int(place, 16) for place in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/", sass, re.M)]
     jumps = re.findall(r"/\*([0-9a-f]{4,})\*/[^;]*\bBRA\b[^;]*0x([0-9a-f]+)", sass)
     back = [(int(to, 16), int(place, 16)) for place, to in jumps if int(to, 16) < int(place, 16)]
@@ -205,19 +213,24 @@ def instructions(sass):
 
 
 def line(key, name):
-    """The result of one launch for one target."""
+    """The result of one launch for one target; instructions for sm_90, the target that is timed."""
     function, *launch, case = recorded[key]
     constants = {function.arg_names[index]: value for (index,), value in launch[1].items()}
     row = {"kernel": function.__name__, "case": case, "target": name, "constants": constants}
-    return row | compiled(function, *launch, TARGETS[name])
+    counted = arguments.count is None or (function.__name__ in arguments.count and case == arguments.cases[0])
+    return row | compiled(function, *launch, TARGETS[name], counted and name == "sm_90")
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("cases", nargs="+")
+    parser.add_argument("--count", type=lambda names: names.split(","))
+    arguments = parser.parse_args()
     JITFunction.run = record
-    for current in sys.argv[1:]:
+    for current in arguments.cases:
         dtype, height, columns, width, share = current.split(",")
         launch_everything(getattr(torch, dtype), (int(height), int(columns)), int(width), float(share))
-    # Workers are forked: they have what was recorded.
+    # Workers are forked: they have the record.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
         for row in pool.map(line, *zip(*product(recorded, TARGETS), strict=True)):
             print(json.dumps(row), flush=True)

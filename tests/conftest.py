@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
         import quick_interpreter
 
         quick_interpreter.install()
-# Training is compared bit for bit with itself and with float64, for which no GPU computes alike or finely enough.
+# Training is compared bit for bit with itself and with float64, and no GPU computes alike or finely enough.
 os.environ["ACCELERATE_USE_CPU"] = "true"
 # A process that a test starts runs this checkout, whatever is installed.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
@@ -29,7 +29,7 @@ def pytest_report_teststatus(report):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """After a fault of the GPU nothing runs in its process any more: where pytest-xdist has others, this one ends."""
+    """After a fault of the GPU nothing runs in its process any more: beside others of pytest-xdist the process ends."""
     report = yield
     if report.failed and torch.cuda.is_available() and os.environ.get("PYTEST_XDIST_WORKER"):
         try:

@@ -1,11 +1,11 @@
-"""What Triton's own launcher would compile as batch and tokens change from one step to the next, a number a step.
+"""Compilations by Triton's own launcher as batch and tokens change from one step to the next, a number a step.
 
-A process of its own, as compile_kernels is. Needs no GPU: what it would compile is counted, and nothing is launched.
+A process of its own, as compile_kernels is. Needs no GPU: compilations are counted, and nothing is launched.
 """
 
 from types import SimpleNamespace
 
-import compile_kernels  # before triton, whose interpreter it turns off
+import compile_kernels  # before triton: it turns the interpreter off
 import torch
 import triton
 from triton.runtime.jit import JITFunction

@@ -32,7 +32,7 @@ SPLIT = b"\n---\n"  # between config.json and the header of the weights
 
 
 def release(data: bytes) -> None:
-    """The pickle of a `.pt`; the tensors' bytes are those of the golden file."""
+    """The pickle of a `.pt`; the tensors' bytes are the golden file's."""
     with tempfile.TemporaryDirectory() as folder:
         with zipfile.ZipFile(RELEASE) as old, zipfile.ZipFile(f"{folder}/x.pt", "w") as new:
             for entry in old.namelist():
@@ -59,7 +59,7 @@ def config(data: bytes) -> None:
 
 
 def latents(data: bytes) -> None:
-    """An .npy file of latents, and the same bytes as its label."""
+    """An .npy file of latents; its label has equal bytes."""
     with tempfile.TemporaryDirectory() as name:
         for part in ("features", "labels"):
             Path(name, f"x_{part}").mkdir()

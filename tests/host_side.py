@@ -1,7 +1,7 @@
 """The host's side of launches: the bytes that reach the driver, and the number of functions a public operator calls.
 
-Triton's genuine launcher runs over a stand-in for libcuda.so.1, which `test_host` builds and puts in the environment.
-A process of its own, as compile_kernels is. Prints a JSON object.
+Triton's genuine launcher runs over a stand-in for libcuda.so.1, which `test_aot_launches` builds and names in the
+environment. A process of its own, as compile_kernels is. Prints a JSON object.
 """
 
 import ctypes
@@ -131,7 +131,8 @@ def operators():
 if __name__ == "__main__":
     use_stub()
     _launch.Kernel.launch = compare
-    for dtype, grid, width, batch in ((torch.bfloat16, (16, 16), 128, 5), (torch.float32, (7, 9), 72, 1)):
+    # The kernels of test_aot_kernels, which may be in Triton's cache.
+    for dtype, grid, width, batch in ((torch.bfloat16, (32, 32), 1152, 5), (torch.float32, (7, 9), 72, 1)):
         compile_kernels.launch_everything(dtype, grid, width, 0.3, batch)
     awkward()
     _launch.Kernel.launch = own_launch

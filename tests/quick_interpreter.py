@@ -20,7 +20,7 @@ known_dtype = cache(dtype_in_numpy)
 
 
 def scan_by_slices(self, tensors):
-    """`ScanOps.generic_scan`: the same combinations in the same order, of a slice across the axis at a time."""
+    """`ScanOps.generic_scan`: combinations in Triton's order, a slice across the axis at a time."""
     outs = [np.zeros_like(t.handle.data) for t in tensors]
     last = None
     for i in range(outs[0].shape[self.axis]):

@@ -1,111 +1,25 @@
 """Which FlashAttention varlen_attention takes, how each is called, and that no row past the last live one matters."""
 
 import inspect
-import math
 import sys
 import types
 
 import pytest
 import torch
+from attention_stand_ins import (
+    ATEN,
+    CU_K,
+    CU_Q,
+    STAND_INS,
+    dtype_of,
+    flash_2,
+    rows,
+    value_and_gradients,
+)
 
 import dcdit_kernels as K
 from dcdit import DCDiT, DCDiTConfig
 from dcdit_kernels import Packing, attention, flash, flash_calls, reference
-
-CU_Q, CU_K = (torch.tensor(cu, dtype=torch.int32) for cu in ([0, 4, 4, 9], [0, 2, 5, 11]))
-
-
-def math_of(q, k, v, cu_q, cu_k, scale, dirty, causal=False):
-    """Attention in float64. With `dirty`, rows past the last live one are NaN, in the output and in the gradients."""
-    assert cu_q.dtype == cu_k.dtype == torch.int32
-    live_q, live_k = int(cu_q[-1]), int(cu_k[-1])
-    rows = [Dirty.apply(x, n) if dirty else x for x, n in ((q, live_q), (k, live_k), (v, live_k))]
-    rows = [x.double().repeat_interleave(q.shape[1] // x.shape[1], 1) for x in rows]
-    out = reference.varlen_attention(*rows, cu_q, cu_k, 0, 0, scale, causal).to(q.dtype)
-    return out + torch.where(torch.arange(len(out)) < live_q, 0.0, math.nan)[:, None, None].to(out) if dirty else out
-
-
-class Dirty(torch.autograd.Function):
-    """x; its gradient is NaN past the live rows, as an empty buffer may be."""
-
-    @staticmethod
-    def forward(ctx, x, live):
-        ctx.live = live
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone()
-        grad[ctx.live :] = math.nan
-        return grad, None
-
-
-# The signatures of the releases, in their order; nothing else of them is here.
-def flash_4(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, seqused_q=None,
-            seqused_k=None, page_table=None, softmax_scale=None, causal=False, window_size=(None, None),
-            learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
-            return_lse=False):  # fmt: skip
-    assert seqused_q is seqused_k is page_table is learnable_sink is None
-    assert not any(x.isnan().any() for x in (q, k, v)), "loads past a sample's end"
-    return math_of(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, True, causal), None
-
-
-def flash_3(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
-            softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
-            window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
-            sm_margin=0, return_attn_probs=False):  # fmt: skip
-    assert seqused_q is seqused_k is qv is None
-    assert not any(x.isnan().any() for x in (q, k, v)), "loads past a sample's end"
-    return math_of(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, True, causal)
-
-
-def flash_2(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
-            causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
-            return_attn_probs=False, block_table=None):  # fmt: skip
-    assert dropout_p == 0.0 and alibi_slopes is None
-    return math_of(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, True, causal)
-
-
-def torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
-    assert return_aux is None and query.shape[1] == key.shape[1]
-    return math_of(query, key, value, cu_seq_q, cu_seq_k, None, True, is_causal)
-
-
-def torch_2_12(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
-               window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None):  # fmt: skip
-    assert return_aux is seqused_k is block_table is None and query.shape[1] == key.shape[1]
-    return math_of(query, key, value, cu_seq_q, cu_seq_k, scale, True, {(-1, -1): False, (-1, 0): True}[window_size])
-
-
-# Operators of PyTorch, with the parameters that `test_aten_operators_take_our_arguments` finds in the installed one.
-def aten_flash(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *,
-               scale=None):  # fmt: skip
-    assert dropout_p == 0.0 and not return_debug_mask and (max_q > 1 or query.shape[1] == key.shape[1])
-    out = math_of(query, key, value, cum_seq_q, cum_seq_k, scale, True, is_causal)
-    return out, *(torch.empty(0) for _ in range(4))
-
-
-def aten_efficient(query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
-                   custom_mask_type, compute_log_sumexp=False, *, scale=None):  # fmt: skip
-    assert bias is None and dropout_p == 0.0 and query.shape[2] == key.shape[2]
-    assert custom_mask_type == 0 or (custom_mask_type == 1 and cu_seqlens_q is cu_seqlens_k)
-    assert 1 <= max_seqlen_q <= query.shape[1] and 1 <= max_seqlen_k <= key.shape[1], "its backward demands it"
-    assert compute_log_sumexp == query.requires_grad, "the backward reads it, the forward alone does not"
-    assert all(x.dim() == 4 and x.shape[0] == 1 and x.stride(3) == 1 for x in (query, key, value))
-    assert all(step % 4 == 0 for x in (query, key, value) for step in (*x.stride()[1:3], x.storage_offset()))
-    rows = (x.squeeze(0) for x in (query, key, value))
-    out = math_of(*rows, cu_seqlens_q, cu_seqlens_k, scale, True, custom_mask_type == 1)[None]
-    return out, *(torch.empty(0) for _ in range(3)), max_seqlen_q, max_seqlen_k
-
-
-ATEN = {"torch FlashAttention": aten_flash, "torch efficient attention": aten_efficient}
-STAND_INS = {
-    "flash-attn 4": ("flash_attn.cute", "flash_attn_varlen_func", flash_4),
-    "flash-attn 3": ("flash_attn_interface", "flash_attn_varlen_func", flash_3),
-    "flash-attn 2": ("flash_attn", "flash_attn_varlen_func", flash_2),
-    "torch varlen_attn": ("torch.nn.attention.varlen", "varlen_attn", torch_2_12),
-    "torch 2.10": ("torch.nn.attention.varlen", "varlen_attn", torch_2_10),
-}
 
 
 @pytest.fixture
@@ -138,29 +52,10 @@ def install(monkeypatch):
     return put
 
 
-def rows(dtype=torch.float16, head_dim=8):
-    """q, and k, v of a fused tensor, NaN past the live rows."""
-    torch.manual_seed(0)
-    q, kv = torch.randn(12, 2, head_dim).to(dtype), torch.randn(13, 2, 2, head_dim).to(dtype)
-    q[9:], kv[11:] = math.nan, math.nan
-    return q, *kv.unbind(1)
-
-
-def dtype_of(name):
-    return torch.float32 if "efficient" in name else torch.float16
-
-
-def value_and_gradients(function, tensors):
-    leaves = [t.detach().requires_grad_() for t in tensors]
-    out = function(*leaves)
-    weight = torch.linspace(-1, 2, out.numel()).view(out.shape).to(out.dtype)
-    return [out.detach(), *torch.autograd.grad(out, leaves, weight)]
-
-
 @pytest.mark.parametrize("scale", [None, 0.7])
 @pytest.mark.parametrize("name", [*STAND_INS, *ATEN])
 def test_each_library_is_called_as_it_wants(name, scale, install):
-    """Argument order, returned tuples, scale and rows past the last live one, for what each release takes."""
+    """Argument order, returned tuples, scale and rows past the last live one, as each release takes them."""
     install(name)
     tensors = rows(dtype_of(name))
     attend = lambda *t: K.varlen_attention(*t, CU_Q.long(), CU_K, 5, 6, scale)  # noqa: E731
@@ -213,15 +108,9 @@ def test_grouped_queries_and_a_causal_mask(name, causal, alike, install):
         torch.testing.assert_close(g.double(), w, rtol=tolerance, atol=tolerance)
 
 
-def test_heads_that_do_not_divide():
-    q, kv = torch.randn(9, 4, 8), torch.randn(9, 3, 8)
-    with pytest.raises(ValueError, match="heads of k must divide those of q, 4, got 3"):
-        K.varlen_attention(q, kv, kv, CU_Q, CU_Q, 5, 5)
-
-
 @pytest.mark.parametrize("name", [*STAND_INS, *ATEN])
 def test_an_exact_plan_has_no_tail_to_zero(name, install, monkeypatch):
-    """With every row live nothing is masked, and the numbers are those of the reference."""
+    """With every row live nothing is masked, and the numbers are the reference's."""
     install(name)
     monkeypatch.setattr(flash_calls, "_live", lambda *_: pytest.fail("a mask was made"))
     q, k, v = rows(dtype_of(name))
@@ -297,39 +186,8 @@ def test_devices():
         assert refuses((8, 9), False, "cuda", 0) == "not for ROCm" and refuses((8,), True, "cuda", 0) is None
 
 
-def test_torch_varlen_takes_our_keywords():
-    """The installed torch, not a stand-in; nothing is run."""
-    varlen = pytest.importorskip("torch.nn.attention.varlen", reason="torch before 2.10 has no varlen_attn")
-    signature = inspect.signature(varlen.varlen_attn)
-    bound = signature.bind(**dict.fromkeys(flash.TORCH_KEYWORDS))
-    missing = [p.name for p in signature.parameters.values() if p.default is p.empty and p.name not in bound.arguments]
-    assert not missing
-    assert isinstance(flash._find("torch.nn.attention.varlen", "varlen_attn", flash.TORCH_KEYWORDS), tuple)
-
-
-@pytest.mark.parametrize("name", ATEN)
-def test_aten_operators_take_our_arguments(name):
-    """The installed torch, on tensors without values: its schema, and its derivative in C++."""
-    library = next(x for x in flash.LIBRARIES if x.name == name)
-    operator = getattr(torch.ops.aten, library.function).default
-    assert set(library.keywords) <= {argument.name for argument in operator._schema.arguments}
-    taken = [p.name for p in inspect.signature(ATEN[name]).parameters.values()]
-    assert taken == [*[a.name for a in operator._schema.arguments][: len(taken) - 1], "scale"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(flash._found, (library.module, library.function), (operator, frozenset()))
-        q, k, v = torch.empty(9, 3, 2, 72, dtype=dtype_of(name), device="meta", requires_grad=True).unbind(1)
-        cu = torch.empty(4, dtype=torch.int32, device="meta")
-        out = flash_calls.attend(library, None, False, q, k, v, cu, cu, 8, 8, 0.3)
-        assert out.shape == q.shape and out.dtype == q.dtype
-    nodes = [out.grad_fn]
-    for node in nodes:
-        nodes += [further for further, _ in node.next_functions if further is not None and further not in nodes]
-    derivative = library.function.replace("_forward", "_backward").replace("_", "")
-    assert any(derivative in type(node).__name__.lower() for node in nodes), nodes
-
-
 def small_net():
-    """A model whose every parameter matters, on 6×6 cells."""
+    """A model without an idle parameter, on 6×6 cells."""
     net = DCDiT(DCDiTConfig(input_size=(6, 6), hidden_size=64, depth=2, num_heads=4, encoder_width=32))
     for parameter in net.parameters():
         if not parameter.any():
@@ -357,17 +215,6 @@ def test_garbage_past_the_live_rows_reaches_nobody(gradients, max_seqlen, instal
     for got, want in zip(results[108], results[None], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert len(asked) == 2 * gradients and len(set(map(id, asked))) == gradients, "one mask for both blocks, or none"
-
-
-@pytest.mark.parametrize("bound", [4, None, 40.0, -1])
-def test_a_bound_below_the_longest_sample(bound):
-    q, k, v = rows(torch.float32)
-    with pytest.raises(
-        ValueError, match=r"max_seqlen_q (is 4, the longest sample has 5|must be a number of rows, got)"
-    ):
-        K.varlen_attention(q, k, v, CU_Q, CU_K, bound, 6)
-    with pytest.raises(ValueError, match="max_seqlen_k"):
-        K.varlen_attention(q, k, v, CU_Q, CU_K, 5, 5 if bound == 4 else bound)
 
 
 def compiled_against_eager(dtype, tolerance):
@@ -459,7 +306,7 @@ def test_installed_libraries_on_the_gpu():
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_opcheck(backend):
-    """Schemas and fakes say what the operator does, with a query that is a view and a tail."""
+    """Schemas and fakes describe the operator, with a query that is a view and a tail."""
     q, k, v = (torch.nan_to_num(x.float()) for x in rows())
     args = (q[:, ::2], k[:, :1], v[:, 1:], CU_Q, CU_K, [], [], 5, 6, None, True, backend)
     ops, tests = torch.ops.dcdit, ("test_schema", "test_faketensor")

@@ -1,4 +1,4 @@
-"""The measuring: it refuses what is wrong, and counts what it should."""
+"""The measuring: wrong results are refused, and work is counted in full."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ def small(group: str, **changes) -> Case:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("group", OPERATORS)
 def test_variants_agree(group, dtype):
-    """Every formulation computes the same, gradients included."""
+    """Every formulation computes equal results, gradients included."""
     for share in (0.25, 1.0):
         problem = build(small(group, share=share, backward=group != "plan", dtype=dtype), "cpu")
         verdicts = check(problem)
@@ -196,7 +196,7 @@ def test_interleaving():
 
 
 def test_calls_of_a_pass_write_to_memory_of_their_own(monkeypatch):
-    """What one call wrote must not be the memory, and so the cache, that the next one writes to."""
+    """One call's output must not be the memory, and so the cache, that the next call writes to."""
     event = SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 8.0)
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)

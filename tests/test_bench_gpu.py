@@ -1,4 +1,4 @@
-"""`python -m bench.gpu`: the stages of its two calls, and what a failure costs."""
+"""`python -m bench.gpu`: the stages of its two calls, and the cost of a failure."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def apart(tmp_path, monkeypatch):
-    """A folder of its own, and no interpreter of Triton, which would only take time."""
+    """A fresh folder, and no interpreter of Triton, which would only take time."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delenv("OUT", raising=False)
     monkeypatch.setattr(gpu, "FOLDER", tmp_path / "gpu")
@@ -95,7 +95,7 @@ def test_nothing_follows_a_failed_build(stages):
 
 
 def test_the_limit_counts_from_the_start(stages):
-    """What was spent before the first stage is not given to it."""
+    """The first stage does not get the time that was spent before it."""
     later = [[gpu.Stage("tests", python(""), 30)]]
     assert stages(later, begin=time.time() - 1000) == (1, {"tests": "cut"})
 

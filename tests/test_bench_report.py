@@ -1,4 +1,4 @@
-"""The report: the newest results, what disagrees, what is missing, and the published figures printed again."""
+"""The report: the newest results, contradictions, gaps, and the published figures printed again."""
 
 import dataclasses
 import json

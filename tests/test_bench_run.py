@@ -1,4 +1,4 @@
-"""Runs of the benches as a whole: what a crash, a fault or the end of the time costs; a GPU's stages; comparing."""
+"""Runs of the benches as a whole: the cost of a crash, a fault or the end of the time; a GPU's stages; comparing."""
 
 import dataclasses
 import functools
@@ -41,7 +41,7 @@ bench.measure.measure = measure
 
 
 def test_a_crash_costs_one_case(tmp_path, monkeypatch):
-    """The process dies within one case: that one is recorded, what came before is kept, what follows is measured."""
+    """The process dies within one case: that case is recorded, earlier cases are kept, later cases are measured."""
     (tmp_path / "sitecustomize.py").write_text(CRASH)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
@@ -81,7 +81,7 @@ def test_a_case_that_hangs_costs_its_limit(tmp_path, monkeypatch):
 
 
 def test_a_list_is_measured_by_name_and_its_compiled_cases_later(tmp_path, monkeypatch):
-    """A second run goes on with the file of the first: what it adds to a case stands in its place."""
+    """A second run goes on with the file of the first: its additions to a case stand in the case's place."""
     chunk, pad = Case("chunk", "digits", 14, 2), Case("pad", "digits", 14, 2)
     first = [(chunk, ("native", "plain")), (pad, ("plain",))]
     monkeypatch.setitem(run.LISTS, "decisive", lambda: [*first, (chunk, ("plain", "plain compiled"))])
@@ -134,7 +134,7 @@ def test_launches_of_the_centres_are_counted_before_the_time_is_over(gpu_worker)
 
 
 def test_a_fault_of_the_gpu_ends_the_process_within_its_case(gpu_worker, monkeypatch):
-    """What is asked of the GPU after a fault fails as well: the next case would have the blame."""
+    """Calls after a GPU's fault fail as well: the next case would have the blame."""
 
     def fault():
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -200,7 +200,7 @@ def test_what_ships_is_timed_as_a_graph_or_not_at_all():
 
 
 def test_a_training_step_in_graphs_has_the_gradients_of_an_eager_one(monkeypatch):
-    """With stand-ins that run again what was captured. The step that is timed leaves the weights as they are."""
+    """With stand-ins that run the captured function again. The step that is timed leaves the weights as they are."""
     captures = []
 
     def capture(function):
@@ -239,7 +239,7 @@ dcdit_kernels.dechunk = dechunk
 
 
 def test_compare_finds_a_slower_operator(tmp_path):
-    """A tree whose dechunk sleeps is slower than the same tree without."""
+    """A tree with a dechunk that sleeps is slower than the tree without."""
     for package in ("bench", "dcdit", "dcdit_kernels"):
         (tmp_path / package).symlink_to(ROOT / package)
     (tmp_path / "sitecustomize.py").write_text(SLOW)

@@ -1,4 +1,4 @@
-"""DiT blocks as ordinary modules: what a forward launches, what hooks see, and where weights are read."""
+"""DiT blocks as ordinary modules: the launches of a forward, the view of hooks, and where weights are read."""
 
 import functools
 from collections import Counter
@@ -153,7 +153,7 @@ def test_full_backward_hooks_see_every_module_with_parameters():
 
 
 def test_selective_checkpointing_may_save_convolutions_and_products():
-    """Nothing of the model overwrites what such a policy has kept."""
+    """The model overwrites no tensor that such a policy has kept."""
     net, (x, t, y) = make("predictability"), model_inputs()
     kept = [torch.ops.aten.convolution.default, torch.ops.aten.addmm.default]
     policy = functools.partial(create_selective_checkpoint_contexts, kept)
@@ -165,7 +165,7 @@ def test_selective_checkpointing_may_save_convolutions_and_products():
 
 @pytest.mark.parametrize("router", ["predictability", "cosine"])
 def test_forward_mode(router):
-    """A given routing's derivative is the one of finite differences; the router's straight-through estimate, which no
+    """A given routing's derivative is that by finite differences; the router's straight-through estimate, which no
     difference shows, makes forward mode the transpose of the backward."""
     net, (x, t, y) = make(router).double(), model_inputs()
     x, t = x.double(), t.double()

@@ -113,7 +113,7 @@ def test_runs_agree_bit_for_bit():
 
 
 def test_large_grids_take_larger_tiles(monkeypatch, launches):
-    """Many cells: tiles of 16 cells, and several of them summed by each program of the backward."""
+    """Many cells: tiles of 16 cells, several tiles summed by each program of the backward."""
     monkeypatch.setattr("dcdit_kernels.triton.boundary_cosine.FILL", 4)
     for name in ("2D (7, 9)", "2D (5, 1)", "1D", "packed"):
         function, tensors = CASES[name]
@@ -152,7 +152,7 @@ def test_empty_batch():
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("name", ["2D (5, 1)", "packed", "None 5×1"])
 def test_opcheck(name, backend, monkeypatch):
-    """Schemas and fakes say what the operators do."""
+    """Schemas and fakes describe the operators."""
 
     def check(operator, backend, **inputs):
         op, tests = operator.name, ("test_schema", "test_faketensor")

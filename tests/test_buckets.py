@@ -94,7 +94,7 @@ def test_pictures_are_read_in_their_buckets(pictures, tmp_path):
 
 
 def test_batches_by_tokens(pictures):
-    """As many items as fit, every item in its order, over the end of epochs; then the same after a resumption."""
+    """As many items as fit, every item in its order, over the end of epochs; then equally after a resumption."""
     data = stream(pictures)
     cells, steps = data.cells(), list(data.steps(0, 12))
     flat = [item for items in steps for item in items]
@@ -119,7 +119,7 @@ def test_batches_by_tokens(pictures):
 
 
 def test_parts_of_a_batch(pictures):
-    """Ranks share a batch by whole sub-batches; the weights of the parts make their means those of the whole."""
+    """Ranks share a batch by whole sub-batches; the weights of the parts make the mean of the whole."""
     data = stream(pictures, tokens=2400)
     whole = next(batches(data, 0, 1))
     ranks = [next(batches(stream(pictures, tokens=2400), 0, 1, rank, 2)) for rank in range(2)]

@@ -30,14 +30,14 @@ class Attend(nn.Module):
         return x + scale[plan.sample_index][:, None] * out.flatten(1)
 
     def dense(self, x, scale):
-        """The same on one sample's tokens (M, D), written out."""
+        """By hand on one sample's tokens (M, D)."""
         q, k, v = self.qkv(x).unflatten(1, (3, self.heads, -1)).permute(1, 2, 0, 3)
         weight = torch.softmax(q @ k.transpose(1, 2) / q.shape[-1] ** 0.5, dim=-1)
         return x + scale * (weight @ v).transpose(0, 1).flatten(1)
 
 
 class Fixed(nn.Module):
-    """A router that says what it was given."""
+    """A router that records its arguments."""
 
     def __init__(self, boundary_prob):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a call of DynamicChunking may bring: a grid, a budget, a routing, arguments for run and router; and blocks that
+"""Arguments of a call of DynamicChunking: a grid, a budget, a routing, arguments for run and router; and blocks that
 work in place."""
 
 import pytest
@@ -72,7 +72,7 @@ def test_compiled_blocks_that_work_in_place():
 
 
 def test_the_grid_of_a_call():
-    """The same as a stack made for that grid, router included; the attribute serves calls that name none."""
+    """Equal to a stack made for that grid, router included; the attribute serves calls that name none."""
     h, scale, _ = batch((2, 10))
     chunking, other = build(GRID), build((2, 10))
     for stack in (chunking, other):
@@ -149,7 +149,7 @@ def test_run_may_return_more_than_tokens():
 
 
 class Telling(nn.Module):
-    """A router that keeps what it was given."""
+    """A router that keeps its arguments."""
 
     def forward(self, h, scale, *, grid, bias=0.0):
         self.given = scale, grid, bias
@@ -171,7 +171,7 @@ def test_arguments_of_forward_reach_the_router():
     chunking = build(GRID, router=Telling(), run=run_with_bias)
     chunking(h, scale, bias=1.0, other=2)
     assert chunking.router.given == (scale, GRID, 1.0)
-    chunking.router = Greedy()  # in the place of the first, with a signature of its own
+    chunking.router = Greedy()  # in the place of the first, with another signature
     chunking(h, scale, bias=1.0)
     assert chunking.router.given == ((scale,), {"bias": 1.0, "grid": GRID})
     chunking.router = Fixed(prob)

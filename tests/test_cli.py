@@ -38,7 +38,7 @@ def good(tmp_path_factory):
 
 @pytest.fixture
 def checkpoint(good, tmp_path):
-    """A copy to spoil, in a folder of its own."""
+    """A copy to spoil, in a fresh folder."""
     return shutil.copytree(good, tmp_path / "checkpoint")
 
 
@@ -244,7 +244,7 @@ def test_sample_refuses_what_only_it_takes(good, tmp_path, capsys):
 
 
 def test_a_full_disk_keeps_what_is_finished(good, tmp_path, capsys):
-    """A limit on the size of files fails a write as a full disk does; then the same command goes on."""
+    """A limit on the size of files fails a write as a full disk does; the command called again goes on."""
     out = tmp_path / "out"
     words = ["sample", good, "--cpu", "--steps", "1", "--num", "200", "--format", "grid", "npz", "--output", out]
     out.mkdir()
@@ -305,7 +305,7 @@ def test_visualize_compares_one_size(good, tmp_path, capsys):
 
 @pytest.mark.parametrize("before, status", [("4", 0), ("3", 0), ("5", 2)])
 def test_images_of_two_runs_are_not_mixed(good, tmp_path, capsys, before, status):
-    """Those that this run writes again are no mixture."""
+    """Files that the run writes again are no mixture."""
     words = [
         "sample",
         str(good),

@@ -1,4 +1,4 @@
-"""The command itself: what it says before torch is there, in any locale, without docstrings, and out of memory."""
+"""The command itself: its words before torch is there, in any locale, without docstrings, and out of memory."""
 
 import os
 import subprocess

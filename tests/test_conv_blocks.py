@@ -77,7 +77,7 @@ class Layouts(TorchDispatchMode):
             if not all(t.is_contiguous(memory_format=torch.channels_last) for t in fields):
                 self.wrong.append((str(function), [t.stride() for t in fields]))
         elif function._schema.name in ("aten::clone", "aten::copy_", "aten::_to_copy"):
-            # Triton's interpreter copies what it reads, as one row of memory.
+            # Triton's interpreter copies its reads, as one row of memory.
             if args[0].dim() > 1 and args[0].numel() >= self.features:
                 self.wrong.append((str(function), [t.shape for t in args]))
         return out
@@ -85,7 +85,7 @@ class Layouts(TorchDispatchMode):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_no_layout_is_converted(layout):
-    """From stem to output and back, in float32: what arrives in another layout is converted once, at the door."""
+    """From stem to output and back, in float32: a tensor in another layout is converted once, at the door."""
     stem, net, router = (
         Conv3x3(4, 64),
         stack(),

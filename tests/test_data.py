@@ -1,4 +1,4 @@
-"""Sources, codecs and the stateless stream: what each step sees depends on (seed, step, position) only."""
+"""Sources, codecs and the stateless stream: each step's data depend on (seed, step, position) only."""
 
 import numpy as np
 import pytest

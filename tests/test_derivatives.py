@@ -46,7 +46,7 @@ def tensors(requires_grad=False):
 
 
 def hessian_product(operator, backend):
-    """Second derivatives of a function in which each tensor is met outside of the operator too."""
+    """Second derivatives of a function that uses each tensor outside of the operator too."""
     given = tensors(requires_grad=True)
     leaves = list(given.values())
     with K.use_backend(backend):
@@ -87,7 +87,7 @@ def test_right_or_refused(operator, derivative, backend):
 
 
 def test_a_gradient_may_be_kept_with_its_graph():
-    """What raises is the second derivative, not that somebody asked for one of something else."""
+    """The second derivative raises, and a graph for another derivative does not."""
     given = tensors(requires_grad=True)
     value = OPERATORS["gate_residual"](given).sum() + given["h"].pow(3).sum()
     got = torch.autograd.grad(value, [given["y"], given["h"]], create_graph=True)
@@ -96,7 +96,7 @@ def test_a_gradient_may_be_kept_with_its_graph():
 
 
 def test_below_torch_compile():
-    """`dcdit::NAME_backward` has no derivative of its own either."""
+    """`dcdit::NAME_backward` has no derivative either."""
     given = tensors(requires_grad=True)
     args = (given["h"], given["pos"], *_library.flat_plan(PLAN), "own", "reference")
     out = torch.ops.dcdit.chunk_backward(given["x"], [True, False], *args)[0]

@@ -1,4 +1,4 @@
-"""What users of diffusers, peft, accelerate and PyTorch do to a model, done to DC-DiT."""
+"""Tools of diffusers, peft, accelerate and PyTorch, applied to DC-DiT."""
 
 import copy
 import warnings
@@ -195,7 +195,7 @@ def steps_by_hand(model):
 
 
 def first_block(steps):
-    """What the last blocks added in step 0, added to the first block's output."""
+    """The last blocks' residual of step 0, added to the first block's output."""
     (_, first, last), _ = steps[0]
     return [predict(hidden[1] + last - first) for hidden, predict in steps]
 

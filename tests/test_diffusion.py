@@ -157,7 +157,7 @@ def test_ratio_loss_by_sub_batches(batch, cells, n, sub_batch, seed):
 
 
 def test_ratio_loss_leaves_padded_cells_out():
-    """Each sub-batch is worth what its own cells are, and gradients reach those alone."""
+    """Each sub-batch has the loss of its own cells, and gradients reach no others."""
     prob = torch.rand(5, 12, dtype=torch.float64)
     valid = torch.rand(5, 12) < 0.6
     poisoned = torch.where(valid, prob, math.nan).requires_grad_()
@@ -208,7 +208,7 @@ def test_min_snr_weights_the_squared_error():
 
 
 def test_the_time_shift_moves_every_draw():
-    """The same random numbers give σ' = sσ/(1 + (s − 1)σ)."""
+    """Equal random numbers give σ' = sσ/(1 + (s − 1)σ)."""
     plain, shifted = (FlowMatching(shift) for shift in (1.0, 3.0))
     for seed in range(50):
         sigma = plain.draw_time(np.random.default_rng(seed)) / 1000

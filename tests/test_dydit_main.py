@@ -1,4 +1,4 @@
-"""DyDiT's gates in DC-DiT's main network: open they change nothing, by a table they skip what masks would zero."""
+"""DyDiT's gates in DC-DiT's main network: open they change nothing, by a table they skip the rows that masks zero."""
 
 import pytest
 import torch

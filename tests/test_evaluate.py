@@ -42,7 +42,7 @@ def test_frechet_distance_by_two_routes():
 
 
 def test_manifold_by_hand():
-    """On a line with one neighbour: balls of 0, 1 and 10 reach 1, 1 and 9, those of 1.5, 30 and 31 28.5, 1 and 1."""
+    """On a line with one neighbour: balls of 0, 1 and 10 reach 1, 1 and 9, balls of 1.5, 30 and 31 28.5, 1 and 1."""
     real, samples = torch.tensor([[0.0], [1.0], [10.0]]), torch.tensor([[1.5], [30.0], [31.0]])
     got = manifold(samples, real, neighbours=1)
     assert got == pytest.approx({"precision": 1 / 3, "recall": 1, "density": 2 / 3, "coverage": 2 / 3})

@@ -21,7 +21,7 @@ def batch(size):
 
 
 def test_export_takes_every_batch(tmp_path):
-    """Saved, loaded, and called with batches of which other cells are kept."""
+    """Saved, loaded, and called with batches that keep other cells."""
     model = make()
     size = {0: torch.export.Dim("batch", min=2, max=64)}
     torch.export.save(torch.export.export(model, batch(2), dynamic_shapes=(size,) * 3), tmp_path / "model.pt2")

@@ -61,7 +61,7 @@ def test_complaints():
 
 
 def test_examples_are_of_their_operators():
-    """Each runs on the reference, and what a call returns has no NaN of a spare row."""
+    """Each runs on the reference, and a call's result has no NaN of a spare row."""
     for name, make in EXAMPLES.items():
         example = make(make_scene((5, 7)))
         assert hasattr(K, name.split(",")[0])

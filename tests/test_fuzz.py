@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 EXAMPLES = int(os.environ.get("FUZZ", "100"))
-# What tends to be special: ends of integers, brackets, quotes, numbers that are none.
+# Values that tend to be special: ends of integers, brackets, quotes, numbers that are none.
 WORDS = [
     b"\x00",
     b"\xff\xff\xff\xff",
@@ -64,5 +64,5 @@ def test_edited_inputs_are_read_or_refused(name, data):
     seed = data.draw(st.sampled_from(range(len(seeds(name)))))
     edits = data.draw(st.lists(EDIT, min_size=1, max_size=6))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's and NumPy's remarks on what they were given
+        warnings.simplefilter("ignore")  # Pillow's and NumPy's remarks on their input
         TARGETS[name](edited(seeds(name)[seed], edits))

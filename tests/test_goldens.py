@@ -142,7 +142,7 @@ def test_loss_and_gradients(ran):
 
 @pytest.mark.parametrize("case", ["full", "drop30"])
 def test_float64_model_agrees(case):
-    """The same operators in float64 stay within float32's own error of the golden."""
+    """The operators in float64 stay within float32's own error of the golden."""
     model, golden = load("dcdit_tiny")
     out = model.double()(
         golden["in.x"].double(), golden["in.t"], golden["in.y"], float(golden[f"{case}.drop_fraction"])

@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import copy
 import dataclasses
 import math
 
@@ -14,12 +13,11 @@ import torch
 
 import dcdit_kernels as K
 from bench.cases import OPERATORS, Case
-from bench.gate import check, evaluate, full_float32
+from bench.gate import check
 from bench.measure import build, host_waits
 from bench.operators import routed_prob
 from bench.timing import captured
 from dcdit import DCDiT, graphed, preset
-from dcdit.model.layers import linear_gelu
 from dcdit.training.objectives import FlowMatching, ratio_loss
 from dcdit.training.step_graphs import StepGraphs
 from dcdit.training.stream import TrainingStream, batches
@@ -67,7 +65,7 @@ def pipeline_inputs(seed=0):
 
 def test_fixed_mode_never_waits():
     tensors = pipeline_inputs()
-    pipeline(*tensors, (16, 16), 300)  # compiles what there is to compile
+    pipeline(*tensors, (16, 16), 300)  # compiles
     assert host_waits(lambda: pipeline(*tensors, (16, 16), 300)) == 0
 
 
@@ -78,7 +76,7 @@ def test_exact_mode_waits_once():
 
 
 def assert_replays(function, make_inputs, **tolerance):
-    """A captured call gives what the eager one gives when other inputs, which keep other counts, are copied in."""
+    """A captured call gives the eager call's result when other inputs, which keep other counts, are copied in."""
     static, outs = make_inputs(0), []
     replay = captured([lambda: outs.append(function(*static))])
     for seed in (1, 2):
@@ -134,7 +132,7 @@ def test_spare_rows_are_never_read():
 
 
 def test_offsets_past_two_billion():
-    """A tensor of more than 2³¹ elements: its last sample comes through like the same sample alone."""
+    """A tensor of more than 2³¹ elements: its last sample comes through as it does alone."""
     batch, side, width = 460, 64, 1152
     case = Case("chunk", "XL", side, batch, 0.1)
     free, _ = torch.cuda.mem_get_info()
@@ -150,12 +148,12 @@ def test_offsets_past_two_billion():
         plan = K.plan_chunks(p, (side, side))
         outs.append(K.dechunk(K.chunk(cells, plan), p, plan)[-1])
     assert outs[0].any()
-    # Blocks of rows begin elsewhere in a sample of its own, and add in another order.
+    # Blocks of rows begin elsewhere in a sample alone, and add in another order.
     torch.testing.assert_close(*(out.float() for out in outs), rtol=2**-7, atol=2**-7)
 
 
 def digits_net():
-    """The digits model with random weights, none of them zero."""
+    """The digits model with random weights, all nonzero."""
     torch.manual_seed(0)
     net = DCDiT(preset("digits")).eval()
     for parameter in net.parameters():
@@ -195,7 +193,7 @@ def test_model_with_a_capacity_never_waits(dtype):
         torch.rand(4, device=DEVICE),
         torch.arange(4).cuda(),
     )
-    want = net(x, t, y, 0.2, capacity=784)  # compiles what there is to compile
+    want = net(x, t, y, 0.2, capacity=784)  # compiles
     with no_waits():
         got = net(x, t, y, 0.2, capacity=784)
     assert torch.equal(got, want)
@@ -204,7 +202,7 @@ def test_model_with_a_capacity_never_waits(dtype):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_graphed_model(dtype, record_property):
-    """Replays without a wait give what the eager model gives; with as many rows as it takes no token is lost."""
+    """Replays without a wait give the eager model's result; with as many rows as it takes no token is lost."""
     net = digits_net().to(DEVICE, dtype)
     torch.nn.init.constant_(net.router.score.bias, 0.0)
     graph, limits, bits = graphed(net), {"capacity": 784, "max_seqlen": 196}, []
@@ -306,33 +304,9 @@ def test_the_next_batch_is_copied_while_the_gpu_works():
         assert all(torch.equal(copied[key].cpu(), tensor) for key, tensor in batch.items())
 
 
-def psnr(got, want):
-    """In dB, over the range of what is wanted."""
-    error = (got.double() - want.double()).square().mean().sqrt()
-    return 20 * math.log10((want.max() - want.min()).item() / max(error.item(), 1e-30))
-
-
-@pytest.mark.parametrize(("dtype", "least"), [("float32", 50), ("bfloat16", 34)])
-def test_back_ends_sample_the_same_pictures(dtype, least):
-    """A batch sampled with Lite-CFG from the same noise, eager, as graphs, and on the reference operators."""
-    problem = build(Case("sample", "digits", 14, 4, dtype=dtype), DEVICE)
-    with full_float32():
-        names = ("dcdit", "dcdit graph", "dcdit reference")
-        eager, graph, reference = (evaluate(problem.variants[name], problem.inputs, False)[0] for name in names)
-    found = [psnr(eager, reference), psnr(graph, reference), psnr(graph, eager)]
-    assert min(found) >= least, found
-
-
-def test_model_case():
-    """Every variant of a forward pass that is timed, replayed graphs among them, within its budget."""
-    problem = build(Case("forward", "digits", 14, 2, drop_fraction=0.5, dtype="bfloat16"), DEVICE)
-    assert {"dcdit graph", "DiT/2 graph"} <= problem.variants.keys()
-    assert not {name: reason for name, reason in check(problem).items() if reason}
-
-
 @pytest.mark.parametrize("drop_fraction", [0.0, 0.5])
 def test_model_equals_cpu(drop_fraction):
-    """The digits model in float32 gives on the GPU what it gives on the CPU."""
+    """The digits model in float32 gives equal results on the GPU and on the CPU."""
     net = digits_net()
     torch.nn.init.constant_(net.router.score.bias, -0.2)  # a third of the cells
     x, t, y = torch.randn(4, 4, 14, 14), torch.tensor([10.0, 300.0, 600.0, 990.0]), torch.arange(4)
@@ -348,20 +322,3 @@ def test_model_equals_cpu(drop_fraction):
     same = (gpu.boundary_mask.cpu() == cpu.boundary_mask).flatten(1).all(1)
     assert same.any(), "no sample was routed alike"
     torch.testing.assert_close(got.cpu()[same], want[same], rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [1, 77])
-def test_gelu_inside_the_product(rows, dtype):
-    """Against float64 no worse than a pass of its own; a hook still sees what the layer gives."""
-    layer = torch.nn.Linear(72, 288).to(DEVICE, dtype)
-    x = 2 * torch.randn(rows, 72, device=DEVICE, dtype=dtype)
-    with torch.no_grad():
-        want = torch.nn.functional.gelu(copy.deepcopy(layer).double()(x.double()), approximate="tanh")
-        got, apart = linear_gelu(layer, x), torch.nn.functional.gelu(layer(x), approximate="tanh")
-        assert got.dtype == dtype and got.shape == (rows, 288)
-        assert (got - want).abs().max() <= (apart - want).abs().max()
-        seen = []
-        layer.register_forward_hook(lambda module, args, out: seen.append(out.clone()))
-        torch.testing.assert_close(linear_gelu(layer, x), apart, rtol=0, atol=0)
-        assert torch.equal(seen[0], layer(x))

@@ -24,7 +24,7 @@ def tensors(outputs):
 
 
 def run_again(function):
-    """Capture and replay of a graph: what was returned is overwritten by each start."""
+    """Capture and replay of a graph: each start overwrites the returned tensors."""
     function()
     outputs = function()
 

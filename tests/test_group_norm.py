@@ -169,7 +169,7 @@ def test_empty_batch(backend):
 @pytest.mark.parametrize("cond", [True, False], ids=["cond", "plain"])
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_opcheck(backend, cond):
-    """Schemas and fakes say what the operator and its backward do, the layout of the features included."""
+    """Schemas and fakes describe the operator and its backward, the layout of the features included."""
     tensors = inputs((2, 12, 3, 5), cond)
     args = (*tensors, *[None] * (0 if cond else 2), [], [], 4, 1e-5, backend)
     tests = ("test_schema", "test_faketensor")

@@ -1,4 +1,4 @@
-"""Pictures in idx files: what the format says, and what is wrong with a file in one line."""
+"""Pictures in idx files: the format's fields, and a file's fault in one line."""
 
 import gzip
 import importlib.util

@@ -52,7 +52,7 @@ def test_exif_orientation_turns_the_picture_upright(orientation, tmp_path):
     upright = np.zeros((8, 16, 3), dtype=np.uint8)
     upright[:4, :4, 0] = 255
     upright[4:, 12:, 2] = 255
-    # How a camera stores what is upright when it is shown as EXIF says (columns: EXIF 2.32, table 6).
+    # How a camera stores an upright picture by EXIF's orientation (columns: EXIF 2.32, table 6).
     stored = [
         *(upright, upright[:, ::-1], upright[::-1, ::-1], upright[::-1]),
         *(upright.transpose(1, 0, 2), np.rot90(upright), np.rot90(upright.transpose(1, 0, 2), 2), np.rot90(upright, 3)),
@@ -138,7 +138,7 @@ def test_the_fingerprint_is_of_the_content_and_not_of_the_place(tmp_path):
 
 
 def broken_folder(tmp_path):
-    """Six pictures, of which 1 is half a file, 3 no picture and 4 empty."""
+    """Six pictures: 1 is half a file, 3 no picture and 4 empty."""
     for index in range(6):
         save(
             tmp_path / "data" / ("cat" if index < 4 else "dog") / f"{index}.png",
@@ -156,7 +156,7 @@ def test_broken_pictures_leave_the_order_of_all_others(tmp_path, capsys):
     options = {"seed": 1, "batch_size": 4}
 
     class Whole:
-        """The same folder with all files readable; picture i is i."""
+        """The folder with all files readable; picture i is i."""
 
         def __len__(self):
             return 6
@@ -210,7 +210,7 @@ def test_check_reads_every_file_and_lists_the_bad(tmp_path, capsys):
 
 
 def test_encode_goes_on_and_trains(tmp_path, capsys, monkeypatch):
-    """Latents are the autoencoder's of each picture; a second call writes what is missing; the codec is compared."""
+    """Latents are the autoencoder's of each picture; a second call writes the missing files; the codec is compared."""
     from diffusers import AutoencoderKL
 
     from dcdit.codecs import make_codec

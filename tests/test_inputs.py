@@ -1,4 +1,4 @@
-"""What operators make of tensors in unusual states: elsewhere, fake, changed in place, under autocast, or malformed."""
+"""Operators on tensors in unusual states: elsewhere, fake, changed in place, under autocast, or malformed."""
 
 import gc
 import math
@@ -51,7 +51,7 @@ def case(capacity=None, batch=2, **options):
     ("operator", "elsewhere"), [(op, name) for op, (names, _) in OPERATORS.items() for name in names[1:]]
 )
 def test_tensors_on_two_devices_are_refused(operator, elsewhere):
-    """Kernels are handed addresses, and that of a tensor elsewhere is another's or none."""
+    """Kernels are handed addresses, and a tensor elsewhere has another tensor's or none."""
     tensors, plan = case()
     if elsewhere == "plan":
         plan = plan.to("meta")
@@ -113,7 +113,7 @@ def test_a_batch_may_be_without_samples(operator, capacity, backend):
 
 @pytest.mark.parametrize("backend", ["reference", "native", "triton"])
 def test_a_gradient_is_rounded_to_its_own_dtype(backend):
-    """That of a float32 shift keeps its bits beside a scale in half precision."""
+    """The gradient of a float32 shift keeps its bits beside a scale in half precision."""
     tensors, plan = case()
     shift, scale = tensors["gate"].clone().requires_grad_(), tensors["gate"].half()
     out = K.adaln_modulate(tensors["x"], shift, scale, plan, backend=backend)

@@ -1,4 +1,4 @@
-"""The check of reads and writes finds what it is there to find."""
+"""The check of reads and writes finds each kind of fault."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
 """How many operators a forward and a training step hand to PyTorch, each a launch on a GPU: exact, fixed and graph.
 
-Attention is one operator here, as FlashAttention's is on a GPU. Triton's kernels are interpreted; they are the same in
+Attention is one operator here, as FlashAttention's is on a GPU. Triton's kernels are interpreted; they are alike in
 all modes and are not counted.
 """
 
@@ -50,7 +50,7 @@ class Launches(TorchDispatchMode):
 @pytest.fixture
 def net(monkeypatch):
     monkeypatch.setattr(flash, "choose", lambda *_: flash.LIBRARIES[-1])
-    monkeypatch.setattr(attention, "_chosen", {})  # what was remembered before, and what is remembered here
+    monkeypatch.setattr(attention, "_chosen", {})  # remembered choices, before and here
     one = lambda library, q, k, v, *_: torch.addcmul(v, q, k)  # noqa: E731
     monkeypatch.setitem(flash_calls.CALLS, flash.LIBRARIES[-1].keywords, one)
     net = DCDiT(DCDiTConfig(input_size=(4, 4), hidden_size=64, depth=DEPTH, num_heads=2, encoder_width=32)).eval()

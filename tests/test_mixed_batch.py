@@ -127,7 +127,7 @@ def test_routing_again(model):
 
 
 def test_backbone_sees_the_order_of_the_batch():
-    """What a backbone of the user's has for each sample meets the rows of that sample."""
+    """A user's backbone gets each sample's inputs with the rows of that sample."""
 
     class Adds(nn.Module):
         def forward(self, tokens, c, packing, text):

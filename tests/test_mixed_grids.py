@@ -1,4 +1,4 @@
-"""Pictures of different sizes in one batch: each in the corner of one canvas, what is around it no valid cell."""
+"""Pictures of different sizes in one batch: each in the corner of one canvas, without valid cells around it."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_as_each_picture_alone(backend):
     dtype = torch.float32 if backend == "triton" else torch.float64
     h, residual = ([torch.randn(a * b, WIDTH, dtype=dtype) for a, b in GRIDS] for _ in range(2))
     prob = [torch.rand(a * b, dtype=dtype) for a, b in GRIDS]
-    prob[2][:] = 0.3  # nothing of this one is kept
+    prob[2][:] = 0.3  # no cell is kept
     valid = on_canvas([torch.ones(a * b, dtype=torch.bool) for a, b in GRIDS], False)
     together = [on_canvas(parts, 7.0).requires_grad_() for parts in (h, residual)]
     p = on_canvas(prob, 1.0).requires_grad_()

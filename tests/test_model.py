@@ -1,4 +1,4 @@
-"""Sizes and FLOPs of the presets, the model's contract, its checkpoints, and what it says of bad input."""
+"""Sizes and FLOPs of the presets, the model's contract, its checkpoints, and its errors for bad input."""
 
 import json
 
@@ -73,7 +73,7 @@ def test_segment_means_and_norm_groups():
 
 
 def test_a_regular_grid_is_kept():
-    """Besides the router's cells and those of the caller, but for the banned ones; a drop takes none of them."""
+    """Besides the router's cells and the caller's, but for banned cells; a drop takes none of the grid."""
     torch.manual_seed(0)
     net = DCDiT(DCDiTConfig.from_dict({**TINY.to_dict(), "keep_grid": 3}))
     grid = torch.zeros(7, 9, dtype=torch.bool)
@@ -90,7 +90,7 @@ def test_a_regular_grid_is_kept():
 
 
 def test_a_graph_may_break_at_an_operator(model):
-    """torch.compile without fullgraph stops at the plan, whose size depends on data, and does not go on inside it."""
+    """torch.compile without fullgraph stops at the plan, of a size by the data, and does not go on inside it."""
     torch._dynamo.reset()
     out = torch.compile(model, backend="eager")(*batch())
     assert torch.equal(out, model(*batch()))
@@ -183,7 +183,7 @@ def test_capacity_changes_nothing_while_there_is_room(model):
 
 
 def test_samples_do_not_see_each_other(model):
-    """Each sample alone gives what it gives in the batch, with a ρ of its own."""
+    """Each sample alone gives its result in the batch, with its own ρ."""
     x, t, y = batch()
     model, x = model.double(), x.double()
     rho = torch.tensor([0.0, 0.4, 0.9])

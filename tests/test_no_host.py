@@ -1,6 +1,6 @@
 """With a budget the number of tokens is known beforehand: forward and backward look at no tensor's values on the host.
 
-What would wait for a GPU is an operator that reads data, on a CPU as well; here each of them raises. Two things that
+An operator that reads data would wait for a GPU; here each such operator raises, on a CPU as well. Two things that
 run on a CPU alone are left out: the look at class ids, and attention's loop over samples, where masked attention stands
 in.
 """
@@ -32,7 +32,7 @@ class Host(RuntimeError):
 
 
 class NoHost(TorchDispatchMode):
-    """Raises on each operator whose result depends on a look at data by the host."""
+    """Raises on each operator that makes the host look at data."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__

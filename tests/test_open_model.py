@@ -64,7 +64,7 @@ def test_the_steps_one_by_one_are_the_forward(rho):
 
 
 def test_a_routing_is_used_again():
-    """The same bits as the call that made it, and its gradients, without the router."""
+    """The bits of the call that made it, and its gradients, without the router."""
     model, (x, t, y) = build(), batch()
     out, routing = model(x, t, y, torch.tensor([0.0, 0.3, 0.9]), return_routing=True)
     (first,) = torch.autograd.grad(out.square().sum(), model.stem.weight, retain_graph=True)
@@ -89,7 +89,7 @@ def test_a_routing_that_does_not_fit():
 
 
 def test_kept_and_banned_cells():
-    """The backbone gets the one kind and not the other; the router's own choice, which its loss sees, is untouched."""
+    """The backbone gets kept cells and no banned ones; the router's own choice, seen by its loss, is untouched."""
     model, (x, t, y) = build(), batch()
     _, free = model(x, t, y, 0.5, return_routing=True)
     keep, ban = (torch.arange(30) % 5 == place for place in (1, 3))

@@ -1,4 +1,4 @@
-"""DC-DiT inside diffusers' DiTPipeline and in a pipeline of its own, with real diffusers and tiny random weights."""
+"""DC-DiT inside diffusers' DiTPipeline and in its own pipeline, with real diffusers and tiny random weights."""
 
 import subprocess
 import sys
@@ -57,7 +57,7 @@ def test_dit_pipeline_runs_unchanged_and_keeps_it_all(vae, learn_sigma, tmp_path
     again = quiet(DiTPipeline.from_pretrained(tmp_path))
     assert type(again.transformer) is DCDiTTransformer2DModel
     np.testing.assert_array_equal(again([1, 7], generator=torch.manual_seed(1), **options).images, images)
-    ours = quiet(DCDiTPipeline.from_pretrained(tmp_path))  # the same folder, the same images
+    ours = quiet(DCDiTPipeline.from_pretrained(tmp_path))  # an equal folder, equal images
     np.testing.assert_allclose(ours([1, 7], generator=torch.manual_seed(1), **options).images, images, atol=1e-5)
 
 
@@ -108,7 +108,7 @@ def test_no_label_is_1000_to_dit_pipeline_and_the_last_class_to_the_model():
 
 
 def test_our_pipeline_is_our_sampler():
-    """Flow matching with guidance, a schedule, and Lite-CFG, from the same noise."""
+    """Flow matching with guidance, a schedule, and Lite-CFG, from equal noise."""
     model = transformer(learn_sigma=False)
     start, seen = [], []
     options = {"drop_fraction": lambda t: t / 2000, "uncond_drop_fraction": [0.9, 0.5]}

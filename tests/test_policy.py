@@ -1,4 +1,4 @@
-"""Policies of sampling: off they change no bit; on, each step costs what was asked for, sample by sample."""
+"""Policies of sampling: off they change no bit; on, each step has the cost that was asked for, sample by sample."""
 
 import dataclasses
 
@@ -48,7 +48,7 @@ def test_grid_models_are_sampled(kind):
 
 
 def test_a_dit_of_a_dcdits_sizes():
-    """As `load_dit` makes it; and a subclass with a routing of its own, called as it is."""
+    """As `load_dit` makes it; and a subclass with its own routing, called as it is."""
     from bench.rivals import PlainRival
 
     config = preset("digits")

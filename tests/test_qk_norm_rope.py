@@ -63,7 +63,7 @@ def run(streams, tables, norm, pairing, backend, dtype, eps=1e-5):
 
 
 def expected(streams, tables, norm, pairing, eps=1e-5):
-    """The same by `by_hand`, in float64."""
+    """By `by_hand`, in float64."""
     leaves = [[None if t is None else t.detach().double().requires_grad_() for t in ts] for _, ts in streams]
     cos, sin, position = tables
     cos, sin = (None, None) if cos is None else (cos.double(), sin.double())
@@ -186,7 +186,7 @@ def test_no_rows(backend):
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("streams", [1, 2])
 def test_opcheck(backend, streams):
-    """Schemas and fakes say what the operator and its backward do."""
+    """Schemas and fakes describe the operator and its backward."""
     made = make([[3, 1], [2, 5]][:streams], [0] * streams, 2, 1, 8, "rms", torch.float32)
     plan = made[0][0] if streams == 1 else made[0][0].join(made[1][0])
     (q, k, *weights), second = made[0][1], made[1][1] if streams == 2 else [None] * 4

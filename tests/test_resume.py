@@ -1,4 +1,4 @@
-"""Runs that go on: what may change, starting from weights, snapshots, averages, validation, signals, the launcher."""
+"""Runs that go on: permitted changes, starting from weights, snapshots, averages, validation, signals, the launcher."""
 
 import json
 import os
@@ -68,7 +68,7 @@ PETS = ["data.kind=folder", "data.size=12", "codec.factor=2", "model.input_size=
 
 
 def test_what_changes_no_step_of_the_past_is_free(tiny, tmp_path):
-    """Moved data, more steps at a constant rate, other logging: the losses are those of one run."""
+    """Moved data, more steps at a constant rate, other logging: the losses of one run."""
     root = pets(tmp_path / "pets")
     _, whole = run(tiny, tmp_path / "a", *PETS, f"data.path={root}", "steps=6")
     run(tiny, tmp_path / "b", *PETS, f"data.path={root}")

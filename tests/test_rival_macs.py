@@ -1,4 +1,4 @@
-"""Multiply-adds against the counts of the public releases, and against PyTorch's counter on what runs here."""
+"""Multiply-adds against the counts of the public releases, and against PyTorch's counter on the models here."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ SIZES = {"XL": (1152, 16, 28), "B": (768, 12, 12), "S": (384, 6, 12)}
 
 @pytest.mark.parametrize("row", MACS["sparsedit"], ids=lambda row: row["case"])
 def test_sparse_dit_as_released(row):
-    """To the multiply-add; what runs here is less."""
+    """To the multiply-add; the models here take fewer."""
     pooling, groups, top = row["layout"]
     side, inner = (round(row[name] ** 0.5) for name in "NM")
     config = SparseDiTConfig(**XL, input_size=(2 * side,) * 2, pooling=pooling, groups=groups, top=top)
@@ -43,7 +43,7 @@ def test_dydit_and_plain(row):
 
 
 def test_published_dydit():
-    """XL's published GFLOPs at λ 0.7 and 0.5, which the ratio brings about but for what the routers and gates do."""
+    """XL's published GFLOPs at λ 0.7 and 0.5, which the ratio brings about but for routers and gates."""
     config = DyDiTConfig(**XL, depth=28)
     for rate, published in ((0.7, 84.3), (0.5, 57.9)):
         assert dydit_macs(config, rate) / 1e9 == pytest.approx(published, rel=0.04)
@@ -69,7 +69,7 @@ def test_what_runs():
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_savings_bench(batch):
-    """What `bench.savings` times are the models that it counts."""
+    """`bench.savings` times the models that it counts."""
     forwards, macs = cases("digits", batch)
     names = {"plain", "sparse", "dydit"}  # the digits have 7×7 patches
     assert forwards.keys() == macs.keys() == names and macs["dydit"] < macs["plain"]

@@ -84,7 +84,7 @@ def check_gradients(net, golden, prefix):
     for key, norm in norms.items():
         close(grads[sparse_key(key)].norm(), norm, 3e-5, f"norm of the gradient of {key}")
     for key, wanted in golden.items():
-        if key.startswith(f"{prefix}grad/") and "final_layer.linear" not in key:  # whose rows are in another order
+        if key.startswith(f"{prefix}grad/") and "final_layer.linear" not in key:  # rows in another order
             close(grads[sparse_key(key.removeprefix(f"{prefix}grad/"))], wanted, 3e-5, key)
 
 

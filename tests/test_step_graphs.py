@@ -34,7 +34,7 @@ TINY = {
 
 
 def run_again(function):
-    """Capture and replay of a graph: what was returned is overwritten by each start."""
+    """Capture and replay of a graph: each start overwrites the returned tensors."""
     function()
     outputs = function()
 
@@ -52,7 +52,7 @@ def fresh_accelerate():
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """Graphs on the CPU; a list of those that trainers made."""
+    """Graphs on the CPU; a list of the graphs that trainers made."""
     made = []
 
     def make(*args, **options):
@@ -70,7 +70,7 @@ def config(output, *overrides):
 
 
 class Eager:
-    """The same capacities, and nothing kept from one step to the next."""
+    """Equal capacities, and nothing kept from one step to the next."""
 
     def __init__(self, *args, **options):
         self.graphs = StepGraphs(*args, **options, capture=run_again)
@@ -105,7 +105,11 @@ def assert_same_run(a, b):
 
 @pytest.mark.parametrize(
     "overrides",
-    [(), ("precision=bf16", "objective=ddpm", "model.learn_sigma=true"), ("accumulate=2", "channels_last=true")],
+    [
+        (),
+        ("precision=bf16", "objective=ddpm", "model.learn_sigma=true", "batch_size=16"),
+        ("accumulate=2", "channels_last=true"),
+    ],
 )
 def test_the_bits_of_eager_steps(overrides, stand_in, tmp_path, monkeypatch):
     train(config(tmp_path / "graph", *overrides))
@@ -127,7 +131,7 @@ def test_close_to_training_without_graphs(stand_in, tmp_path):
 
 
 def test_a_batch_without_room_is_computed_again(stand_in, tmp_path):
-    """Its gradients are those of the eager model, whatever the replay left behind."""
+    """Its gradients are the eager model's, whatever the replay left behind."""
     trainer = Trainer(config(tmp_path / "run"))
     graphs, stream = stand_in[0], trainer.stream
     batch = torch.utils.data.default_collate([stream[i] for i in range(32)])

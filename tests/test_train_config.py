@@ -1,4 +1,4 @@
-"""A configuration's values: what would ruin a run, or end in a traceback, is refused by the name of its key."""
+"""A configuration's values: a value that would ruin a run, or end in a traceback, is refused by the name of its key."""
 
 import math
 
@@ -89,7 +89,7 @@ def test_the_ends_of_the_ranges_are_taken(digits):
 
 
 def test_the_defaults_fit_each_other(tmp_path):
-    """An empty file trains digits; a model of one's own says what its objective needs."""
+    """An empty file trains digits; a user's model names its objective's requirements."""
     (tmp_path / "empty.yaml").touch()
     assert load_config(tmp_path / "empty.yaml").model == preset("digits")
     with pytest.raises(ConfigError, match=r"set model\.learn_sigma=false or objective=ddpm$"):

@@ -1,4 +1,4 @@
-"""What a run resumes from: a file that is not what `save_state` wrote is refused with one line, nothing loaded."""
+"""The state of a run: a file that `save_state` did not write is refused with one line, and nothing is loaded."""
 
 import json
 

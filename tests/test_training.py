@@ -1,4 +1,4 @@
-"""Training: what a step computes, that runs resume exactly after a kill, spread over processes, and fail cleanly."""
+"""Training: a step's loss, and runs that resume exactly after a kill, spread over processes, and fail cleanly."""
 
 import errno
 import json
@@ -23,11 +23,10 @@ from dcdit.checkpoints.folder import load_checkpoint
 from dcdit.cli import main
 from dcdit.data.sources import Digits
 from dcdit.model.dcdit import DCDiT
-from dcdit.training.config import OptimConfig, learning_rate, load_config
+from dcdit.training.config import learning_rate, load_config
 from dcdit.training.objectives import FlowMatching, ratio_loss
 from dcdit.training.run import train
-from dcdit.training.state import EMA
-from dcdit.training.stream import TrainingStream, batches, check_split, draw_drop_fraction
+from dcdit.training.stream import TrainingStream, batches, draw_drop_fraction
 
 TINY = {
     "model": {"preset": "digits", "input_size": 7, "in_channels": 16, "hidden_size": 32, "depth": 1, "num_heads": 1}
@@ -57,7 +56,7 @@ def run(config, output, *overrides):
 
 
 def metrics(output):
-    """The lines of metrics.jsonl without the one value that time decides."""
+    """The lines of metrics.jsonl without the value that time decides."""
     lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "images_per_s"} for line in lines]
 
@@ -263,47 +262,11 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(broken, whole, tiny, tmp_p
 
 
 def fails(capsys, *arguments):
-    """The one line with which the command refuses."""
+    """The line by which the command refuses."""
     assert main(["train", *map(str, arguments)]) == 2
     text = capsys.readouterr().err
     assert text.startswith("dcdit train: ") and text.count("\n") == 1
     return text
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("optim.rl=1", "did you mean 'lr'"),
-        ("step=1", "did you mean 'steps'"),
-        ("model.preset=digit", "did you mean 'digits'"),
-        ("model.hiden_size=32", "did you mean 'hidden_size'"),
-        ("optim.lr=fast", "optim.lr must be a number, got 'fast'"),
-        ("optim=3", "optim must be a group of keys, got 3"),
-        ("steps=1.5", "steps must be an integer, got 1.5"),
-        ("steps=true", "steps must be an integer, got True"),
-        ("steps=0", "steps must be at least 1"),
-        ("seed=-1", "seed must not be negative"),
-        ("channels_last=3", "channels_last must be true or false, got 3"),
-        ("objective=eps", "objective must be one of flow, ddpm, got 'eps'"),
-        ("model.learn_sigma=true", "set model.learn_sigma=false"),
-        ("drop_fractions=[0,1]", r"drop_fractions must lie in [0, 1), got 1.0"),
-        ("drop_fractions=[]", "drop_fractions needs at least one value"),
-        ("budgets=[0.5,0]", r"budgets are shares of the cells and must lie in (0, 1], got 0"),
-        ("budgets=1.1", r"budgets are shares of the cells and must lie in (0, 1], got 1.1"),
-        ("label_drop=1", "label_drop must be in [0, 1)"),
-        ("steps", "expected key=value, got 'steps'"),
-        ("output=pyproject.toml", "cannot write pyproject.toml: "),
-        ("steps.x=1", "steps is not a group"),
-        ("data.kind=folder", "data.kind=folder needs data.path"),
-        ("data.kind=digit", "data.kind must be one of digits, folder, idx, latents"),
-        ("codec.factor=3", "do not divide into 3×3"),
-        ("codec.factor=2", "model takes (16, 7, 7)"),
-        ("model.num_classes=9", "10 classes"),
-    ],
-)
-def test_bad_configurations_are_one_line(override, message, tiny, tmp_path, capsys):
-    assert message in fails(capsys, tiny, f"output={tmp_path / 'out'}", override)
-    assert not (tmp_path / "out").exists()
 
 
 def test_bad_config_files_and_checkpoints_are_one_line(whole, tmp_path, capsys):
@@ -327,14 +290,6 @@ def test_bad_config_files_and_checkpoints_are_one_line(whole, tmp_path, capsys):
     (copy / "last.safetensors").unlink()
     (copy / "model" / "samples").mkdir()
     assert "model holds more than a checkpoint (samples)" in fails(capsys, tiny, output)  # and no line of progress
-
-
-@pytest.mark.parametrize("overrides", ["optim.lr=1e30 optim.grad_clip=1e30", "optim.lr=1e39 save_every=1"])
-def test_divergence_stops_with_one_line(overrides, tiny, tmp_path, capsys):
-    """Past 1e38 the first update's weights are infinite, after a loss that is not."""
-    assert main(["train", tiny, f"output={tmp_path}", *overrides.split()]) == 2
-    assert "training diverged" in capsys.readouterr().err.splitlines()[-1]
-    assert not (tmp_path / "model").exists()
 
 
 def test_trackers_of_accelerate_get_the_metrics(tiny, tmp_path, monkeypatch, capsys):
@@ -378,39 +333,3 @@ def test_gradients_clipped_at_zero_are_not_clipped(tiny, tmp_path):
     free = run(tiny, tmp_path / "free", "optim.grad_clip=1e9", "steps=3")
     assert run(tiny, tmp_path / "off", "optim.grad_clip=0", "steps=3") == free
     assert run(tiny, tmp_path / "clipped", "optim.grad_clip=1e-4", "steps=3")[1:] != free[1:]
-
-
-def test_learning_rate_schedule():
-    optim = OptimConfig(lr=2.0, warmup_steps=10)
-    assert [learning_rate(optim, step, 110) for step in (0, 4, 9)] == pytest.approx([0.2, 1.0, 2.0])
-    assert [learning_rate(optim, step, 110) for step in (10, 60, 110)] == pytest.approx([2.0, 1.0, 0.0])
-    assert learning_rate(OptimConfig(lr=2.0, cosine=False), 99, 100) == 2.0
-
-
-def test_ema_ramps_up_to_its_decay():
-    model = torch.nn.Linear(1, 1, bias=False)
-    with torch.no_grad():
-        model.weight.fill_(1.0)
-    ema, expected = EMA(model, 0.5), 1.0
-    for step in range(12):
-        with torch.no_grad():
-            model.weight.fill_(float(step))
-        ema.update(model, step)
-        decay = min(0.5, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * step
-        assert ema.state_dict()["weight"].item() == pytest.approx(expected)
-
-
-def test_batches_split_over_whole_sub_batches_only():
-    check_split(48, 1)
-    check_split(64, 4)
-    with pytest.raises(ValueError, match="batch_size 48 over 2 processes must be a multiple of 32"):
-        check_split(48, 2)
-
-
-@pytest.mark.parametrize("file", sorted(Path(__file__).parent.parent.glob("configs/*.yaml")), ids=lambda f: f.stem)
-def test_shipped_configs_fit_together(file):
-    config = load_config(file)
-    with torch.device("meta"):
-        DCDiT(config.model)
-    assert config.data.kind != "latents" or config.codec.kind == "autoencoder_kl"

@@ -1,4 +1,4 @@
-"""Less memory for the same step: activation checkpointing of the blocks, and a batch in accumulated parts."""
+"""Less memory for a step: activation checkpointing of the blocks, and a batch in accumulated parts."""
 
 import functools
 
@@ -82,7 +82,7 @@ def test_checkpointed_blocks_keep_a_third_at_most(checkpointed):
 
 @pytest.fixture(scope="module")
 def two_steps(tmp_path_factory):
-    """Values and gradients of the second step of a run: a function of what its configuration changes."""
+    """Values and gradients of the second step of a run: a function of the changes in its configuration."""
     directory = tmp_path_factory.mktemp("runs")
     (directory / "tiny.yaml").write_text(yaml.safe_dump(TINY))
 

@@ -134,7 +134,7 @@ def test_weights_that_come_and_go(family):
     grouped = copy.deepcopy(model)
     grouped.enable_group_offload(cpu, offload_type="block_level", num_blocks_per_group=1)
     assert torch.equal(run(grouped, inputs), want)
-    if family is FAMILIES["wan"]:  # of those that have _repeated_blocks the one that compiles soonest
+    if family is FAMILIES["wan"]:  # of the models with _repeated_blocks the quickest to compile
         torch._dynamo.reset()
         model.compile_repeated_blocks(backend="aot_eager")
         close(run(model, inputs), want, 1e-5)
@@ -142,7 +142,7 @@ def test_weights_that_come_and_go(family):
 
 @every_family
 def test_bad_input(family):
-    """One line that says what was expected and what came."""
+    """One line that names the expected and the actual value."""
     model = make(family)
     for blocks, words in (
         (slice(9, None), "blocks must name one block or more"),

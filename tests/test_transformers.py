@@ -33,7 +33,7 @@ def exact(monkeypatch):
     ids=str,
 )
 def test_all_cells_kept_is_the_untouched_model(family, dtype, tolerance, blocks, request):
-    """Also on another grid afterwards; removed it is the same to the last bit, and with half the cells it is not."""
+    """Also on another grid afterwards; removed it is equal to the last bit, and with half the cells it is not."""
     if dtype == torch.float64:
         request.getfixturevalue("exact")
     model = make(family, dtype)
@@ -63,7 +63,7 @@ def test_guidance_embedding(exact):
 
 @pytest.mark.parametrize("blocks", [slice(None), slice(1, -2)], ids=str)
 def test_padding_of_text_is_cut(blocks, exact):
-    """As the untouched model under a mask, and as a shorter text alone; what the padding holds is never read."""
+    """As the untouched model under a mask, and as a shorter text alone; the padding's content is never read."""
     family = FAMILIES["flux"]
     model = make(family, torch.float64)
     inputs = family.masked(family.inputs(dtype=torch.float64))
@@ -82,7 +82,7 @@ def test_padding_of_text_is_cut(blocks, exact):
 @every_family
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_quarter_of_the_cells_trains(family, checkpointing):
-    """Gradients reach the router and every block, the same ones with checkpointing; the loss falls."""
+    """Gradients reach the router and every block, equal gradients with checkpointing; the loss falls."""
     model = make(family)
     chunking = add_dynamic_chunking(model)
     chunking.drop_fraction = 0.75

@@ -1,11 +1,6 @@
 """Triton's kernels against the reference in float64: in the interpreter here, on the device where there is a GPU."""
 
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +13,15 @@ from dcdit_kernels import _library, _ops
 from dcdit_kernels.testing import EXAMPLES, Scene, compare, evaluate, make_scene
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
 # Aligned, ragged rows, ragged rows and width; then the shares that need a case of their own.
 CASES = [((4, 8), 64, 0.25), ((5, 7), 64, 0.25), ((5, 7), 72, 0.25)]
+
+
 CASES += [((5, 7), 40, share) for share in (0.0, 1.0, "one")] + [((1, 9), 40, 0.5)]
+
+
 CASES += [((5, 7), 264, 0.25)]  # rows in pieces, the last one ragged
 
 
@@ -99,7 +100,7 @@ def test_runs_agree_bit_for_bit():
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_opcheck(backend):
-    """Schemas and fakes say what the operators do."""
+    """Schemas and fakes describe the operators."""
     seen = set()
 
     def check(operator, backend, **inputs):
@@ -175,74 +176,3 @@ def test_reasons(monkeypatch):
     with pytest.raises(K.BackendError, match="need a GPU, got cpu"):
         K.ema_smooth(torch.randn(plan.capacity, 8), prob, plan, backend="triton")
     assert "ema_smooth: reference" in K.explain("ema_smooth", torch.randn(1))
-
-
-AOT = "bfloat16,32,32,1152,.25", "float32,7,9,72,.25"
-
-
-def lines_of(name, *args):
-    """What a script beside this one prints; Triton's compiler is not to be had where its interpreter is."""
-    if sys.platform != "linux":
-        pytest.skip("Triton's compiler runs on Linux only")
-    script = Path(__file__).parent / name
-    done = subprocess.run(
-        [sys.executable, script, *args],
-        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    """What tests/compile_kernels.py says of every launch at AOT."""
-    return lines_of("compile_kernels.py", *AOT)
-
-
-def test_no_step_after_the_first_meets_a_compiler():
-    """Whatever becomes of the batch and its tokens; none is among them."""
-    first, *later = lines_of("count_compilations.py")
-    assert first > 30 and len(later) == 9 and not any(later)
-
-
-def test_every_launch_compiles_ahead_of_time(compiled):
-    """sm_80, sm_90, sm_100 and gfx942: no spills, 64-bit row offsets, 16-byte loads where rows allow them."""
-    assert {row["target"] for row in compiled} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    narrow = {"prob_backward", "locate_rows"}  # move one number a cell
-    for row in compiled:
-        assert row["spills"] == 0, row
-        assert row["i64_products"] > 0 or row["kernel"] in narrow, row
-        if row["case"] == AOT[0] and row["target"] != "gfx942":
-            assert row["loads_16B"] > 0 or row["kernel"] == "locate_rows", row
-
-
-def bytes_moved(row):
-    """By a program that runs once, or one trip of a loop, at XL in bfloat16 with a quarter of the cells kept."""
-    gate, norm, rows = (row["constants"].get(name, 0) for name in ("GATE", "NORM", "ROWS"))
-    passes = {
-        "modulate_forward": lambda: 1 + 2 * gate + norm,
-        "modulate_backward": lambda: 3 * gate + 3 * norm + (gate and not norm),
-        "chunk_forward": lambda: 2,
-        "chunk_backward": lambda: 1 + 0.25,
-        "mean_backward": lambda: 1 + 0.25,
-        "plug_forward": lambda: 1 + 2 + 0.25 * 2,  # residual and rows in float32
-    }
-    return passes[row["kernel"]]() * rows * 1152 * 2 if row["kernel"] in passes else None
-
-
-def test_instructions_counted_ahead_of_time_leave_room(compiled):
-    """An H200 issues 132·4 warp instructions a cycle, 0.93·10¹² a second at 1.755 GHz: at the 4.2 TB/s that copies may
-    reach, one for every 4.5 bytes. A kernel that moves fewer a instruction cannot keep up with its memory."""
-    seen = set()
-    for row in compiled:
-        if row["target"] == "sm_90" and row["case"] == AOT[0] and bytes_moved(row):
-            columns = math.ceil(1152 / 512) if any(part in row["kernel"] for part in ("chunk", "mean", "plug")) else 1
-            issued = (
-                row["warps"] * columns * (row["loop"] if row["kernel"] == "modulate_backward" else row["instructions"])
-            )
-            assert bytes_moved(row) / issued > 4.5, row
-            seen.add(row["kernel"])
-    assert len(seen) == 6
