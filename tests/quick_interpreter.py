@@ -1,7 +1,8 @@
-"""Triton's interpreter with the same results in a third of the time: three of its functions without repetition.
+"""Triton's interpreter with equal results in a fraction of the time: a few of its functions without repetition.
 
-Triton's own scan takes one number at a time, each conversion builds a table of dtypes, and each call of a device
-function patches triton.language, although the kernel around that call has done so.
+Triton's own scan takes one number at a time. Each conversion builds a table of dtypes, each tensor computes its sizes,
+each call of a device function patches triton.language, although the kernel around that call has done so, and each sum
+of integers computes whether it overflows, although nothing is asserted without `debug`.
 """
 
 from functools import cache
@@ -10,17 +11,14 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
-generic_scan, patch_language, dtype_in_numpy = (
-    interpreter.ScanOps.generic_scan,
-    interpreter._patch_lang,
-    interpreter._get_np_dtype,
-)
 ADDRESS = np.dtype(np.uint64)
-known_dtype = cache(dtype_in_numpy)
+known_dtype = cache(interpreter._get_np_dtype)
+patch_language, make_block_type, make_tensor = interpreter._patch_lang, tl.block_type.__init__, tl.tensor.__init__
+block_types, sizes = {}, {}
 
 
-def scan_by_slices(self, tensors):
-    """`ScanOps.generic_scan`: combinations in Triton's order, a slice across the axis at a time."""
+def generic_scan(self, tensors):
+    """Combinations in Triton's order, of a slice across the axis at a time."""
     outs = [np.zeros_like(t.handle.data) for t in tensors]
     last = None
     for i in range(outs[0].shape[self.axis]):
@@ -36,7 +34,7 @@ def scan_by_slices(self, tensors):
 
 
 def patch_language_once(function):
-    """`_patch_lang`: nothing is left to patch where the builtins that `function` sees are replaced."""
+    """Nothing is left to patch where the builtins that `function` sees are replaced."""
     seen = (module for module in (tl, tl.core) if any(value is module for value in function.__globals__.values()))
     if any(tl.core.is_builtin(module.load) for module in seen):
         return patch_language(function)
@@ -44,11 +42,40 @@ def patch_language_once(function):
 
 
 def dtype_looked_up(dtype):
-    """`_get_np_dtype`."""
     return ADDRESS if dtype.scalar.is_ptr() else known_dtype(dtype.scalar)
 
 
+def block_type_looked_up(self, element_ty, shape):
+    key = element_ty.name, *(getattr(size, "value", size) for size in shape)
+    if key not in block_types:
+        make_block_type(self, element_ty, shape)
+        block_types[key] = dict(self.__dict__)
+    self.__dict__.update(block_types[key], element_ty=element_ty)
+
+
+def tensor_with_known_sizes(self, handle, type):
+    key = tuple(type.shape) if type.is_block() else ()
+    if key not in sizes:
+        make_tensor(self, handle, type)
+        sizes[key] = {"numel": self.numel, "shape": self.shape}
+    self.__dict__.update(sizes[key], handle=handle, type=type, dtype=type.scalar)
+
+
+def no_unread_overflow(self, *operands):
+    assert not self.builder.options.debug
+
+
+QUICK = {
+    (interpreter.ScanOps, "generic_scan"): generic_scan,
+    (interpreter, "_patch_lang"): patch_language_once,
+    (interpreter, "_get_np_dtype"): dtype_looked_up,
+    (tl.block_type, "__init__"): block_type_looked_up,
+    (tl.tensor, "__init__"): tensor_with_known_sizes,
+    (interpreter.TritonSemantic, "binary_op_sanitize_overflow_impl"): no_unread_overflow,
+}
+SLOW = {(owner, name): getattr(owner, name) for owner, name in QUICK}
+
+
 def install():
-    interpreter.ScanOps.generic_scan = scan_by_slices
-    interpreter._patch_lang = patch_language_once
-    interpreter._get_np_dtype = dtype_looked_up
+    for (owner, name), function in QUICK.items():
+        setattr(owner, name, function)
