@@ -10,10 +10,10 @@ import torch
 
 from dcdit import DCDiTConfig, preset
 
-OPERATORS = ("plan", "chunk", "dechunk", "boundary", "cosine", "modulate", "attention", "pad")
+OPERATORS = ("plan", "chunk", "dechunk", "boundary", "cosine", "norm", "modulate", "attention", "pad")
 MODELS = ("forward", "train", "sample")
-ALL_CELLS = ("boundary", "cosine")  # they score every cell, whatever share is kept afterwards
-ROUTER = ("plan", *ALL_CELLS)  # always in float32
+ALL_CELLS = ("boundary", "cosine", "norm")  # they see every cell, whatever share is kept afterwards
+ROUTER = ("plan", "boundary", "cosine")  # always in float32
 GROUPS = (*MODELS, *OPERATORS)
 
 

@@ -180,6 +180,20 @@ def cosine_problem(case: Case, device: str, compiled: bool) -> Problem:
     )  # fmt: skip
 
 
+def norm_problem(case: Case, device: str, compiled: bool) -> Problem:
+    """GroupNorm–SiLU with the conditioning in front, of a block at the backbone's width: (B, D, H, W) channels-last."""
+    width = case.config.hidden_size
+    features = _draw(case, device, case.batch, width, case.side, case.side).contiguous(
+        memory_format=torch.channels_last
+    )
+    inputs = (features, *(_draw(case, device, width) for _ in range(2)), _draw(case, device, case.batch, width))
+    work = Work(features.nbytes * (2 + 3 * case.backward), 12 * features.numel() * (1 + 2 * case.backward), 0)
+    return _problem(
+        case, inputs, lambda backend, *a: K.group_norm_silu(*a[:3], 32, a[3], backend=backend),
+        Variant(baselines.group_norm_silu), work, width // 32 * case.side**2, compiled,
+    )  # fmt: skip
+
+
 def modulate_problem(case: Case, device: str, compiled: bool) -> Problem:
     """The gated residual of one half of a block and the modulation of the next, on (T, D)."""
     width = case.config.hidden_size
@@ -252,6 +266,7 @@ BUILDERS = {
     "dechunk": dechunk_problem,
     "boundary": boundary_problem,
     "cosine": cosine_problem,
+    "norm": norm_problem,
     "modulate": modulate_problem,
     "attention": attention_problem,
     "pad": pad_problem,

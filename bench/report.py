@@ -20,6 +20,7 @@ GROUP_TITLES = {
     "chunk": "Chunk: gather the retained cells",
     "dechunk": "Dechunk: smooth and refill the grid (plain: M×M weights and L×M distances)",
     "boundary": "Boundary scores, predictability",
+    "norm": "GroupNorm–SiLU",
     "cosine": "Boundary scores, cosine",
     "modulate": "adaLN and gate",
     "attention": "Varlen attention",

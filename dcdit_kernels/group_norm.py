@@ -9,6 +9,7 @@ import torch
 from . import _triton_support
 from ._check import require, shaped
 from ._ops import Backend, Differentiable
+from .cpu import _rows
 
 
 def _like_x(x: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -21,6 +22,7 @@ OPERATOR = Differentiable(
     "int groups, float eps",
     _like_x,
     plan=False,
+    native=Backend("dcdit_kernels.cpu.group_norm:GroupNormSiLU", _rows.why_not),
     triton=Backend("dcdit_kernels.triton.group_norm:GroupNormSiLU", _triton_support.why_not),
 )
 

@@ -1,4 +1,4 @@
-"""GroupNorm–SiLU against the reference in float64: in Triton's interpreter, or on a GPU where there is one."""
+"""GroupNorm–SiLU against the reference in float64: C++, and Triton in its interpreter or on a GPU if there is one."""
 
 import math
 
@@ -10,6 +10,8 @@ import dcdit_kernels as K
 from dcdit_kernels.testing import complaint, evaluate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNELS = ["triton"] if DEVICE == "cuda" else ["native", "triton"]
+BACKENDS = ["reference", *KERNELS]
 # (B, C, H, W), groups: groups of one, three, nine and 36 channels; one group; widths of no multiple of eight.
 CASES = [
     ((2, 32, 5, 7), 32),
@@ -44,17 +46,18 @@ def value_and_gradients(backend, groups, tensors, dtype=None, eps=1e-5):
     return evaluate(call, tensors, dtype)
 
 
-def assert_within_budget(tensors, groups, dtype=torch.float32):
+def assert_within_budget(tensors, groups, dtype=torch.float32, backend="triton"):
     """Within twice the reference's own error in the same dtype plus rounding of the longest sum."""
     drawn = [t.to(dtype) for t in tensors]
     want = value_and_gradients("reference", groups, drawn, torch.float64)
-    eager, got = (value_and_gradients(backend, groups, drawn) for backend in ("reference", "triton"))
+    eager, got = (value_and_gradients(name, groups, drawn) for name in ("reference", backend))
     assert complaint(got, want, eager, tensors[0][:, : tensors[0].shape[1] // groups].numel()) is None
     assert all(g.dtype == e.dtype == dtype for g, e in zip(got, eager, strict=True))
     for features in got[:2]:
         assert features.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("cond", [True, False], ids=["cond", "plain"])
 @pytest.mark.parametrize(
     ("dtype", "case"),
@@ -64,10 +67,22 @@ def assert_within_budget(tensors, groups, dtype=torch.float32):
     ],
     ids=str,
 )
-def test_against_float64(dtype, case, cond, poisoned, launches, gpu_arithmetic):
+def test_against_float64(dtype, case, cond, backend, poisoned, launches, gpu_arithmetic):
     """No races; every element is written."""
     shape, groups = case
-    assert_within_budget(inputs(shape, cond), groups, dtype)
+    assert_within_budget(inputs(shape, cond), groups, dtype, backend)
+
+
+@pytest.mark.skipif("native" not in KERNELS, reason="for tensors on a CPU")
+def test_pieces_and_threads(poisoned):
+    """C++ takes these channels in two pieces, and the cells in two runs; how many threads share them changes no bit."""
+    tensors, runs, threads = inputs((3, 384, 17, 17)), [], torch.get_num_threads()
+    assert_within_budget(tensors, 32, backend="native")
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        runs.append(value_and_gradients("native", 32, tensors))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("cond", [True, False], ids=["cond", "plain"])
@@ -104,17 +119,18 @@ def test_one_launch_forward_and_one_backward(launches):
     assert [name for name, _ in launches] == ["group_norm_silu_forward", "group_norm_silu_backward"]
 
 
-def test_deviation_far_below_the_mean():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_deviation_far_below_the_mean(backend):
     """Statistics do not cancel: a mean of 1000 deviations costs three digits of x and no more."""
     x, *rest = inputs((1, 32, 6, 6))
     x = x.sub(x.mean()) + 1000
     want = value_and_gradients("reference", 4, (x, *rest), torch.float64)
-    got = value_and_gradients("triton", 4, (x, *rest))
+    got = value_and_gradients(backend, 4, (x, *rest))
     for w, g in zip(want, got, strict=True):
         torch.testing.assert_close(g.double(), w, rtol=2e-4, atol=2e-4 * float(w.abs().max()))
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_stays_in_its_sample_and_group(backend):
     x, *rest = inputs((3, 24, 4, 5))
     clean = K.group_norm_silu(x, *rest[:2], 8, *rest[2:], backend=backend)
@@ -125,15 +141,16 @@ def test_nan_stays_in_its_sample_and_group(backend):
     assert got[bad].isnan().all() and torch.equal(got[~bad], clean[~bad])
 
 
-def test_runs_agree_bit_for_bit_and_strides_change_nothing():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_runs_agree_bit_for_bit_and_strides_change_nothing(backend):
     tensors = inputs((2, 96, 7, 9))
     strided = normal(2, 96, 7, 18)[..., ::2].copy_(tensors[0])
-    runs = [value_and_gradients("triton", 32, ts) for ts in (tensors, tensors, (strided, *tensors[1:]))]
+    runs = [value_and_gradients(backend, 32, ts) for ts in (tensors, tensors, (strided, *tensors[1:]))]
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton", None])
+@pytest.mark.parametrize("backend", [*BACKENDS, None])
 def test_layout_and_value_of_every_back_end(backend):
     """channels-last out of any layout; PyTorch's own GroupNorm and SiLU."""
     x, weight, bias, cond, x_bias = inputs((2, 12, 3, 5))
@@ -144,7 +161,7 @@ def test_layout_and_value_of_every_back_end(backend):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_frozen_features(backend):
     """Parameters learn where the features need no gradient."""
     x, *rest = inputs((2, 12, 3, 5))
@@ -156,7 +173,7 @@ def test_frozen_features(backend):
         torch.testing.assert_close(got, w, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batch(backend):
     x = torch.zeros(0, 8, 2, 3, device=DEVICE, requires_grad=True)
     weight, cond = torch.ones(8, device=DEVICE, requires_grad=True), torch.zeros(0, 8, device=DEVICE)
@@ -167,7 +184,7 @@ def test_empty_batch(backend):
 
 
 @pytest.mark.parametrize("cond", [True, False], ids=["cond", "plain"])
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend, cond):
     """Schemas and fakes describe the operator and its backward, the layout of the features included."""
     tensors = inputs((2, 12, 3, 5), cond)
@@ -181,7 +198,7 @@ def test_opcheck(backend, cond):
     assert backward(grad, needs, *args)[0].is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_without_a_break(backend):
     """One graph forward and backward, for every batch, the empty one included."""
     from torch._dynamo.testing import CompileCounterWithBackend

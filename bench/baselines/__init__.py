@@ -4,6 +4,7 @@ from .attention import attention
 from .boundary import cosine, predictability
 from .chunk import chunk
 from .dechunk import dechunk
+from .group_norm import group_norm_silu
 from .modulate import gate_modulate
 from .pad import unpad_and_pad
 from .plan import nearest, pad_rows, places, plan
@@ -14,6 +15,7 @@ __all__ = [
     "cosine",
     "dechunk",
     "gate_modulate",
+    "group_norm_silu",
     "nearest",
     "pad_rows",
     "places",

@@ -31,3 +31,8 @@ def with_tail(live_rows: torch.Tensor, capacity: int) -> torch.Tensor:
 def kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
     """The C++ loop of this name in float or double."""
     return getattr(native._C, f"{name}_{'double' if dtype == torch.float64 else 'float'}")
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Of a tensor's first number; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()

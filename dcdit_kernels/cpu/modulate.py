@@ -11,7 +11,7 @@ from .. import native
 from .._autograd import KernelFunction, first_order
 from ..packing import Packing
 from ..reference._packed import accumulate_dtype
-from ._rows import kernel, live_count, with_tail
+from ._rows import address, kernel, live_count, with_tail
 
 
 def adaln_modulate(
@@ -81,8 +81,8 @@ class AdaLN(KernelFunction):
         new_x = None if y is None else torch.empty_like(x)
         out = None if scale is None else torch.empty_like(x)
         kernel("modulate", x.dtype)(
-            *_sizes(x, cu_seqlens), *norm, x.data_ptr(), _address(y), _modulators(gate, shift, scale), _address(weight),
-            _address(new_x), _address(out), _threads(x),
+            *_sizes(x, cu_seqlens), *norm, x.data_ptr(), address(y), _modulators(gate, shift, scale), address(weight),
+            address(new_x), address(out), _threads(x),
         )  # fmt: skip
         normed = None if scale is None else x if y is None else new_x
         ctx.save_for_backward(normed, y, gate, scale, weight, cu_seqlens)
@@ -103,9 +103,9 @@ class AdaLN(KernelFunction):
         grad_gate = None if y is None else like.new_empty(shape)
         grad_shift, grad_normed = (None if scale is None else like.new_empty(shape) for _ in range(2))
         kernel("modulate_backward", like.dtype)(
-            *_sizes(like, cu_seqlens), *ctx.norm, _address(normed), _address(y), _modulators(gate, None, scale),
-            _address(weight), _address(grad_new_x), _address(grad_out), grad_x.data_ptr(), _address(grad_y),
-            [_address(grad) for grad in (grad_gate, grad_shift, grad_normed)], _threads(like),
+            *_sizes(like, cu_seqlens), *ctx.norm, address(normed), address(y), _modulators(gate, None, scale),
+            address(weight), address(grad_new_x), address(grad_out), grad_x.data_ptr(), address(grad_y),
+            [address(grad) for grad in (grad_gate, grad_shift, grad_normed)], _threads(like),
         )  # fmt: skip
         if weight is None:
             return grad_x, grad_y, grad_gate, grad_shift, grad_normed, None, None, None
@@ -117,12 +117,8 @@ def _sizes(x: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[int, int, int]:
     return cu_seqlens.data_ptr(), len(cu_seqlens) - 1, x.shape[1]
 
 
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _modulators(*parts: torch.Tensor | None) -> list[tuple[int, int]]:
-    return [(_address(part), 0 if part is None else part.stride(0)) for part in parts]
+    return [(address(part), 0 if part is None else part.stride(0)) for part in parts]
 
 
 def _threads(x: torch.Tensor) -> int:

@@ -1,0 +1,48 @@
+"""GroupNorm–SiLU on the CPU, in csrc/group_norm_cpu.cpp: the channels of some groups are read for the statistics and,
+most of them from the cache, to write."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import native
+from ..reference._packed import accumulate_dtype
+from ._rows import address, kernel
+
+
+class GroupNormSiLU:
+    """SiLU(GroupNorm(x + x_bias + cond))."""
+
+    @staticmethod
+    def forward(x, weight, bias, cond, x_bias, groups, eps):
+        sizes, wide = _prepared(groups, eps, x, weight, bias, cond, x_bias)
+        out = torch.empty_like(wide[0])
+        kernel("group_norm_silu", out.dtype)(*sizes, [*map(address, wide), out.data_ptr()], _threads(out))
+        return out.to(x.dtype)
+
+    @staticmethod
+    def backward(grad, needs, x, weight, bias, cond, x_bias, groups, eps):
+        given = x, weight, bias, cond, x_bias
+        sizes, wide = _prepared(groups, eps, *given)
+        grad = grad.to(wide[0].dtype).contiguous(memory_format=torch.channels_last)
+        grad_x = torch.empty_like(wide[0])
+        rest = grad_x.new_empty(x.shape[0], 3, x.shape[1])
+        addresses = [grad.data_ptr(), *map(address, wide), grad_x.data_ptr(), rest.data_ptr()]
+        kernel("group_norm_silu_backward", grad.dtype)(*sizes, addresses, _threads(grad_x))
+        total = rest.sum(0)
+        grads = grad_x, total[0], total[1], rest[:, 2], total[2]
+        return tuple(None if t is None else g.to(t.dtype) for g, t in zip(grads, given, strict=True))
+
+
+def _prepared(groups, eps, x, weight, bias, cond, x_bias):
+    """(sizes, the tensors in the dtype of the sums); x is channels-last, a vector's numbers lie side by side."""
+    dtype = accumulate_dtype(x)
+    x = x.to(dtype)
+    vectors = [v if v is None else v.to(dtype) for v in (weight, bias, cond, x_bias)]
+    vectors = [v if v is None or v.stride(-1) == 1 else v.contiguous() for v in vectors]
+    pitch = 0 if cond is None else vectors[2].stride(0)
+    return (x.shape[0], x.shape[2] * x.shape[3], x.shape[1], groups, pitch, eps), (x, *vectors)
+
+
+def _threads(x: torch.Tensor) -> int:
+    return min(torch.get_num_threads(), 1 + x.nbytes // native.BYTES_PER_THREAD)
