@@ -6,7 +6,7 @@ The distance is the root mean square of the difference from the pictures without
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,7 +50,7 @@ def measure(
     classes: np.ndarray,
     policies: Sequence[str],
     **options: Any,
-):
+) -> Iterator[Row]:
     """Yield a Row for no policy and for each of `policies`; `options` are `sample`'s."""
     plain = None
     for policy in ("", *policies):
@@ -75,7 +75,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("policies", nargs="*", default=POLICIES, help="as of dcdit sample --policy")
-    parser.add_argument("--per-class", type=int, default=4)
+    parser.add_argument("--per-class", type=int, default=3)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=2.0)
     args = parser.parse_args()
@@ -83,13 +83,15 @@ def main() -> None:
     codec, classes = make_codec(**model.use["codec"]), np.arange(10).repeat(args.per_class)
     options = {"objective": model.use["objective"], "steps": args.steps, "guidance": args.guidance, "clip": True}
     print(f"{len(classes)} digits, {args.steps} steps, guidance {args.guidance:g}\n")
+    print_rows(measure(model, codec.decode, classify, classes, args.policies, **options))
+
+
+def print_rows(rows: Iterable[Row]) -> None:
+    """A table in Markdown, line by line."""
     print("| policy | distance, rms | forwards computed | GFLOP per image | recognised |\n|---|---|---|---|---|")
-    for row in measure(model, codec.decode, classify, classes, args.policies, **options):
+    for row in rows:
         name = row.policy if row.policy == "none" else f"`{row.policy}`"
-        print(
-            f"| {name} | {row.distance:.3f} | {row.computed:.0%} | {row.gflops:.2f} | {row.recognised} |",
-            flush=True,
-        )
+        print(f"| {name} | {row.distance:.3f} | {row.computed:.0%} | {row.gflops:.2f} | {row.recognised} |", flush=True)
 
 
 if __name__ == "__main__":

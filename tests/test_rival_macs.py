@@ -9,9 +9,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.savings import cases
+from dcdit.checkpoints.folder import save_checkpoint
 from dcdit.cli import main
 from dcdit.errors import ConfigError
-from dcdit.model import DyDiT, DyDiTConfig, SparseDiT, SparseDiTConfig, preset
+from dcdit.model import DyDiT, DyDiTConfig, PatchDiT, PatchDiTConfig, SparseDiT, SparseDiTConfig, preset
 from dcdit.model.rival_macs import dydit_macs, dydit_on, patch_dit_macs, patch_on, sparse_dit_macs, sparse_on
 
 MACS = json.loads((Path(__file__).parent / "data" / "systems" / "macs.json").read_text())
@@ -85,6 +86,23 @@ def test_info(capsys):
     assert f"{2e-9 * sparse_dit_macs(sparse_on(config), 8):.4g}" in out
     assert f"{2e-9 * dydit_macs(dydit_on(config), 0.5):.4g}" in out
     assert "PatchDiT" in out and f"{2e-9 * patch_dit_macs(patch_on(config), 4):.4g}" in out
+
+
+def test_info_of_a_checkpoint(tmp_path, capsys):
+    """A folder of another system says which one it is, its parameters, and its cost beside the plain DiT's."""
+    sizes = {"hidden_size": 32, "num_heads": 2, "num_classes": 3, "input_size": (16, 8)}
+    for model, costs in (
+        (SparseDiT(SparseDiTConfig(**sizes, pooling=1, sparse=1, top=1, sparse_size=(2, 3))), ["2×1"]),
+        (DyDiT(DyDiTConfig(**sizes, depth=2)), ["25%", "50%"]),
+        (PatchDiT(PatchDiTConfig(**sizes, depth=2)), ["2×2", "4×4", "8×8"]),
+    ):
+        folder = tmp_path / type(model).__name__
+        save_checkpoint(folder, model, {"objective": "ddpm"})
+        assert not main(["info", str(folder)])
+        out = capsys.readouterr().out
+        plain = dydit_macs(DyDiTConfig(**sizes, depth=model.config.depth), routers=False)
+        assert type(model).__name__ in out and f"{sum(p.numel() for p in model.parameters()):,}" in out
+        assert all(cost in out for cost in costs) and f"same size: {2e-9 * plain:.4g} GFLOP" in out
 
 
 def test_layouts():

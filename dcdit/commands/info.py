@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..model.config import PRESETS, DCDiTConfig, preset
+from ..model.dit_config import DiTConfig, DyDiTConfig, PatchDiTConfig, SparseDiTConfig
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +19,9 @@ def run(args: argparse.Namespace) -> None:
     from ..model.flops import dcdit_flops, dit_flops
 
     config = _config(args.preset)
+    if isinstance(config, DiTConfig):
+        print_system(args.preset, config)
+        return
     trainable, table = count_parameters(config)
     (height, width), cells = config.input_size, config.cells
     print(f"{args.preset}: grid {height}×{width} = {cells} cells, width {config.hidden_size}")
@@ -45,22 +49,54 @@ def run(args: argparse.Namespace) -> None:
 
 def print_rivals(config: DCDiTConfig) -> None:
     """Multiply-adds of SparseDiT, DyDiT and PatchDiT of equal backbone beside the plain DiT's, attention included."""
-    from ..model.rival_macs import dydit_macs, dydit_on, patch_dit_macs, patch_on, sparse_dit_macs, sparse_on
+    from ..model.rival_macs import dydit_on, patch_on, sparse_on
 
     if config.depth < 6 or any(side % 2 for side in config.input_size):
         return
-    sparse, dynamic = sparse_on(config), dydit_on(config)
-    sizes = [tuple(max(1, round(side * share)) for side in sparse.grid) for share in (0.25, 0.5, 0.75, 1)]
-    layout = f"{sparse.pooling} + {sparse.groups}×6 + {sparse.top} blocks"
-    print(f"  SparseDiT, {layout:<17}" + "".join(f"{f'{h}×{w}':>12}" for h, w in sizes))
-    print(" " * 30 + "".join(f"{2e-9 * sparse_dit_macs(sparse, size):12.4g}" for size in sizes))
-    rates = (0.25, 0.5, 0.7, 1.0)
-    print("  DyDiT, gates leaving" + " " * 8 + "".join(f"{f'{rate:.0%}':>12}" for rate in rates))
-    print(" " * 30 + "".join(f"{2e-9 * dydit_macs(dynamic, rate):12.4g}" for rate in rates))
-    scales = tuple(scale for scale in (1, 2, 4) if not any(side % scale for side in dynamic.grid))
-    patches = patch_on(config, scales=scales)
-    print("  PatchDiT, patches of cells" + " " * 2 + "".join(f"{f'{2 * s}×{2 * s}':>12}" for s in scales))
-    print(" " * 30 + "".join(f"{2e-9 * patch_dit_macs(patches, scale):12.4g}" for scale in scales))
+    scales = tuple(scale for scale in (1, 2, 4) if not any(side % (2 * scale) for side in config.input_size))
+    for system in (sparse_on(config), dydit_on(config), patch_on(config, scales=scales)):
+        _print_costs(system)
+
+
+def print_system(name: str, config: DiTConfig) -> None:
+    """Parameters of a SparseDiT, DyDiT or PatchDiT, and its multiply-adds beside the plain DiT's."""
+    import torch
+
+    from ..checkpoints.systems_folder import SYSTEMS
+    from ..model.rival_macs import dydit_macs, dydit_on
+
+    kind = next(kind for kind, sizes in SYSTEMS.values() if sizes is type(config))
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in kind(config).parameters())
+    (height, width), depth = config.grid, config.depth  # type: ignore[attr-defined]
+    print(f"{name}: {kind.__name__}, {height}×{width} patches, width {config.hidden_size}, depth {depth}")
+    print(f"  parameters                    {count:>15,}")
+    plain = 2e-9 * dydit_macs(dydit_on(config, config.patch), routers=False)
+    print(f"\nplain DiT of the same size: {plain:.4g} GFLOP per image")
+    _print_costs(config)
+
+
+def _print_costs(config: DiTConfig) -> None:
+    """GFLOP of one image at several of the costs that a system may have."""
+    from ..model.rival_macs import dydit_macs, patch_dit_macs, sparse_dit_macs
+
+    if isinstance(config, SparseDiTConfig):
+        sides = [tuple(max(1, round(side * share)) for side in config.grid) for share in (0.25, 0.5, 0.75, 1)]
+        title = (
+            f"SparseDiT, {config.pooling} + {config.groups}×{2 + config.sparse + config.dense} + {config.top} blocks"
+        )
+        costs = {f"{h}×{w}": sparse_dit_macs(config, (h, w)) for h, w in sides}
+    elif isinstance(config, PatchDiTConfig):
+        title, p = "PatchDiT, patches of cells", config.patch
+        costs = {f"{p * scale}×{p * scale}": patch_dit_macs(config, scale) for scale in config.scales}
+    else:
+        assert isinstance(config, DyDiTConfig)
+        title, costs = (
+            "DyDiT, gates leaving",
+            {f"{rate:.0%}": dydit_macs(config, rate) for rate in (0.25, 0.5, 0.7, 1.0)},
+        )
+    print(f"  {title:<28}" + "".join(f"{name:>12}" for name in costs))
+    print(" " * 30 + "".join(f"{2e-9 * macs:12.4g}" for macs in costs.values()))
 
 
 def count_parameters(config: DCDiTConfig) -> tuple[int, int]:

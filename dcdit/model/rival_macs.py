@@ -109,9 +109,9 @@ def sparse_on(config: DCDiTConfig) -> SparseDiTConfig:
     )
 
 
-def dydit_on(config: DCDiTConfig) -> DyDiTConfig:
-    """A DyDiT of the sizes and depth of a DC-DiT's backbone."""
-    return DyDiTConfig(**_common(config), depth=config.depth)
+def dydit_on(config: Any, patch: int = 2) -> DyDiTConfig:
+    """A DyDiT of the sizes and depth of a DC-DiT's backbone, or of another DiT."""
+    return DyDiTConfig(**_common(config), depth=config.depth, patch=patch)
 
 
 def patch_on(config: DCDiTConfig, patch: int = 2, scales: tuple[int, ...] = (1, 2, 4)) -> PatchDiTConfig:
@@ -119,6 +119,6 @@ def patch_on(config: DCDiTConfig, patch: int = 2, scales: tuple[int, ...] = (1, 
     return PatchDiTConfig(**_common(config), depth=config.depth, patch=patch, scales=scales)
 
 
-def _common(config: DCDiTConfig) -> dict[str, Any]:
+def _common(config: Any) -> dict[str, Any]:
     names = ("input_size", "in_channels", "num_classes", "hidden_size", "num_heads", "mlp_ratio", "learn_sigma")
     return {name: getattr(config, name) for name in names}
