@@ -1,7 +1,7 @@
 """Time of a chunked FLUX-like stack beside the untouched one: python -m bench.transformer_time [--rounds N]
 
-Width 512, 1024 image and 64 text tokens, two samples, three double and six single blocks with random weights. The models
-take turns in one run on one thread, and CPU seconds are counted, which other processes do not lengthen much. The
+Width 512, 1024 image and 64 text tokens, two samples, three double and six single blocks with random weights. The
+models take turns in one run on one thread, and CPU seconds are counted, which other processes do not lengthen much. The
 realised saving is the share of the time that is saved over the share of the FLOPs that is, plan and gathers included.
 """
 

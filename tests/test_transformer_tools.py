@@ -92,6 +92,19 @@ def test_bad_input_of_qwen_image_and_wan():
         run(model, {**inputs, "timestep": torch.rand(2, 35)})
 
 
+def test_bad_input_of_ltx():
+    family = FAMILIES["ltx"]
+    model, inputs = make(family), family.inputs()
+    add_dynamic_chunking(model)
+    with pytest.raises(ConfigError, match=r"need num_frames, height and width, got \[5, None, 7\]"):
+        run(model, {**inputs, "height": None})
+    with pytest.raises(ConfigError, match="one timestep a sample, got one for each token"):
+        run(model, {**inputs, "timestep": torch.rand(2, 35)})
+    model.transformer_blocks[0].blocks[1].attn2.set_processor(object())
+    with pytest.raises(ConfigError, match="need LTXVideoAttnProcessor with projections apart, got object"):
+        run(model, inputs)
+
+
 def test_z_image_wants_one_size_in_a_batch():
     family = FAMILIES["z-image"]
     model, inputs = make(family), family.inputs()

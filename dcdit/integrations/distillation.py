@@ -1,0 +1,61 @@
+"""Distillation by block: a chunked transformer of diffusers learns what the untouched one computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+from .attention import chunking_of
+from .joint import JointBlocks, Rows
+
+
+def distillation_loss(model: nn.Module, teacher: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Mean over the chunked blocks of |x − x̂|² / var(x̂): image tokens x behind a block, and the teacher's x̂ there.
+
+    The cells are those that the model retains (upcycling of DC-DiT, arXiv 2603.06351 v1). The teacher is an untouched
+    copy and gets no gradient; `model.routing` is that of this forward.
+
+    Args:
+        model: wrapped by `add_dynamic_chunking`, one of its FAMILIES.
+        teacher: of the same class and sizes, not wrapped.
+        args, kwargs: inputs of both.
+
+    Returns a scalar. Raises ConfigError for a model that is not wrapped, and for a teacher that is or has other blocks.
+    """
+    chunking = chunking_of(model)
+    if not isinstance(chunking, JointBlocks) or chunking_of(teacher) is not None:
+        raise ConfigError("distillation_loss needs a wrapped model and a teacher that is not")
+    every = [block for name in chunking.LISTS for block in getattr(teacher, name, ())]
+    whole = every[chunking.start : chunking.stop]
+    if len(whole) != len(chunking.stack):
+        raise ConfigError(f"teacher must have the model's blocks, got {len(whole)} of {len(chunking.stack)}")
+    ours: list[torch.Tensor] = []
+    theirs: list[torch.Tensor] = []
+
+    def note_rows(block: nn.Module, given: tuple, output: Any) -> None:
+        image = output[1] if isinstance(output, tuple) else output
+        rows = given[-1]
+        if isinstance(rows, Rows) and len(image) == rows.joined.capacity:
+            image = rows.joined.split(image)[1]
+        ours.append(image)
+
+    def note_cells(block: nn.Module, given: tuple, output: Any) -> None:
+        theirs.append(output[1] if isinstance(output, tuple) else output)
+
+    hooks = [block.register_forward_hook(note_rows) for block in chunking.stack]
+    hooks += [block.register_forward_hook(note_cells) for block in whole]
+    try:
+        model(*args, **kwargs)
+        with torch.no_grad():
+            teacher(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    losses = []
+    for own, dense in zip(ours, theirs, strict=True):
+        dense = dense[:, : chunking.routing.plan.cells]  # Z-Image's text is behind
+        losses.append((own - chunking.routing.chunk(dense)).square().mean() / dense.var())
+    return torch.stack(losses).mean()
