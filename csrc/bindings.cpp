@@ -179,11 +179,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("plan_fill", plan_fill);
     m.def("move_rows", move_rows);
     m.def("scratch_ints", scratch_ints);
-<<<<<<< HEAD
-    m.attr("interface") = 2;  // number of the functions' arguments; native.py compares it
-=======
-    m.attr("interface") = 3;  // of the functions above; native.py names the one that it calls
->>>>>>> 178d852 (group_norm_silu in C++ on the CPU: twice as fast as PyTorch's forward and backward at the digits' sizes; the plain baseline keeps PyTorch's)
+    m.attr("interface") = 3;  // number of the functions' arguments; native.py compares it
     m.attr("cuda_archs") = DCDIT_CUDA_ARCHS;  // such as "80,90,100"; empty without CUDA
 #ifdef DCDIT_CUDA
     m.def("cuda_versions", cuda_versions);
