@@ -96,7 +96,7 @@ def main(steps: int = 200, teacher_steps: int = 300) -> dict[str, float]:
     found["distilled"] = held_out_loss(model, others)
     losses = train(model, pictures, steps, flow, 2e-3)
     found["trained"] = held_out_loss(model, others)
-    found |= {"first": sum(losses[:10]) / 10, "last": sum(losses[-10:]) / 10}
+    found |= {"first": sum(losses[:5]) / 5, "last": sum(losses[-5:]) / 5}
     for name, loss in found.items():
         print(f"{name}: {loss:.3f}")
     return found

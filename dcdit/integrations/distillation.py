@@ -1,4 +1,4 @@
-"""Distillation by block: a chunked transformer of diffusers learns what the untouched one computes."""
+"""Distillation by block: a chunked transformer of diffusers learns the untouched model's features."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from .joint import JointBlocks, Rows
 
 
 def distillation_loss(model: nn.Module, teacher: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Mean over the chunked blocks of |x − x̂|² / var(x̂): image tokens x behind a block, and the teacher's x̂ there.
+    """Mean over the chunked blocks of |x − x̂|² / var(x̂): image tokens x behind a block, and the teacher's x̂.
 
-    The cells are those that the model retains (upcycling of DC-DiT, arXiv 2603.06351 v1). The teacher is an untouched
-    copy and gets no gradient; `model.routing` is that of this forward.
+    Only retained cells are compared (upcycling of DC-DiT, arXiv 2603.06351 v1). The teacher gets no gradient.
 
     Args:
-        model: wrapped by `add_dynamic_chunking`, one of its FAMILIES.
-        teacher: of the same class and sizes, not wrapped.
-        args, kwargs: inputs of both.
+        model: one of FAMILIES, wrapped by `add_dynamic_chunking`.
+        teacher: an untouched copy of the model.
+        args, kwargs: inputs, given to both.
 
-    Returns a scalar. Raises ConfigError for a model that is not wrapped, and for a teacher that is or has other blocks.
+    Returns a scalar. Raises ConfigError for an unwrapped model, a wrapped teacher, or a teacher with other blocks.
     """
     chunking = chunking_of(model)
     if not isinstance(chunking, JointBlocks) or chunking_of(teacher) is not None:

@@ -61,7 +61,7 @@ class LTXBlocks(JointBlocks):
         super().__init__(model, width, run=self.run_rows, **options)
 
     def norms_of(self, block: nn.Module) -> list[nn.Module]:
-        """Those of the attention to the text compute by themselves."""
+        """The norms whose weights kernels apply; the attention to the text computes its norms itself."""
         return [block.norm1, block.norm2, block.attn1.norm_q, block.attn1.norm_k]
 
     def grid_of(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, ...]:

@@ -42,8 +42,8 @@ class MotionRouter(nn.Module):
 class MapRouter(nn.Module):
     """The caller's map: an edit mask, a saliency, (H, W), (F, H, W) or with a batch in front, of any size.
 
-    `map` is set before a forward; where it is larger than the grid a cell takes the highest value in it, and 0 is
-    not kept. `DynamicChunking.keep` keeps further cells, such as every fourth of every fourth row outside of a mask.
+    `map` is set before a forward. On a map finer than the grid a cell takes its highest value; a cell of 0 is never
+    kept. `DynamicChunking.keep` keeps further cells, such as every fourth of every fourth row outside of a mask.
     """
 
     def __init__(self, map: torch.Tensor | None = None) -> None:
@@ -62,7 +62,7 @@ class MapRouter(nn.Module):
 
 
 class DifferenceRouter(nn.Module):
-    """The cells whose prediction changed most between the last two steps of a trajectory, in the same pass of guidance.
+    """Cells by the change of their prediction between the last two steps of a trajectory, for each pass of guidance.
 
     Before there are two, where time turns back (another trajectory) or stands still, the cells are spread evenly.
     `watch` lets it see a model's predictions. `passing` names the pass: each has a history of its own.
@@ -124,8 +124,8 @@ def on_cells(x: torch.Tensor, grid: tuple[int, ...], pool: Any) -> torch.Tensor:
 
 
 def spread(grid: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Scores (L,) in (0, 1] of which any upper part lies evenly on the grid: Roberts' R sequence, its additive
-    recurrence taken along the axes."""
+    """Scores (L,) in (0, 1]; the cells above any score lie evenly on the grid. The constants are those of Roberts' R
+    sequence, a recurrence of additions, here taken along the axes."""
     n = len(grid)
     base = 2.0
     for _ in range(64):  # the root of x^(n + 1) = x + 1
