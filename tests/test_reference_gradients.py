@@ -51,4 +51,5 @@ def test_reference_gradients_are_derivatives():
     }
     for name, (function, inputs) in cases.items():
         assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True), name
-        assert torch.autograd.gradgradcheck(function, inputs), name
+        # Second derivatives along random directions: in full they take twenty times as long.
+        assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True), name
