@@ -7,6 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("diffusers")
+import diffusers
 from diffusers.models.transformers import transformer_flux
 from transformer_families import FAMILIES, close, every_family, make, run
 
@@ -191,3 +192,28 @@ def test_bad_input_of_flux():
     model.set_attn_processor(transformer_flux.FluxIPAdapterAttnProcessor(64, 64))
     with pytest.raises(ConfigError, match=r"need FluxAttnProcessor .* got FluxIPAdapterAttnProcessor"):
         run(model, inputs)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        diffusers.FirstBlockCacheConfig(threshold=1e6),
+        diffusers.MagCacheConfig(mag_ratios=torch.ones(3), num_inference_steps=3, threshold=9.0, max_skip_steps=2),
+        diffusers.TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, max_order=1),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_caches_are_refused_until_the_chunking_is_gone(config):
+    """MagCache and TaylorSeer would find no block and say nothing; without chunking they skip blocks as ever."""
+    family = FAMILIES["flux"]
+    model, runs = make(family), []
+    add_dynamic_chunking(model)
+    with pytest.raises(ConfigError, match=f"a cache of diffusers.*got {type(config).__name__}; remove"):
+        model.enable_cache(config)
+    remove_dynamic_chunking(model)
+    model.enable_cache(config)
+    model.single_transformer_blocks[-1].attn.to_q.register_forward_hook(lambda *_: runs.append(1))
+    with model.cache_context("cond"):
+        for _ in range(3):
+            run(model, family.inputs())
+    assert len(runs) < 3

@@ -151,6 +151,7 @@ class JointBlocks(DynamicChunking):
                 norm.__class__ = NORMS.get(type(norm), type(norm))
         if hasattr(model, "cache_context"):
             model.cache_context = functools.partial(self.named_pass, model.cache_context)
+            model.enable_cache = no_cache
         self.hook: RemovableHandle = model.register_forward_pre_hook(self.see, with_kwargs=True)
         setattr(model, self.LISTS[place], self)
         for i in range(place + 1, len(lists)):
@@ -218,7 +219,8 @@ class JointBlocks(DynamicChunking):
             for norm in self.norms_of(block):
                 norm.__class__ = type(norm).__bases__[-1] if isinstance(norm, WeightOf) else type(norm)
         self.hook.remove()
-        vars(model).pop("cache_context", None)
+        for name in ("cache_context", "enable_cache"):
+            vars(model).pop(name, None)
         setattr(model, self.LISTS[self.place], nn.ModuleList(super().blocks))
         for name in self.LISTS[self.place + 1 :]:
             setattr(model, name, nn.ModuleList(getattr(model, name)._modules.values()))
@@ -299,3 +301,11 @@ def kept_text(text: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
     keep = mask[:, 0] > -1 if mask.dim() == 3 else mask.bool()  # in a bias 0 keeps and -10000 hides
     return keep | ~keep.any(1, keepdim=True)  # diffusers' bias hides nothing where it is the same for all
+
+
+def no_cache(config: Any) -> None:
+    """In place of a chunked model's `enable_cache`: caches find none of its blocks, and two kinds say nothing."""
+    raise ConfigError(
+        f"chunked blocks do not take a cache of diffusers, whose tokens change from step to step, got "
+        f"{type(config).__name__}; remove_dynamic_chunking first"
+    )
