@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("diffusers")
-from transformer_families import FAMILIES, close, make, run
+from transformer_families import FAMILIES, close, every_family, make, run
 
 from dcdit.errors import ConfigError
 from dcdit.integrations.attention import add_dynamic_chunking, load_dynamic_chunking, remove_dynamic_chunking
@@ -40,6 +40,24 @@ def test_a_still_scene_keeps_fewer_tokens_in_later_frames(name):
     run(model, inputs)
     kept = chunking.routing.boundary_mask.view(2, 3, 8)
     assert kept[:, 0].all() and kept[:, 1:].sum((1, 2)).tolist() == [4, 4] and kept[1, 1:, 5].all()
+
+
+@every_family
+def test_each_family_shows_its_predictions(family):
+    """Tokens, pictures, videos and lists of them: in the third step the most changed cell comes first."""
+    model, inputs = make(family), family.inputs((4, 6))
+    chunking = add_dynamic_chunking(model, router="difference")
+    seen = []
+    for time in (0.9, 0.6, 0.3):
+        inputs["t" if "t" in inputs else "timestep"] = torch.full((2,), time)
+        seen.append(run(model, inputs))
+    change = (seen[1] - seen[0]).square()
+    if change.dim() == 3:
+        change = change.mean(2)
+    else:  # (B, C, …, 2·H, 2·W), frames or not
+        change = change.mean(1).unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).mean((-1, -3)).flatten(1)
+    want = 0.5 + 0.5 * change.sqrt() / change.sqrt().amax(1, keepdim=True)
+    torch.testing.assert_close(chunking.routing.boundary_prob, want, rtol=0, atol=1e-5)
 
 
 def test_difference_over_the_steps_of_a_model():
