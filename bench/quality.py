@@ -33,9 +33,10 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "means": ("learned", ["model.segment_mean=true"]),
     "kept-grid": ("learned", ["model.keep_grid=4"]),
     "groups": ("learned", ["model.norm_groups=8"]),
-    "mended": ("learned", ["model.segment_mean=true", "model.keep_grid=4", "model.norm_groups=8"]),
+    "mended": ("learned", ["model.preset=digits-best"]),
     "random": ("random", []),
     "grid": ("grid", []),
+    "grid-mended": ("grid", ["model.segment_mean=true", "model.norm_groups=8"]),
     "plain": ("plain", ["model.depth=11"]),
 }
 SAMPLES = {"steps": 30, "guidance": 1.5, "seed": 0, "batch_size": 100}

@@ -12,8 +12,16 @@ from bench.rivals import GridRouter, RandomRouter, make_rival
 from dcdit.model.config import DCDiTConfig
 from dcdit.sampling.sampler import sample
 
+# With a channel to a group nothing in front of a GroupNorm has a gradient: it subtracts what the conditioning adds.
 TINY = DCDiTConfig(
-    input_size=(6, 8), num_classes=3, hidden_size=32, depth=1, num_heads=1, encoder_width=32, learn_sigma=False
+    input_size=(6, 8),
+    num_classes=3,
+    hidden_size=32,
+    depth=1,
+    num_heads=1,
+    encoder_width=32,
+    norm_groups=8,
+    learn_sigma=False,
 )
 
 
