@@ -5,6 +5,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.nn import functional as F
 
+from bench.progressive import shrink
 from dcdit.errors import ConfigError
 from dcdit.integrations.transformer import DCDiTTransformer2DModel
 from dcdit.model import DCDiT, PlainDiT
@@ -43,6 +44,7 @@ def test_expansion():
     spectrum = 2 * cosines(7) @ small @ cosines(6).T
     large = cosines(14).T @ F.pad(spectrum, (0, 6, 0, 7)) @ cosines(12)
     assert torch.allclose(large.mean((2, 3)), small.mean((2, 3)))  # as bright
+    assert torch.allclose(shrink(large, (7, 6)), small)
     zero = torch.zeros_like(large)
     out = coarse.expand((1 - coarse.sigmas[-1]) * small, zero)
     assert torch.allclose(out, (1 - coarse.sigma) * large)
