@@ -12,8 +12,6 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 ADDRESS = np.dtype(np.uint64)
-known_dtype = cache(interpreter._get_np_dtype)
-patch_language, make_block_type, make_tensor = interpreter._patch_lang, tl.block_type.__init__, tl.tensor.__init__
 block_types, sizes = {}, {}
 
 
@@ -37,8 +35,13 @@ def patch_language_once(function):
     """Nothing is left to patch where the builtins that `function` sees are replaced."""
     seen = (module for module in (tl, tl.core) if any(value is module for value in function.__globals__.values()))
     if any(tl.core.is_builtin(module.load) for module in seen):
-        return patch_language(function)
+        return SLOW[interpreter, "_patch_lang"](function)
     return interpreter._LangPatchScope()
+
+
+@cache
+def known_dtype(dtype):
+    return SLOW[interpreter, "_get_np_dtype"](dtype)
 
 
 def dtype_looked_up(dtype):
@@ -48,7 +51,7 @@ def dtype_looked_up(dtype):
 def block_type_looked_up(self, element_ty, shape):
     key = element_ty.name, *(getattr(size, "value", size) for size in shape)
     if key not in block_types:
-        make_block_type(self, element_ty, shape)
+        SLOW[tl.block_type, "__init__"](self, element_ty, shape)
         block_types[key] = dict(self.__dict__)
     self.__dict__.update(block_types[key], element_ty=element_ty)
 
@@ -56,7 +59,7 @@ def block_type_looked_up(self, element_ty, shape):
 def tensor_with_known_sizes(self, handle, type):
     key = tuple(type.shape) if type.is_block() else ()
     if key not in sizes:
-        make_tensor(self, handle, type)
+        SLOW[tl.tensor, "__init__"](self, handle, type)
         sizes[key] = {"numel": self.numel, "shape": self.shape}
     self.__dict__.update(sizes[key], handle=handle, type=type, dtype=type.scalar)
 
@@ -73,9 +76,11 @@ QUICK = {
     (tl.tensor, "__init__"): tensor_with_known_sizes,
     (interpreter.TritonSemantic, "binary_op_sanitize_overflow_impl"): no_unread_overflow,
 }
-SLOW = {(owner, name): getattr(owner, name) for owner, name in QUICK}
+SLOW = {(owner, name): getattr(owner, name, None) for owner, name in QUICK}
+KNOWN = all(SLOW.values()) and hasattr(interpreter, "_LangPatchScope")
 
 
 def install():
-    for (owner, name), function in QUICK.items():
+    """Where Triton's interpreter has other functions than here, it stays as it is."""
+    for (owner, name), function in QUICK.items() if KNOWN else ():
         setattr(owner, name, function)
