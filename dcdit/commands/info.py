@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..errors import ConfigError
 from ..model.config import PRESETS, DCDiTConfig, preset
 from ..model.dit_config import DiTConfig, DyDiTConfig, PatchDiTConfig, SparseDiTConfig
 
@@ -12,6 +13,9 @@ from ..model.dit_config import DiTConfig, DyDiTConfig, PatchDiTConfig, SparseDiT
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `dcdit info`."""
     parser.add_argument("preset", help=f"a preset ({', '.join(PRESETS)}) or a checkpoint: a folder or Hub repository")
+    parser.add_argument("--budget", type=int, metavar="N", help="tokens of each image: adds peak memory and time")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="B", help="images at a time, of --budget (1)")
+    parser.add_argument("--training", action="store_true", help="of --budget: forward and backward")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -19,8 +23,15 @@ def run(args: argparse.Namespace) -> None:
     from ..model.flops import dcdit_flops, dit_flops
 
     config = _config(args.preset)
+    if args.budget is None and (args.training or args.batch_size != 1):
+        raise ConfigError("--batch-size and --training are of --budget, the tokens of each image: give it as well")
     if isinstance(config, DiTConfig):
+        if args.budget is not None:
+            raise ConfigError(f"--budget is of a DC-DiT, {args.preset} has a {type(config).__name__}")
         print_system(args.preset, config)
+        return
+    if args.budget is not None:
+        print_budget(args.preset, config, args.budget, args.batch_size, args.training)
         return
     trainable, table = count_parameters(config)
     (height, width), cells = config.input_size, config.cells
@@ -45,6 +56,39 @@ def run(args: argparse.Namespace) -> None:
         "\n'total' is the paper's count; 'uncounted' is what it leaves out: "
         "stem, embedders, residual projection, output."
     )
+
+
+def print_budget(name: str, config: DCDiTConfig, tokens: int, batch: int, training: bool) -> None:
+    """Peak memory on a CPU, and the time of a step where this machine was calibrated. Raises ConfigError."""
+    import torch
+
+    from ..errors import DataError
+    from ..model.memory import peak_bytes
+    from ..model.routing import least_tokens
+    from ..sampling.step_times import load_times
+
+    least = least_tokens(config.input_size, config.keep_grid)
+    if not least <= tokens <= config.cells:
+        raise ConfigError(f"--budget must be from {least} to all {config.cells} cells of an image, got {tokens}")
+    if batch < 1:
+        raise ConfigError(f"--batch-size must be at least 1, got {batch}")
+    weights = 4 * sum(count_parameters(config))
+    kind = "training" if training else "forward"
+    print(f"{name}: {batch} × {tokens} tokens of {config.cells} cells, {kind}, float32")
+    print(f"  weights                       {weights / 1e6:>12,.1f} MB")
+    what = "activations and gradients" if training else "activations"
+    print(f"  peak of {what:<22}{peak_bytes(config, batch, tokens, training) / 1e6:>12,.1f} MB, on a CPU")
+    if training:
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        seconds = float(load_times(config, device, torch.float32).at(batch, tokens))
+    except DataError as error:
+        print(f"  time of a step: {error}")
+    else:
+        print(
+            f"  time of a step                {1e3 * seconds:>12,.1f} ms, as dcdit calibrate measured on this machine"
+        )
 
 
 def print_rivals(config: DCDiTConfig) -> None:
