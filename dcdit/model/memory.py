@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 from .config import DCDiTConfig
 from .dcdit import DCDiT
 
-# On a CPU PyTorch differentiates these operators' parts, and keeps so many times their output from forward to backward.
-KEPT = {"varlen_attention": 2, "group_norm_silu": 1}
+# On a CPU PyTorch differentiates attention sample by sample, and keeps so many times its output for the backward.
+KEPT = {"varlen_attention": 2}
 # A convolution copies its weights there into another layout, twice, while it runs.
 COPIES = 2
 

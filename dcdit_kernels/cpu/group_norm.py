@@ -16,7 +16,8 @@ class GroupNormSiLU:
     @staticmethod
     def forward(x, weight, bias, cond, x_bias, groups, eps):
         sizes, wide = _prepared(groups, eps, x, weight, bias, cond, x_bias)
-        out = torch.empty_like(wide[0])
+        # Of one sample strides may be of either layout: the convolution after would copy.
+        out = torch.empty_like(wide[0], memory_format=torch.channels_last)
         kernel("group_norm_silu", out.dtype)(*sizes, [*map(address, wide), out.data_ptr()], _threads(out))
         return out.to(x.dtype)
 
