@@ -4,6 +4,7 @@ captured function again and writes into the tensors that the first run returned.
 import copy
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -103,6 +104,18 @@ def test_a_budget_is_a_number_of_rows(net, graph):
     assert graph.eager == {"first batch of its shape": 1}
     with pytest.raises(ValueError, match="exclude each other, got drop_fraction and budget"):
         graph(*batch(), 0.5, budget=90)
+
+
+def test_a_budget_that_is_no_integer_raises_as_eagerly(net, graph):
+    for name in ("budget", "budget_per_sample"):
+        for rows in (50.0, "50"):
+            with pytest.raises(ValueError, match=f"{name} must be an integer, got {rows!r}"):
+                graph(*batch(), **{name: rows})
+    with pytest.raises(ValueError, match=r"capacity must be a number of rows, 0 or more, got 50\.0"):
+        graph(*batch(), capacity=50.0)
+    for _ in range(2):
+        assert graph(*batch(), 0.0, True, budget=np.int64(90))[1].plan.capacity == 90
+    assert (graph.captures, graph.replays) == (1, 2)
 
 
 @pytest.mark.parametrize("cells", [1, 64, 65, 1024])

@@ -1,6 +1,7 @@
 """Plans with masks, budgets and bounds: which cells stay, against loops."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -182,3 +183,21 @@ def test_bad_budgets_are_named(levels, backend):
             K.plan_chunks(prob, (5, 6), backend=backend, **options)
     with pytest.raises(TypeError, match=r"budget_per_sample must be int32 or int64, got torch\.float32"):
         K.plan_chunks(prob, (5, 6), budget_per_sample=each.float(), backend=backend)
+
+
+def test_a_batch_budget_costs_at_most_half_more_than_rho():
+    """B = 64, L = 1024: processor time of one thread, the least of turns. Other work only adds to a turn."""
+    prob = torch.rand(64, 1024, generator=torch.Generator().manual_seed(2))
+    half = K.plan_chunks(prob, (32, 32), 0.5, backend="native").capacity
+    calls = {"rho": {"drop_fraction": 0.5}, "budget": {"budget": half}}
+    least, threads = dict.fromkeys(calls, math.inf), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(30):
+            for name, options in calls.items():
+                begin = time.thread_time()
+                K.plan_chunks(prob, (32, 32), backend="native", **options)
+                least[name] = min(least[name], time.thread_time() - begin)
+    finally:
+        torch.set_num_threads(threads)
+    assert least["budget"] <= 1.5 * least["rho"], least

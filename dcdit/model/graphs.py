@@ -13,6 +13,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -214,6 +215,10 @@ class Graphed:
             return f"needs a GPU, got {x.device}"
         if others:
             return f"a graph does not know {', '.join(others)}"
+        for name, limit in limits.items():
+            if limit is not None and not isinstance(limit, Integral):
+                if name != "budget_per_sample" or not isinstance(limit, torch.Tensor):
+                    return f"{name} is no integer"
         budgeted = limits["budget"] is not None or limits["budget_per_sample"] is not None
         if budgeted and (isinstance(drop_fraction, torch.Tensor) or drop_fraction != 0):
             return "drop_fraction beside a budget"
@@ -292,7 +297,7 @@ def room(
 def _known(limits: dict[str, Any]) -> bool:
     """Whether these limits say how many rows there will be."""
     rows = (limits["capacity"], limits["budget"], limits.get("budget_per_sample"))
-    return any(isinstance(number, int) for number in rows)
+    return any(isinstance(number, Integral) for number in rows)
 
 
 def _rounded(rows: int, most: int, shares: int) -> int:
