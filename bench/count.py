@@ -92,7 +92,7 @@ class Counter(TorchDispatchMode):
 def count(config: DCDiTConfig, batch: int, tokens: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Count]:
     """Of a forward without gradients: `scaffold`, everything outside the blocks, and `main`, the blocks.
 
-    `tokens` are the retained tokens of each sample. Weights and features are in `dtype`; METHOD's float32 parts stay.
+    `tokens` are the retained tokens of each sample. Weights and features are in `dtype`; what is always float32 stays.
     """
     with patch.object(Conv3x3, "channels_last_on", ("cpu",)):  # as they are on a GPU
         net = cast_net(DCDiT(config), dtype).eval()

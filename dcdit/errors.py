@@ -15,3 +15,8 @@ class CheckpointError(DCDiTError):
 
 class DataError(DCDiTError):
     """A data set or a picture folder that cannot be used."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where it has none."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -12,6 +12,10 @@ from ._check import require, shaped
 SIZES = (int, torch.SymInt, Integral)  # cheapest first
 
 
+class NaNError(ValueError):
+    """Probabilities that are NaN: the numbers before them ran away."""
+
+
 def check_masks(prob: torch.Tensor, **masks: torch.Tensor | None) -> None:
     """Each mask must be bool (B, L), where boundary_prob is."""
     for name, mask in masks.items():
@@ -105,7 +109,7 @@ def check_values(
     budget: int | None = None,
     budget_per_sample: int | torch.Tensor | None = None,
 ) -> None:
-    """Raise ValueError for values that do not fit; looks at all values.
+    """Raise ValueError for values that do not fit, NaNError where a number is none; looks at all values.
 
     A cell (B, L) may not be both kept and banned; the number of one that is not banned must be in [0, 1]; a budget must
     have room for the forced cells, and a sample must have as many cells as its budget (B,).
@@ -117,7 +121,7 @@ def check_values(
     missing, proper = prob.isnan(), (prob >= 0) & (prob <= 1)
     if missing.any():
         count = int(missing.sum())
-        raise ValueError(f"plan_chunks: boundary_prob has {count} NaN, the first in {_first(missing)}")
+        raise NaNError(f"plan_chunks: boundary_prob has {count} NaN, the first in {_first(missing)}")
     if not proper.all():
         value = f"{prob[~proper][0].item()} in {_first(~proper)}"
         raise ValueError(f"plan_chunks: boundary_prob must be in [0, 1], got {value}")

@@ -5,7 +5,6 @@ Loading one never runs code.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import inspect
 import json
@@ -19,15 +18,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, first_line
 from ..files import replacing, sync
 from ..model.config import DCDiTConfig
 from ..model.dcdit import DCDiT
-from ..model.embedders import sincos_2d
 from .release_keys import from_release, infer_config, release_content, stored_use
 from .release_keys import release_key as release_key
 from .safe_pickle import read_state
 from .systems_folder import empty_system, system_of
+from .weights_fit import check_grid, check_header, compare_shapes, header_shapes, shapes_of, some_of
 
 FILES = ("config.json", "model.safetensors")
 KEPT = ("README.md", "LICENSE", "LICENSE.md", ".gitattributes")  # further files of repositories
@@ -37,21 +36,8 @@ SHIPPED = ("digits",)  # checkpoints in ASSETS
 
 def load_state(model: DCDiT, state: dict[str, torch.Tensor]) -> None:
     """Load a state dict strictly. Raises CheckpointError naming the keys or shapes that differ."""
-    _compare(_shapes(model), {key: tuple(tensor.shape) for key, tensor in state.items()})
+    compare_shapes(shapes_of(model), {key: tuple(tensor.shape) for key, tensor in state.items()})
     model.load_state_dict(state)
-
-
-def _shapes(model: DCDiT) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-
-
-def _compare(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
-    for what, keys in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
-        if keys:
-            raise CheckpointError(f"{what} keys in checkpoint: {_some(keys)}")
-    for key, shape in expected.items():
-        if shape != found[key]:
-            raise CheckpointError(f"{key}: expected shape {shape}, found {found[key]}")
 
 
 def check_place(directory: Path) -> None:
@@ -62,7 +48,7 @@ def check_place(directory: Path) -> None:
     foreign = [name for name in entries if name not in (*FILES, *KEPT)]
     if foreign:
         raise CheckpointError(
-            f"{directory} holds more than a checkpoint ({_some(foreign)}); give a directory of its own"
+            f"{directory} holds more than a checkpoint ({some_of(foreign)}); give a directory of its own"
         )
 
 
@@ -157,13 +143,13 @@ def load_checkpoint(
         if parts.get(name) is None:
             raise CheckpointError(f"{path} has a {name} of its own, {kind}: give the module as {name}=")
     try:
-        _check_header(weights, config, parts)
+        check_header(weights, config, parts)
         state = load_file(weights)
     except SafetensorError as error:
         raise CheckpointError(f"{weights} is truncated or not a safetensors file: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{weights} cannot be read: {error}") from error
-    _check_grid(state["pos_embed"], config, path)
+    check_grid(state["pos_embed"], config, path)
     model = DCDiT(config, **parts).to(device)
     load_state(model, {key: tensor.to(torch.float32) for key, tensor in state.items()})
     return _with_use(model.eval(), extra), extra
@@ -175,61 +161,15 @@ def _load_system(extra: dict[str, Any], weights: Path, device: str | torch.devic
     from safetensors.torch import load_file
 
     try:
-        shapes = _header(weights)
+        shapes = header_shapes(weights)
         model = empty_system(extra.pop("kind"), extra.pop("model"), shapes, weights.parent)
-        _compare(_shapes(model), shapes)
+        compare_shapes(shapes_of(model), shapes)
         state = load_file(weights)
     except SafetensorError as error:
         raise CheckpointError(f"{weights} is truncated or not a safetensors file: {error}") from error
     model = model.to_empty(device=device)
     load_state(model, {key: tensor.to(torch.float32) for key, tensor in state.items()})
     return _with_use(model.eval(), extra), extra
-
-
-def _check_grid(table: torch.Tensor, config: DCDiTConfig, path: Path) -> None:
-    """Raise CheckpointError where the position table belongs to another grid with as many cells."""
-    cells, width = config.cells, config.hidden_size
-    grids = [config.input_size, *((h, cells // h) for h in range(1, cells + 1) if cells % h == 0)]
-    for grid in grids:
-        # In units of cells, or of the patches of a DiT that the model comes from.
-        if any(torch.allclose(table, sincos_2d(width, grid, patch), atol=1e-4) for patch in (1, 2)):
-            if grid != config.input_size:
-                ours, theirs = ("×".join(map(str, size)) for size in (config.input_size, grid))
-                raise CheckpointError(
-                    f"{path}: config.json says a grid of {ours}, the position table is that of {theirs}"
-                )
-            return
-
-
-def _header(weights: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a safetensors file's weights. Raises CheckpointError where they are no floats."""
-    from safetensors import safe_open
-
-    with safe_open(weights, framework="pt") as file:
-        shapes = {}
-        for key in file.keys():
-            part = file.get_slice(key)
-            shapes[key] = tuple(part.get_shape())
-            if not part.get_dtype().startswith(("F", "BF")):
-                raise CheckpointError(f"{weights}: {key}: expected floating-point weights, found {part.get_dtype()}")
-    return shapes
-
-
-def _check_header(weights: Path, config: DCDiTConfig, parts: dict[str, nn.Module | None]) -> None:
-    """Compare a safetensors file's names, shapes and dtypes with a model that has no memory. Raises CheckpointError."""
-    shapes = _header(weights)
-    blocks = len({key.split(".")[2] for key in shapes if key.startswith("main.blocks.")})
-    # The depth first: a thousand million blocks fill the memory even without weights.
-    if blocks not in (0, config.depth):
-        raise CheckpointError(
-            f"{weights.parent}: config.json says depth {config.depth}, the weights have {blocks} blocks"
-        )
-    try:
-        with torch.device("meta"):
-            model = DCDiT(config if blocks else dataclasses.replace(config, depth=1), **parts)
-    except (RuntimeError, OverflowError, MemoryError) as error:
-        raise CheckpointError(f"{weights.parent}: config.json's sizes make no model: {_first_line(error)}") from error
-    _compare(_shapes(model), shapes)
 
 
 def locate(name: str | Path, **hub: Any) -> Path:
@@ -255,7 +195,7 @@ def locate(name: str | Path, **hub: Any) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=list(FILES), **hub))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{name} is neither a directory nor a repository that can be read: {_first_line(error)}"
+            f"{name} is neither a directory nor a repository that can be read: {first_line(error)}"
         ) from error
 
 
@@ -341,7 +281,7 @@ def save_release(path: str | Path, model: DCDiT, extra: dict[str, Any] | None = 
     except RuntimeError as error:  # torch's writer hides the system's reason
         if not os.access(path.parent, os.W_OK):
             raise OSError(f"cannot write {path}: no permission to write in {path.parent}") from error
-        raise OSError(f"cannot write {path}, is the disk full? {_first_line(error)}") from error
+        raise OSError(f"cannot write {path}, is the disk full? {first_line(error)}") from error
 
 
 def _with_use(model: DCDiT, use: dict[str, Any]) -> DCDiT:
@@ -350,14 +290,5 @@ def _with_use(model: DCDiT, use: dict[str, Any]) -> DCDiT:
     return model
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
 def _tensors(model: DCDiT) -> dict[str, torch.Tensor]:
     return {key: tensor.cpu().contiguous() for key, tensor in model.state_dict().items()}
-
-
-def _some(keys) -> str:
-    keys = sorted(keys)
-    return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")

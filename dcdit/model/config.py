@@ -1,4 +1,4 @@
-"""Model configuration and the presets of METHOD.md section 3 (arXiv 2603.06351)."""
+"""Model configuration and the presets of the paper (arXiv 2603.06351)."""
 
 from __future__ import annotations
 

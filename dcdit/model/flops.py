@@ -1,4 +1,4 @@
-"""FLOPs of one forward, counted as in METHOD: 2 per multiply-add of convolutions, linears and attention."""
+"""FLOPs of one forward: 2 per multiply-add of convolutions, linears and attention (arXiv 2603.06351)."""
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from dcdit_kernels._plan_input import NaNError
+
 from ..errors import ConfigError, DCDiTError
 from ..model.dcdit import DCDiT
 from ..model.precision import float32_products
@@ -113,9 +115,7 @@ class Batcher:
         """One forward and one update for each; what has diverged is found alone, and the others go on."""
         try:
             outs, lengths = self._forward([run for _, run in members])
-        except ValueError as error:
-            if "NaN" not in str(error):
-                raise
+        except NaNError as error:
             if len(members) == 1:
                 request, run = members[0]
                 request.error = run.diverged(error)

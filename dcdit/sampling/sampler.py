@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from dcdit_kernels._plan_input import NaNError
+
 from ..checkpoints.folder import load_checkpoint, locate
 from ..codecs import make_codec
 from ..errors import CheckpointError, ConfigError
@@ -171,9 +173,7 @@ def predict(model: Any, run: Denoising) -> tuple[torch.Tensor, Routing]:
     x, t, y, amount = run.inputs()
     try:
         return model(x, t, y, return_routing=True, **budget_of(amount, x.device), **run.limits(amount))
-    except ValueError as error:
-        if "NaN" not in str(error):
-            raise
+    except NaNError as error:
         raise run.diverged(error) from error
 
 

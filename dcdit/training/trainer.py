@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from dcdit_kernels._plan_input import NaNError
+
 from ..checkpoints.folder import check_place, save_checkpoint
 from ..codecs import make_codec
 from ..data.sources import check_codec, make_source, pixels_of_a_cell
@@ -298,9 +300,7 @@ class Trainer:
         """`train_step`, where the operators' complaint about NaN is the news that training has diverged."""
         try:
             return self.train_step(batch, whole)
-        except ValueError as error:
-            if "NaN" not in str(error):
-                raise
+        except NaNError as error:
             raise self._diverged(str(error)) from error
 
     def _diverged(self, how: str) -> DCDiTError:

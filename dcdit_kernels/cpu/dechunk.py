@@ -64,13 +64,13 @@ class Smooth(KernelFunction):
         rows, own, confidence, mixed, total, share, _ = ctx.saved_tensors
         spread, _ = window_sum(grad.contiguous(), share, ctx.plan, ctx.sigma)
         direct = -torch.linalg.vecdot(grad, mixed) / total  # G·(x - s)
-        along = torch.linalg.vecdot(grad, rows) - direct
-        _, lost = window_sum(grad[:, :0], share * along, ctx.plan, ctx.sigma)
-        once_more = 1 + share
-        moved = once_more * direct + torch.linalg.vecdot(spread, rows) - lost
+        dot = torch.linalg.vecdot(grad, rows) - direct  # G·s
+        _, lost = window_sum(grad[:, :0], share * dot, ctx.plan, ctx.sigma)
+        factor = 1 + share
+        moved = factor * direct + torch.linalg.vecdot(spread, rows) - lost
         moved = torch.where((own >= 1e-4) & (own <= 1 - 1e-4), moved, 0.0)
         grad_prob = rows.new_zeros(math.prod(ctx.prob_shape)).index_copy(0, ctx.cell, moved).view(ctx.prob_shape)
-        return spread.addcmul_(grad, once_more[:, None]).mul_(confidence[:, None]), grad_prob, None, None
+        return spread.addcmul_(grad, factor[:, None]).mul_(confidence[:, None]), grad_prob, None, None
 
 
 class PlugBack(KernelFunction):
