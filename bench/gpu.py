@@ -1,8 +1,8 @@
 """python -m bench.gpu first | second: build, test, sanitise, measure on a machine with a GPU, in two calls of minutes.
 
 first: builds, warms the compilers' caches, checks the plan under compute-sanitizer, tests, measures the decisive cases.
-second, within the same tree: failed tests again and under memcheck; then compiled variants, the choices inside
-operators, Nsight Compute on the kernels, a profile and a trace of a training step.
+second, within the same tree: failed tests again and under memcheck; then the latency of steps with a budget, compiled
+variants, the choices inside operators, Nsight Compute on the kernels, a profile and a trace of a training step.
 
 Every stage has a limit and is killed as a process group; a failure costs its own stage, but for a build that fails.
 Logs and results are in build/gpu and, if that is set, in the folder $OUT. It needs a Python with torch (2.11 or newer)
@@ -33,7 +33,7 @@ import torch  # noqa: E402
 from .machine import ROOT, describe  # noqa: E402
 from .run import quiet, summary, write  # noqa: E402
 
-LIMIT = {"first": 385, "second": 318}  # seconds of a call
+LIMIT = {"first": 385, "second": 350}  # seconds of a call
 FOLDER = ROOT / "build" / "gpu"  # ignored by git; the second call finds the first one's results here
 RESULT = FOLDER / "result.json"
 PYTHON = (sys.executable, "-m")
@@ -139,6 +139,7 @@ def second(device: str, earlier: dict | None, end: float) -> list[list[Stage]]:
     return [
         *stages,
         [warm("compiled,ablation", device, 100)],
+        [Stage("latency", (*PYTHON, "bench.latency", "--device", device), 40)],
         [*clocks(device), benches("compiled", "compiled", device, end - 150, 150)],
         [Stage("profile forward", (*PYTHON, "bench.profile", "forward", "--device", device), 30)],
         [benches("ablation", "ablation", device, end - 75, 120)],
