@@ -110,12 +110,21 @@ def test_bad_requests_are_named(model):
         (0, {"tokens": 1}, "tokens of a step must be whole numbers from 2 to 30, got 1"),
         (0, {"size": (0, 3)}, r"size must be two positive integers \(H, W\), got \(0, 3\)"),
         (0, {"index": 0.5}, "index must be an integer, got 0.5"),
+        # What would only be seen in a step, where it stopped the others' requests.
+        (True, {}, "classes must be a list of class ids, got torch.bool"),
+        (0, {"guidance": 2.0, "guidance_channels": 1.5}, r"guidance_channels must be in \[1, 3\], got 1.5"),
+        (0, {"policy": "reuse=2"}, "unknown request key 'policy'"),
+        (0, {"edit": 5}, "edit must be an Edit, got a int"),
     ]:
         with pytest.raises(ConfigError, match=words):
             batcher.submit(label, **options)
     assert not batcher.step()
     with pytest.raises(ConfigError, match="a Batcher is for a DCDiT, got a PlainDiT"):
         Batcher(PlainDiT(model.config), objective="flow")
+    with pytest.raises(ConfigError, match="unknown request key 'guidence'; did you mean 'guidance'"):
+        Batcher(model, objective="flow", guidence=2.0)
+    with pytest.raises(ConfigError, match="a request needs objective"):
+        Batcher(model).submit(0)
     with pytest.raises(ConfigError, match="max_requests must be an integer of at least 1, got 0"):
         Batcher(model, max_requests=0)
 

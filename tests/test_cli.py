@@ -243,6 +243,12 @@ def test_sample_refuses_what_only_it_takes(good, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("command", ["sample", "visualize"])
+def test_a_checkpoints_folder_is_no_output(good, capsys, command):
+    rejected(capsys, [command, good, "--cpu", "--output", good], "cannot write", "is a checkpoint's folder")
+    assert sorted(file.name for file in good.iterdir()) == ["config.json", "model.safetensors"]
+
+
 def test_a_full_disk_keeps_what_is_finished(good, tmp_path, capsys):
     """A limit on the size of files fails a write as a full disk does; the command called again goes on."""
     out = tmp_path / "out"

@@ -206,7 +206,9 @@ def test_training_and_calibration(tmp_path, capsys):
         before, after = (float((net(x, t, y, 2) - base(x, t, y)).square().mean()) for net in nets)
     assert after < 0.9 * before
     words = ["calibrate-patches", str(folder), "--speed", "1.5", "--steps", "8", "--classes", "0-1", "--cpu"]
-    assert not main([*words, "--save"])
+    weights = (folder / "model.safetensors").read_bytes()
+    assert not main([*words, "--save", "--bf16"])
+    assert (folder / "model.safetensors").read_bytes() == weights
     out = capsys.readouterr().out
     policy = json.loads((folder / "config.json").read_text())["policy"]
     assert policy.startswith("patches=") and policy in out

@@ -1,6 +1,7 @@
 """Budgets, guidance and gates as parts of a policy; what was decided when; policies in both pipelines."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -172,9 +173,18 @@ def test_bad_input(net):
         ("guidance=800:200", "guidance must be timesteps 0 <= low <= high <= 1000, got 800:200"),
         ("gates=0", r"gates must be a share in \(0, 1\], got 0"),
         ("budget=few", "policy budget must look like budget=64:32, got 'budget=few'"),
+        ("grid=0.5", "policy grid must look like grid=0.5:700, got 'grid=0.5'"),
+        ("guidance=200", "policy guidance must look like guidance=200:800, got 'guidance=200'"),
+        (["reuse=2"], r"a policy must be a Policy or text such as .*, got \['reuse=2'\]"),
     ):
         with pytest.raises(ConfigError, match=words):
             Policy.of(text)
+    for parts in ({"rho": 0.2}, {"budget": 64}, {"guidance": 5}, {"grid": ("a", 1)}, {"density": 0.5}, {"gates": "a"}):
+        name, value = next(iter(parts.items()))
+        with pytest.raises(
+            ConfigError, match=re.escape(f"{name} of a policy must be as") + ".*" + re.escape(repr(value))
+        ):
+            Policy(**parts)
     plain = PlainDiT(DyDiTConfig(**SIZES, depth=1)).eval()
     for model, policy, arguments, words in (
         (net, "rho=0.2", {"drop_fraction": 0.1}, "the policy has rho already, rho=0.2: leave one of them out"),

@@ -56,6 +56,16 @@ def flow():
         ({"scheduler": "ddim"}, "ddim integrates ddpm, this model was trained by flow: use flow-euler"),
         ({"scheduler": "ddimm"}, "did you mean 'ddim'"),
         ({"indices": [1]}, "one entry for each of the 2"),
+        ({"indices": [0.5, 1.5]}, "indices must be integers"),
+        ({"indices": "ab"}, "indices must be integers"),
+        ({"batch_size": 1.5}, "batch_size must be an integer of at least 1, got 1.5"),
+        ({"classes": [True, False]}, "list of class ids, got torch.bool"),
+        ({"guidance_interval": 5}, r"guidance_interval must be timesteps \(low, high\)"),
+        ({"guidance_interval": (800, 200)}, r"low <= high, got \(800, 200\)"),
+        ({"shift": "2"}, "shift must be a number, got '2'"),
+        ({"gflops_per_image": "2"}, "gflops_per_image must be a number, got '2'"),
+        ({"budget_schedule": "linear"}, "budget_schedule linear is of gflops_per_image or seconds_per_image"),
+        ({"calibration": "file"}, "calibration is of seconds_per_image"),
     ],
 )
 def test_bad_input_is_named(flow, arguments, words):

@@ -21,10 +21,9 @@ def run(args: argparse.Namespace) -> None:
     """Print τ as a policy, and the speed that it reached."""
     from accelerate import PartialState
 
-    from ..checkpoints.folder import locate, save_checkpoint
+    from ..checkpoints.folder import locate, store_use
     from ..errors import ConfigError
     from ..sampling.calibration import calibrate
-    from ..sampling.policy import Policy
     from ..sampling.sampler import open_checkpoint
 
     if args.num < 1:
@@ -40,4 +39,4 @@ def run(args: argparse.Namespace) -> None:
     policy = dataclasses.replace(before, patches=float(f"{tau:.4g}"))
     print(f"{policy}: {reached:.3g} times as fast in FLOPs, wished for {args.speed:g}")
     if args.save:
-        save_checkpoint(path, model, {**model.use, "policy": str(Policy.of(policy))})
+        store_use(path, {"policy": str(policy)})

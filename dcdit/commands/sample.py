@@ -87,6 +87,7 @@ def run(args: argparse.Namespace) -> None:
         planned = plan_trajectory(model, 1, batch_size=min(args.batch_size, count), **without)
         settings["tokens"] = planned.budgets[0][:, 0].tolist()
         options |= {"tokens": settings["tokens"], "seconds_per_image": None}
+        options |= {"calibration": None, "budget_schedule": "constant"}
     pictures = PictureRun(output, ids, count, settings, args.format)
     if pictures.finished:
         if state.is_main_process:

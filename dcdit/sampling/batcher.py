@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import inspect
 from typing import Any
 
 import torch
@@ -10,10 +11,16 @@ import torch
 from dcdit_kernels._plan_input import NaNError
 
 from ..errors import ConfigError, DCDiTError
+from ..model.config import check_keys
 from ..model.dcdit import DCDiT
 from ..model.precision import float32_products
 from .sampler import class_ids
 from .trajectory import Denoising, Trajectory, budget_of, plan_trajectory
+
+# Of one request; `plan_trajectory` has them from `sample`.
+OPTIONS = [
+    name for name in inspect.signature(plan_trajectory).parameters if name not in ("model", "count", "batch_size")
+]
 
 
 class Request:
@@ -68,6 +75,7 @@ class Batcher:
             raise ConfigError(f"a Batcher is for a DCDiT, got a {type(model).__name__}")
         if type(max_requests) is not int or max_requests < 1:
             raise ConfigError(f"max_requests must be an integer of at least 1, got {max_requests!r}")
+        check_keys(options, OPTIONS, "request")
         self.model, self.max_requests, self.options = model, max_requests, options
         self.waiting: collections.deque[Request] = collections.deque()
         self.running: list[tuple[Request, Denoising]] = []
@@ -81,7 +89,11 @@ class Batcher:
         if not isinstance(index, int):
             raise ConfigError(f"index must be an integer, got {index!r}")
         class_ids([label], self.model.config.num_classes)
-        request = Request(label, index, plan_trajectory(self.model, 1, **{**self.options, **options}))
+        options = {**self.options, **options}
+        check_keys(options, OPTIONS, "request")
+        if "objective" not in options:
+            raise ConfigError("a request needs objective, flow or ddpm: give it to the Batcher")
+        request = Request(label, index, plan_trajectory(self.model, 1, **options))
         self.waiting.append(request)
         return request
 

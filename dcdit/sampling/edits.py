@@ -32,6 +32,9 @@ class Edit:
     def check(self, config: DCDiTConfig) -> None:
         """Raise ConfigError unless a model of this configuration can take the edit."""
         image, mask = self.image, self.mask
+        for name, part in (("image", image), ("mask", mask)):
+            if not isinstance(part, torch.Tensor):
+                raise ConfigError(f"an edit's {name} must be a tensor, got a {type(part).__name__}")
         if image.dim() != 3 or len(image) != config.in_channels or not image.is_floating_point():
             have = f"{image.dtype} of shape {tuple(image.shape)}"
             raise ConfigError(f"an edit's image must be a float latent ({config.in_channels}, H, W), got {have}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError
@@ -58,6 +59,12 @@ class Policy:
     teacache: float | None = None
 
     def __post_init__(self) -> None:
+        for name, value in self._parts().items():
+            numbers = value if isinstance(value, tuple) else ()
+            if not isinstance(value, _PARTS[name][2]) or not all(isinstance(number, Real) for number in numbers):
+                raise ConfigError(
+                    f"{name} of a policy must be as Policy.of reads {name}={_PARTS[name][1]}, got {value!r}"
+                )
         if self.rho is not None and self.budget is not None:
             raise ConfigError(f"rho and budget exclude each other, got {self}")
         if self.rho is not None and not all(0 <= value < 1 for value in self.rho):
@@ -76,6 +83,8 @@ class Policy:
         """From text such as "reuse=2 & teacache=0.15", parts apart by & or ;. Raises ConfigError."""
         if policy is None or isinstance(policy, Policy):
             return policy or cls()
+        if not isinstance(policy, str):
+            raise ConfigError(f"a policy must be a Policy or text such as reuse=2 & teacache=0.15, got {policy!r}")
         joined = cls()
         for part in filter(None, (part.strip() for part in policy.replace(";", "&").split("&"))):
             name, _, value = (text.strip() for text in part.partition("="))
@@ -90,6 +99,8 @@ class Policy:
         return joined
 
     def __and__(self, other: Policy) -> Policy:
+        if not isinstance(other, Policy):
+            return NotImplemented
         mine, theirs = self._parts(), other._parts()
         twice = mine.keys() & theirs.keys()
         if twice:
@@ -154,15 +165,21 @@ def _two(text: str) -> tuple[float, float]:
     return float(first), float(second or first)
 
 
-# How a part's value is read, and an example.
-_PARTS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "rho": (lambda text: Ramp(*_two(text)), "0.2:0.6"),
-    "budget": (lambda text: Ramp(*_two(text)), "64:32"),
-    "guidance": (_two, "200:800"),
-    "grid": (_two, "0.5:700"),
-    "density": (lambda text: Density(*_two(text)), "0.5:0.75"),
-    "patches": (float, "0.02"),
-    "gates": (float, "0.5"),
-    "reuse": (int, "2"),
-    "teacache": (float, "0.15"),
+def _pair(text: str) -> tuple[float, float]:
+    """As `_two`, where one number for both has no meaning."""
+    first, second = text.split(":")
+    return float(first), float(second)
+
+
+# How a part's value is read, an example, and its type.
+_PARTS: dict[str, tuple[Callable[[str], Any], str, Any]] = {
+    "rho": (lambda text: Ramp(*_two(text)), "0.2:0.6", Ramp),
+    "budget": (lambda text: Ramp(*_two(text)), "64:32", Ramp),
+    "guidance": (_pair, "200:800", tuple),
+    "grid": (_pair, "0.5:700", tuple),
+    "density": (lambda text: Density(*_two(text)), "0.5:0.75", Density),
+    "patches": (float, "0.02", Real),
+    "gates": (float, "0.5", Real),
+    "reuse": (int, "2", Real),
+    "teacache": (float, "0.15", Real),
 }

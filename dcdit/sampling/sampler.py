@@ -103,11 +103,15 @@ def sample(
     drop_fraction, tokens, guidance_interval = policy.spending(drop_fraction, tokens, guidance_interval)
     classes = class_ids(classes, model.config.num_classes)
     count = len(classes)
-    indices = torch.arange(count) if indices is None else torch.as_tensor(indices)
-    if len(indices) != count:
-        raise ConfigError(f"indices must have one entry for each of the {count} classes, got {len(indices)}")
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+    try:
+        indices = torch.arange(count) if indices is None else torch.as_tensor(indices)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"indices must be integers, got {indices!r}") from error
+    if indices.shape != (count,) or indices.dtype is torch.bool or indices.is_floating_point():
+        have = f"{indices.dtype} of shape {tuple(indices.shape)}"
+        raise ConfigError(f"indices must be integers, one entry for each of the {count} classes, got {have}")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
     way = plan_trajectory(
         model,
         count,
@@ -183,7 +187,8 @@ def class_ids(classes: Sequence[int] | torch.Tensor, num_classes: int) -> torch.
         classes = torch.as_tensor(classes)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"classes must be a list of class ids, got {classes!r}") from error
-    if classes.dim() != 1 or classes.is_floating_point() or len(classes) == 0:
+    real = classes.is_floating_point() or classes.dtype is torch.bool
+    if classes.dim() != 1 or real or len(classes) == 0:
         raise ConfigError(f"classes must be a list of class ids, got {classes.dtype} of shape {tuple(classes.shape)}")
     low, high = int(classes.min()), int(classes.max())
     if low < 0 or high >= num_classes:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -95,16 +96,30 @@ def plan_trajectory(
         raise ConfigError(f"seed must be in [0, 2**32), got {seed}")
     if not isinstance(guidance, int | float) or not 0 <= guidance < float("inf"):
         raise ConfigError(f"guidance must be a number of at least 0, got {guidance}")
-    if guidance_channels is not None and not 1 <= guidance_channels <= config.in_channels:
-        raise ConfigError(f"guidance_channels must be in [1, {config.in_channels}], got {guidance_channels}")
+    whole = isinstance(guidance_channels, int | np.integer)
+    if guidance_channels is not None and not (whole and 1 <= guidance_channels <= config.in_channels):
+        raise ConfigError(f"guidance_channels must be in [1, {config.in_channels}], got {guidance_channels!r}")
+    interval = tuple(guidance_interval) if isinstance(guidance_interval, tuple | list) else ()
+    if len(interval) != 2 or not all(isinstance(t, Real) for t in interval) or not interval[0] <= interval[1]:
+        raise ConfigError(f"guidance_interval must be timesteps (low, high), low <= high, got {guidance_interval!r}")
+    amounts = {"gflops_per_image": gflops_per_image, "seconds_per_image": seconds_per_image}
+    for name, amount in {"eta": eta, "shift": shift, **amounts}.items():
+        if amount is not None and not isinstance(amount, Real):
+            raise ConfigError(f"{name} must be a number, got {amount!r}")
+    if budget_schedule != "constant" and all(amount is None for amount in amounts.values()):
+        raise ConfigError(f"budget_schedule {budget_schedule} is of {' or '.join(amounts)}: give one of them")
+    if calibration is not None and seconds_per_image is None:
+        raise ConfigError("calibration is of seconds_per_image: give it as well")
     if not 0 <= eta <= 1 or (eta and scheduler != "ddim"):
         raise ConfigError(f"eta must be in [0, 1] and is of the scheduler ddim, got {eta} and {scheduler}")
     if uncond_drop_fraction is None:
         uncond_drop_fraction = drop_fraction
     if edit is not None:
         _check_chunking(model, "an edit")
+        if not isinstance(edit, Edit):
+            raise ConfigError(f"edit must be an Edit, got a {type(edit).__name__}")
         edit.check(config)
-        if size not in (None, tuple(edit.mask.shape)):
+        if size is not None and (not isinstance(size, tuple | list) or tuple(size) != tuple(edit.mask.shape)):
             raise ConfigError(f"size must be {tuple(edit.mask.shape)}, that of the edit's mask, got {size}")
         size = tuple(edit.mask.shape)
     size = checked_size(config.input_size if size is None else size, getattr(config, "encoder_stride", 1))
@@ -113,11 +128,11 @@ def plan_trajectory(
         raise ConfigError(f"size must be {config.input_size}, that of the {type(inner).__name__}, got {size}")
     make = functools.partial(make_scheduler, scheduler, objective, steps, config.learn_sigma, clip, shift)
     _, timesteps = make()
-    low, high = guidance_interval
+    low, high = interval
     guidances = [guidance if low <= t <= high else 1.0 for t in timesteps.tolist()]
     guided = any(value != 1 for value in guidances)
     drops = (drop_fraction, uncond_drop_fraction) if guided else (drop_fraction,)
-    forms = {"tokens": tokens, "gflops_per_image": gflops_per_image, "seconds_per_image": seconds_per_image}
+    forms = {"tokens": tokens, **amounts}
     given = [name for name, value in forms.items() if value is not None]
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)} exclude each other: leave one of them out")
