@@ -9,9 +9,12 @@ import torch
 from PIL import Image
 
 from dcdit.cli import main
+from dcdit.codecs import PixelUnshuffle
 from dcdit.data.buckets import bucket_of
+from dcdit.data.encode import encode_folder
 from dcdit.data.image_folder import ImageFolder
-from dcdit.errors import ConfigError
+from dcdit.data.sources import Latents
+from dcdit.errors import ConfigError, DataError
 from dcdit.training.config import load_config
 from dcdit.training.objectives import FlowMatching, ratio_loss
 from dcdit.training.parts import cuts, weights_of
@@ -185,7 +188,26 @@ def test_validation_and_the_check_know_buckets(config, pictures, tmp_path, capsy
     assert main(["data", "check", str(pictures), "--size", "16", "--buckets", "4"]) == 0
     out = capsys.readouterr().out
     assert "buckets, height×width:" in out and "  8×32: 7" in out and "  16×16: 13" in out
-    assert main(["data", "encode", str(pictures), str(tmp_path / "out"), "--codec", "x", "--buckets", "4"]) == 2
+
+
+def test_latents_of_all_shapes_train_as_their_pictures(config, pictures, tmp_path, capsys):
+    use = {"kind": "autoencoder_kl", "pretrained": "x", "scale": None}
+    source, target = ImageFolder(pictures, 16, buckets=4), tmp_path / "latents"
+    assert encode_folder(source, target, PixelUnshuffle(2), use) == []
+    latents = Latents(target, (12, 8, 8), buckets=2)
+    assert latents.shapes == [(height // 2, width // 2) for height, width in source.shapes]
+    assert "44 latents of 12 channels in " in latents.describe()
+    codec = ["codec.kind=autoencoder_kl", "codec.pretrained=x"]
+    disk = ["data.kind=latents", f"data.path={target}", "data.buckets=2", f"output={tmp_path}/disk", *codec]
+    here, there = (run(config("steps=2", "data.flip=false", *more)) for more in ([], disk))
+    assert [line["loss"] for line in here] == [line["loss"] for line in there]
+    assert main(["data", "check", str(target), "--buckets", "2"]) == 0
+    assert main(["data", "check", str(target), "--buckets", "3"]) == 1
+    assert "expected sides that 3 divides, found " in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"data\.buckets=1 takes latents of any size"):
+        [Latents(target, (12, 8, 8)).load(i, False) for i in range(44)]
+    with pytest.raises(DataError, match="holds latents with buckets=4, this call asks for 0"):
+        encode_folder(ImageFolder(pictures, 16), target, PixelUnshuffle(2), use)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +215,7 @@ def test_validation_and_the_check_know_buckets(config, pictures, tmp_path, capsy
     [
         (["data.buckets=-4"], "data.buckets must not be negative, got -4"),
         (["data.buckets=3"], "data.buckets must be a multiple of 2, the pixels of a cell times the model's"),
-        (["data.kind=digits"], "data.buckets is of data.kind=folder, got digits"),
+        (["data.kind=digits"], "data.buckets is of data.kind=folder or latents, got digits"),
         (["compile=true"], "data.buckets and compile exclude each other"),
         (["cuda_graph=true"], "data.buckets and cuda_graph exclude each other"),
         (["tokens_per_batch=40"], "tokens_per_batch must hold 1 of the largest item's 6[0-9] cells, .* got 40"),

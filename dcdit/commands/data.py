@@ -22,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codec", metavar="VAE", help="an autoencoder of diffusers: a folder or Hub repository")
     parser.add_argument("--scale", type=float, default=0.0, help="of the latents (0: the autoencoder's own)")
     parser.add_argument("--size", type=int, default=256, help="pixels of a picture's side when encoded (256)")
-    parser.add_argument("--buckets", type=int, default=0, help="check: sides of data.buckets in pixels (0: squares)")
+    parser.add_argument("--buckets", type=int, default=0, help="multiples of pixels, as data.buckets (0: squares)")
     parser.add_argument("--background", default="white", help="colour under transparent pixels (white)")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time (8)")
     parser.add_argument("--skip-broken", action="store_true", help="leave out pictures that cannot be read")
@@ -31,10 +31,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check or encode; 1 where `check` found files that cannot be read."""
-    if args.buckets < 0 or (args.buckets and args.action == "encode"):
-        raise ConfigError(
-            f"--buckets must be at least 0 and is of check: latents are encoded as squares, got {args.buckets}"
-        )
+    if args.buckets < 0:
+        raise ConfigError(f"--buckets must be at least 0, got {args.buckets}")
     if args.size < 1 or args.batch_size < 1 or args.scale < 0:
         given = f"{args.size}, {args.batch_size} and {args.scale:g}"
         raise ConfigError(f"expected a size and a batch size of at least 1 and a scale of at least 0, got {given}")
@@ -52,7 +50,7 @@ def check(args: argparse.Namespace) -> int:
 
     root = Path(args.folder).expanduser()
     if any(root.glob("*_features")):
-        return check_latents(root)
+        return check_latents(root, args.buckets)
     source = ImageFolder(root, args.size, args.background, args.buckets)
     bad, counts = [], [0] * source.classes
     for file, label in tqdm(source.files, unit="picture", disable=None, leave=False):
@@ -72,12 +70,12 @@ def check(args: argparse.Namespace) -> int:
     return _report(bad, len(source))
 
 
-def check_latents(root: Path) -> int:
-    """Check latents likewise; all files must have the first file's shape."""
+def check_latents(root: Path, buckets: int) -> int:
+    """Check latents likewise; all files must have the first file's shape, with buckets its channels alone."""
     folder = min(root.glob("*_features"))
     first = next(iter(sorted(folder.glob("*.npy"))), None)
     shape = load_npy(first).shape[-3:] if first else (1, 1, 1)
-    source = Latents(root, shape)
+    source = Latents(root, shape, buckets)
     print(source.describe())
     bad, labels = [], set()
     for index in range(len(source)):
@@ -99,7 +97,7 @@ def encode(args: argparse.Namespace) -> None:
     from ..data.encode import encode_folder
     from ..files import check_folder, locked
 
-    source = ImageFolder(args.folder, args.size, args.background)
+    source = ImageFolder(args.folder, args.size, args.background, args.buckets)
     print(source.describe(), flush=True)
     use = {"kind": "autoencoder_kl", "pretrained": args.codec, "scale": args.scale or None}
     codec = AutoencoderKL(args.codec, args.scale or None)
@@ -111,7 +109,8 @@ def encode(args: argparse.Namespace) -> None:
         broken = encode_folder(source, target, codec, use, progress=bar.update, **options)
     for line in broken:
         print(f"left out: {line}")
-    print(f"{len(source) - len(broken)} latents in {target}: data.kind=latents data.path={target}")
+    sizes = " data.buckets=1" if args.buckets else ""
+    print(f"{len(source) - len(broken)} latents in {target}: data.kind=latents data.path={target}{sizes}")
 
 
 def _report(bad: list[str], count: int) -> int:

@@ -13,6 +13,7 @@ import torch
 from ..codecs import AutoencoderKL
 from ..errors import DataError
 from ..files import replacing
+from ..model.mixed import by_size
 from .image_folder import ImageFolder
 from .sources import DATASET
 
@@ -30,6 +31,8 @@ def encode_folder(
 ) -> list[str]:
     """Write picture K of `source` as TARGET/latents_features/K.npy, float32 (C, H, W), and its class id beside.
 
+    Where the source has buckets each latent has the size of its picture's bucket.
+
     `use` is the codec as `make_codec` takes it; TARGET/dataset.json keeps it with the names of the classes. A second
     call goes on where the first one ended. Returns a line for each unreadable picture, which `skip_broken` leaves out.
     Raises DataError, also where TARGET holds latents of other pictures or of another codec.
@@ -37,10 +40,11 @@ def encode_folder(
     features, labels = target / "latents_features", target / "latents_labels"
     for folder in (features, labels):
         folder.mkdir(parents=True, exist_ok=True)
-    settings = {"class_names": source.class_names, "codec": use, "size": source.size}
+    settings = {"class_names": source.class_names, "codec": use, "size": source.size, "buckets": source.buckets}
     settings |= {"fingerprint": source.fingerprint(), "pictures": len(source)}
     _begin(target / DATASET, settings)
     todo = [i for i in range(len(source)) if not (labels / f"{i}.npy").exists()]
+    todo.sort(key=lambda i: source.shapes[i])  # full batches of each size
     progress(len(source) - len(todo))
     broken = []
     for first in range(0, len(todo), batch_size):
@@ -54,9 +58,9 @@ def encode_folder(
                 broken.append(str(error))
                 continue
             part.append((index, label))
-            pixels.append(torch.from_numpy(np.ascontiguousarray(image)))
+            pixels.append(torch.from_numpy(np.ascontiguousarray(image)).to(device))
         if part:
-            latents = codec.encode(torch.stack(pixels).to(device)).float().cpu().numpy()
+            latents = [latent.float().cpu().numpy() for latent in by_size(codec.encode, pixels)]
             for (index, label), latent in zip(part, latents, strict=True):
                 # The label last: an item counts as done when it is there.
                 for folder, array in ((features, latent), (labels, np.array(label))):
@@ -74,7 +78,7 @@ def _begin(file: Path, settings: dict[str, Any]) -> None:
         except ValueError as error:
             raise DataError(f"{file} is not what dcdit data encode writes: {error}") from error
         for key, value in settings.items():
-            if before.get(key) != value:
+            if before.get(key, 0) != value:  # 0: buckets, in files of older versions
                 raise DataError(f"{file.parent} holds latents with {key}={before.get(key)}, this call asks for {value}")
     else:
         _write(file, {**settings, "finished": False})

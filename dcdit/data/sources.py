@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -27,7 +27,7 @@ class Source(Protocol):
     encoded: bool  # already latents: no codec before the model
     classes: int | None  # None: not known before reading
     class_names: list[str] | None
-    # Where items differ in size, `shapes` has (H, W) of each, in pixels.
+    # Where items differ in size, `shapes` has (H, W) of each, in pixels, or in cells of latents.
 
     def __len__(self) -> int: ...
 
@@ -72,12 +72,13 @@ class Latents:
     """The release's layout: PATH/imagenet256_features/K.npy, (C, H, W) or (1, C, H, W), already scaled, and the class
     id in PATH/imagenet256_labels/K.npy. The names before `_features` and `_labels` may be others.
 
-    Latents of `dcdit data encode` have the names of their classes and their codec in dataset.json.
+    All have one shape; with `buckets` each has its own sides, multiples of so many cells, and `shapes` has (H, W) of
+    each, in cells. Latents of `dcdit data encode` have the names of their classes and their codec in dataset.json.
     """
 
     encoded = True
 
-    def __init__(self, path: str | Path, shape: tuple[int, int, int]) -> None:
+    def __init__(self, path: str | Path, shape: tuple[int, int, int], buckets: int = 0) -> None:
         self.root = root = Path(path).expanduser()
         self.class_names, self.codec = _read_dataset(root)
         folders = sorted(root.glob("*_features"))
@@ -96,6 +97,9 @@ class Latents:
             where = self.label_dir if example in names else self.features
             raise DataError(f"features and labels must pair up by name: {where / example} is missing")
         self.names = sorted(names, key=lambda name: (len(name), name))
+        self.buckets, self.shapes = buckets, [shape[1:]] * len(self.names)
+        if buckets:
+            self.shapes = [self._sides(name, shape) for name in self.names]
         self.shape, self.classes = shape, None if self.class_names is None else len(self.class_names)
 
     def __len__(self) -> int:
@@ -104,8 +108,13 @@ class Latents:
     def load(self, index: int, flip: bool) -> tuple[np.ndarray, int]:
         name = self.names[index]
         latent, label = load_npy(self.features / name), load_npy(self.label_dir / name)
-        if latent.shape not in (self.shape, (1, *self.shape)):
-            raise DataError(f"{self.features / name}: expected shape {self.shape}, found {latent.shape}")
+        shape = (self.shape[0], *self.shapes[index])
+        if latent.shape not in (shape, (1, *shape)):
+            other_size = not self.buckets and latent.shape[-3:-2] == shape[:1]
+            hint = "; data.buckets=1 takes latents of any size" if other_size else ""
+            raise DataError(f"{self.features / name}: expected shape {shape}, found {latent.shape}{hint}")
+        if self.buckets and any(side % self.buckets for side in shape[1:]):
+            raise DataError(f"{self.features / name}: expected sides that {self.buckets} divides, found {shape[1:]}")
         if label.size != 1:
             raise DataError(f"{self.label_dir / name}: expected one class id, found shape {label.shape}")
         if label.item() % 1:  # NaN and infinity leave a NaN
@@ -115,14 +124,24 @@ class Latents:
                 f"{self.features / name}: expected floating-point latents, found {latent.dtype}; bfloat16 that was "
                 "stored as integers must be saved again as float32"
             )
-        latent = latent.reshape(self.shape).astype(np.float32)
+        latent = latent.reshape(shape).astype(np.float32)
         if not np.isfinite(latent).all():
             raise DataError(f"{self.features / name}: expected finite float32, found NaN or infinity")
         return latent, int(label.item())
 
     def describe(self) -> str:
         classes = f", {self.classes} classes" if self.classes else ""
-        return f"{len(self)} latents of {'×'.join(map(str, self.shape))} in {self.root}{classes}"
+        sizes = f"{self.shape[0]} channels in {len(set(self.shapes))} sizes"
+        sizes = sizes if self.buckets else "×".join(map(str, self.shape))
+        return f"{len(self)} latents of {sizes} in {self.root}{classes}"
+
+    def _sides(self, name: str, shape: tuple[int, int, int]) -> tuple[int, int]:
+        """(H, W) from the file's header; those of `shape` where it has none, for `load` to refuse."""
+        try:
+            sides = load_npy(self.features / name, mmap_mode="r").shape[-2:]
+        except DataError:
+            sides = ()
+        return (sides[0], sides[1]) if len(sides) == 2 and min(sides) else shape[1:]
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -144,17 +163,26 @@ def make_source(data: DataConfig, model: DCDiTConfig) -> Source:
     else:
         if data.flip:
             raise ConfigError("data.flip works on images: mirror them before they are encoded to latents")
-        source = Latents(data.path, (model.in_channels, *model.input_size))
+        source = Latents(data.path, (model.in_channels, *model.input_size), data.buckets)
     if source.classes and source.classes > model.num_classes:
         raise DataError(f"the data has {source.classes} classes, the model model.num_classes={model.num_classes}")
     return source
 
 
 def pixels_of_a_cell(source: Source, codec: Any, model: DCDiTConfig, buckets: int) -> int:
-    """Pixels of a latent cell's side where there are buckets, else 0. Raises ConfigError where sides of buckets do not
-    divide into them."""
+    """Pixels of a latent cell's side where there are buckets, 1 for latents, else 0.
+
+    Raises ConfigError where sides of buckets do not divide into cells, or into those of encoder_stride.
+    """
     if not buckets:
         return 0
+    if source.encoded:
+        if buckets % model.encoder_stride:
+            raise ConfigError(
+                f"data.buckets of latents must be a multiple of the model's encoder_stride {model.encoder_stride}, "
+                f"got {buckets}"
+            )
+        return 1
     import torch  # here: `dcdit data --help` does without
 
     image = torch.zeros(1, source.load(0, flip=False)[0].shape[0], 8 * buckets, 8 * buckets)
@@ -190,10 +218,10 @@ def _read_dataset(root: Path) -> tuple[list[str] | None, dict[str, Any] | None]:
     return names, codec
 
 
-def load_npy(file: Path) -> np.ndarray:
+def load_npy(file: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
     """The numbers of an .npy file, nothing of it run. Raises DataError that names the file."""
     try:
-        array = np.load(file, allow_pickle=False)
+        array = np.load(file, mmap_mode, allow_pickle=False)
     except Exception as error:  # NumPy reads the header as Python; its tokenizer raises anything
         raise DataError(f"{file} is not a readable .npy file: {' '.join(str(error).split())}") from error
     if not isinstance(array, np.ndarray):

@@ -137,8 +137,8 @@ class TrainConfig:
             if self.upcycle.source:
                 raise ConfigError("cuda_graph is not for upcycling, whose loss changes with the step: leave it out")
         if self.data.buckets:
-            if self.data.kind != "folder":
-                raise ConfigError(f"data.buckets is of data.kind=folder, got {self.data.kind}")
+            if self.data.kind not in ("folder", "latents"):
+                raise ConfigError(f"data.buckets is of data.kind=folder or latents, got {self.data.kind}")
             others = {"cuda_graph": self.cuda_graph, "compile": self.compile, "upcycle.source": self.upcycle.source}
             for name, value in others.items():
                 if value:

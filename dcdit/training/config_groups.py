@@ -13,7 +13,8 @@ class DataConfig:
     The `path` of idx files is their folder and the beginning of their names, see `dcdit.data.idx`.
 
     With `buckets` pictures of a folder keep their aspect: their sides are multiples of so many pixels, their area is
-    size² at most (0: every picture is cropped to a square).
+    size² at most (0: every picture is cropped to a square). Latents with `buckets` may differ in size; their sides are
+    multiples of so many cells.
 
     `skip_broken` takes the next picture of the epoch in the place of an unreadable one; all others keep their places.
     """
