@@ -116,9 +116,25 @@ def test_the_command_and_a_run_by_its_table(model, tmp_path, monkeypatch, capsys
     assert "gflops_per_image and seconds_per_image exclude each other" in capsys.readouterr().err
 
 
+def test_training_has_a_table_of_its_own(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    checkpoint = tmp_path / "model"
+    save_checkpoint(checkpoint, model, {"objective": "flow", "codec": {"kind": "pixel_unshuffle", "factor": 2}})
+    known = ["info", str(checkpoint), "--budget", "16", "--batch-size", "2"]
+    assert main(["calibrate", str(checkpoint), "--batch-sizes", "2", "--rounds", "1", "--cpu", "--training"]) == 0
+    assert "float32, training" in capsys.readouterr().out and "router_tokens" not in load_checkpoint(checkpoint)[1]
+    table = load_times(TINY, CPU, torch.float32, training=True)
+    assert table.rows == [2] and min(table.seconds[0]) > 0
+    assert main([*known, "--training"]) == 0
+    assert f"{1e3 * float(table.at(2, 16)):,.1f} ms, as dcdit calibrate measured" in capsys.readouterr().out
+    assert main(known) == 0
+    assert "float32: dcdit calibrate measures" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--training", "--bf16"], "--training is in float32: leave --bf16 out"),
         (["--batch-sizes", "1,0"], "expected batch sizes such as 1,8,64, got '1,0'"),
         (["--rounds", "0"], "rounds must be at least 1, got 0"),
     ],

@@ -49,6 +49,8 @@ def test_info_prints_it(capsys, tmp_path, monkeypatch):
     assert "8 × 256 tokens of 1024 cells, forward, float32" in said
     assert f"{peak_bytes(preset('DC-DiT-S/N4'), 8, 256) / 1e6:,.1f} MB" in said
     assert "no step was measured for model" in said
+    assert main(["info", "digits", "--budget", "50", "--training"]) == 0
+    assert "float32, training: dcdit calibrate --training measures" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="steps of each kind, whose median is taken (5)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the table (in the user's cache)")
     parser.add_argument("--bf16", action="store_true", help="weights and features in bfloat16")
+    parser.add_argument("--training", action="store_true", help="forward and backward of training, in float32")
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
 
 
@@ -36,12 +37,14 @@ def run(args: argparse.Namespace) -> None:
     from ..checkpoints.folder import locate, store_use
     from ..model.dcdit import DCDiT
     from ..model.precision import cast_weights
-    from ..sampling.measuring import measure, router_average
+    from ..sampling.measuring import measure, measure_training, router_average
     from ..sampling.sampler import open_checkpoint
     from ..sampling.step_times import table_file
 
     if args.rounds < 1:
         raise ConfigError(f"rounds must be at least 1, got {args.rounds}")
+    if args.training and args.bf16:
+        raise ConfigError("--training is in float32: leave --bf16 out")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     path = None
     if args.checkpoint in PRESETS and not Path(args.checkpoint).exists() and args.checkpoint != "digits":
@@ -51,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
         model, objective, _ = open_checkpoint(path, device)
     if not isinstance(model, DCDiT):
         raise ConfigError(f"calibrate is for a DC-DiT, this model is a {type(model).__name__}")
-    if path is not None and "router_tokens" not in model.use:
+    if path is not None and "router_tokens" not in model.use and not args.training:
         shares = router_average(model, objective)
         store_use(path, {"router_tokens": shares})
         print(
@@ -59,11 +62,14 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.bf16:
         cast_weights(model, torch.bfloat16)
-    # With guidance both halves of an image are rows.
-    table = measure(model, sorted({rows for size in args.batch_sizes for rows in (size, 2 * size)}), rounds=args.rounds)
+    if args.training:
+        table = measure_training(model.requires_grad_(), args.batch_sizes, rounds=args.rounds)
+    else:  # with guidance both halves of an image are rows
+        rows = sorted({rows for size in args.batch_sizes for rows in (size, 2 * size)})
+        table = measure(model, rows, rounds=args.rounds)
     file = table_file(table.of) if args.output is None else args.output
     table.save(file)
     print(f"{file}: milliseconds of a step, {table.of}")
     print(f"{'rows':>6}" + "".join(f"{f'{n} tokens':>13}" for n in table.tokens))
-    for rows, seconds in zip(table.rows, table.seconds, strict=True):
-        print(f"{rows:>6}" + "".join(f"{1e3 * value:13.3g}" for value in seconds))
+    for count, seconds in zip(table.rows, table.seconds, strict=True):
+        print(f"{count:>6}" + "".join(f"{1e3 * value:13.3g}" for value in seconds))

@@ -78,17 +78,14 @@ def print_budget(name: str, config: DCDiTConfig, tokens: int, batch: int, traini
     print(f"  weights                       {weights / 1e6:>12,.1f} MB")
     what = "activations and gradients" if training else "activations"
     print(f"  peak of {what:<22}{peak_bytes(config, batch, tokens, training) / 1e6:>12,.1f} MB, on a CPU")
-    if training:
-        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        seconds = float(load_times(config, device, torch.float32).at(batch, tokens))
+        seconds = float(load_times(config, device, torch.float32, training=training).at(batch, tokens))
     except DataError as error:
         print(f"  time of a step: {error}")
     else:
-        print(
-            f"  time of a step                {1e3 * seconds:>12,.1f} ms, as dcdit calibrate measured on this machine"
-        )
+        said = "as dcdit calibrate measured on this machine"
+        print(f"  time of a step                {1e3 * seconds:>12,.1f} ms, {said}")
 
 
 def print_rivals(config: DCDiTConfig) -> None:

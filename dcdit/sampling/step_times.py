@@ -46,13 +46,13 @@ class StepTimes:
             raise DataError(f"cannot write {file}: {error}") from error
 
 
-def name_of(config: DCDiTConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """What a table holds for: hash of the model's sizes, machine, threads and precision."""
+def name_of(config: DCDiTConfig, device: torch.device, dtype: torch.dtype, training: bool = False) -> str:
+    """What a table holds for: hash of the model's sizes, machine, threads and precision; sampling or `training`."""
     sizes = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
     machine = f"{platform.node()} {platform.machine()}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
-    return f"model {sizes}, {machine}, {dtype}"
+    return f"model {sizes}, {machine}, {dtype}" + ", training" * training
 
 
 def table_file(name: str) -> Path:
@@ -61,15 +61,18 @@ def table_file(name: str) -> Path:
     return Path(cache) / "dcdit" / f"calibration-{hashlib.sha256(name.encode()).hexdigest()[:12]}.json"
 
 
-def load_times(config: DCDiTConfig, device: torch.device, dtype: torch.dtype, file: Path | None = None) -> StepTimes:
+def load_times(
+    config: DCDiTConfig, device: torch.device, dtype: torch.dtype, file: Path | None = None, training: bool = False
+) -> StepTimes:
     """The table of this model on this machine, from the user's cache or a file. Raises DataError where there is none,
     or one of another model, machine or precision."""
-    name = name_of(config, device, dtype)
+    name = name_of(config, device, dtype, training)
     file = table_file(name) if file is None else file
     try:
         table = StepTimes(**json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
-        raise DataError(f"no step was measured for {name}: dcdit calibrate measures") from error
+        command = "dcdit calibrate" + " --training" * training
+        raise DataError(f"no step was measured for {name}: {command} measures") from error
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{file} is no table of dcdit calibrate: {error}") from error
     if table.of != name:
