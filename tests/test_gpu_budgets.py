@@ -8,6 +8,7 @@ import torch
 from test_gpu import DEVICE, digits_net, no_waits
 
 from dcdit import graphed
+from dcdit.model.memory import peak_bytes
 from dcdit.training.objectives import ratio_loss
 
 pytestmark = [
@@ -88,3 +89,24 @@ def test_reduce_overhead():
     with no_waits():
         got = compiled(*inputs)
     torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_memory_that_was_foretold(training, record_property):
+    """The allocator's peak beside `dcdit info`'s figure, which was made for a CPU."""
+    net, inputs = digits_net().to(DEVICE).train(training), batch(0, size=64)
+
+    def step():
+        with torch.set_grad_enabled(training):
+            out = net(*inputs, budget=64 * 50)
+            if training:
+                out.square().mean().backward()
+
+    step()
+    net.zero_grad(set_to_none=True)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    ratio = (torch.cuda.max_memory_allocated() - before) / peak_bytes(net.config, 64, 50, training)
+    record_property("counted over expected", f"{ratio:.3f}")
+    assert 0.5 < ratio < 1.1, ratio
