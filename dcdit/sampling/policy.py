@@ -118,7 +118,7 @@ class Policy:
         for name, free in (
             ("rho", plain),
             ("budget", tokens is None),
-            ("guidance", tuple(guidance_interval) == (0, TRAIN_STEPS)),
+            ("guidance", guidance_interval in ((0, TRAIN_STEPS), [0, TRAIN_STEPS])),
         ):
             if getattr(self, name) is not None and not free:
                 raise ConfigError(f"the policy has {name} already, {self}: leave one of them out")
