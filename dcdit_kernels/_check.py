@@ -40,6 +40,16 @@ def with_memory(op: str, tensors: Mapping[str, torch.Tensor | None]) -> None:
             )
 
 
+def dense(op: str, **tensors: torch.Tensor | None) -> None:
+    """Each named tensor must be strided, and the first not on the meta device; `one_device` compares the others."""
+    for number, (name, tensor) in enumerate(tensors.items()):
+        if tensor is None:
+            continue
+        came = "one on the meta device" if number == 0 and tensor.device.type == "meta" else tensor.layout
+        if came is not torch.strided:
+            raise TypeError(f"{op}: {name} must be a dense tensor with memory, got {came}")
+
+
 def require(condition: bool, message: str, *values: object) -> None:
     """Raise ValueError(message.format(*values)) unless the condition holds.
 
@@ -52,7 +62,9 @@ def require(condition: bool, message: str, *values: object) -> None:
 def floating(op: str, **tensors: torch.Tensor | None) -> None:
     """Each named tensor must be floating point."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in FLOATS:
+        if tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in FLOATS:
             came = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor)
             raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {came}")
 
@@ -95,4 +107,12 @@ def one_device(op: str, first: torch.Tensor, others: Mapping[str, torch.Tensor |
 
 def packed(op: str, name: str, tensor: torch.Tensor, plan: Packing) -> None:
     """`tensor` must be packed features of this packing, (capacity, D)."""
+    planned(op, plan)
     shaped(op, name, tensor, plan.capacity, None)
+
+
+def planned(op: str, plan: Packing, attribute: str = "capacity") -> None:
+    """`plan` must be a packing, or with "cells" the plan of a grid."""
+    if not hasattr(plan, attribute):
+        kind = "ChunkPlan, as plan_chunks makes it" if attribute == "cells" else "Packing or ChunkPlan"
+        raise TypeError(f"{op}: plan must be a {kind}, got {type(plan).__name__}")

@@ -27,7 +27,7 @@ from torch.autograd import forward_ad
 
 from . import _library
 from ._autograd import TRANSFORMS, KernelFunction, connect
-from ._check import floating, one_device, traced, with_memory
+from ._check import dense, floating, one_device, traced, with_memory
 from ._dispatch import BACKENDS, BackendError, current, requested_backend
 from ._triton_support import assume_constant, elsewhere
 
@@ -167,14 +167,17 @@ class Differentiable(Operator):
         for tensor in tensors:
             if tensor is None:
                 key.append(None)
+            elif not isinstance(tensor, torch.Tensor):
+                self._check(inputs)
             else:
-                key += (type(tensor), tensor.dtype, tensor.device)
+                key += (type(tensor), tensor.dtype, tensor.device, tensor.layout)
                 graph = graph or tensor.requires_grad
         plan = inputs["plan"] if self.plan else None
         key.append(plan and plan.cu_seqlens.device)
         known = tuple(key)
         found = _known.get(known)
         if found is None:
+            dense(self.name, **{name: inputs[name] for name in self.tensors})
             self._check(inputs)
             chosen = self.choose(backend, *tensors)
             if chosen != "reference":

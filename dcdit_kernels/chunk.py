@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import _triton_support
-from ._check import shaped
+from ._check import planned, shaped
 from ._ops import Backend, Differentiable
 from .chunk_plan import ChunkPlan
 
@@ -44,6 +44,7 @@ def chunk(
     """
     if reduce not in REDUCTIONS:
         raise ValueError(f"chunk: reduce must be one of {REDUCTIONS}, got {reduce!r}")
+    planned("chunk", plan, "cells")
     shaped("chunk", "h", h, plan.batch_size, plan.cells, None)
     if pos_embed is not None:
         shaped("chunk", "pos_embed", pos_embed, plan.cells, h.shape[2])

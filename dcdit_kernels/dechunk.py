@@ -7,7 +7,7 @@ import math
 import torch
 
 from . import _triton_support
-from ._check import packed, require, shaped
+from ._check import packed, planned, require, shaped
 from ._ops import Backend, Differentiable
 from .chunk_plan import ChunkPlan
 from .cpu import _rows
@@ -48,6 +48,7 @@ def dechunk(
     Returns (B, L, D) in x's dtype, accumulated in float32; a cell that no token refills gets the residual alone.
     Raises ValueError where the shapes do not fit. Source: arXiv 2603.06351 section 3.
     """
+    planned("dechunk", plan, "cells")
     packed("dechunk", "x", x, plan)
     shaped("dechunk", "boundary_prob", boundary_prob, plan.batch_size, plan.cells)
     if residual is not None:

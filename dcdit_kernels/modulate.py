@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from . import _triton_support
-from ._check import require, shaped
+from ._check import planned, require, shaped
 from ._ops import Backend, Differentiable
 from .cpu import _rows
 from .packing import Packing
@@ -121,8 +121,16 @@ def _check(
     shift: torch.Tensor | None,
     scale: torch.Tensor | None,
 ) -> None:
+    if plan is not None:
+        planned(op, plan)
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{op}: x must be a tensor, got {type(x)}")
     shape = x.shape
     if plan is None:
+        if len(shape) == 2:
+            raise ValueError(
+                f"{op}: x must have shape (B, L, D) without a plan, got {tuple(shape)}: packed rows need theirs"
+            )
         shaped(op, "x", x, None, None, None)
         modulators = (shape[0], shape[2])
     else:

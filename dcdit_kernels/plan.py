@@ -8,7 +8,7 @@ from numbers import Real
 import torch
 
 from . import _library, native
-from ._check import floating, require, shaped, traced
+from ._check import dense, floating, require, shaped, traced
 from ._ops import Backend, Operator
 from ._plan_input import SIZES, check_budget, check_masks, rows_of_budget
 from .chunk_plan import ChunkPlan
@@ -89,6 +89,8 @@ def plan_chunks(
         fits = rows is None or (isinstance(rows, int | torch.SymInt) and rows >= 0)
         require(fits, "plan_chunks: {} must be a number of rows, 0 or more, got {!r}", name, rows)
     compiling = traced(boundary_prob)
+    if not compiling:
+        dense("plan_chunks", boundary_prob=boundary_prob)
     budgets = budget, budget_per_sample
     check_budget(boundary_prob, drop_fraction, *budgets, look=not compiling)
     exact, capacity, max_seqlen = rows_of_budget(boundary_prob, capacity, max_seqlen, ban, *budgets)

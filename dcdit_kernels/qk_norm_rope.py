@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from . import _triton_support
-from ._check import one_device, require, shaped
+from ._check import one_device, planned, require, shaped
 from ._ops import Backend, Differentiable
 from .packing import JoinedPacking, Packing
 
@@ -101,7 +101,12 @@ def _check(tensors: dict[str, torch.Tensor | None], plan: Packing | None, eps: f
     require(pairing in PAIRINGS, "{}: pairing must be one of {}, got {!r}", op, PAIRINGS, pairing)
     require(eps >= 0, "{}: eps must not be negative, got {}", op, eps)
     q, k = tensors["q"], tensors["k"]
+    for name, tensor in (("q", q), ("k", k)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor)}")
     assert q is not None and k is not None
+    if plan is not None:
+        planned(op, plan)
     streams = [len(t) for t in (getattr(plan, "first_row", None), getattr(plan, "second_row", None)) if t is not None]
     joined = tensors["source"] is not None
     rows = None if plan is None else streams[0] if joined else plan.capacity

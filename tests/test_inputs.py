@@ -71,6 +71,29 @@ def test_fake_tensors_have_shapes_alone(operator):
     assert (got.shape, got.dtype) == (want.shape, want.dtype)
 
 
+@pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "varlen_attention"])
+def test_no_plan_and_no_memory_are_named(operator):
+    names, call = OPERATORS[operator]
+    tensors, plan = case()
+    call(tensors, plan)  # what passed once with dense tensors of these dtypes is not known of others
+    for other in (3, "plan", tensors["x"]):
+        with pytest.raises(
+            TypeError, match=f"{operator}: plan must be a .*(Packing|ChunkPlan).*, got {type(other).__name__}"
+        ):
+            call(tensors, other)
+    with pytest.raises((TypeError, ValueError), match=f"{operator}: .*plan"):
+        call(tensors, None)
+    for change, words in (
+        (lambda t: t.to_sparse(), "must be a dense tensor with memory, got torch.sparse_coo"),
+        (lambda t: t.to("meta"), "must be a dense tensor with memory, got one on the meta device"),
+        (lambda t: t.numpy(), "must be float16, bfloat16, float32 or float64, got <class 'numpy.ndarray'>"),
+    ):
+        with pytest.raises(TypeError, match=f"{operator}: {names[0]} {words}|{operator}: {names[0]} must be a tensor"):
+            call({**tensors, names[0]: change(tensors[names[0]])}, plan)
+    with pytest.raises(TypeError, match="plan_chunks: boundary_prob must be a dense tensor with memory"):
+        K.plan_chunks(tensors["prob"].to("meta"), (4, 4))
+
+
 @pytest.mark.parametrize("backend", ["reference", "native", "triton"])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_outputs_may_be_changed_in_place(operator, backend):
