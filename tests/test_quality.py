@@ -7,9 +7,10 @@ import pytest
 import torch
 from test_idx import IMAGES, LABELS, content
 
-from bench import quality, quality_tables
+from bench import quality, quality_pictures, quality_tables, quality_where
 from bench.rivals import GridRouter, RandomRouter, make_rival
 from dcdit.model.config import DCDiTConfig
+from dcdit.model.routing import Routing
 from dcdit.sampling.sampler import sample
 
 # With a channel to a group nothing in front of a GroupNorm has a gradient: it subtracts what the conditioning adds.
@@ -89,3 +90,27 @@ def test_a_run_has_one_line(data, tmp_path, monkeypatch, capsys):
     text = page.read_text()
     assert "old" not in text and text.startswith("before") and text.endswith("after\n")
     assert "50.0% (0.0% to 100.0%)" in text and "| mended |" in text and "| 0, 1 |" in text
+
+    monkeypatch.setattr("sys.argv", ["where", *words[1:4], *words[6:]])
+    quality_where.main()
+    rows = capsys.readouterr().out.splitlines()[-len(quality_where.TIMES) :]
+    assert [row.split()[1] for row in rows] == [str(t) for t in quality_where.TIMES]
+    monkeypatch.setattr("sys.argv", ["pictures", *words[1:4], *words[8:]])
+    monkeypatch.setattr(quality_pictures, "TARGET", tmp_path / "quality.png")
+    quality_pictures.main()
+    assert (tmp_path / "quality.png").stat().st_size > 1000
+
+
+def test_where_tokens_and_errors_are():
+    """Two pictures of white and black halves, and a model that keeps the white cells and predicts nothing."""
+    white = torch.full((2, 1, 12, 16), -1.0)
+    white[..., 8:] = 1.0
+
+    def model(x, t, y, return_routing):
+        prob = torch.zeros(2, 6, 8)
+        prob[..., 4:] = 1.0
+        return torch.zeros_like(x), Routing.of(prob.flatten(1), (6, 8))
+
+    for t, loss, front, back, front_loss, back_loss in quality_where.lines(model, white, torch.zeros(2)):
+        assert (front, back) == (1.0, 0.0)
+        assert loss == pytest.approx((front_loss + back_loss) / 2, abs=1e-5) and 1.5 < loss < 2.5, t
