@@ -169,7 +169,8 @@ def test_bad_input(net):
     for text, words in (
         ("rho=0.2 & budget=3", "rho and budget exclude each other, got rho=0.2 & budget=3"),
         ("rho=1", r"rho must be in \[0, 1\), got 1"),
-        ("budget=0", "budget must be a number of tokens, got 0"),
+        ("budget=0", "budget must be whole numbers of tokens, at least 1, got 0"),
+        ("budget=9:4.5", r"budget must be whole numbers of tokens, at least 1, got 9:4\.5"),
         ("guidance=800:200", "guidance must be timesteps 0 <= low <= high <= 1000, got 800:200"),
         ("gates=0", r"gates must be a share in \(0, 1\], got 0"),
         ("budget=few", "policy budget must look like budget=64:32, got 'budget=few'"),

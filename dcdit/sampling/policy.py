@@ -69,8 +69,8 @@ class Policy:
             raise ConfigError(f"rho and budget exclude each other, got {self}")
         if self.rho is not None and not all(0 <= value < 1 for value in self.rho):
             raise ConfigError(f"rho must be in [0, 1), got {_text(self.rho)}")
-        if self.budget is not None and not all(1 <= value < 2**31 for value in self.budget):
-            raise ConfigError(f"budget must be a number of tokens, got {_text(self.budget)}")
+        if self.budget is not None and not all(1 <= value < 2**31 and value % 1 == 0 for value in self.budget):
+            raise ConfigError(f"budget must be whole numbers of tokens, at least 1, got {_text(self.budget)}")
         if self.guidance is not None and not 0 <= self.guidance[0] <= self.guidance[1] <= TRAIN_STEPS:
             raise ConfigError(f"guidance must be timesteps 0 <= low <= high <= 1000, got {_text(self.guidance)}")
         if self.grid is not None and not (0 < self.grid[0] < 1 and 0 < self.grid[1] < TRAIN_STEPS):
