@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dcdit.model import DCDiT, DCDiTConfig, graphed
+from dcdit.model import DCDiT, DCDiTConfig, PlainDiT, graphed
 from dcdit.model.embedders import positions_of, sincos_2d
 from dcdit.model.mixed import MixedRouting, by_size
 from dcdit.training.objectives import ratio_loss
@@ -267,3 +267,20 @@ def test_sizes_that_a_model_cannot_take(model):
     nn.init.constant_(broken.stem.weight, torch.nan)
     with pytest.raises(ValueError, match=r"boundary_prob has .* NaN"):
         broken(xs, t, y)
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_a_plain_dit_takes_the_list_too(patch):
+    torch.manual_seed(0)
+    model = PlainDiT(CONFIG, patch).double()
+    xs, t, y = make_batch()
+    outs = model(xs, t, y)
+    for i, size in enumerate(SIZES):
+        config = dataclasses.replace(CONFIG, input_size=size)
+        alone = PlainDiT(config, patch).double()
+        weights = {name: value for name, value in model.state_dict().items() if name != "pos_embed"}
+        alone.load_state_dict({**alone.state_dict(), **weights})
+        torch.testing.assert_close(outs[i], alone(xs[i][None], t[i : i + 1], y[i : i + 1])[0])
+    if patch == 2:
+        with pytest.raises(ValueError, match=r"x must have sides that patch 2 divides, got \(7, 8\)"):
+            model([torch.zeros(3, 7, 8).double()], t[:1], y[:1])

@@ -11,7 +11,7 @@ from torch import nn
 from dcdit_kernels import Packing, adaln_modulate
 
 from .blocks import Stream
-from .embedders import TimestepEmbedding, sincos_2d
+from .embedders import TimestepEmbedding, positions_of, sincos_2d
 
 
 class DiTShell(nn.Module):
@@ -35,14 +35,22 @@ class DiTShell(nn.Module):
         self.head = nn.Linear(width, patch**2 * config.out_channels)
         self.register_buffer("pos_embed", sincos_2d(width, self.grid))
 
+    def grid_of(self, x: torch.Tensor) -> tuple[int, ...]:
+        """The tokens' grid of x (B, C, H, W). Raises ValueError where `patch` does not divide the sides."""
+        if x.shape[2] % self.patch or x.shape[3] % self.patch:
+            raise ValueError(f"x must have sides that patch {self.patch} divides, got {tuple(x.shape[2:])}")
+        return tuple(side // self.patch for side in x.shape[2:])
+
     def patches(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, C, H, W) → tokens (B, N, D), their positions added."""
         # Token after token in memory: the transposed view would make each pass over h in every block a strided one.
-        return self.stem(x).flatten(2).transpose(1, 2).contiguous() + self.pos_embed
+        tokens = self.stem(x).flatten(2).transpose(1, 2).contiguous()
+        grid = self.grid_of(x)
+        return tokens + (self.pos_embed if grid == self.grid else positions_of(self.pos_embed, grid))
 
-    def pixels(self, out: torch.Tensor) -> torch.Tensor:
-        """Head outputs (B, N, patch²·C) → (B, C, H, W)."""
-        return F.pixel_shuffle(out.transpose(1, 2).unflatten(2, self.grid), self.patch)
+    def pixels(self, out: torch.Tensor, grid: tuple[int, ...] | None = None) -> torch.Tensor:
+        """Head outputs (B, N, patch²·C) → (B, C, H, W); `grid` is the tokens', None: the configured one."""
+        return F.pixel_shuffle(out.transpose(1, 2).unflatten(2, grid or self.grid), self.patch)
 
     def finish(self, stream: Stream, active: torch.Tensor, packing: Packing) -> torch.Tensor:
         """The last blocks' Stream of (B·N, D), and the conditioning (B, D) through its SiLU → the prediction."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from .blocks import DiTBlock
 from .config import DCDiTConfig
 from .dit_config import DiTConfig
 from .dit_shell import DiTShell
+from .mixed import Samples, by_size, check_samples
 
 
 class PlainDiT(DiTShell):
@@ -26,14 +27,24 @@ class PlainDiT(DiTShell):
         """One fresh block."""
         return PlainBlock(config.hidden_size, config.num_heads, config.mlp_ratio)
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """x (B, C, H, W), t and y (B,) → (B, C, H, W), or (B, 2C, H, W) with config.learn_sigma."""
-        c = self.time_embed(t) + self.class_embed(y)
+    def forward(self, x: torch.Tensor | Sequence[torch.Tensor], t: torch.Tensor, y: torch.Tensor) -> Samples:
+        """x (B, C, H, W), t and y (B,) → (B, C, H, W), or (B, 2C, H, W) with config.learn_sigma.
+
+        A list of B samples (C, H, W) of different sizes gives a list; the blocks run once for each size. Raises
+        ValueError where `patch` does not divide the sides.
+        """
+        if not isinstance(x, torch.Tensor):
+            check_samples(x)
+        return by_size(self._predict, x, self.time_embed(t) + self.class_embed(y))
+
+    def _predict(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        """x (B, C, H, W), c (B, D) → the prediction."""
+        grid = self.grid_of(x)
         h = self.patches(x)
         for block in self.blocks:
             h = block(h, c)
         shift, scale = self.adaln(c)[:, None].chunk(2, dim=2)
-        return self.pixels(self.head(self.norm(h) * (1 + scale) + shift))
+        return self.pixels(self.head(self.norm(h) * (1 + scale) + shift), grid)
 
 
 class PlainBlock(DiTBlock):
