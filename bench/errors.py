@@ -26,26 +26,13 @@ GRID, WIDTH, BATCH = (12, 12), 72, 2
 
 
 def examples() -> dict[str, Example]:
-    """name → example: those of `dcdit_kernels.testing`, and the boundary scores."""
+    """name → example."""
     torch.manual_seed(0)
     cells = GRID[0] * GRID[1]
     prob = torch.rand(BATCH, cells, device=DEVICE)
     prob = torch.where(prob < 0.25, 0.5 + prob, 0.6 * prob)
     scene = Scene(K.plan_chunks(prob, GRID), prob, WIDTH)
-    kernel = torch.rand(WIDTH, 3, 3, device=DEVICE) / 9
-    names = ("features", "norm_weight", "norm_bias", "score_weight")
-    features = scene.table(BATCH, WIDTH, *GRID), *scene.table(3, WIDTH)
-    return {
-        "boundary_cosine": Example(
-            lambda b, q, k, w: K.boundary_cosine(q, k, w, GRID, backend=b),
-            {"q": scene.dense(), "k": scene.dense(), "kernel": kernel},
-        ),
-        "boundary_predictability": Example(
-            lambda b, f, w, v, s: K.boundary_predictability(f, w, v, s, s[:1], backend=b),
-            dict(zip(names, features, strict=True)),
-        ),
-        **{name: make(scene) for name, make in EXAMPLES.items()},
-    }
+    return {name: make(scene) for name, make in EXAMPLES.items()}
 
 
 def main() -> None:
@@ -65,9 +52,9 @@ def main() -> None:
                     continue
                 errors = [(g.double() - w).abs().max() / w.abs().max() for g, w in zip(got, want, strict=True)]
                 columns.append([f"{float(e):.1e}" for e in errors])
-        for tensor, row in zip(
-            ["output", *(f"∂{g}" for g in example.tensors)], zip(*columns, strict=True), strict=True
-        ):
+        outputs = ["output"] * (len(columns[0]) - len(example.tensors))
+        tensors = [*outputs, *(f"∂{g}" for g in example.tensors)]
+        for tensor, row in zip(tensors, zip(*columns, strict=True), strict=True):
             print(f"| {name} | {tensor} | " + " | ".join(row) + " |")
             name = ""
 

@@ -1,7 +1,7 @@
 """Shared by tests and benches of operators: example inputs, gradient weights, error budgets, poisoned buffers.
 
-`EXAMPLES` has an entry for each operator on features. A new operator is its formula, its reference, its kernels, and an
-entry here: the tests against float64 and the table of `bench.errors` then take it in.
+`EXAMPLES` has an entry for each operator on features and for attention. A new operator is its formula, its reference,
+its kernels, and an entry here: the tests against float64 and the table of `bench.errors` then take it in.
 """
 
 from __future__ import annotations
@@ -130,6 +130,52 @@ def _dechunk(smoothing: str | None) -> Callable[[Scene], Example]:
     return example
 
 
+def _boundary_cosine(s: Scene) -> Example:
+    tensors = {"q": s.dense(), "k": s.dense(), "kernel": s.table(s.width, 3, 3)}
+    return Example(lambda b, q, k, w: K.boundary_cosine(q, k, w, _sides(s), backend=b), tensors)
+
+
+def _boundary_predictability(s: Scene) -> Example:
+    names = ("norm_weight", "norm_bias", "score_weight")
+    tensors = {"features": _picture(s), **dict(zip(names, s.table(3, s.width), strict=True)), "score_bias": s.table(1)}
+    return Example(lambda b, f, n, m, w, v: K.boundary_predictability(f, n, m, w, v, backend=b), tensors)
+
+
+def _group_norm_silu(s: Scene) -> Example:
+    tensors = {"x": _picture(s), "weight": s.table(s.width), "bias": s.table(s.width), "cond": s.vectors(2)[0]}
+    return Example(lambda b, x, w, v, c: K.group_norm_silu(x, w, v, 8, c, backend=b), tensors)
+
+
+def _qk_norm_rope(s: Scene) -> Example:
+    q, k = _heads(s, 2)
+    angle = s.table(s.plan.capacity, q.shape[2] // 2)
+    tensors = {"q": q, "k": k, "q_weight": s.table(q.shape[2]), "k_weight": s.table(q.shape[2])}
+    cos, sin = angle.cos(), angle.sin()
+    return Example(lambda b, q, k, u, w: K.qk_norm_rope(q, k, cos, sin, None, u, w, s.plan, backend=b), tensors)
+
+
+def _varlen_attention(s: Scene) -> Example:
+    offsets, longest = s.plan.cu_seqlens, s.plan.max_seqlen
+    limits = (offsets, offsets, longest, longest)
+    tensors = dict(zip("qkv", _heads(s, 3), strict=True))
+    return Example(lambda b, q, k, v: K.varlen_attention(q, k, v, *limits, backend=b), tensors)
+
+
+def _sides(s: Scene) -> tuple[int, int]:
+    """The scene's grid as rows and columns."""
+    return s.plan.cells // s.plan.grid[-1], s.plan.grid[-1]
+
+
+def _picture(s: Scene) -> torch.Tensor:
+    """Features (B, D, H, W), as a strided view."""
+    return s.dense().transpose(1, 2).unflatten(2, _sides(s))
+
+
+def _heads(s: Scene, count: int) -> list[torch.Tensor]:
+    """Packed tensors (capacity, 2, D / 2), two heads of the features."""
+    return [s.packed().unflatten(1, (2, -1)) for _ in range(count)]
+
+
 EXAMPLES: dict[str, Callable[[Scene], Example]] = {
     "chunk": _chunk,
     "adaln_modulate": _adaln_modulate,
@@ -140,6 +186,11 @@ EXAMPLES: dict[str, Callable[[Scene], Example]] = {
     "dechunk, gaussian": _dechunk("gaussian"),
     "dechunk, ema": _dechunk("ema"),
     "dechunk, None": _dechunk(None),
+    "boundary_cosine": _boundary_cosine,
+    "boundary_predictability": _boundary_predictability,
+    "group_norm_silu": _group_norm_silu,
+    "qk_norm_rope": _qk_norm_rope,
+    "varlen_attention": _varlen_attention,
 }
 
 
