@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from transformer_families import Flux, Wan
 
 from dcdit.errors import ConfigError
+from dcdit.integrations.attention import add_dynamic_chunking, remove_dynamic_chunking
 from dcdit.integrations.patches import add_patch_scales
 from dcdit.sampling.patches import roughness
 
@@ -168,7 +169,17 @@ def test_bad_input():
     model, given = model_of(Flux), inputs(Flux)
     with pytest.raises(ConfigError, match=r"scales must be 1 and then 2, 4 or both, got \(1, 3\)"):
         add_patch_scales(model, (1, 3))
-    patches = add_patch_scales(model, rank=2)
+    with pytest.raises(ConfigError, match="rank must be an integer of at least 1, got 0"):
+        add_patch_scales(model, rank=0)
+    with pytest.raises(ConfigError, match=r"router must be a module or one of .*, got 5"):
+        add_dynamic_chunking(model, router=5)
+    add_dynamic_chunking(model)
+    with pytest.raises(ConfigError, match="the model has dynamic chunking, which plans for patches of one size"):
+        add_patch_scales(model)
+    remove_dynamic_chunking(model)
+    patches = add_patch_scales(model, [1, 2, 4], rank=2)
+    with pytest.raises(ConfigError, match="model has patch scales"):
+        add_dynamic_chunking(model)
     with pytest.raises(ConfigError, match=r"the model has adapters already \(patches\): fuse them first"):
         add_patch_scales(model)
     with pytest.raises(ConfigError, match="scale must be one of 1, 2, 4, got 3"), patches.at(3):

@@ -109,6 +109,12 @@ def test_bad_input():
         MapRouter()(h, grid=(3, 4))
     with pytest.raises(ConfigError, match=r"axes of the grid \(3, 4\), got shape \(3, 3, 4\)"):
         MapRouter(torch.zeros(3, 3, 4))(h, grid=(3, 4))
+    for given in ([[1.0]], torch.ones(0, 4)):
+        with pytest.raises(ConfigError, match="map must be a tensor of one value or more, got"):
+            MapRouter(given)(h, grid=(3, 4))
+    for value in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match=f"map must be 0 or more and finite, got {value:g} to {value:g}"):
+            MapRouter(torch.full((3, 4), value))(h, grid=(3, 4))
 
 
 def test_a_given_map_in_dynamic_chunking():

@@ -258,6 +258,14 @@ def add_dynamic_chunking(model: nn.Module, **options) -> DynamicChunking:
         if asked not in UNTRAINED:
             raise ConfigError(f"router must be a module or one of {', '.join(UNTRAINED)}, got {asked!r}")
         options["router"] = UNTRAINED[asked]()
+    elif asked is not None and not isinstance(asked, nn.Module):
+        raise ConfigError(f"router must be a module or one of {', '.join(UNTRAINED)}, got {asked!r}")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a transformer of diffusers, got a {type(model).__name__}")
+    if hasattr(model, "patches"):
+        raise ConfigError(
+            "model has patch scales: its coarse tokens are not those that dynamic chunking would plan for"
+        )
     if chunking_of(model) is not None:
         raise ConfigError("model has dynamic chunking already; remove_dynamic_chunking takes it away")
     kind = next((FAMILIES[c.__name__] for c in type(model).__mro__ if c.__name__ in FAMILIES), None)

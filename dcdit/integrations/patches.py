@@ -20,6 +20,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..model.patch_dit import resized_filters, resized_rows
 from ..sampling.patches import roughness
+from .attention import chunking_of
 
 ADAPTER = "patches"
 
@@ -198,8 +199,13 @@ def add_patch_scales(model: nn.Module, scales: tuple[int, ...] = (1, 2, 4), rank
     """
     if type(model) not in FAMILIES:
         raise ConfigError(f"patch scales are for {', '.join(c.__name__ for c in FAMILIES)}, got {type(model).__name__}")
+    if chunking_of(model) is not None:
+        raise ConfigError("the model has dynamic chunking, which plans for patches of one size: remove it first")
+    scales = tuple(scales) if isinstance(scales, list) else scales
     if scales not in ((1, 2), (1, 4), (1, 2, 4)):
         raise ConfigError(f"scales must be 1 and then 2, 4 or both, got {scales!r}")
+    if type(rank) is not int or rank < 1:
+        raise ConfigError(f"rank must be an integer of at least 1, got {rank!r}")
     if getattr(model, "peft_config", None):
         raise ConfigError(f"the model has adapters already ({', '.join(model.peft_config)}): fuse them first")
     kind, first, place = FAMILIES[type(model)]

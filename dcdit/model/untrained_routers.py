@@ -54,6 +54,11 @@ class MapRouter(nn.Module):
         """h (B, L, D) → boundary_prob (B, L). Raises ConfigError where there is no map or it does not fit."""
         if self.map is None:
             raise ConfigError('router="map" needs a map: set chunking.router.map, got None')
+        if not isinstance(self.map, torch.Tensor) or not self.map.numel():
+            raise ConfigError(f"map must be a tensor of one value or more, got {self.map!r}")
+        looked_at = self.map.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looked_at and not ((self.map >= 0) & (self.map < math.inf)).all():
+            raise ConfigError(f"map must be 0 or more and finite, got {self.map.min():g} to {self.map.max():g}")
         given = self.map.to(h)
         given = given if given.dim() > len(grid) else given[None]
         if given.dim() != len(grid) + 1 or len(given) not in (1, len(h)):
