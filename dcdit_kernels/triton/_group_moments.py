@@ -29,21 +29,21 @@ def channel_moments(x_ptr, start, stop, channel, known, CHANNELS: tl.constexpr, 
     lane = tl.arange(0, ROWS)
     for first in tl.range(start, stop, ROWS, num_stages=3):
         x = load_tile(x_ptr, first + lane, stop, channel, known, CHANNELS)
-        apart = tl.where((first + lane < stop)[:, None], x - mean, 0.0)
-        mean += apart * tl.div_rn(1.0, tl.zeros([1, 1], tl.float32) + ((first - start) // ROWS + 1))
-        spread += apart * (x - mean)
+        delta = tl.where((first + lane < stop)[:, None], x - mean, 0.0)
+        mean += delta * tl.div_rn(1.0, tl.zeros([1, 1], tl.float32) + ((first - start) // ROWS + 1))
+        spread += delta * (x - mean)
     seen = tl.maximum((stop - start - lane + ROWS - 1) // ROWS, 0).to(tl.float32)[:, None]
     level = tl.div_rn(tl.sum(mean * seen, 0), (stop - start).to(tl.float32))
-    apart = mean - level[None, :]
-    return level, tl.sum(spread + seen * apart * apart, 0)
+    delta = mean - level[None, :]
+    return level, tl.sum(spread + seen * delta * delta, 0)
 
 
 @triton.jit
 def merge(mean, spread, seen, own_mean, own_spread, count):
     """Moments of the cells so far and of `count` more, by Chan's update."""
-    apart = own_mean - mean
+    delta = own_mean - mean
     share = tl.div_rn(count.to(tl.float32), (seen + count).to(tl.float32))
-    return mean + apart * share, spread + own_spread + apart * apart * (seen * share)
+    return mean + delta * share, spread + own_spread + delta * delta * (seen * share)
 
 
 @triton.jit
@@ -96,6 +96,6 @@ def group_statistics(mean, spread, added, cells, eps, SIZE: tl.constexpr, GROUPS
     x - centre is x + added less the mean of its group."""
     count = cells.to(tl.float32)
     level = group_sum(mean + added, SIZE, GROUPS) * (1.0 / SIZE)
-    apart = mean + added - level
-    variance = tl.div_rn(group_sum(spread + count * apart * apart, SIZE, GROUPS), count * SIZE)
-    return level - added, tl.div_rn(1.0, tl.sqrt_rn(variance + eps)), apart
+    delta = mean + added - level
+    variance = tl.div_rn(group_sum(spread + count * delta * delta, SIZE, GROUPS), count * SIZE)
+    return level - added, tl.div_rn(1.0, tl.sqrt_rn(variance + eps)), delta

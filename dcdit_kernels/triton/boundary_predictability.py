@@ -37,10 +37,10 @@ def group_statistics(
             count = (tl.minimum(SIZE - first, BLOCK_C) * tl.minimum(cells - start, BLOCK_L)).to(tl.float32)
             own = tl.div_rn(tl.sum(x), count)
             centred = tl.where(inside, x - own, 0.0)
-            apart = own - mean
+            delta = own - mean
             total = seen + count
-            spread += tl.sum(centred * centred) + apart * apart * tl.div_rn(seen * count, total)
-            mean += apart * tl.div_rn(count, total)
+            spread += tl.sum(centred * centred) + delta * delta * tl.div_rn(seen * count, total)
+            mean += delta * tl.div_rn(count, total)
             seen = total
     tl.store(mean_ptr + tl.program_id(0), mean)
     tl.store(rstd_ptr + tl.program_id(0), tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(spread, seen) + eps)))
@@ -133,7 +133,7 @@ def channel_sums(
 
 @jit_kernel()
 def predictability_backward(
-    x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, score_ptr, logit_ptr, along_ptr, level_ptr, out_ptr,
+    x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, score_ptr, logit_ptr, projection_ptr, level_ptr, out_ptr,
     x_batch, x_channel, x_cell, channels, SIZE: tl.constexpr, cells, out_batch, out_channel, out_cell,
     BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
@@ -152,9 +152,9 @@ def predictability_backward(
     grad = logit * channel_values(score_ptr, channel, channels)[:, None] * (gate * (1 + normed * (1 - gate))) * weight
     known = channel < channels
     group = image * (channels // SIZE) + channel // SIZE
-    along = tl.load(along_ptr + group, mask=known, other=0.0)[:, None]
+    projection = tl.load(projection_ptr + group, mask=known, other=0.0)[:, None]
     level = tl.load(level_ptr + group, mask=known, other=0.0)[:, None]
-    out = rstd[:, None] * (grad - level - x * along)
+    out = rstd[:, None] * (grad - level - x * projection)
     place = image * out_batch + channel.to(tl.int64)[:, None] * out_channel + cell.to(tl.int64)[None, :] * out_cell
     tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=known[:, None] & (cell[None, :] < cells))
 

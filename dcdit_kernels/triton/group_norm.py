@@ -122,16 +122,16 @@ def slab_sums(
     CHANNELS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Sums over the cells [start, stop) of grad · normalised x and of grad, the gradient in front of the SiLU."""
-    alongs = tl.zeros([ROWS, channel.shape[0]], tl.float32)
+    projections = tl.zeros([ROWS, channel.shape[0]], tl.float32)
     levels = tl.zeros([ROWS, channel.shape[0]], tl.float32)
     for first in tl.range(start, stop, ROWS, num_stages=2):
         row = first + tl.arange(0, ROWS)
         normed = (load_tile(x_ptr, row, stop, channel, known, CHANNELS) - centre[None, :]) * rstd[None, :]
         grad = load_tile(grad_ptr, row, stop, channel, known, CHANNELS)
         grad = silu_backward(grad, normed * weight[None, :] + bias[None, :])
-        alongs += grad * normed
+        projections += grad * normed
         levels += grad
-    return tl.sum(alongs, 0), tl.sum(levels, 0)
+    return tl.sum(projections, 0), tl.sum(levels, 0)
 
 
 @jit_kernel(do_not_specialize=["cells", "slab_cells"])
@@ -154,16 +154,16 @@ def group_norm_silu_backward(
     if cond_ptr is not None:
         cond_ptr += sample * cond_stride
     added = added_values(cond_ptr, x_bias_ptr, channel, known)
-    centre, rstd, apart = group_statistics(mean, spread, added, cells, eps, SIZE, GROUPS)
+    centre, rstd, delta = group_statistics(mean, spread, added, cells, eps, SIZE, GROUPS)
     weight = channel_values(weight_ptr, channel, known)
     bias = channel_values(bias_ptr, channel, known)
     if not LAST:
-        along_sum, level_sum = slab_sums(
+        projection_sum, level_sum = slab_sums(
             grad_ptr, x_ptr, start, stop, channel, known, centre, rstd, weight, bias, CHANNELS, ROWS
         )
-        store_pair(sums_ptr, tl.program_id(1), channel, known, along_sum, level_sum, CHANNELS)
+        store_pair(sums_ptr, tl.program_id(1), channel, known, projection_sum, level_sum, CHANNELS)
     else:
-        along_sum = tl.zeros([COLUMNS], tl.float32)
+        projection_sum = tl.zeros([COLUMNS], tl.float32)
         level_sum = tl.zeros([COLUMNS], tl.float32)
         if WHOLE:
             for first in range(0, cells, slab_cells):
@@ -171,26 +171,26 @@ def group_norm_silu_backward(
                 own_along, own_level = slab_sums(
                     grad_ptr, x_ptr, first, end, channel, known, centre, rstd, weight, bias, CHANNELS, ROWS
                 )
-                along_sum += own_along
+                projection_sum += own_along
                 level_sum += own_level
         else:
             for slab in range(tl.num_programs(1)):
                 own_along, own_level = load_pair(sums_ptr, slab, channel, known, CHANNELS)
-                along_sum += own_along
+                projection_sum += own_along
                 level_sum += own_level
         count = cells.to(tl.float32)
-        along = tl.div_rn(group_sum(along_sum * weight, SIZE, GROUPS), count * SIZE)
+        projection = tl.div_rn(group_sum(projection_sum * weight, SIZE, GROUPS), count * SIZE)
         level = tl.div_rn(group_sum(level_sum * weight, SIZE, GROUPS), count * SIZE)
         if tl.program_id(1) == 0:
-            added_sum = rstd * (level_sum * weight - count * (level + along * apart * rstd))
-            store_pair(grad_rest_ptr + sample * 3 * CHANNELS, 0, channel, known, along_sum, level_sum, CHANNELS)
+            added_sum = rstd * (level_sum * weight - count * (level + projection * delta * rstd))
+            store_pair(grad_rest_ptr + sample * 3 * CHANNELS, 0, channel, known, projection_sum, level_sum, CHANNELS)
             tl.store(grad_rest_ptr + (sample * 3 + 2) * CHANNELS + channel, added_sum, mask=known)
         for first in tl.range(start, stop, ROWS, num_stages=2):
             row = first + tl.arange(0, ROWS)
             normed = (load_tile(x_ptr, row, stop, channel, known, CHANNELS) - centre[None, :]) * rstd[None, :]
             grad = load_tile(grad_ptr, row, stop, channel, known, CHANNELS)
             grad = silu_backward(grad, normed * weight[None, :] + bias[None, :]) * weight[None, :]
-            grad = rstd[None, :] * (grad - level[None, :] - normed * along[None, :])
+            grad = rstd[None, :] * (grad - level[None, :] - normed * projection[None, :])
             store_tile(grad_x_ptr + sample * cells * CHANNELS, row, stop, channel, known, grad, CHANNELS)
 
 

@@ -33,10 +33,10 @@ def normalise(xs, live, eps, CENTRED: tl.constexpr, WIDTH: tl.constexpr, COLUMNS
         mean = tl.div_rn(tl.sum(total, 1), WIDTH + 0.0)[:, None]
         centred = ()
         for i in tl.static_range(len(xs)):
-            apart = xs[i] - mean
+            delta = xs[i] - mean
             if (i + 1) * COLUMNS > WIDTH:
-                apart = tl.where((i * COLUMNS + tl.arange(0, COLUMNS) < WIDTH)[None, :], apart, 0.0)
-            centred += (apart,)
+                delta = tl.where((i * COLUMNS + tl.arange(0, COLUMNS) < WIDTH)[None, :], delta, 0.0)
+            centred += (delta,)
     squares = tl.zeros_like(xs[0])
     for i in tl.static_range(len(xs)):
         squares += centred[i] * centred[i]

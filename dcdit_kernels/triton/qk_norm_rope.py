@@ -216,12 +216,12 @@ def backward_block(
                 later_a += tl.where(later, a * left, 0.0)
                 later_b += tl.where(later, b * right, 0.0)
             a, b = weigh(a, b, weight_ptr, second_weight_ptr, later, WIDTH, HALF, INTERLEAVED)
-            along = (tl.sum(a * left + b * right, 2) * (1.0 / WIDTH))[:, :, None]
+            projection = (tl.sum(a * left + b * right, 2) * (1.0 / WIDTH))[:, :, None]
             level = 0.0
             if NORM == "layer":
                 level = ((tl.sum(a, 2) + tl.sum(b, 2)) * (1.0 / WIDTH))[:, :, None]
-            a = rstd * (a - level - left * along)
-            b = rstd * (b - level - right * along)
+            a = rstd * (a - level - left * projection)
+            b = rstd * (b - level - right * projection)
         known = (row < total)[:, None] & (head < COUNT)[None, :]
         place = origin[:, None] * (COUNT * WIDTH) + head[None, :] * WIDTH
         if grad_second_ptr is None:

@@ -87,8 +87,8 @@ def gaussian(point_ptr, row, key, end, high, capacity, falloff, AXES: tl.constex
     for axis in tl.static_range(1, AXES + 1):
         here = tl.load(point_ptr + axis * capacity + row, mask=row < end, other=0.0)
         there = tl.load(point_ptr + axis * capacity + key, mask=key < high, other=0.0)
-        apart = here[:, None] - there[None, :]
-        distance += apart * apart
+        delta = here[:, None] - there[None, :]
+        distance += delta * delta
     return tl.where(row[:, None] != key[None, :], tl.exp2(-distance * falloff), 0.0)
 
 
