@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> None:
             model = prepared(model, args)
             options = sampling_arguments(args, objective, codec, model)
             # The first steps also pay for imports and allocations. A budget is one of all steps.
-            record(model, labels, 1, **{**options, "steps": 2, "gflops_per_image": None, "seconds_per_image": None})
+            plain = {"gflops_per_image": None, "seconds_per_image": None, "calibration": None}
+            record(model, labels, 1, **{**options, "steps": 2, **plain, "budget_schedule": "constant"})
             samples, snapshots = record(model, labels, args.times, **options)
             draw_chunk_maps(folder / f"chunks-{name}.png", samples, snapshots, codec)
             traces[f"{name} ({objective})"] = samples.trace
