@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 PROXY, PRE_DISPATCH = torch._C._TorchDispatchModeKey.PROXY, torch._C.DispatchKey.PreDispatch
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+CHUNK_PLAN = "ChunkPlan, as plan_chunks makes it"  # where no other packing will do
 
 
 def traced(tensor: torch.Tensor) -> bool:
@@ -107,12 +108,13 @@ def one_device(op: str, first: torch.Tensor, others: Mapping[str, torch.Tensor |
 
 def packed(op: str, name: str, tensor: torch.Tensor, plan: Packing) -> None:
     """`tensor` must be packed features of this packing, (capacity, D)."""
-    planned(op, plan)
-    shaped(op, name, tensor, plan.capacity, None)
+    try:
+        capacity = plan.capacity
+    except AttributeError:
+        raise no_plan(op, plan) from None
+    shaped(op, name, tensor, capacity, None)
 
 
-def planned(op: str, plan: Packing, attribute: str = "capacity") -> None:
-    """`plan` must be a packing, or with "cells" the plan of a grid."""
-    if not hasattr(plan, attribute):
-        kind = "ChunkPlan, as plan_chunks makes it" if attribute == "cells" else "Packing or ChunkPlan"
-        raise TypeError(f"{op}: plan must be a {kind}, got {type(plan).__name__}")
+def no_plan(op: str, plan: object, kind: str = "Packing or ChunkPlan") -> TypeError:
+    """The error where `plan` lacks what every plan has. A call that finds it there asks for nothing more."""
+    return TypeError(f"{op}: plan must be a {kind}, got {type(plan).__name__}")

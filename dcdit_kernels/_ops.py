@@ -164,14 +164,16 @@ class Differentiable(Operator):
             return _library.call(self, self.choose(backend, *tensors), inputs)
         key: list[Any] = [self.name, backend, current.eager]
         graph = False
-        for tensor in tensors:
-            if tensor is None:
-                key.append(None)
-            elif not isinstance(tensor, torch.Tensor):
-                self._check(inputs)
-            else:
-                key += (type(tensor), tensor.dtype, tensor.device, tensor.layout)
-                graph = graph or tensor.requires_grad
+        try:
+            for tensor in tensors:
+                if tensor is None:
+                    key.append(None)
+                else:
+                    key += (type(tensor), tensor.dtype, tensor.device, tensor.layout)
+                    graph = graph or tensor.requires_grad
+        except AttributeError:  # of what is no tensor, which the check names
+            self._check(inputs)
+            raise
         plan = inputs["plan"] if self.plan else None
         key.append(plan and plan.cu_seqlens.device)
         known = tuple(key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import _triton_support
-from ._check import planned, shaped
+from ._check import CHUNK_PLAN, no_plan, shaped
 from ._ops import Backend, Differentiable
 from .chunk_plan import ChunkPlan
 
@@ -44,8 +44,11 @@ def chunk(
     """
     if reduce not in REDUCTIONS:
         raise ValueError(f"chunk: reduce must be one of {REDUCTIONS}, got {reduce!r}")
-    planned("chunk", plan, "cells")
-    shaped("chunk", "h", h, plan.batch_size, plan.cells, None)
+    try:
+        cells = plan.cells
+    except AttributeError:
+        raise no_plan("chunk", plan, CHUNK_PLAN) from None
+    shaped("chunk", "h", h, plan.batch_size, cells, None)
     if pos_embed is not None:
-        shaped("chunk", "pos_embed", pos_embed, plan.cells, h.shape[2])
+        shaped("chunk", "pos_embed", pos_embed, cells, h.shape[2])
     return OPERATOR(backend, h=h, pos_embed=pos_embed, plan=plan, reduce=reduce)

@@ -7,7 +7,7 @@ import math
 import torch
 
 from . import _triton_support
-from ._check import packed, planned, require, shaped
+from ._check import CHUNK_PLAN, no_plan, packed, require, shaped
 from ._ops import Backend, Differentiable
 from .chunk_plan import ChunkPlan
 from .cpu import _rows
@@ -48,11 +48,14 @@ def dechunk(
     Returns (B, L, D) in x's dtype, accumulated in float32; a cell that no token refills gets the residual alone.
     Raises ValueError where the shapes do not fit. Source: arXiv 2603.06351 section 3.
     """
-    planned("dechunk", plan, "cells")
+    try:
+        cells = plan.cells
+    except AttributeError:
+        raise no_plan("dechunk", plan, CHUNK_PLAN) from None
     packed("dechunk", "x", x, plan)
-    shaped("dechunk", "boundary_prob", boundary_prob, plan.batch_size, plan.cells)
+    shaped("dechunk", "boundary_prob", boundary_prob, plan.batch_size, cells)
     if residual is not None:
-        shaped("dechunk", "residual", residual, plan.batch_size, plan.cells, x.shape[1])
+        shaped("dechunk", "residual", residual, plan.batch_size, cells, x.shape[1])
     require(smoothing in SMOOTHING, "dechunk: smoothing must be one of {}, got {!r}", SMOOTHING, smoothing)
     require(0 < sigma < math.inf, "dechunk: sigma must be positive and finite, got {}", sigma)
     inputs = {"x": x, "boundary_prob": boundary_prob, "residual": residual}

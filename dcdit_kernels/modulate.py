@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from . import _triton_support
-from ._check import planned, require, shaped
+from ._check import no_plan, require, shaped
 from ._ops import Backend, Differentiable
 from .cpu import _rows
 from .packing import Packing
@@ -121,11 +121,14 @@ def _check(
     shift: torch.Tensor | None,
     scale: torch.Tensor | None,
 ) -> None:
-    if plan is not None:
-        planned(op, plan)
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{op}: x must be a tensor, got {type(x)}")
-    shape = x.shape
+    try:
+        capacity = None if plan is None else plan.capacity
+    except AttributeError:
+        raise no_plan(op, plan) from None
+    try:
+        shape = x.shape
+    except AttributeError:
+        raise TypeError(f"{op}: x must be a tensor, got {type(x)}") from None
     if plan is None:
         if len(shape) == 2:
             raise ValueError(
@@ -134,8 +137,8 @@ def _check(
         shaped(op, "x", x, None, None, None)
         modulators = (shape[0], shape[2])
     else:
-        if len(shape) != 2 or shape[0] != plan.capacity:
-            shaped(op, "x", x, plan.capacity, None)
+        if len(shape) != 2 or shape[0] != capacity:
+            shaped(op, "x", x, capacity, None)
         modulators = (plan.batch_size, shape[1])
     for name, tensor in (("gate", gate), ("shift", shift), ("scale", scale)):
         if tensor is not None and tensor.shape != modulators:

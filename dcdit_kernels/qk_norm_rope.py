@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from . import _triton_support
-from ._check import one_device, planned, require, shaped
+from ._check import no_plan, one_device, require, shaped
 from ._ops import Backend, Differentiable
 from .packing import JoinedPacking, Packing
 
@@ -105,11 +105,13 @@ def _check(tensors: dict[str, torch.Tensor | None], plan: Packing | None, eps: f
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor)}")
     assert q is not None and k is not None
-    if plan is not None:
-        planned(op, plan)
+    try:
+        capacity = None if plan is None else plan.capacity
+    except AttributeError:
+        raise no_plan(op, plan) from None
     streams = [len(t) for t in (getattr(plan, "first_row", None), getattr(plan, "second_row", None)) if t is not None]
     joined = tensors["source"] is not None
-    rows = None if plan is None else streams[0] if joined else plan.capacity
+    rows = None if plan is None else streams[0] if joined else capacity
     shaped(op, "q", q, rows, None, None)
     shaped(op, "k", k, q.shape[0], None, q.shape[2])
     width = q.shape[2]

@@ -288,7 +288,9 @@ def test_sample_and_visualize_write(good, tmp_path, capsys):
     names = sorted(file.name for file in (tmp_path / "s").iterdir())
     assert names == [*(f"00000{i}_class{c}.png" for i, c in enumerate((1, 3, 1, 3))), "grid.png", "sampling.json"]
     assert "of 30 cells kept" in capsys.readouterr().out
-    assert main(["visualize", str(good), "--num", "2", "--times", "2", *words, str(tmp_path / "v")]) == 0
+    # A budget of all steps, which the two steps that warm up do not know of.
+    budget = ["--gflops-per-image", "0.02", "--budget-schedule", "linear"]
+    assert main(["visualize", str(good), "--num", "2", "--times", "2", *budget, *words, str(tmp_path / "v")]) == 0
     assert {file.name for file in (tmp_path / "v").iterdir()} == {"curves.png", f"chunks-{good.parent.name}.png"}
 
 

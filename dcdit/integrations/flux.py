@@ -11,13 +11,7 @@ from torch import nn
 from dcdit_kernels import adaln_modulate, gate_residual, gate_residual_modulate, qk_norm_rope
 
 from ..errors import ConfigError
-from .joint import JointBlocks, PackedText, Rows, attend, attend_jointly, finite, heads, kept_by
-
-
-def check_processor(attn: nn.Module) -> None:
-    if type(attn.processor) is not theirs.FluxAttnProcessor or attn.fused_projections:
-        name = "fused projections" if attn.fused_projections else type(attn.processor).__name__
-        raise ConfigError(f"chunked blocks need FluxAttnProcessor with projections apart, got {name}")
+from .joint import JointBlocks, PackedText, Rows, attend, attend_jointly, check_processor, finite, heads, kept_by
 
 
 # The classes are named as diffusers' own: compile_repeated_blocks and device maps go by names.
@@ -27,7 +21,7 @@ class FluxTransformerBlock(theirs.FluxTransformerBlock):
     def forward(self, image: torch.Tensor, text: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """Image rows (T1, D), text rows (T2, D) → (text, image)."""
         attn = self.attn
-        check_processor(attn)
+        check_processor(attn, theirs.FluxAttnProcessor)
         shift, scale, gate, *rest = self.norm1.linear(self.norm1.silu(rows.c)).chunk(6, 1)
         text_shift, text_scale, text_gate, *text_rest = self.norm1_context.linear(
             self.norm1_context.silu(rows.c)
@@ -48,7 +42,7 @@ class FluxSingleTransformerBlock(theirs.FluxSingleTransformerBlock):
     def forward(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """(T, D) → (T, D)."""
         attn = self.attn
-        check_processor(attn)
+        check_processor(attn, theirs.FluxAttnProcessor)
         shift, scale, gate = self.norm.linear(self.norm.silu(rows.c)).chunk(3, 1)
         normed = adaln_modulate(x, shift, scale, rows.joined, self.norm.norm.eps)
         q, k, v = heads((attn.to_q, attn.to_k, attn.to_v), normed, attn)

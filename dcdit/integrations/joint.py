@@ -226,6 +226,13 @@ class JointBlocks(DynamicChunking):
             setattr(model, name, nn.ModuleList(getattr(model, name)._modules.values()))
 
 
+def check_processor(attn: nn.Module, processor: type) -> None:
+    """Raise ConfigError unless `attn` computes as `processor` does, on projections of its own for q, k and v."""
+    if type(attn.processor) is not processor or attn.fused_projections:
+        name = "fused projections" if attn.fused_projections else type(attn.processor).__name__
+        raise ConfigError(f"chunked blocks need {processor.__name__} with projections apart, got {name}")
+
+
 def heads(layers: tuple[nn.Module, ...], x: torch.Tensor, attn: nn.Module) -> list[torch.Tensor]:
     """Projections of rows (T, D), each (T, heads, head width)."""
     return [layer(x).unflatten(1, (attn.heads, -1)) for layer in layers]

@@ -14,7 +14,7 @@ from torch import nn
 from dcdit_kernels import ChunkPlan, adaln_modulate, gate_residual, qk_norm_rope
 
 from ..errors import ConfigError
-from .joint import JointBlocks, PackedText, attend, attend_to_text, heads, kept_text, project
+from .joint import JointBlocks, PackedText, attend, attend_to_text, check_processor, heads, kept_text, project
 
 
 # Named as diffusers' own: compile_repeated_blocks and device maps go by names.
@@ -33,9 +33,7 @@ class LTXVideoTransformerBlock(theirs.LTXVideoTransformerBlock):
     ) -> torch.Tensor:
         """(T, D) → (T, D); modulators (B, 6, D) of the timestep, cos and sin (P, D / 2)."""
         for attn in (self.attn1, self.attn2):
-            if type(attn.processor) is not theirs.LTXVideoAttnProcessor or attn.fused_projections:
-                name = "fused projections" if attn.fused_projections else type(attn.processor).__name__
-                raise ConfigError(f"chunked blocks need LTXVideoAttnProcessor with projections apart, got {name}")
+            check_processor(attn, theirs.LTXVideoAttnProcessor)
         shift, scale, gate, *rest = (self.scale_shift_table + modulators).unbind(1)
         attn, norm = self.attn1, self.norm1
         y = adaln_modulate(x, shift, scale, plan, norm.eps, "rms", norm())

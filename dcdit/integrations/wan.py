@@ -14,7 +14,7 @@ from torch import nn
 from dcdit_kernels import ChunkPlan, adaln_modulate, gate_residual, qk_norm_rope
 
 from ..errors import ConfigError
-from .joint import JointBlocks, PackedText, attend, attend_to_text, heads, project
+from .joint import JointBlocks, PackedText, attend, attend_to_text, check_processor, heads, project
 
 
 # Named as diffusers' own: compile_repeated_blocks and device maps go by names.
@@ -32,9 +32,7 @@ class WanTransformerBlock(theirs.WanTransformerBlock):
     ) -> torch.Tensor:
         """(T, D) → (T, D); modulators (B, 6, D) of the timestep."""
         for attn in (self.attn1, self.attn2):
-            if type(attn.processor) is not theirs.WanAttnProcessor or attn.fused_projections:
-                name = "fused projections" if attn.fused_projections else type(attn.processor).__name__
-                raise ConfigError(f"chunked blocks need WanAttnProcessor with projections apart, got {name}")
+            check_processor(attn, theirs.WanAttnProcessor)
         wide = torch.promote_types(modulators.dtype, torch.float32)
         shift, scale, gate, *rest = (self.scale_shift_table + modulators.to(wide)).unbind(1)
         attn = self.attn1
