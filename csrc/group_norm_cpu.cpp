@@ -219,11 +219,6 @@ void share_pieces(const GroupNormArgs& a, int threads, F f) {
     });
 }
 
-template <class Real>
-const Real* offset(const Real* tensor, int64_t by) {
-    return tensor ? tensor + by : nullptr;
-}
-
 }  // namespace
 
 template <class Real>

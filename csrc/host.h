@@ -32,6 +32,12 @@ DCDIT_INLINE Real lane_sum(int64_t width, F f) {
     return total;
 }
 
+// The address `by` numbers further on; of a tensor that is not given, none.
+template <class Real>
+Real* offset(Real* tensor, int64_t by) {
+    return tensor ? tensor + by : nullptr;
+}
+
 // work() in each of `threads` threads: PyTorch's OpenMP threads, if OpenMP is loaded, since idle OpenMP workers spin for
 // a while and would hold the cores against other threads.
 template <class F>

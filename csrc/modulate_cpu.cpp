@@ -94,11 +94,6 @@ std::vector<Run> runs_of(const ModulateArgs& a) {
     return runs;
 }
 
-template <class Real>
-Real* offset(Real* tensor, int64_t by) {
-    return tensor ? tensor + by : nullptr;
-}
-
 // The factor of each normalised number of a sample: weight·(1 + scale), made once for a run of its rows.
 template <class Real>
 class Factors {

@@ -36,3 +36,8 @@ def kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
 def address(tensor: torch.Tensor | None) -> int:
     """Of a tensor's first number; 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def threads(x: torch.Tensor) -> int:
+    """As many threads as the bytes of x are worth."""
+    return min(torch.get_num_threads(), 1 + x.nbytes // native.BYTES_PER_THREAD)

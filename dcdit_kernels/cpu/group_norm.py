@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from .. import native
 from ..reference._packed import accumulate_dtype
-from ._rows import address, kernel
+from ._rows import address, kernel, threads
 
 
 class GroupNormSiLU:
@@ -18,7 +17,7 @@ class GroupNormSiLU:
         sizes, wide = _prepared(groups, eps, x, weight, bias, cond, x_bias)
         # Of one sample strides may be of either layout: the convolution after would copy.
         out = torch.empty_like(wide[0], memory_format=torch.channels_last)
-        kernel("group_norm_silu", out.dtype)(*sizes, [*map(address, wide), out.data_ptr()], _threads(out))
+        kernel("group_norm_silu", out.dtype)(*sizes, [*map(address, wide), out.data_ptr()], threads(out))
         return out.to(x.dtype)
 
     @staticmethod
@@ -29,7 +28,7 @@ class GroupNormSiLU:
         grad_x = torch.empty_like(wide[0])
         rest = grad_x.new_empty(x.shape[0], 3, x.shape[1])
         addresses = [grad.data_ptr(), *map(address, wide), grad_x.data_ptr(), rest.data_ptr()]
-        kernel("group_norm_silu_backward", grad.dtype)(*sizes, addresses, _threads(grad_x))
+        kernel("group_norm_silu_backward", grad.dtype)(*sizes, addresses, threads(grad_x))
         total = rest.sum(0)
         grads = grad_x, total[0], total[1], rest[:, 2], total[2]
         return tuple(None if t is None else g.to(t.dtype) for g, t in zip(grads, given, strict=True))
@@ -43,7 +42,3 @@ def _prepared(groups, eps, x, weight, bias, cond, x_bias):
     vectors = [v if v is None or v.stride(-1) == 1 else v.contiguous() for v in vectors]
     pitch = 0 if cond is None else vectors[2].stride(0)
     return (x.shape[0], x.shape[2] * x.shape[3], x.shape[1], groups, pitch, eps), (x, *vectors)
-
-
-def _threads(x: torch.Tensor) -> int:
-    return min(torch.get_num_threads(), 1 + x.nbytes // native.BYTES_PER_THREAD)

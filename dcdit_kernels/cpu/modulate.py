@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from .. import native
 from .._autograd import KernelFunction, first_order
 from ..packing import Packing
 from ..reference._packed import accumulate_dtype
-from ._rows import address, kernel, live_count, with_tail
+from ._rows import address, kernel, live_count, threads, with_tail
 
 
 def adaln_modulate(
@@ -82,7 +81,7 @@ class AdaLN(KernelFunction):
         out = None if scale is None else torch.empty_like(x)
         kernel("modulate", x.dtype)(
             *_sizes(x, cu_seqlens), *norm, x.data_ptr(), address(y), _modulators(gate, shift, scale), address(weight),
-            address(new_x), address(out), _threads(x),
+            address(new_x), address(out), threads(x),
         )  # fmt: skip
         normed = None if scale is None else x if y is None else new_x
         ctx.save_for_backward(normed, y, gate, scale, weight, cu_seqlens)
@@ -105,7 +104,7 @@ class AdaLN(KernelFunction):
         kernel("modulate_backward", like.dtype)(
             *_sizes(like, cu_seqlens), *ctx.norm, address(normed), address(y), _modulators(gate, None, scale),
             address(weight), address(grad_new_x), address(grad_out), grad_x.data_ptr(), address(grad_y),
-            [address(grad) for grad in (grad_gate, grad_shift, grad_normed)], _threads(like),
+            [address(grad) for grad in (grad_gate, grad_shift, grad_normed)], threads(like),
         )  # fmt: skip
         if weight is None:
             return grad_x, grad_y, grad_gate, grad_shift, grad_normed, None, None, None
@@ -119,7 +118,3 @@ def _sizes(x: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[int, int, int]:
 
 def _modulators(*parts: torch.Tensor | None) -> list[tuple[int, int]]:
     return [(address(part), 0 if part is None else part.stride(0)) for part in parts]
-
-
-def _threads(x: torch.Tensor) -> int:
-    return min(torch.get_num_threads(), 1 + x.nbytes // native.BYTES_PER_THREAD)
