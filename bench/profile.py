@@ -35,7 +35,7 @@ def step(device: str, trace: str | None) -> None:
 
 def forward(device: str) -> None:
     """The kernels of forward passes by their time on the device: the model's and the plain DiT's."""
-    for size, batch in (("XL", 64), ("S", 64), ("S", 1)):
+    for size, batch in (("XL", 64), ("XL", 8), ("S", 64), ("XL", 1), ("S", 1)):
         ((case, _),) = at_hand([(passes(size, batch), ())], device)
         problem = build(case, device)
         for name in ("dcdit", "DiT/2"):
@@ -43,7 +43,7 @@ def forward(device: str) -> None:
             call()
             call()
             print(f"{case.name}: {name}")
-            print(table(call, device, 20), flush=True)
+            print(table(call, device, 40), flush=True)
 
 
 def table(call: Callable[[], object], device: str, rows: int) -> str:
