@@ -5,6 +5,8 @@ import torch
 
 from dcdit.model import DCDiT, preset
 from dcdit.model.dydit_main import DyDCDiT
+from dcdit.model.flops import dcdit_flops
+from dcdit.model.gated_macs import gated_tokens, main_rates
 from dcdit.sampling import sample
 
 
@@ -58,6 +60,32 @@ def test_gradients_reach_all_routers(digits):
     net(*inputs(), 0.0).square().mean().backward()
     grads = {name: p.grad for name, p in net.named_parameters() if "main.blocks" in name and "routers" in name}
     assert len(grads) == 6 * 8 and all(grad is not None for grad in grads.values())
+
+
+@torch.no_grad()
+def test_cost(digits):
+    """The rate against the products of the sliced weights that ran; `gated_tokens` cost these and the routers."""
+    net = closing(DyDCDiT.from_dcdit(digits).eval())
+    config, table = net.config, net.tabulate([400.0])
+    _, routing = table(*inputs(), 0.2, return_routing=True)
+    lengths = routing.plan.lengths.double()
+    rates = main_rates(net.main.decided, routing.plan, config)
+    spent, routers = torch.zeros(3).double(), torch.zeros(3).double()
+    for name, gates, block in zip(table.table.names[400.0], net.main.decided, net.main.blocks, strict=True):
+        slim, parts = table.table.narrow[name], gates.tokens.split(routing.plan.lengths.tolist())
+        linears = slim.qkv.weight.numel() + slim.proj.weight.numel()
+        spent += lengths * linears + 2 * lengths**2 * slim.proj.weight.shape[1]
+        mlp = slim.fc1.weight.numel() + slim.fc2.weight.numel()
+        spent += mlp * torch.stack([part.sum() for part in parts]).double()
+        token, width = block.routers.tokens, [block.routers.heads.weight, block.routers.groups.weight]
+        routers += lengths * (token[0].weight.numel() + token[2].weight.numel()) + sum(w.numel() for w in width)
+    whole = 6 * (12 * lengths * 96**2 + 2 * lengths**2 * 96)
+    assert torch.allclose(rates.double(), spent / whole, rtol=1e-5) and 0.1 < rates.min() < rates.max() < 0.9
+    for n, m, saved in zip(lengths, gated_tokens(config, lengths, rates), whole - spent - routers, strict=True):
+        left = dcdit_flops(config, float(n))["total"] - 2e-9 * float(saved)
+        assert dcdit_flops(config, float(m))["total"] == pytest.approx(left, rel=1e-6)
+    run = sample(net, [0, 1], objective="flow", steps=2, guidance=2.0)
+    assert (run.trace.tokens < run.trace.decided["kept"]).all() and (run.trace.decided["gates"] < 0.9).all()
 
 
 def test_sampled(digits):

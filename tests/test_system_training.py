@@ -10,7 +10,7 @@ from dcdit.checkpoints.dit import to_dit
 from dcdit.checkpoints.folder import load_checkpoint, save_checkpoint
 from dcdit.cli import main
 from dcdit.errors import CheckpointError, ConfigError
-from dcdit.model import Density, DyDiT, PlainDiT, SparseDiT
+from dcdit.model import DCDiT, Density, DyDCDiT, DyDiT, PlainDiT, SparseDiT
 from dcdit.model.rival_macs import dydit_on, gate_rates
 from dcdit.sampling import sample
 from dcdit.training.config import load_config
@@ -65,6 +65,26 @@ def test_from_a_dit_and_resumed(tmp_path, kind):
     assert latents.shape == (2, 4, 14, 14)
 
 
+def test_gates_in_a_dcdit(tmp_path):
+    """From a DC-DiT, open: both passes have about one loss in the first step; resumed to the bit; sampled."""
+    torch.manual_seed(1)
+    save_checkpoint(tmp_path / "dcdit", DCDiT(config(tmp_path).model), {"objective": "flow"})
+    options = ["kind=dydit", f"init={tmp_path / 'dcdit'}", "spend.rate=0.1", "spend.warmup=1"]
+    train(config(tmp_path, *options, "steps=2"))
+    folder = train(config(tmp_path, *options, "steps=3"))
+    once, use = load_checkpoint(train(config(tmp_path, *options, "steps=3", f"output={tmp_path / 'once'}")))
+    model = load_checkpoint(folder)[0]
+    assert type(model) is DyDCDiT and use["objective"] == "flow"
+    for key, value in once.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
+    first = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["rate"] > 0.8 and first["complete_loss"] == pytest.approx(first["diffusion_loss"], rel=0.05)
+    whole = first["diffusion_loss"] + first["complete_loss"] + 0.03 * first["ratio_loss"] + first["flops_loss"]
+    assert first["loss"] == pytest.approx(whole, rel=1e-5)
+    assert first["flops_loss"] == pytest.approx(2 * (first["rate"] - 1) ** 2, abs=1e-6)
+    assert sample(model, [0, 1], objective="flow", steps=2).latents.isfinite().all()
+
+
 def test_dydit_comes_down_to_its_rate(tmp_path):
     """With the FLOPs loss alone at work the rate follows the target; the gates' gradients reach every router."""
     settings = config(tmp_path, "kind=dydit")
@@ -105,6 +125,8 @@ def test_density_stream(tmp_path):
 def test_bad_input(tmp_path):
     with pytest.raises(ConfigError, match="compile is of kind dcdit, this run has sparse"):
         config(tmp_path, "kind=sparse", "compile=true")
+    with pytest.raises(ConfigError, match="init is of kind dcdit and dydit, this run has sparse"):
+        config(tmp_path, "kind=sparse", "init=digits")
     with pytest.raises(ConfigError, match=r"data\.buckets is of kind dcdit, this run has dydit"):
         config(tmp_path, "kind=dydit", "data.kind=folder", "data.path=x", "data.buckets=16")
     with pytest.raises(ConfigError, match="kind must be one of dcdit, sparse, dydit, patches"):

@@ -160,6 +160,8 @@ def _load_system(extra: dict[str, Any], weights: Path, device: str | torch.devic
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if "router" in extra.pop("own_parts", {}):
+        raise CheckpointError(f"{weights.parent} has a router of its own: build the model, and load its weights")
     try:
         shapes = header_shapes(weights)
         model = empty_system(extra.pop("kind"), extra.pop("model"), shapes, weights.parent)

@@ -1,4 +1,4 @@
-"""Folders of systems other than DC-DiT: a SparseDiT, DyDiT or PatchDiT as `save_checkpoint` wrote it."""
+"""Folders of systems other than DC-DiT: a SparseDiT, DyDiT, PatchDiT or DyDCDiT as `save_checkpoint` wrote it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, ConfigError
-from ..model.config import check_keys
+from ..model.config import DCDiTConfig, check_keys
 from ..model.dit_config import DyDiTConfig, PatchDiTConfig, SparseDiTConfig
 from ..model.dydit import DyDiT
+from ..model.dydit_main import DyDCDiT
 from ..model.patch_dit import PatchDiT
 from ..model.sparse_dit import SparseDiT
 
@@ -18,6 +19,7 @@ SYSTEMS: dict[str, tuple[Any, Any]] = {
     "sparse": (SparseDiT, SparseDiTConfig),
     "dydit": (DyDiT, DyDiTConfig),
     "patches": (PatchDiT, PatchDiTConfig),
+    "dydcdit": (DyDCDiT, DCDiTConfig),
 }
 
 

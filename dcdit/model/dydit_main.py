@@ -12,6 +12,7 @@ from torch import nn
 from dcdit_kernels import Packing
 
 from .blocks import MainNetwork, Stream
+from .config import DCDiTConfig
 from .dcdit import DCDiT
 from .dydit_block import DyBlock
 from .gates import Gates
@@ -59,15 +60,16 @@ class DyMain(MainNetwork):
 
 
 class DyDCDiT(DCDiT):
-    """A DC-DiT with a `DyMain` for its main network."""
+    """A DC-DiT with a `DyMain` for its main network; `router` as in DCDiT."""
+
+    def __init__(self, config: DCDiTConfig, *, router: nn.Module | None = None) -> None:
+        main = DyMain(config.hidden_size, config.depth, config.num_heads, config.mlp_ratio)
+        super().__init__(config, router=router, backbone=main)
 
     @classmethod
     def from_dcdit(cls, model: DCDiT) -> DyDCDiT:
         """A model with the weights of a DC-DiT and every gate open; the router is the given model's own."""
-        config = model.config
-        main = DyMain(config.hidden_size, config.depth, config.num_heads, config.mlp_ratio)
-        router = model.router if "router" in model.own_parts else None
-        dynamic = cls(config, router=router, backbone=main)
+        dynamic = cls(model.config, router=model.router if "router" in model.own_parts else None)
         dynamic.load_state_dict(model.state_dict(), strict=False)
         return dynamic
 

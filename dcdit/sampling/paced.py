@@ -21,6 +21,7 @@ from ..model.dcdit import DCDiT
 from ..model.density import Density
 from ..model.dit_shell import DiTShell
 from ..model.dydit import DyDiT
+from ..model.gated_macs import gated_tokens, main_rates
 from ..model.rival_macs import gate_rates
 from ..model.routing import Routing, regular_cells
 from ..model.sparse_dit import SparseDiT
@@ -98,7 +99,7 @@ class GridModel(Paced):
 
 
 class GatedModel(Paced):
-    """A DyDCDiT, tabulated over the timesteps of a batch."""
+    """A DyDCDiT, tabulated over the timesteps of a batch; `spent` are the tokens that cost as much without gates."""
 
     def __init__(self, model: nn.Module, gates: float | None = None) -> None:
         super().__init__(model)
@@ -109,8 +110,9 @@ class GatedModel(Paced):
 
     def forward(self, x, t, y, drop_fraction=0.0, return_routing: bool = True, rows=None, **options: Any) -> Answer:
         out, routing = self.table(x, t, y, drop_fraction, return_routing=True, **options)
-        self.spent = routing.plan.lengths
-        self.decided = {} if self.gates is None else {"gates": self.gates}
+        lengths = routing.plan.lengths
+        rates = main_rates(self.model.main.decided, routing.plan, self.config)
+        self.spent, self.decided = gated_tokens(self.config, lengths, rates), {"kept": lengths, "gates": rates}
         return out, routing
 
 

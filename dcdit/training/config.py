@@ -57,8 +57,9 @@ class TrainConfig:
 
     `kind` is the model: sparse, dydit and patches are SparseDiT, DyDiT and PatchDiT of `model`'s backbone, at the cost
     that `spend` names, from the DiT of upcycle.source (`from` in YAML), which patches alone needs. `init` is a DC-DiT
-    to start from. `snapshot_every` steps (0: never) the first EMA model is kept in OUTPUT/snapshots. `log_with` names
-    trackers of accelerate. `time_shift` is of flow matching, `min_snr` of ddpm; see `dcdit.training.objectives`.
+    to start from; kind dydit makes a DyDCDiT of it. `snapshot_every` steps (0: never) the first EMA model is kept in
+    OUTPUT/snapshots. `log_with` names trackers of accelerate. `time_shift` is of flow matching, `min_snr` of ddpm; see
+    `dcdit.training.objectives`.
 
     Each process goes through its slice of the batch in `accumulate` parts. With `checkpointing` the backward computes
     the activations of each block again instead of keeping them. With `cuda_graph` the forward and backward of a step
@@ -127,8 +128,9 @@ class TrainConfig:
         if self.init and self.upcycle.source:
             raise ConfigError("a run starts from init or from upcycle.source, not from both")
         for key in ("init", "cuda_graph", "compile", "checkpointing", "data.buckets", "budgets"):
-            if self.kind != "dcdit" and attrgetter(key)(self):
-                raise ConfigError(f"{key} is of kind dcdit, this run has {self.kind}")
+            kinds = ("dcdit", "dydit") if key == "init" else ("dcdit",)
+            if self.kind not in kinds and attrgetter(key)(self):
+                raise ConfigError(f"{key} is of kind {' and '.join(kinds)}, this run has {self.kind}")
         Density(self.spend.least, self.spend.most)
         if self.cuda_graph:
             for name, value in {"compile": self.compile, "checkpointing": self.checkpointing}.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..interrupts import raised
 from .config import TrainConfig
+from .gated import GatedMainTrainer
 from .run_output import describe_run
 from .systems import TRAINERS
 from .trainer import Trainer
@@ -22,7 +23,7 @@ def train(config: TrainConfig, allow: Sequence[str] = ()) -> Path:
     """
     kind: type[Trainer] = Upcycler if config.upcycle.source else Trainer
     if config.kind != "dcdit":
-        kind = TRAINERS[config.kind]
+        kind = GatedMainTrainer if config.kind == "dydit" and config.init else TRAINERS[config.kind]
     with raised():
         trainer = kind(config, allow)
         try:

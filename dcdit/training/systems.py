@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +20,8 @@ from ..model.sparse_dit import SparseDiT
 from ..sampling.policy import Policy
 from .config import TrainConfig
 from .gate_loss import gate_loss, gate_target
-from .stream import GATES, DensityStream, TrainingStream, generator
+from .gated import DrawnGates
+from .stream import DensityStream, TrainingStream
 from .trainer import Trainer
 
 
@@ -86,34 +86,21 @@ class SparseTrainer(SystemTrainer):
         return {"loss": loss, "diffusion_loss": loss, "kept": kept}
 
 
-class DyTrainer(SystemTrainer):
+class DyTrainer(SystemTrainer, DrawnGates):
     """A DyDiT: the gated pass, the complete pass beside it, and the FLOPs loss (arXiv 2410.03456 section 3.4)."""
-
-    drawn, part = -1, 0
 
     def blank(self) -> Any:
         return DyDiT(dydit_on(self.config.model))
 
     def parts(self, inputs, diffusion) -> dict[str, torch.Tensor]:
         spend, sizes = self.config.spend, self.net.config
-        with self._drawn():
+        with self.draws():
             out, gates = self.model(*inputs, return_gates=True)
         gated, complete = diffusion(out), diffusion(self.model(*inputs, complete=True))
         rate = gate_rates(gates, sizes.tokens, sizes.hidden_size, sizes.mlp_ratio).mean()
         flops = gate_loss(rate, gate_target(self.step, spend.rate, spend.warmup))
         values = {"diffusion_loss": gated, "complete_loss": complete, "flops_loss": flops, "kept": rate}
         return {"loss": gated + complete + flops, **values}
-
-    @contextlib.contextmanager
-    def _drawn(self) -> Iterator[None]:
-        """The gates' noise is a function of the seed, the step, the process and the part of the batch."""
-        self.part = self.part + 1 if self.drawn == self.step else 0
-        self.drawn = self.step
-        place = self.part * self.ranks + self.accelerator.process_index
-        seed = int(generator(self.config.seed, GATES, self.step, place).integers(2**63))
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            yield
 
 
 class PatchTrainer(SystemTrainer):

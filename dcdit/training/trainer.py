@@ -75,11 +75,7 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         self.started = "fresh weights"
-        net = self.make_net()
-        if config.init:
-            use = {"objective": config.objective, "codec": config.codec.options()}
-            self.started = start_from(net, config.init, self.source.class_names, use)
-        self.net = net.to(self.device)
+        self.net = self.make_net().to(self.device)
         if config.checkpointing:
             self.net.main.gradient_checkpointing = True
         if config.channels_last:
@@ -146,7 +142,11 @@ class Trainer:
 
     def make_net(self) -> DCDiT:
         """The model before its first step."""
-        return self.blank()
+        net, config = self.blank(), self.config
+        if config.init:
+            use = {"objective": config.objective, "codec": config.codec.options()}
+            self.started = start_from(net, config.init, self.source.class_names, use)
+        return net
 
     def blank(self) -> DCDiT:
         """A model of this run's kind, for averaged weights to be put into."""
