@@ -36,8 +36,11 @@ CONTEXTS: dict[str, dict[str, Callable]] = {
     "dechunk": {
         f"{n} MiB at a time": under("dcdit_kernels.triton.dechunk.SCRATCH_BYTES", n << 20) for n in (5, 10, 16)
     },
-    # Rows of a sample in one program of the backward, and the rows that it works on at a time halved.
-    "modulate": {f"slabs of {n}": under("dcdit_kernels.triton.modulate.SLAB", n) for n in (8, 32, 64)}
+    # Rows of XL in one program of the forward; rows of a sample in one of the backward, and those of a step halved.
+    "modulate": {
+        f"{n} rows a program": under("dcdit_kernels.triton.modulate.FORWARD_ELEMENTS", 256 * n) for n in (1, 2, 8)
+    }
+    | {f"slabs of {n}": under("dcdit_kernels.triton.modulate.SLAB", n) for n in (8, 32, 64)}
     | {"a row at a time": under("dcdit_kernels.triton.modulate.ELEMENTS", 512)},
 }
 # group → variants that are functions of their own.

@@ -68,7 +68,13 @@ def choices() -> list[Wanted]:
     """The tables of `bench.ablation`, beside the shipped choice and the plain formulation."""
     shipped = ("triton", "native", "dcdit", "plain", "plain channels-last")
     scaffold = [largest("scaffold", size=size, batch=batch) for size, batch in (("S", 64), ("XL", 1), ("S", 1))]
-    cases = [largest("modulate", True), *both("scaffold"), *scaffold, *both("attention")]
+    cases = [
+        *both("modulate"),
+        *(largest("modulate", batch=b) for b in (8, 1)),
+        *both("scaffold"),
+        *scaffold,
+        *both("attention"),
+    ]
     cases += [largest("attention", dtype="float32"), *both("dechunk")]
     extra = [(*CONTEXTS.get(case.group, {}), *FUNCTIONS.get(case.group, ())) for case in cases]
     return [(replace(case, ablation=True), (*shipped, *names)) for case, names in zip(cases, extra, strict=True)]
