@@ -46,7 +46,7 @@ class SystemTrainer(Trainer):
                     raise ConfigError(f"{source} has {name} {theirs}, the run's model {ours}")
             self.started = f"the DiT {source}"
         else:
-            dit = _fresh(PlainDiT(self.config.model))
+            dit = fresh(PlainDiT(self.config.model))
         return type(net).from_dit(dit, net.config)
 
     def losses(self, x0, noise, t, y, rho, **limits: int) -> Any:
@@ -130,7 +130,7 @@ class PatchTrainer(SystemTrainer):
         return {"loss": loss, **values, "kept": kept}
 
 
-def _fresh(dit: PlainDiT) -> PlainDiT:
+def fresh(dit: PlainDiT) -> PlainDiT:
     """DiT's own initialisation."""
     init_linears(dit, ("adaln.1", "head"))
     nn.init.xavier_uniform_(dit.stem.weight.flatten(1))

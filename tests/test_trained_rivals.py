@@ -1,0 +1,111 @@
+"""The comparison of trained rivals: its stand-in for diffusers, its costs, a part from training to pictures, tables."""
+
+import json
+import time
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+
+from bench import euler, trained_parts, trained_show
+from bench.trained_rivals import wait_for
+from dcdit import DCDiT
+from dcdit.checkpoints.dit import to_dit
+from dcdit.model import PlainDiT, preset
+from dcdit.model.flops import dcdit_flops
+from dcdit.model.rival_macs import dydit_macs, dydit_on
+from dcdit.sampling import sample, trajectory
+
+SIZES = preset("digits")
+
+
+def options(folder, **changes):
+    values = {"dit": folder / "dit.pt", "out": folder, "data": None, "device": "cpu", "steps": 1, "per_class": 1}
+    values |= {"sampling_steps": 2, "batch": 10, "set": ["batch_size=4"], "end": time.time() + 900, "drawing": 0}
+    return Namespace(**(values | changes))
+
+
+def test_euler_is_that_of_diffusers(monkeypatch):
+    torch.manual_seed(0)
+    model = PlainDiT(dydit_on(SIZES)).eval()
+    torch.nn.init.normal_(model.head.weight, std=0.1)
+    ask = {"objective": "flow", "steps": 5, "guidance": 1.5}
+    want = sample(model, [1, 2], **ask)
+    monkeypatch.setattr(trajectory, "make_scheduler", euler.make_euler)
+    have = sample(model, [1, 2], **ask)
+    assert torch.allclose(have.trace.timesteps, want.trace.timesteps)
+    assert torch.allclose(have.latents, want.latents, atol=1e-5) and have.latents.std() > 0.5
+
+
+def test_costs():
+    """The plain DiT by the formula of its release; a DC-DiT with the parts that the paper leaves out."""
+    ask = {"objective": "flow", "steps": 2, "guidance": 2.0}
+    model = PlainDiT(dydit_on(SIZES)).eval()
+    plain = 2e-9 * dydit_macs(dydit_on(SIZES), routers=False)
+    assert trained_parts.gflop(model, sample(model, [1], **ask).trace) == pytest.approx(4 * plain)
+    model = DCDiT.from_pretrained("digits")
+    trace = sample(model, [1], **ask).trace
+    tokens = torch.stack([trace.tokens, trace.uncond_tokens]).flatten().tolist()
+    costs = [dcdit_flops(SIZES, number) for number in tokens]
+    assert trained_parts.gflop(model, trace) == pytest.approx(sum(c["total"] + c["uncounted"] for c in costs))
+
+
+def test_a_part(tmp_path, monkeypatch):
+    """Trained for the steps that there is time for, drawn by each run, and its weights come back."""
+    monkeypatch.setattr(trained_parts, "PROBE", 3)
+    torch.save({"ema": to_dit(PlainDiT(dydit_on(SIZES)))}, tmp_path / "dit.pt")
+    trained_parts.work("dydit", options(tmp_path))
+    lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    assert [(line["policy"], line["steps"]) for line in lines] == [
+        (policy, 1 if steps == 25 else 2) for policy, steps in trained_parts.PARTS["dydit"].runs
+    ]
+    assert all(line["trained"] == line["of"] == 1 and line["kept"] > 0.9 for line in lines)
+    pictures = np.load(tmp_path / lines[0]["pictures"])
+    assert pictures.shape == (10, 28, 28) and pictures.dtype == np.uint8
+    back = trained_parts.load("dydit", tmp_path, tmp_path / "dit.pt")
+    x, t, y = torch.randn(1, 4, 14, 14), torch.tensor([500.0]), torch.tensor([3])
+    assert back(x, t, y).isfinite().all() and all(p.dtype == torch.float32 for p in back.parameters())
+    late = options(tmp_path, end=time.time() - 1, steps=1000)  # no time: one step, and nothing is drawn
+    trained_parts.work("plain-longer", late)
+    assert len((tmp_path / "lines.jsonl").read_text().splitlines()) == len(lines)
+
+
+def test_a_failed_part_runs_again(tmp_path, monkeypatch):
+    """Once, without kernels; then it counts as not finished."""
+    tries = []
+
+    class Process:
+        def __init__(self, returncode):
+            self.returncode = returncode
+
+        def poll(self):
+            return self.returncode
+
+    def start(name, argv, end, out, **environment):
+        tries.append((name, environment))
+        return Process(int(name == "bad" or (name == "kernels" and not environment)))
+
+    monkeypatch.setattr("bench.trained_rivals.start", start)
+    assert wait_for(["good", "kernels", "bad"], [], time.time() + 60, tmp_path) == ["bad"]
+    again = {"DCDIT_BACKEND": "reference"}
+    assert sorted(tries, key=str) == sorted(
+        [("good", {}), ("kernels", {}), ("kernels", again), ("bad", {}), ("bad", again)], key=str
+    )
+
+
+def test_equal_costs():
+    """A curve has the runs of one knob; between two of them the line is straight, beyond its ends there is nothing."""
+    line = {"part": "dcdit", "steps": 50, "policy": ""}
+    lines = [
+        line | {"gflop": 12.0, "recognised": 1.0, "frechet": 1.0},
+        line | {"gflop": 6.0, "steps": 25, "recognised": 0.9, "frechet": 9.0},
+        line | {"gflop": 8.0, "policy": "rho=0.5", "recognised": 0.8, "frechet": 3.0},
+        line | {"gflop": 4.0, "policy": "rho=0.3 & teacache=0.1", "recognised": 0.7, "frechet": 5.0},
+    ]
+    dropped = trained_show.curve(lines, *trained_show.CURVES["DC-DiT, ρ"])
+    assert [entry["gflop"] for entry in dropped] == [8.0, 12.0]
+    assert trained_show.at_equal(9.0, dropped) == "85.0%, 2.50" and trained_show.at_equal(7.0, dropped) == "–"
+    assert [e["gflop"] for e in trained_show.curve(lines, *trained_show.CURVES["DC-DiT, fewer steps"])] == [6.0, 12.0]
+    assert "| 4.00 | 70.0%, 5.00 | – | – | – | – | – | – |" in trained_show.equal_table(lines)
+    assert trained_show.main_table(lines).count("\n") == 5
