@@ -108,7 +108,7 @@ def scaffold_problem(case: Case, device: str, compiled: bool) -> Problem:
             h = F.conv2d(silu(block.norm1, x), block.conv1.weight, block.conv1.bias, padding=1)
             h = h + block.cond(c)[:, :, None, None]
             skip = x if isinstance(block.skip, nn.Identity) else F.conv2d(x, block.skip.weight, block.skip.bias)
-            x = block.conv2(silu(block.norm2, h)) + skip
+            x = F.conv2d(silu(block.norm2, h), block.conv2.weight, block.conv2.bias, padding=1) + skip
         return stack.norm(x.flatten(2).transpose(1, 2))
 
     variants = {"dcdit": Variant(functools.partial(chain, Nets(master), lambda stack, x, c: stack(x, c)))}

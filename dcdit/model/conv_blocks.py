@@ -37,8 +37,9 @@ class ResidualConvBlock(nn.Module):
         self.conv1 = BiasApartConv3x3(width_in, inner)
         self.cond = nn.Sequential(nn.SiLU(), nn.Linear(width_cond, inner))
         self.norm2 = GroupNormSiLU(groups, inner)
-        self.conv2 = Conv3x3(inner, width_out)
-        self.skip = PointwiseConv2d(width_in, width_out) if width_in != width_out else nn.Identity()
+        apart = width_in != width_out
+        self.conv2 = BiasApartConv3x3(inner, width_out) if apart else Conv3x3(inner, width_out)
+        self.skip = PointwiseConv2d(width_in, width_out) if apart else nn.Identity()
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         """x (B, in, H, W) channels-last, c (B, D) → (B, out, H, W) channels-last.
@@ -46,7 +47,11 @@ class ResidualConvBlock(nn.Module):
         c comes through the SiLU of `cond` already, which `ConvStack` computes once for all blocks.
         """
         h = self.norm2(*self.conv1(self.norm1(x)), self.cond[1](c))
-        out, skip = self.conv2(h), self.skip(x)
+        if isinstance(self.conv2, BiasApartConv3x3):  # the product of the skip adds both biases
+            out, bias = self.conv2(h)
+            skip = self.skip(x, bias)
+        else:
+            out, skip = self.conv2(h), self.skip(x)
         return out.add_(skip) if may_overwrite(out, self.conv2) else out + skip
 
 

@@ -73,19 +73,20 @@ class PointwiseConv2d(nn.Conv2d):
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__(channels_in, channels_out, 1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, in, H, W), best channels-last, → (B, out, H, W) channels-last."""
+    def forward(self, x: torch.Tensor, further_bias: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, in, H, W), best channels-last, → (B, out, H, W) channels-last; `further_bias` (out,) is added as well."""
         cells = x.movedim(1, -1)
-        out = F.linear(cells.flatten(0, -2), self.weight.flatten(1), self.bias)
+        bias = self.bias if further_bias is None else self.bias + further_bias
+        out = F.linear(cells.flatten(0, -2), self.weight.flatten(1), bias)
         return out.unflatten(0, cells.shape[:-1]).movedim(-1, 1)
 
 
 class WidePointwiseConv2d(PointwiseConv2d):
     """A 1×1 convolution in its weight's dtype, whatever x's dtype."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, further_bias: torch.Tensor | None = None) -> torch.Tensor:
         """(B, in, H, W) of any dtype → (B, out, H, W) in the weight's."""
-        return super().forward(x.to(self.weight.dtype))
+        return super().forward(x.to(self.weight.dtype), further_bias)
 
 
 def gelu_tanh(x: torch.Tensor, source: nn.Module | None = None) -> torch.Tensor:
@@ -112,7 +113,7 @@ def linear_gelu(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def is_plain(layer: nn.Module) -> bool:
     """Whether layer(x) is a linear map or convolution and nothing more: no adapter, quantisation, offload or hook."""
     watched = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or hooks._global_forward_hooks
-    return type(layer) in (nn.Linear, Conv3x3) and "forward" not in layer.__dict__ and not watched
+    return type(layer) in (nn.Linear, Conv3x3, BiasApartConv3x3) and "forward" not in layer.__dict__ and not watched
 
 
 def may_overwrite(x: torch.Tensor, source: nn.Module | None) -> bool:
