@@ -2,13 +2,13 @@
 in time, beside the plain DiT.
 
 All models have random weights and take turns in one run. A realised saving of 1 is a time that falls as the FLOPs do.
+On a GPU the models are in bfloat16, and each forward is also timed as a CUDA graph where it never waits for the host.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -26,6 +26,8 @@ from dcdit.model.rival_macs import (
     sparse_on,
 )
 
+from .timing import captured, cpu_clock, gpu_wall_clock, interleave
+
 TIME = 500.0
 
 
@@ -40,15 +42,18 @@ def half_open(model: DyDiT) -> DyDiT:
 
 
 @torch.no_grad()
-def cases(name: str, batch: int) -> tuple[dict[str, Callable], dict[str, float]]:
+def cases(name: str, batch: int, device: str = "cpu") -> tuple[dict[str, Callable], dict[str, float]]:
     """The forwards by name, and their multiply-adds of one image; the plain DiT's come first."""
-    config = preset(name)
+    config, dtype = preset(name), torch.float32 if device == "cpu" else torch.bfloat16
     dynamic, sparse = dydit_on(config), sparse_on(config)
-    table = half_open(DyDiT(dynamic).eval()).tabulate([TIME])
-    inputs = torch.randn(batch, 4, *config.input_size), torch.full((batch,), TIME), torch.zeros(batch, dtype=torch.long)
+    with torch.device(device):
+        x = torch.randn(batch, 4, *config.input_size, dtype=dtype)
+        inputs = x, torch.full((batch,), TIME), torch.zeros(batch, dtype=torch.long)
+        plain, slim = PlainDiT(dynamic).to(dtype).eval(), SparseDiT(sparse).to(dtype).eval()
+        table = half_open(DyDiT(dynamic).to(dtype).eval()).tabulate([TIME])
     gates: Gates = table(*inputs, return_gates=True)[1]
     rate = float(gate_rates(gates, dynamic.tokens, dynamic.hidden_size).mean())
-    models = {"plain": PlainDiT(dynamic).eval(), "sparse": SparseDiT(sparse).eval(), "dydit": table}
+    models = {"plain": plain, "sparse": slim, "dydit": table}
     macs = {
         "plain": dydit_macs(dynamic, routers=False),
         "sparse": sparse_dit_macs(sparse),
@@ -56,9 +61,23 @@ def cases(name: str, batch: int) -> tuple[dict[str, Callable], dict[str, float]]
     }
     forwards: dict[str, Callable] = {key: lambda model=model: model(*inputs) for key, model in models.items()}
     if not any(side % 2 for side in dynamic.grid):
-        coarse = PatchDiT(patch_on(config, scales=(1, 2))).eval()
+        with torch.device(device):
+            coarse = PatchDiT(patch_on(config, scales=(1, 2))).to(dtype).eval()
         forwards["patches"], macs["patches"] = (lambda: coarse(*inputs, 2)), patch_dit_macs(coarse.config, 2)
     return forwards, macs
+
+
+def clocks(forwards: dict[str, Callable], device: str) -> dict[str, Callable[[], float]]:
+    """Seconds of each forward, and on a GPU of its CUDA graph, all by the wall clock."""
+    if device == "cpu":
+        return {key: cpu_clock(forward) for key, forward in forwards.items()}
+    found = {key: gpu_wall_clock(forward) for key, forward in forwards.items()}
+    for key, forward in forwards.items():
+        try:
+            found[f"{key} graph"] = gpu_wall_clock(captured([forward]))
+        except RuntimeError as error:
+            print(f"{key}: no CUDA graph: {error}".splitlines()[0], flush=True)
+    return found
 
 
 @torch.no_grad()
@@ -68,24 +87,20 @@ def main() -> None:
     parser.add_argument("presets", nargs="*", default=["DC-DiT-S/N4", "DC-DiT-B/N4"])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args = parser.parse_args()
     for name in args.presets:
-        forwards, macs = cases(name, args.batch)
-        seconds: dict[str, list[float]] = {key: [] for key in forwards}
-        for _ in range(args.rounds + 1):  # the first round warms up
-            for key, forward in forwards.items():
-                begin = time.perf_counter()
-                forward()
-                seconds[key].append(time.perf_counter() - begin)
-        middle = {key: statistics.median(times[1:]) for key, times in seconds.items()}
-        for key in forwards:
-            share, cost = middle[key] / middle["plain"], macs[key] / macs["plain"]
-            saving = (
-                ""
-                if key == "plain"
-                else f"  FLOPs {cost:.2f}, time {share:.2f}: realised {(1 - share) / (1 - cost):.2f}"
-            )
-            print(f"{name} {key:<7} {macs[key] / 1e9:8.2f} GMAC {1e3 * middle[key]:8.1f} ms{saving}", flush=True)
+        forwards, macs = cases(name, args.batch, args.device)
+        samples = interleave(clocks(forwards, args.device), args.rounds, 1e9)
+        middle = {key: statistics.median(times) for key, times in samples.items()}
+        for key in middle:
+            kind, *graph = key.split()
+            base = " ".join(["plain", *graph])
+            saving = ""
+            if kind != "plain" and base in middle:
+                share, cost = middle[key] / middle[base], macs[kind] / macs["plain"]
+                saving = f"  FLOPs {cost:.2f}, time {share:.2f}: realised {(1 - share) / (1 - cost):.2f}"
+            print(f"{name} {key:<13} {macs[kind] / 1e9:8.2f} GMAC {1e3 * middle[key]:8.2f} ms{saving}", flush=True)
 
 
 if __name__ == "__main__":
