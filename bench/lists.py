@@ -17,9 +17,9 @@ COMPILED = ("dcdit compiled", "dcdit compiled graph", "DiT/2 compiled", "DiT/2 c
 KERNELS = ("native", "native fixed", "triton", "plain")
 
 
-def forward(size: str, batch: int, stride: int = 1) -> Case:
-    """A forward pass at 256 px in bfloat16 that keeps an eighth of the cells, half of the plain DiT's tokens."""
-    return Case("forward", size, 32, batch, drop_fraction=0.5, dtype="bfloat16", stride=stride)
+def forward(size: str, batch: int, stride: int = 1, side: int = 32) -> Case:
+    """A forward pass in bfloat16 that keeps an eighth of the cells: half of the plain DiT's tokens. Side 32 is 256 px."""
+    return Case("forward", size, side, batch, drop_fraction=0.5, dtype="bfloat16", stride=stride)
 
 
 def largest(group: str, backward: bool = False, **changes) -> Case:
@@ -64,6 +64,12 @@ def compiled() -> list[Wanted]:
     return wanted
 
 
+def large() -> list[Wanted]:
+    """Passes at 512 px, where one picture fills a GPU, at small batches too."""
+    cases = [forward(size, batch, side=64) for batch in (1, 4, 16) for size in ("XL", "B", "S")]
+    return [(case, SERVED + COMPILED) for case in cases]
+
+
 def choices() -> list[Wanted]:
     """The tables of `bench.ablation`, beside the shipped choice and the plain formulation."""
     shipped = ("triton", "native", "dcdit", "plain", "plain channels-last")
@@ -88,4 +94,4 @@ def at_hand(wanted: list[Wanted], device: str) -> list[Wanted]:
     return list({replace(case, **small): names for case, names in wanted}.items())
 
 
-LISTS = {"decisive": decisive, "compiled": compiled, "ablation": choices}
+LISTS = {"decisive": decisive, "compiled": compiled, "large": large, "ablation": choices}
