@@ -18,7 +18,7 @@ KERNELS = ("native", "native fixed", "triton", "plain")
 
 
 def forward(size: str, batch: int, stride: int = 1, side: int = 32) -> Case:
-    """A forward pass in bfloat16 that keeps an eighth of the cells: half of the plain DiT's tokens. Side 32 is 256 px."""
+    """A forward pass in bfloat16 that keeps an eighth of the cells: half of the plain DiT's tokens at side² cells."""
     return Case("forward", size, side, batch, drop_fraction=0.5, dtype="bfloat16", stride=stride)
 
 
