@@ -9,8 +9,11 @@ import torch
 from torch import nn
 
 from dcdit.data.picture_sets import open_set
+from dcdit.files import replacing
 from dcdit.pictures.conv_classifier import ConvClassifier, fit
-from dcdit.pictures.evaluation import Features, agreement, compare
+from dcdit.pictures.evaluation import Features, agreement, compare, frechet
+
+FITTED = 120_000  # pictures that a classifier sees
 
 
 class Patches(nn.Module):
@@ -26,22 +29,24 @@ def judge(pictures: np.ndarray, labels: np.ndarray, data: Path, runs: Path) -> d
 
     The classifier is fitted once to the training set, and kept in `runs`.
     """
-    net, drawn = classifier(data, runs / "conv_classifier.pt"), [pictures]
+    net, drawn = classifier(data, runs), [pictures]
     real = lambda: open_set(data / "t10k").batches()  # noqa: E731
     numbers = compare(Features(net, drawn), Features(net, real()))
-    numbers["frechet_patches"] = compare(Features(Patches(), drawn), Features(Patches(), real()))["frechet"]
+    numbers["frechet_patches"] = frechet(Features(Patches(), drawn), Features(Patches(), real()))
     for name, batches, classes in (("", drawn, labels), ("_reference", real(), open_set(data / "t10k").labels)):
         numbers[f"recognised{name}"] = agreement(lambda x: net.out(net(x)).argmax(1), batches, classes)
     return numbers
 
 
-def classifier(data: Path, file: Path) -> ConvClassifier:
-    """Read from `file`, or fitted and written."""
-    train = open_set(data / "train")
+def classifier(data: Path, runs: Path) -> ConvClassifier:
+    """The set's classifier, read from `runs`, or fitted and kept there."""
+    train, file = open_set(data / "train"), runs / f"{data.name}-classifier.pt"
     net = ConvClassifier(int(train.labels.max()) + 1)
     if file.exists():
         net.load_state_dict(torch.load(file, weights_only=True))
         return net.eval()
-    net = fit(np.concatenate(list(train.batches())), train.labels, epochs=2)
-    torch.save(net.state_dict(), file)
+    net = fit(np.concatenate(list(train.batches())), train.labels, epochs=FITTED / train.count)
+    runs.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as temporary:
+        torch.save(net.state_dict(), temporary)
     return net

@@ -1,15 +1,21 @@
 """Quality of small models at equal steps: python -m bench.quality VARIANT… [--steps N] [--seed N]
 
-Each variant is trained on one thread, sampled from and judged, and a line with its numbers goes to
-bench/results/quality.jsonl. A run that was stopped goes on from its last save; one that has its line is not run again.
-`docs/quality.md` explains the variants and the numbers; python -m bench.quality_tables writes its tables.
+Each variant is trained, sampled from and judged, and a line with its numbers goes to bench/results/quality.jsonl. One
+that has its line is not run again. On a CPU a variant takes one thread after another, and one that was stopped goes on
+from its last save. On a GPU all variants are trained together, step by step (`bench.lockstep`).
+
+`docs/quality.md` explains the variants and the numbers; python -m bench.quality_tables writes its tables, and
+python -m bench.quality_farm makes many calls side by side on one GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +23,12 @@ import torch
 
 from dcdit.model.flops import dcdit_flops, dit_flops
 from dcdit.pictures.images import grid, save_png, to_uint8
-from dcdit.sampling.sampler import sample
 from dcdit.training.config import TrainConfig, load_config
 from dcdit.training.run_output import average
 
 from . import judge, machine
+from .drawing import draw
+from .lockstep import train_together
 from .rivals import RivalTrainer
 
 CONFIG = Path(__file__).with_name("quality.yaml")
@@ -35,100 +42,161 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "groups": ("learned", ["model.norm_groups=8"]),
     "mended": ("learned", ["model.preset=digits-best"]),
     "random": ("random", []),
+    "random-mended": ("random", ["model.preset=digits-best"]),
     "grid": ("grid", []),
     "grid-mended": ("grid", ["model.segment_mean=true", "model.norm_groups=8"]),
-    "plain": ("plain", ["model.depth=11"]),
+    "plain": ("plain", []),
 }
-SAMPLES = {"steps": 30, "guidance": 1.5, "seed": 0, "batch_size": 100}
+# Width → the sizes of the model, and the depth of a plain DiT of about as many FLOPs.
+WIDTHS: dict[int, tuple[list[str], int]] = {
+    96: ([], 11),
+    192: (["model.hidden_size=192", "model.num_heads=6", "model.encoder_width=64", "model.depth=8"], 13),
+}
+ON_GPU = ["cuda_graph=true", "data.workers=2", "log_every=10", "save_every=1000000"]
+SAMPLES = {"steps": 30, "guidance": 1.5, "seed": 0}
 
 
 class StudyTrainer(RivalTrainer):
-    """Keeps the CPU seconds of the process beside the run, over all its parts."""
+    """Keeps the seconds of the run over all its parts: the process's on a CPU, the clock's on a GPU."""
 
     def __init__(self, config: TrainConfig, kind: str) -> None:
-        self.kind, self.file = kind, Path(config.output) / "cpu_seconds"
-        self.before = float(self.file.read_text()) if self.file.exists() else 0.0
-        self.begin = time.process_time()
+        self.kind, self.file = kind, Path(config.output) / "seconds"
         super().__init__(config)
+        self.clock = time.process_time if self.device.type == "cpu" else time.monotonic
+        self.before = float(self.file.read_text()) if self.file.exists() else 0.0
+        self.begin = self.clock()
 
     @property
-    def cpu_seconds(self) -> float:
-        """CPU seconds so far."""
-        return self.before + time.process_time() - self.begin
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return self.before + self.clock() - self.begin
 
     def _save(self) -> None:
         super()._save()
-        self.file.write_text(str(self.cpu_seconds))
+        self.file.write_text(str(self.seconds))
 
 
-def run(name: str, args: argparse.Namespace) -> dict:
-    """Train or go on, sample and judge: the line of one variant."""
+def folder_of(name: str, args: argparse.Namespace) -> Path:
+    """The folder of a run."""
+    return args.runs / args.data.name / f"{name}-{args.width}-{args.steps}-{args.seed}"
+
+
+def configuration(name: str, args: argparse.Namespace) -> TrainConfig:
+    """A variant's configuration."""
     kind, changes = VARIANTS[name]
-    folder = args.runs / f"{name}-{args.steps}-{args.seed}"
-    changes = [*changes, f"output={folder}", f"steps={args.steps}", f"seed={args.seed}", *data_paths(args.data)]
-    config = load_config(CONFIG, changes)
-    trainer = StudyTrainer(config, kind)
-    trainer.run()
-    trained = trainer.cpu_seconds
-    model = average(trainer, trainer.emas[0]).eval()
+    sizes, depth = WIDTHS[args.width]
+    changes = [*changes, *sizes, *([f"model.depth={depth}"] if kind == "plain" else [])]
+    changes += [f"output={folder_of(name, args)}", f"steps={args.steps}", f"seed={args.seed}"]
+    changes += [f"data.path={args.data}/train", f"validation.path={args.data}/t10k"]
+    return load_config(CONFIG, changes + (ON_GPU if args.device == "cuda" else []))
+
+
+def run(names: list[str], args: argparse.Namespace) -> list[dict]:
+    """Train or go on, together, then sample and judge: the lines of the variants."""
+    trainers = [StudyTrainer(configuration(name, args), VARIANTS[name][0]) for name in names]
+    if args.device == "cuda":
+        train_together(trainers, args.until)
+    else:
+        for trainer in trainers:
+            trainer.run()
+    seconds = [trainer.seconds for trainer in trainers]
+    lines, drawn = [], []
+    for name, trainer in zip(names, trainers, strict=True):
+        model = average(trainer, trainer.emas[0]).to(trainer.device).eval()
+        lines.append({"steps": trainer.step, "together": len(names), **numbers(model, trainer)})
+        drawn.append(pictures(model, trainer, folder_of(name, args), args) if args.samples else None)
+        trainer.close()
+    if args.samples:
+        judge.classifier(args.data, args.runs)  # fitted before several judges ask for it
+    with ThreadPoolExecutor(len(names)) as judges:
+        judged = judges.map(lambda given: judge.judge(*given[:2], args.data, args.runs) if given else {}, drawn)
+        facts = machine.describe(trainers[0].device.type)
+        facts = {fact: facts[fact] for fact in ("machine", "device", "commit", "date", "torch")}
+        for line, spent, given, verdict in zip(lines, seconds, drawn, judged, strict=True):
+            line |= {f"train_{'cpu' if facts['device'] == 'cpu' else 'wall'}_seconds": spent, **verdict, **facts}
+            line |= {"sampling_kept": [round(share, 4) for share in given[2]]} if given else {}
+    return lines
+
+
+def numbers(model: torch.nn.Module, trainer: StudyTrainer) -> dict:
+    """Losses and costs of a trained model."""
+    config = trainer.config
     held_out = trainer.validation.loss(model, trainer.accelerator.autocast)
     tokens = held_out["validation_kept"] * config.model.cells
-    plain = kind == "plain"
+    plain = trainer.kind == "plain"
     gflop = dit_flops(config.model, tokens) if plain else dcdit_flops(config.model, tokens, model.router)["total"]
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    late = [line for line in lines if "diffusion_loss" in line and line["step"] > 0.75 * args.steps]
-    trainer.close()
-    return {
-        **held_out,
-        "running_loss": float(np.mean([line["diffusion_loss"] for line in late])),
-        "train_cpu_seconds": trained,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "gflop": gflop,
-        **(judged(trainer, model, folder, args) if args.samples else {}),
-    }
+    log = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
+    late = [line["diffusion_loss"] for line in log if line["step"] > 0.75 * trainer.step]
+    line = {**held_out, "running_loss": float(np.mean(late)), "gflop": gflop}
+    if trainer.device.type == "cuda":
+        line["gpu_ms"] = replay_ms(trainer)
+    return {**line, "parameters": sum(p.numel() for p in model.parameters())}
 
 
-def judged(trainer: StudyTrainer, model: torch.nn.Module, folder: Path, args: argparse.Namespace) -> dict:
-    """Draw pictures, save the first hundred as pictures.png, and judge them against the held-out set."""
-    config = trainer.config
-    classes = torch.arange(args.samples) % config.model.num_classes
+def replay_ms(trainer: StudyTrainer) -> float:
+    """Milliseconds that the GPU takes for forward, loss and backward of a step, the least of several."""
+    batch = trainer.stream.collate([trainer.stream[i] for i in range(trainer.config.batch_size)])
+    image, *others = (batch[key].to(trainer.device) for key in ("image", "noise", "t", "y"))
+    times = []
+    for _ in range(30):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        trainer.graphs.launch((trainer.codec.encode(image), *others), 0.0)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return min(times)
+
+
+def pictures(
+    model: torch.nn.Module, trainer: StudyTrainer, folder: Path, args: argparse.Namespace
+) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    """Drawn pictures uint8 (N, H, W, 3), their labels, and the shares kept; the first hundred are saved."""
+    classes = torch.arange(args.samples) % trainer.config.model.num_classes
     torch.manual_seed(args.seed)
-    drawn = sample(model, classes, objective=config.objective, **SAMPLES)
-    sheet, labels = to_uint8(trainer.codec.decode(drawn.latents)), classes.numpy()
+    latents, kept = draw(model, classes, **SAMPLES, batch_size=1000 if args.device == "cuda" else 100)
+    sheet = to_uint8(trainer.codec.decode(latents))
     save_png(folder / "pictures.png", grid(sheet[:100], 10))
-    kept = drawn.trace.tokens.mean(1) / config.model.cells
-    numbers = judge.judge(sheet, labels, args.data, args.runs)
-    return {**numbers, "sampling_kept": [round(share, 4) for share in kept.tolist()]}
+    return sheet, classes.numpy(), kept
 
 
-def data_paths(folder: Path) -> list[str]:
-    """The configuration's keys of the data in a folder of idx files."""
-    return [f"data.path={folder}/train", f"validation.path={folder}/t10k"]
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The arguments that name runs."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="+", choices=VARIANTS, metavar="VARIANT", help=", ".join(VARIANTS))
+    parser.add_argument("--steps", type=int, default=1300)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--width", type=int, default=96, choices=WIDTHS)
+    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="its idx files")
+    parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder for the runs")
+    return parser
 
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variants", nargs="+", choices=VARIANTS, metavar="VARIANT", help=", ".join(VARIANTS))
-    parser.add_argument("--steps", type=int, default=1300)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = arguments(__doc__)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--samples", type=int, default=800, help="pictures to judge; 0: the losses alone")
-    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder for the runs")
+    parser.add_argument("--until", type=float, default=math.inf, help="end training on a GPU at this time.time()")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for name in args.variants:
-        key = {"set": args.data.name, "variant": name, "steps": args.steps, "seed": args.seed, "samples": args.samples}
-        done = args.results.read_text().splitlines() if args.results.exists() else []
-        if any(key.items() <= json.loads(line).items() for line in done):
-            continue
-        facts = machine.describe("cpu")
-        facts = {fact: facts[fact] for fact in ("machine", "commit", "date", "torch")}
-        line = {**key, **run(name, args), **facts}
-        with open(args.results, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
-        print(json.dumps(line), flush=True)
+    if args.device == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    else:
+        torch.set_float32_matmul_precision("high")  # TF32, as PyTorch's convolutions have by default
+    key = {"set": args.data.name, "width": args.width, "seed": args.seed, "samples": args.samples}
+    key |= {"device": args.device, "steps": args.steps}
+    done = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
+    left = [
+        name for name in args.variants if not any({**key, "variant": name}.items() <= line.items() for line in done)
+    ]
+    for names in [left] if args.device == "cuda" and left else [[name] for name in left]:
+        for name, line in zip(names, run(names, args), strict=True):
+            text = json.dumps({**key, "variant": name, **line})
+            with open(args.results, "a", encoding="utf-8") as stream:
+                stream.write(text + "\n")
+            print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -23,18 +23,22 @@ COLUMNS = {
     "MFLOP": ("gflop", ".0f", 1000),
     "parameters": ("parameters", ",.0f", 1),
     "CPU s": ("train_cpu_seconds", ".0f", 1),
+    "GPU ms a step": ("gpu_ms", ".1f", 1),
 }
 
 
 def tables(results: list[dict]) -> str:
-    """One table for each set and number of steps; means over the seeds, and their range where there are several."""
+    """One table for each set, width, number of steps and device; means over the seeds, and their range."""
     order = list(VARIANTS)
-    by_run = lambda r: (r["set"], r["steps"])  # noqa: E731
+    by_run = lambda r: (r["set"], r["width"], r["steps"], r["device"])  # noqa: E731
     parts = []
-    for (name, steps), runs in groupby(sorted(results, key=by_run), by_run):
+    for (name, width, steps, device), runs in groupby(sorted(results, key=by_run), by_run):
         runs = sorted(runs, key=lambda r: order.index(r["variant"]))
         used = [(title, *column) for title, column in COLUMNS.items() if any(column[0] in run for run in runs)]
-        lines = [f"### {name}, {steps} steps", "| | " + " | ".join(title for title, *_ in used) + " | seeds |"]
+        lines = [
+            f"### {name}, D {width}, {steps} steps, {device.upper().replace('CUDA', 'GPU')}",
+            "| | " + " | ".join(title for title, *_ in used) + " | seeds |",
+        ]
         lines.append("|---" * (len(used) + 2) + "|")
         for variant, same in groupby(runs, lambda r: r["variant"]):
             same = list(same)

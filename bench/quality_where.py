@@ -7,15 +7,13 @@ that is kept and the loss. A cell with a pixel of at least 5 % of white is foreg
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from dcdit.data.picture_sets import open_set
-from dcdit.training.config import load_config
 
-from .quality import CONFIG, VARIANTS, data_paths
+from .quality import VARIANTS, arguments, configuration, folder_of
 from .rivals import make_rival
 
 TIMES = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
@@ -23,11 +21,8 @@ TIMES = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
 
 def load(name: str, args: argparse.Namespace) -> torch.nn.Module:
     """The averaged model of a finished run."""
-    kind, changes = VARIANTS[name]
-    folder = args.runs / f"{name}-{args.steps}-{args.seed}"
-    config = load_config(CONFIG, [*changes, f"output={folder}", *data_paths(args.data)])
-    model = make_rival(config.model, kind)
-    model.load_state_dict(load_file(folder / "model" / "model.safetensors"))
+    model = make_rival(configuration(name, args).model, VARIANTS[name][0])
+    model.load_state_dict(load_file(folder_of(name, args) / "model" / "model.safetensors"))
     return model.eval()
 
 
@@ -50,13 +45,7 @@ def lines(model: torch.nn.Module, pictures: torch.Tensor, classes: torch.Tensor)
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variants", nargs="+", choices=VARIANTS, metavar="VARIANT")
-    parser.add_argument("--steps", type=int, default=1300)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
-    args = parser.parse_args()
+    args = arguments(__doc__).parse_args(namespace=argparse.Namespace(device="cpu"))
     test = open_set(args.data / "t10k")
     pictures = next(iter(test.batches()))
     classes = torch.as_tensor(test.labels[: len(pictures)]).long()

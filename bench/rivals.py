@@ -16,15 +16,19 @@ from dcdit.training.trainer import Trainer
 
 
 class RandomRouter(nn.Module):
-    """L/N random cells of each sample, drawn anew at each call."""
+    """L/N random cells of each sample, drawn anew at each call; the cells of `keep_grid` are always among them."""
 
     def __init__(self, config: DCDiTConfig) -> None:
         super().__init__()
         self.kept = round(config.cells / config.target_ratio)
+        self.stride, self.grid = config.keep_grid, config.input_size
 
     def forward(self, h: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         """h (B, L, D) → boundary_prob (B, L): 1 at the cells of the draw, 0 elsewhere."""
-        chosen = torch.rand(h.shape[:2], device=h.device).topk(self.kept, dim=1).indices
+        lots = torch.rand(h.shape[:2], device=h.device)
+        if self.stride:
+            lots = lots + regular_cells(self.grid, self.stride, h.device)
+        chosen = lots.topk(self.kept, dim=1).indices
         return torch.zeros_like(h[..., 0]).scatter_(1, chosen, 1.0)
 
     def macs(self, cells: int) -> float:
@@ -59,13 +63,13 @@ class PlainRival(PlainDiT):
         nn.init.zeros_(self.stem.bias)
         nn.init.normal_(self.class_embed.weight, std=0.02)
 
-    def forward(self, x, t, y, drop_fraction=0.0, return_routing: bool = False):
-        """As DCDiT's; the routing is a regular grid with as many tokens as patches."""
+    def forward(self, x, t, y, drop_fraction=0.0, return_routing: bool = False, **limits):
+        """As DCDiT's; the routing is a regular grid with as many tokens as patches, whose rows `limits` may fix."""
         out = super().forward(x, t, y)
         if not return_routing:
             return out
         prob = GridRouter(self.config)(x.flatten(1)[:, : self.config.cells, None], t)
-        return out, Routing.of(prob, self.config.input_size)
+        return out, Routing.of(prob, self.config.input_size, **limits)
 
 
 ROUTERS = {"random": RandomRouter, "grid": GridRouter}

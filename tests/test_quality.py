@@ -1,17 +1,28 @@
 """The study of quality: rivals train and sample as DC-DiT does, runs resume, and tables come from the result file."""
 
+import dataclasses
+import functools
 import json
+import sys
+import tarfile
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 from test_idx import IMAGES, LABELS, content
+from test_step_graphs import run_again
 
-from bench import quality, quality_pictures, quality_tables, quality_where
-from bench.rivals import GridRouter, RandomRouter, make_rival
+import dcdit.training.trainer
+from bench import lockstep, quality, quality_farm, quality_pictures, quality_tables, quality_where
+from bench.drawing import draw
+from bench.rivals import GridRouter, RandomRouter, RivalTrainer, make_rival
 from dcdit.model.config import DCDiTConfig
 from dcdit.model.routing import Routing
 from dcdit.sampling.sampler import sample
+from dcdit.training.config import load_config
+from dcdit.training.step_graphs import StepGraphs
 
 # With a channel to a group nothing in front of a GroupNorm has a gradient: it subtracts what the conditioning adds.
 TINY = DCDiTConfig(
@@ -39,7 +50,11 @@ def test_rivals_keep_as_many_and_learn(kind):
             torch.nn.init.normal_(parameter, std=0.1)
     net(x, t, y).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in net.parameters())
-    assert sample(net, [0, 1], objective="flow", steps=2, guidance=2.0).latents.isfinite().all()
+    torch.manual_seed(0)
+    known = sample(net, [0, 1, 2], objective="flow", steps=3, guidance=2.0, seed=5, batch_size=2)
+    torch.manual_seed(0)
+    latents, kept = draw(net, torch.arange(3), steps=3, guidance=2.0, seed=5, batch_size=2)
+    assert kept == [0.25] * 3 and (latents - known.latents).abs().max() < 1e-5 * latents.abs().max()
 
 
 def test_boundaries():
@@ -48,6 +63,8 @@ def test_boundaries():
     assert prob[:, ::2, ::2].all() and prob.sum() == 3 * 12
     first, second = (RandomRouter(TINY)(h, None) for _ in range(2))
     assert (first.sum(1) == 12).all() and not torch.equal(first, second) and not torch.equal(first[0], first[1])
+    covering = RandomRouter(dataclasses.replace(TINY, keep_grid=4))(h, None)
+    assert (covering.sum(1) == 12).all() and covering.view(3, 6, 8)[:, ::4, ::4].all()
 
 
 @pytest.fixture
@@ -95,10 +112,95 @@ def test_a_run_has_one_line(data, tmp_path, monkeypatch, capsys):
     quality_where.main()
     rows = capsys.readouterr().out.splitlines()[-len(quality_where.TIMES) :]
     assert [row.split()[1] for row in rows] == [str(t) for t in quality_where.TIMES]
-    monkeypatch.setattr("sys.argv", ["pictures", *words[1:4], *words[8:]])
-    monkeypatch.setattr(quality_pictures, "TARGET", tmp_path / "quality.png")
+    monkeypatch.setattr("sys.argv", ["pictures", *words[1:4], *words[6:]])
+    monkeypatch.setattr(quality_pictures, "IMAGES", tmp_path)
     quality_pictures.main()
     assert (tmp_path / "quality.png").stat().st_size > 1000
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """CUDA graphs on the CPU."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(dcdit.training.trainer, "StepGraphs", functools.partial(StepGraphs, capture=run_again))
+    monkeypatch.setattr(quality, "ON_GPU", ["cuda_graph=true", "log_every=1"])
+
+
+def trainer_of(kind, output, data, *changes):
+    tiny = ["model.hidden_size=32", "model.depth=1", "model.num_heads=1", "batch_size=4", "optim.lr=0.01", "steps=6"]
+    tiny += ["model.norm_groups=8", "cuda_graph=true", "log_every=2", f"data.path={data}/train", "validation.every=0"]
+    trainer = RivalTrainer.__new__(RivalTrainer)
+    trainer.kind = kind
+    trainer.__init__(load_config(quality.CONFIG, [*tiny, f"output={output}", *changes]))
+    return trainer
+
+
+def test_together_as_alone(data, tmp_path, stand_in, monkeypatch):
+    """Weights, averages and losses have the bits of runs of their own; a plain DiT is replayed as well."""
+    monkeypatch.setattr(lockstep, "SHARES", 128)  # as the trainer's own: other capacities, other orders of sums
+    kinds = ["learned", "grid", "plain"]
+    lockstep.train_together([trainer_of(kind, tmp_path / f"{kind}-together", data) for kind in kinds])
+    for kind in kinds:
+        alone = trainer_of(kind, tmp_path / kind, data)
+        alone.run()
+        assert alone.graphs.replays >= 2
+        one, other = (load_file(tmp_path / name / "last.safetensors") for name in (kind, f"{kind}-together"))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+        losses = [
+            [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+            for name in (kind, f"{kind}-together")
+        ]
+        assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+def test_a_call_on_a_gpu(data, tmp_path, stand_in, monkeypatch):
+    """Variants together, and a line for each with the step that was reached in time."""
+    monkeypatch.setattr("bench.judge.fit", lambda images, labels, **_: quality.judge.ConvClassifier(10).eval())
+    monkeypatch.setattr(quality, "SAMPLES", {**quality.SAMPLES, "steps": 2})
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    results = tmp_path / "quality.jsonl"
+    words = f"quality grid plain --device cuda --steps 3 --until 0 --samples 10 --data {data} --runs {tmp_path}/runs"
+    monkeypatch.setattr("sys.argv", [*words.split(), "--results", str(results)])
+    quality.main()
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [(line["variant"], line["steps"], line["together"]) for line in lines] == [("grid", 1, 2), ("plain", 1, 2)]
+    assert all(line["frechet"] > 0 and line["running_loss"] > 0 for line in lines)
+
+
+def test_farm(tmp_path, monkeypatch, capsys):
+    """As many steps as fit by the rates of a few; a call that fails is taken apart, one that does not end killed."""
+    stub = """
+import json, pathlib, sys, time
+words = sys.argv
+after = lambda flag: words[words.index(flag) + 1]
+steps, runs = int(after("--steps")), pathlib.Path(after("--runs"))
+names = words[1:words.index("--seed")]
+if "broken" in names and len(names) > 1:
+    sys.exit(3)
+time.sleep(60 * ("stuck" in names and steps != 300))
+for name in names:
+    folder = runs / "set" / name
+    folder.mkdir(parents=True)
+    rows = [{"steps_per_s": rate} for rate in (1, 5000, 5000, 5000, 9000)]
+    (folder / "metrics.jsonl").write_text("\\n".join(map(json.dumps, rows)))
+(runs / "quality.jsonl").write_text(f"{names} {steps}")
+"""
+    (tmp_path / "stub.py").write_text(stub)
+    calls = ["# calls", "a b --seed 0 --steps N", "a b --seed 1 --steps 0.5N  # half", "a broken --seed 2 --steps N"]
+    (tmp_path / "list").write_text("\n".join([*calls, "stuck --seed 3 --steps 0.1N"]))
+    monkeypatch.setattr(quality_farm, "CALL", (sys.executable, str(tmp_path / "stub.py")))
+    monkeypatch.setattr(quality_farm, "START", 0)
+    words = ["farm", f"{tmp_path}/list", "--limit", "5", "--judging", "1", "--out", f"{tmp_path}/out"]
+    monkeypatch.setattr("sys.argv", words)
+    quality_farm.main()
+    said = capsys.readouterr().out
+    most = int(said.split("N = ")[1].split(":")[0])
+    assert 5000 <= most <= 18000 and most % 500 == 0 and "5 calls" in said
+    assert f"runs 0: 0 after 0 s, a b --seed 0 --steps {most}" in said and f"--seed 1 --steps {most // 2}" in said
+    assert f"broken --seed 2 --steps {most}" in said and "runs 4: killed" in said
+    with tarfile.open(tmp_path / "out" / "quality.tar.gz") as archive:
+        assert archive.extractfile("runs/3/quality.jsonl").read().decode() == f"['broken'] {most}"
+        assert {"runs/0/set/b/metrics.jsonl", "runs/4.log", "probe/2.log"} <= set(archive.getnames())
 
 
 def test_where_tokens_and_errors_are():

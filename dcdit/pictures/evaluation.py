@@ -48,9 +48,6 @@ def compare(samples: Features, reference: Features) -> dict[str, float]:
     """Name → number; see the module."""
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    distance, other = reference.moments, samples.moments
-    for name in ("features_sum", "features_cov_sum", "features_num_samples"):
-        setattr(distance, f"fake_{name}", getattr(other, f"real_{name}"))
     near, real = samples.first, reference.first
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the metric's, about memory for features
@@ -60,7 +57,15 @@ def compare(samples: Features, reference: Features) -> dict[str, float]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of its subsets
         kid = kernel.compute()[0].item()
-    return {"frechet": distance.compute().item(), "kernel": kid, **manifold(near, real)}
+    return {"frechet": frechet(samples, reference), "kernel": kid, **manifold(near, real)}
+
+
+def frechet(samples: Features, reference: Features) -> float:
+    """The Fréchet distance alone."""
+    distance, other = reference.moments, samples.moments
+    for name in ("features_sum", "features_cov_sum", "features_num_samples"):
+        setattr(distance, f"fake_{name}", getattr(other, f"real_{name}"))
+    return distance.compute().item()
 
 
 def manifold(samples: torch.Tensor, real: torch.Tensor, neighbours: int = NEIGHBOURS) -> dict[str, float]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from ..errors import ConfigError
-from ..model.graphs import Capture, CudaCapture, Graph, GraphCache, report, room
+from ..model.graphs import Capture, CudaCapture, GraphCache, report, room
 from ..model.routing import Routing
 
 Losses = dict[str, torch.Tensor]  # "loss" is minimised
@@ -26,7 +26,7 @@ class StepGraphs:
     batch of each ρ.
 
     `rows`, {ρ as text: [tokens, longest sample]}, belongs into a checkpoint: a run that resumes with it takes the same
-    capacities.
+    capacities. `shares` may be set: with fewer of them fewer graphs serve more batches.
 
     Args:
         losses: losses(*inputs, drop_fraction, **limits) → (losses by name, Routing), with tensors for inputs and ρ and
@@ -49,7 +49,7 @@ class StepGraphs:
         max_graphs: int = 16,
         capture: Capture | None = None,
     ) -> None:
-        self.losses, self.cells, self.parts = losses, cells, parts
+        self.losses, self.cells, self.parts, self.shares = losses, cells, parts, SHARES
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         device = self.parameters[0].device
         if capture is None and device.type != "cuda":
@@ -58,6 +58,23 @@ class StepGraphs:
         self.rows: dict[str, list[int]] = {}
         self.grads: list[torch.Tensor] = []  # of the last replay
         self.replays, self.eager = 0, collections.Counter[str]()
+        self.launched: tuple[Losses, torch.Tensor] | str = ""
+
+    def launch(self, inputs: tuple[torch.Tensor, ...], drop_fraction: float) -> None:
+        """Start the replay for the next `backward`, which must have the same arguments, and do not wait for it.
+
+        A call of `backward` without it starts its own. In between other streams can be given work.
+        """
+        rows = self.rows.get(str(drop_fraction))
+        if not rows:
+            self.launched = "first step of its ρ"
+            return
+        if not self.grads:
+            self.grads = [torch.zeros_like(parameter) for parameter in self.parameters]
+        limits = room(*rows, len(inputs[0]), self.cells, self.shares, SPARE)
+        inputs = (*inputs, torch.full((), drop_fraction, device=inputs[0].device))
+        graph = self.cache.get(inputs, limits, self._run)
+        self.launched = graph if isinstance(graph, str) else graph.replay(inputs)
 
     def backward(self, inputs: tuple[torch.Tensor, ...], drop_fraction: float) -> Losses:
         """Add the gradients of losses(*inputs, ρ)["loss"] / parts to the parameters' `grad`; return the losses.
@@ -65,25 +82,20 @@ class StepGraphs:
         Before the first part `grad` must be None, as `zero_grad` leaves it. Losses, and with parts = 1 gradients,
         last until the next call.
         """
-        inputs = (*inputs, torch.full((), drop_fraction, device=inputs[0].device))
-        rows, reason = self.rows.get(str(drop_fraction)), "first step of its ρ"
-        if rows:
-            if not self.grads:
-                self.grads = [torch.zeros_like(parameter) for parameter in self.parameters]
-            limits = room(*rows, len(inputs[0]), self.cells, SHARES, SPARE)
-            graph = self.cache.get(inputs, limits, self._run)
-            if isinstance(graph, Graph):
-                values, told = graph.replay(inputs)
-                *lengths, overflow, improper = told.tolist()
-                if not overflow and not improper:
-                    self.replays += 1
-                    self._add()
-                    self._saw(drop_fraction, lengths)
-                    return values
-                graph = "more tokens than there was room for"  # or no probability, for which the eager model raises
-            reason = graph
-        self.eager[reason] += 1
-        values, routing = self.losses(*inputs)
+        if not self.launched:
+            self.launch(inputs, drop_fraction)
+        launched, self.launched = self.launched, ""
+        if isinstance(launched, tuple):
+            values, told = launched
+            *lengths, overflow, improper = told.tolist()
+            if not overflow and not improper:
+                self.replays += 1
+                self._add()
+                self._saw(drop_fraction, lengths)
+                return values
+            launched = "more tokens than there was room for"  # or no probability, for which the eager model raises
+        self.eager[launched] += 1
+        values, routing = self.losses(*inputs, torch.full((), drop_fraction, device=inputs[0].device))
         (values["loss"] / self.parts).backward()
         self._saw(drop_fraction, routing.plan.lengths.tolist())
         return {name: value.detach() for name, value in values.items()}
