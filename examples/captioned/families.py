@@ -1,0 +1,74 @@
+"""What a FLUX-like and a Z-Image-like model take and give: pictures (B, 1, H, W) and captions in, velocities out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .compositions import BYTES, Captions
+
+
+def close(*layers: nn.Linear) -> None:
+    """Zero these."""
+    for layer in layers:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+
+
+class Flux:
+    """FluxTransformer2DModel on tokens of 2×2 pixels."""
+
+    KIND = diffusers.FluxTransformer2DModel
+
+    def __init__(self) -> None:
+        self.ids: dict[tuple, torch.Tensor] = {}
+
+    def model(self, options: dict[str, Any]) -> nn.Module:
+        """Of random weights, its gates closed and its output zero."""
+        model = self.KIND(**options)
+        close(model.proj_out, *(m for name, m in model.named_modules() if name.endswith(".linear")))
+        return model
+
+    def inputs(self, x: torch.Tensor, t: torch.Tensor, captions: Captions) -> dict[str, Any]:
+        """Keywords of the model's forward, of x (B, 1, H, W) at times t (B,) and captions."""
+        height, width = self.grid = x.shape[2] // 2, x.shape[3] // 2
+        key = (*self.grid, x.device)
+        if key not in self.ids:
+            sides = (torch.arange(float(side), device=x.device) for side in (1, height, width))
+            self.ids[key] = torch.cartesian_prod(*sides)
+        tokens = F.pixel_unshuffle(x, 2).flatten(2).mT
+        words = {"encoder_hidden_states": captions.text, "pooled_projections": captions.pooled}
+        ids = {"img_ids": self.ids[key], "txt_ids": torch.zeros(BYTES, 3, device=x.device)}
+        return {"hidden_states": tokens, "timestep": t, **words, **ids}
+
+    def velocity(self, output: Any) -> torch.Tensor:
+        """(B, 1, H, W) of what the model returned for the last inputs."""
+        return F.pixel_shuffle(output.sample.float().mT.unflatten(2, self.grid), 2)
+
+
+class ZImage:
+    """ZImageTransformer2DModel on pictures of one frame."""
+
+    KIND = diffusers.ZImageTransformer2DModel
+
+    def model(self, options: dict[str, Any]) -> nn.Module:
+        """Of random weights, its gates closed and its output zero."""
+        model = self.KIND(**options)
+        close(*(m for name, m in model.named_modules() if ".adaLN_modulation." in name and isinstance(m, nn.Linear)))
+        close(*(layer.linear for layer in model.all_final_layer.values()))
+        return model
+
+    def inputs(self, x: torch.Tensor, t: torch.Tensor, captions: Captions) -> dict[str, Any]:
+        """As those of `Flux`."""
+        return {"x": list(x[:, :, None]), "t": t, "cap_feats": list(captions.text)}
+
+    def velocity(self, output: Any) -> torch.Tensor:
+        """As that of `Flux`."""
+        return torch.stack(list(output.sample)).float()[:, :, 0]
+
+
+FAMILIES = {"flux": Flux, "z-image": ZImage}

@@ -1,0 +1,148 @@
+"""Training by time: a dense model by flow matching, and its upcycling, distillation by block and then flow matching."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from dcdit.integrations.attention import add_dynamic_chunking
+from dcdit.integrations.distillation import distillation_loss
+from dcdit.model import DynamicChunking
+from dcdit.training import ratio_loss
+
+from .compositions import GRIDS, UNCAPTIONED, Captions, Compositions, caption_id
+
+WARM_UP, LOGGED = 50, 25  # steps
+
+
+class Task:
+    """Batches of flow matching: pictures of one random grid, captions, times and noise."""
+
+    def __init__(self, family: Any, data: Compositions, captions: Captions, batch: int) -> None:
+        self.family, self.data, self.captions, self.batch = family, data, captions, batch
+        self.generator = torch.Generator(captions.device).manual_seed(1)
+        self.host = torch.Generator().manual_seed(1)
+
+    def draw(self, grid: tuple[int, int] | None = None) -> tuple[dict[str, Any], torch.Tensor]:
+        """Inputs of the model and the velocity it should predict. A tenth of the captions says nothing."""
+        grid = grid or GRIDS[int(torch.randint(len(GRIDS), (), generator=self.host))]
+        clean, first, second = self.data.draw(self.batch, grid, self.generator)
+        options = {"generator": self.generator, "device": clean.device}
+        which = caption_id(first, second, grid[0] > grid[1])
+        which = torch.where(torch.rand(self.batch, **options) < 0.1, UNCAPTIONED, which)
+        t, noise = torch.randn(self.batch, **options).sigmoid(), torch.randn(clean.shape, **options)
+        noisy = clean + t[:, None, None, None] * (noise - clean)
+        return self.family.inputs(noisy, t, self.captions[which]), noise - clean
+
+    def loss(self, model: nn.Module, inputs: dict[str, Any], velocity: torch.Tensor) -> torch.Tensor:
+        """Mean square error of the velocity."""
+        return (self.family.velocity(model(**inputs)) - velocity).square().mean()
+
+    @torch.no_grad()
+    def held_out(self, model: nn.Module, data: Compositions) -> float:
+        """The loss on pictures of other digits, the same for every model."""
+        other = Task(self.family, data, self.captions, self.batch)
+        with autocast(self.captions.device):
+            losses = [other.loss(model, *other.draw(grid)) for grid in GRIDS]
+        return float(torch.stack(losses).mean())
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on a GPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def train(groups: list[dict[str, Any]], seconds: float, loss_of: Callable[[float], torch.Tensor]) -> list[dict]:
+    """AdamW for so many seconds, at rates that fall to zero with the share of the time that is used; the curve.
+
+    `loss_of` takes that share. The first two steps, in which kernels are compiled, are not timed. Raises RuntimeError
+    where the loss is not finite.
+    """
+    fused = groups[0]["params"][0].is_cuda
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0, fused=fused)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    learned = [parameter for group in groups for parameter in group["params"]]
+    curve, losses, begin = [], [], 0.0
+    for step in itertools.count(1):
+        begin = time.monotonic() if step <= 3 else begin
+        used = time.monotonic() - begin
+        share = min(1, used / seconds)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * min(1, step / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * share))
+        loss = loss_of(share)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        losses.append(loss.detach())
+        if step % LOGGED == 0 or share == 1:
+            mean = float(torch.stack(losses).mean())
+            if not math.isfinite(mean):
+                raise RuntimeError(f"the loss is {mean} at step {step}")
+            curve.append({"step": step, "seconds": round(used, 2), "loss": round(mean, 5)})
+            losses.clear()
+        if share == 1:
+            return curve
+
+
+def train_dense(task: Task, options: dict[str, Any], seconds: float, lr: float) -> tuple[nn.Module, list[dict]]:
+    """A model of the family, by flow matching, and the curve."""
+    device = task.captions.device
+    model = task.family.model(options).to(device)
+
+    def loss_of(share: float) -> torch.Tensor:
+        with autocast(device):
+            return task.loss(model, *task.draw())
+
+    return model, train([{"params": list(model.parameters()), "lr": lr}], seconds, loss_of)
+
+
+@torch.no_grad()
+def keep_a_share(chunking: DynamicChunking, model: nn.Module, inputs: dict[str, Any], n: float) -> None:
+    """Move a fresh router's bias so that it keeps 1/n of the cells of these inputs."""
+    model(**inputs)
+    scores = chunking.routing.boundary_prob.logit()
+    chunking.router.score.bias -= scores.flatten().quantile(1 - 1 / n)
+
+
+def upcycle(task: Task, dense: nn.Module, seconds: float, config: dict[str, Any]) -> tuple[nn.Module, list[dict]]:
+    """A wrapped copy of the dense model, trained on the tokens that its router keeps, and the curve.
+
+    Each batch keeps as many tokens as ρ leaves of a share 1/N, and the ratio loss teaches the router to mark that share
+    by itself.
+    """
+    device, n = task.captions.device, config["target_ratio"]
+    model, teacher = copy.deepcopy(dense), copy.deepcopy(dense).eval().requires_grad_(False)
+    chunking = add_dynamic_chunking(model, blocks=slice(*config["blocks"]))
+    for name in config["frozen"]:
+        model.get_submodule(name).requires_grad_(False)
+    router = list(chunking.router.parameters())
+    own = {id(parameter) for parameter in router}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+    with autocast(device):
+        keep_a_share(chunking, model, task.draw()[0], n)
+
+    def loss_of(share: float) -> torch.Tensor:
+        inputs, velocity = task.draw()
+        which = int(torch.randint(len(config["drop_fractions"]), (), generator=task.host))
+        kept = (1 - config["drop_fractions"][which]) / n
+        chunking.budget = round(velocity.numel() // 4 * kept)  # 4 pixels a token
+        with autocast(device):
+            if share < config["distill_share"]:
+                loss = distillation_loss(model, teacher, **inputs)
+            else:
+                loss = task.loss(model, inputs, velocity)
+        routing = chunking.routing
+        return loss + config["ratio_weight"] * ratio_loss(routing.boundary_prob, routing.natural_mask, n)
+
+    groups = [{"params": rest, "lr": config["lr"]}, {"params": router, "lr": config["router_lr"]}]
+    curve = train(groups, seconds, loss_of)
+    chunking.budget = None
+    return model, curve

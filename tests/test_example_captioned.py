@@ -1,0 +1,79 @@
+"""examples/captioned: captioned digits, their detector's labels, and every stage at a tiny size."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("mlxtend")
+pytest.importorskip("yaml")
+import yaml
+
+from examples.captioned import __main__ as captioned
+from examples.captioned.compositions import GRIDS, NONE, Captions, Compositions, caption, caption_id
+from examples.captioned.judging import ask, recognised
+
+CPU = torch.device("cpu")
+TINY = {
+    "flux": {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 1},
+    "z_image": {"dim": 32, "n_layers": 3, "n_heads": 1, "n_kv_heads": 1},
+}
+
+
+def test_captions_say_what_is_shown():
+    assert caption(7, 2, False) == "a seven next to a two" and caption(8, 3, True) == "an eight above a three"
+    assert caption(0, NONE, True) == "a zero"
+    every = Captions.every(CPU)
+    assert (
+        every.text.shape == (221, 32, 64) and len(every.text.flatten(1).unique(dim=0)) == 211
+    )  # ten of one digit are there twice
+    one = int(caption_id(torch.tensor(4), torch.tensor(NONE), True))
+    assert torch.equal(every.pooled[one], every.pooled[one - 110])
+    which, first, second = ask(110, GRIDS[3], CPU)
+    assert len(which.unique()) == 110 and torch.equal(which, 110 + 11 * first + second)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_pictures_have_their_digits_in_the_caption_s_order(grid):
+    """Digits that are filled squares as bright as their number are read off the halves of the canvas."""
+    data = Compositions(None, True, CPU)
+    data.digits = (20 * (data.labels + 1)).to(torch.uint8)[:, None, None].expand(-1, 28, 28).clone()
+    data.digits[:, :, :9] = data.digits[:, :, 19:] = 0
+    data.digits[:, :9] = data.digits[:, 19:] = 0
+    pictures, first, second = data.draw(60, grid, torch.Generator().manual_seed(0))
+    assert pictures.shape == (60, 1, 2 * grid[0], 2 * grid[1]) and 10 < int((second == NONE).sum()) < 30
+    shown = ((pictures + 1) * 127.5 / 20 - 1).round().long()
+    ends = [part.flatten(1).amax(1) for part in shown.chunk(2, dim=2 if grid[0] > grid[1] else 3)]
+    assert torch.equal(ends[0], first) and torch.equal(ends[1], torch.where(second == NONE, first, second))
+
+
+def test_recognised_is_every_digit_in_order():
+    first, second = torch.tensor([7, 7, 7, 7]), torch.tensor([2, 2, 2, NONE])
+    read = torch.tensor([7, 2, 7, 7]), torch.tensor([2, 7, NONE, NONE])
+    logits = [torch.nn.functional.one_hot(digits, n).float() for digits, n in zip(read, (10, 11), strict=True)]
+    assert recognised(lambda pictures: logits, torch.zeros(4), first, second).tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_all_stages(family, tmp_path, capsys):
+    config = yaml.safe_load(Path(f"examples/captioned/{family}.yaml").read_text())
+    config["model"] |= TINY[family]
+    config["batch"], config["upcycle"]["blocks"] = 4, [1, None]
+    config["judge"] |= {"pictures": 4, "batch": 4, "steps": 2, "drop_fractions": [0.0, 0.5]}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    captioned.main([str(tmp_path), "--config", str(tmp_path / "tiny.yaml"), "--seconds", "0.1", "0.1", "0.1"])
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert capsys.readouterr().out.count("\n") == len(lines)
+    kept = {line["name"]: line["kept"] for line in lines if "kept" in line}
+    assert kept["dense"] == 1 and kept["a share 1/N, untrained"] == pytest.approx(0.25, abs=0.01)
+    assert kept["ρ = 0.5"] < 0.7 * kept["ρ = 0"] < 0.3
+    assert [line["stage"] for line in lines if "stage" in line] == ["dense", "upcycle"]
+    assert (tmp_path / "pictures.png").stat().st_size > 10000
+    frozen = config["upcycle"]["frozen"][0]
+    dense, upcycled = (captioned.Run(tmp_path, config, None, CPU).read(stage) for stage in ("dense", "upcycle"))
+    same = [torch.equal(*pair) for pair in zip(dense.parameters(), upcycled.parameters(), strict=False)]
+    own = [p.equal(q) for p, q in zip(*(m.get_submodule(frozen).parameters() for m in (dense, upcycled)), strict=True)]
+    assert all(own) and not all(same)
