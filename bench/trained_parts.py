@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import lzma
 import os
 import shutil
 import time
@@ -38,6 +40,7 @@ from .euler import stand_in
 
 CONFIG = Path(__file__).parents[1] / "configs" / "digits.yaml"
 SHARED = ("optim.warmup_steps=50", "optim.ema_decay=0.995", "drop_warmup=0", "log_every=50", "save_every=1000000")
+PICTURES = [{"id": lzma.FILTER_LZMA2, "preset": 4, "lc": 4, "lp": 0, "pb": 0}]  # for single bytes
 PROBE = 40  # steps, of which the second half tells how many a part has time for
 
 
@@ -105,7 +108,7 @@ PARTS = {
 SPEEDS = (1.5, 2.0, 3.0)  # of PatchDiT, whose τ is calibrated on ten images
 
 
-# The models of the parts whose weights come back.
+# The models of the parts whose weights come back, in bfloat16, for timing elsewhere.
 MADE: dict[str, Callable[[DCDiTConfig], Any]] = {
     "sparse": lambda config: SparseDiT(sparse_on(config)),
     "dydit": lambda config: DyDiT(dydit_on(config)),
@@ -115,12 +118,18 @@ MADE: dict[str, Callable[[DCDiTConfig], Any]] = {
 
 
 def load(name: str, folder: Path, dit: Path) -> Any:
-    """The model of a part in eval mode: the plain DiT, the shipped DC-DiT, or one trained, from FOLDER/NAME.pt."""
+    """The model of a part in eval mode: the plain DiT, the shipped DC-DiT, or one trained, from FOLDER/NAME.pt.xz."""
     if name not in MADE:
         return load_dit(dit, preset("digits")) if name == "plain" else DCDiT.from_pretrained("digits")
     model = MADE[name](preset("digits"))
-    model.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True))
+    content = io.BytesIO(lzma.decompress((folder / f"{name}.pt.xz").read_bytes()))
+    model.load_state_dict(torch.load(content, weights_only=True))
     return model.eval()
+
+
+def load_pictures(file: Path) -> np.ndarray:
+    """uint8 (N, 28, 28)."""
+    return np.load(io.BytesIO(lzma.decompress(file.read_bytes())))
 
 
 def configured(changes: Sequence[str], args: argparse.Namespace, folder: Path, steps: int) -> TrainConfig:
@@ -196,7 +205,9 @@ def work(name: str, args: argparse.Namespace) -> None:
     if part.trainer is not None:
         model, trained = train(part.trainer, part.changes, args, name, share)
         facts |= trained
-        torch.save({key: value.bfloat16() for key, value in model.state_dict().items()}, args.out / f"{name}.pt")
+        if name in MADE:
+            with lzma.open(args.out / f"{name}.pt.xz", "wb", preset=2) as packed:
+                torch.save({key: value.bfloat16() for key, value in model.state_dict().items()}, packed)
     else:
         model = load(name, args.out, args.dit).to(device)
     if name == "base":
@@ -221,8 +232,9 @@ def write(runs: Runs, model: Any, shared: dict[str, Any], args: argparse.Namespa
             print("no time for", policy, steps, flush=True)
             continue
         line, pictures = draw(model, policy, steps, args)
-        line["pictures"] = "-".join([shared["part"], str(steps), policy.replace(" & ", "-") or "none"]) + ".npy"
-        np.save(args.out / line["pictures"], pictures)
+        line["pictures"] = "-".join([shared["part"], str(steps), policy.replace(" & ", "-") or "none"]) + ".npy.xz"
+        with lzma.open(args.out / line["pictures"], "wb", filters=PICTURES) as packed:
+            np.save(packed, pictures)
         with open(args.out / "lines.jsonl", "a", encoding="utf-8") as stream:
             stream.write(json.dumps(shared | line) + "\n")
         print(json.dumps(line), flush=True)

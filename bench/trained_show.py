@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 
 from dcdit.pictures.images import grid
 
+from .trained_parts import load_pictures
+
 ROOT = Path(__file__).parents[1] / "docs"
 BEGIN, END = "<!-- tables: python -m bench.trained_tables show -->", "<!-- end of tables -->"
 TITLES = {
@@ -114,7 +116,7 @@ def draw_pictures(lines: list[dict], folder: Path, file: Path) -> None:
     chosen = [line for line in chosen if line is not None]
     figure = Figure(figsize=(9, 0.62 * len(chosen)), layout="constrained")
     for axis, line in zip(figure.subplots(len(chosen), 1, squeeze=False)[:, 0], chosen, strict=True):
-        pictures = np.load(folder / line["pictures"])
+        pictures = load_pictures(folder / line["pictures"])
         each = len(pictures) // 10
         some = pictures[np.arange(10).repeat(2) * each + np.tile([0, min(1, each - 1)], 10)]
         axis.imshow(grid(some[..., None].repeat(3, 3), 20))

@@ -8,6 +8,7 @@ show FOLDER: the tables of docs/rivals.md, its curves and pictures
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from argparse import Namespace
@@ -21,7 +22,7 @@ from dcdit.pictures.classifier import DigitClassifier
 from dcdit.pictures.conv_classifier import fit
 from dcdit.pictures.evaluation import Features, compare
 
-from .trained_parts import MADE, draw, load
+from .trained_parts import MADE, draw, load, load_pictures
 from .trained_show import show
 
 RESULTS = Path(__file__).parent / "results" / "trained_rivals.jsonl"
@@ -38,9 +39,9 @@ def judge(folder: Path) -> list[dict]:
     net = fit(real, labels[~held_out], epochs=10, report=lambda text: None)
     reference, judged = Features(net, [real]), dict[str, dict]()
     for line in map(json.loads, (folder / "lines.jsonl").read_text().splitlines()):
-        pictures = np.load(folder / line["pictures"])
+        pictures = load_pictures(folder / line["pictures"])
         wanted = np.arange(10).repeat(len(pictures) // 10)
-        numbers = compare(Features(net, [colours(pictures)]), reference)
+        numbers = compare(Features(net, [colours(pictures)]), copy.deepcopy(reference))
         right = float((recognise(pictures) == wanted).mean())
         numbers = {key: round(numbers[key], 4) for key in ("frechet", "precision", "recall")}
         judged[line["pictures"]] = line | {"images": len(pictures), "recognised": right} | numbers

@@ -61,7 +61,7 @@ def test_a_part(tmp_path, monkeypatch):
         (policy, 1 if steps == 25 else 2) for policy, steps in trained_parts.PARTS["dydit"].runs
     ]
     assert all(line["trained"] == line["of"] == 1 and line["kept"] > 0.9 for line in lines)
-    pictures = np.load(tmp_path / lines[0]["pictures"])
+    pictures = trained_parts.load_pictures(tmp_path / lines[0]["pictures"])
     assert pictures.shape == (10, 28, 28) and pictures.dtype == np.uint8
     back = trained_parts.load("dydit", tmp_path, tmp_path / "dit.pt")
     x, t, y = torch.randn(1, 4, 14, 14), torch.tensor([500.0]), torch.tensor([3])
