@@ -39,6 +39,7 @@ def test_frechet_distance_by_two_routes():
     same = compare(second, Features(Corners(), [sets[1]]))
     assert same["frechet"] == pytest.approx(0, abs=1e-5) and same["precision"] == same["coverage"] == 1
     assert got["kernel"] > same["kernel"]
+    assert compare(second, second)["frechet"] == pytest.approx(0, abs=1e-5)  # a reference serves several sets
 
 
 def test_manifold_by_hand():

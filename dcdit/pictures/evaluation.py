@@ -6,6 +6,7 @@ Fréchet distance (arXiv 1706.08500 eq. 6) and kernel distance (arXiv 1801.01401
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable
 
@@ -62,7 +63,7 @@ def compare(samples: Features, reference: Features) -> dict[str, float]:
 
 def frechet(samples: Features, reference: Features) -> float:
     """The Fréchet distance alone."""
-    distance, other = reference.moments, samples.moments
+    distance, other = copy.deepcopy(reference.moments), samples.moments  # the metric keeps its first answer
     for name in ("features_sum", "features_cov_sum", "features_num_samples"):
         setattr(distance, f"fake_{name}", getattr(other, f"real_{name}"))
     return distance.compute().item()
