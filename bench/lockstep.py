@@ -1,7 +1,7 @@
 """Trainers of several models on one GPU, step by step together.
 
-A batch is made once for all, and the CUDA graphs of their steps run at once, each on its own stream: a small model's
-step keeps a GPU busy with launches alone. Every model gets the bits that it has when it is trained alone.
+A batch is made once for all, and the CUDA graphs of their steps run at once, each on its own stream: the step of a
+small model alone leaves most of a GPU idle. Every model gets the bits that it has when it is trained alone.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ SHARES = 32  # of the cells: captures wait for the whole GPU, spare rows cost on
 
 
 def train_together(trainers: Sequence[Trainer], until: float = math.inf) -> None:
-    """Train to the last step, or to the first step that is done after `until` (`time.time()`), and save.
+    """Train to the last step, or to the first that begins after `until` (`time.time()`), and save.
 
     The trainers have equal data, seed, batch and steps, one drop fraction, and `cuda_graph`.
     """
@@ -30,31 +31,46 @@ def train_together(trainers: Sequence[Trainer], until: float = math.inf) -> None
     streams = [torch.cuda.Stream() if cuda else None for _ in trainers]
     for trainer in trainers:
         trainer.graphs.shares = SHARES
-    begin, since = time.monotonic(), first.step
-    with contextlib.closing(batches(first.stream, first.step, config.steps, 0, 1, config.data.workers, cuda)) as shares:
-        for batch in shares:
+    begin, since, running = time.monotonic(), first.step, None
+    for batch in _until(first, until):
+        # A model's next replay is launched before the host waits for those of the others.
+        step = first.step + 1
+        log = running and (step % config.log_every == 0 or step == config.steps)
+        given = inputs = None
+        if batch is not None:
             given = {key: moved(value, first.device) for key, value in batch.items()}
             inputs = (first.codec.encode(given["image"]), given["noise"], given["t"], given["y"])
-            for trainer, stream in zip(trainers, streams, strict=True):
-                if stream is not None:
-                    stream.wait_stream(torch.cuda.default_stream())
-                with torch.cuda.stream(stream):
-                    trainer.graphs.launch(inputs, config.drop_fractions[0])
-            log = (first.step + 1) % config.log_every == 0 or first.step + 1 == config.steps
-            for trainer, stream in zip(trainers, streams, strict=True):
-                with torch.cuda.stream(stream):
-                    values = trainer.train_step(given)
+        for trainer, stream in zip(trainers, streams, strict=True):
+            with torch.cuda.stream(stream):
+                if running:
+                    values = trainer.train_step(running[0])
                     trainer.step += 1
                     trainer.updating = False
                     if log:
-                        rate = (trainer.step - since) / (time.monotonic() - begin)
-                        trainer.log({"step": trainer.step, **trainer._reduced(values), "steps_per_s": rate})
-            if log:
-                begin, since = time.monotonic(), first.step
-            if time.time() > until:
-                break
+                        rate = (step - since) / (time.monotonic() - begin)
+                        trainer.log({"step": step, **trainer._reduced(values), "steps_per_s": rate})
+                if inputs is not None:
+                    if stream is not None:
+                        stream.wait_stream(torch.cuda.default_stream())
+                    trainer.graphs.launch(inputs, config.drop_fractions[0])
+        if log:
+            begin, since = time.monotonic(), step
+        running = inputs and (given, inputs)  # kept: a stream may not have copied them yet
     if cuda:
         torch.cuda.synchronize()
     for trainer in trainers:
         trainer._save()
         print(trainer.graphs.summary(), flush=True)
+
+
+def _until(trainer: Trainer, until: float) -> Iterator[dict[str, Any] | None]:
+    """The batches of the steps that begin before `until`, then None."""
+    config = trainer.config
+    pin = trainer.device.type == "cuda"
+    shares = batches(trainer.stream, trainer.step, config.steps, workers=config.data.workers, pin_memory=pin)
+    with contextlib.closing(shares):
+        for batch in shares:
+            yield batch
+            if time.time() > until:
+                break
+    yield None

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def configuration(name: str, args: argparse.Namespace) -> TrainConfig:
     return load_config(CONFIG, changes + (ON_GPU if args.device == "cuda" else []))
 
 
-def run(names: list[str], args: argparse.Namespace) -> list[dict]:
+def run(names: list[str], args: argparse.Namespace) -> Iterator[dict]:
     """Train or go on, together, then sample and judge: the lines of the variants."""
     trainers = [StudyTrainer(configuration(name, args), VARIANTS[name][0]) for name in names]
     if args.device == "cuda":
@@ -100,22 +101,26 @@ def run(names: list[str], args: argparse.Namespace) -> list[dict]:
         for trainer in trainers:
             trainer.run()
     seconds = [trainer.seconds for trainer in trainers]
-    lines, drawn = [], []
-    for name, trainer in zip(names, trainers, strict=True):
-        model = average(trainer, trainer.emas[0]).to(trainer.device).eval()
-        lines.append({"steps": trainer.step, "together": len(names), **numbers(model, trainer)})
-        drawn.append(pictures(model, trainer, folder_of(name, args), args) if args.samples else None)
-        trainer.close()
+    facts = machine.describe(trainers[0].device.type)
+    facts = {fact: facts[fact] for fact in ("machine", "device", "commit", "date", "torch")}
+    clock = "cpu" if facts["device"] == "cpu" else "wall"
     if args.samples:
         judge.classifier(args.data, args.runs)  # fitted before several judges ask for it
+    waiting = []
     with ThreadPoolExecutor(len(names)) as judges:
-        judged = judges.map(lambda given: judge.judge(*given[:2], args.data, args.runs) if given else {}, drawn)
-        facts = machine.describe(trainers[0].device.type)
-        facts = {fact: facts[fact] for fact in ("machine", "device", "commit", "date", "torch")}
-        for line, spent, given, verdict in zip(lines, seconds, drawn, judged, strict=True):
-            line |= {f"train_{'cpu' if facts['device'] == 'cpu' else 'wall'}_seconds": spent, **verdict, **facts}
-            line |= {"sampling_kept": [round(share, 4) for share in given[2]]} if given else {}
-    return lines
+        for name, trainer, spent in zip(names, trainers, seconds, strict=True):
+            model = average(trainer, trainer.emas[0]).to(trainer.device).eval()
+            line = {"variant": name, "steps": trainer.step, "together": len(names), f"train_{clock}_seconds": spent}
+            line |= {**numbers(model, trainer), **facts}
+            verdict = None
+            if args.samples:
+                sheet, labels, kept = pictures(model, trainer, folder_of(name, args), args)
+                line["sampling_kept"] = [round(share, 4) for share in kept]
+                verdict = judges.submit(judge.judge, sheet, labels, args.data, args.runs)
+            trainer.close()
+            waiting.append((line, verdict))
+        for line, verdict in waiting:
+            yield {**line, **(verdict.result() if verdict else {})}
 
 
 def numbers(model: torch.nn.Module, trainer: StudyTrainer) -> dict:
@@ -192,8 +197,8 @@ def main() -> None:
         name for name in args.variants if not any({**key, "variant": name}.items() <= line.items() for line in done)
     ]
     for names in [left] if args.device == "cuda" and left else [[name] for name in left]:
-        for name, line in zip(names, run(names, args), strict=True):
-            text = json.dumps({**key, "variant": name, **line})
+        for line in run(names, args):
+            text = json.dumps({**key, **line})
             with open(args.results, "a", encoding="utf-8") as stream:
                 stream.write(text + "\n")
             print(text, flush=True)

@@ -23,8 +23,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CALL = (sys.executable, "-m", "bench.quality")
-PROBE, MOST = 300, 40_000  # steps
-START = 15  # seconds of a call before its first step, its compilers' caches being full
+PROBE, LEAST, MOST = 300, 2000, 40_000  # steps: for the rates, where there is none, and at most
+START = 20  # seconds of a call before its first step, its compilers' caches being full
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("list", type=Path)
     parser.add_argument("--limit", type=float, required=True, help="seconds of the whole")
     parser.add_argument("--probe", type=float, default=75, help="of these, seconds for the rates at most")
-    parser.add_argument("--judging", type=float, default=45, help="of these, seconds to draw and judge in at the end")
+    parser.add_argument("--judging", type=float, default=50, help="of these, seconds to draw and judge in at the end")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "build/quality")))
     args = parser.parse_args()
     lines = [line.split("#")[0] for line in args.list.read_text(encoding="utf-8").splitlines()]
@@ -48,7 +48,7 @@ def main() -> None:
     print("steps/s", [round(value) for value in rates], f"after {time.time() - begin:.0f} s", flush=True)
     left = end - time.time() - args.judging - START
     fits = [0.9 * left * value / share_of(words) for words, value in zip(calls, rates, strict=True) if value]
-    most = int(min([MOST, *fits])) // 500 * 500 or 500
+    most = int(min([MOST, *(fits or [LEAST])])) // 500 * 500 or 500
 
     final = []
     for i, words in enumerate(calls):

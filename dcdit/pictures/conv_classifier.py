@@ -36,7 +36,7 @@ def fit(
 ) -> ConvClassifier:
     """The classifier of uint8 pictures (N, H, W, 3) with labels (N,): Adam, linear decay; deterministic."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         net, steps = ConvClassifier(int(labels.max()) + 1), max(round(epochs * len(labels) / BATCH), 100)
         optimizer = torch.optim.Adam(net.parameters(), 2e-3)
         decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
