@@ -47,7 +47,7 @@ def main() -> None:
     rates = [rate(args.out / "probe" / f"{i}") for i in range(len(calls))]
     print("steps/s", [round(value) for value in rates], f"after {time.time() - begin:.0f} s", flush=True)
     left = end - time.time() - args.judging - START
-    fits = [0.9 * left * value / share_of(words) for words, value in zip(calls, rates, strict=True) if value]
+    fits = [left * value / share_of(words) for words, value in zip(calls, rates, strict=True) if value]
     most = int(min([MOST, *(fits or [LEAST])])) // 500 * 500 or 500
 
     final = []
