@@ -70,6 +70,13 @@ def floating(op: str, **tensors: torch.Tensor | None) -> None:
             raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {came}")
 
 
+def all_tensors(op: str, **given: object) -> None:
+    """Raise TypeError for the first that is no tensor. An operator asks where one lacked an attribute, and else not."""
+    for name, value in given.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}") from None
+
+
 def shaped(op: str, name: str, tensor: torch.Tensor, *shape: int | None) -> None:
     """`tensor` must have this shape; None matches any size."""
     try:

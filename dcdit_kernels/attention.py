@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from . import flash, flash_calls
-from ._check import floating, offsets, one_device, require, shaped, traced
+from ._check import all_tensors, floating, offsets, one_device, require, shaped, traced
 from ._dispatch import current
 from ._ops import Backend, Differentiable
 from .packing import Packing
@@ -67,10 +67,15 @@ def varlen_attention(
     devices that do not fit; on a CPU also for offsets, and for samples longer than the bound given. On a GPU, which the
     host does not wait for, the rows past that bound are undefined.
     """
-    kind = q.device.type
+    try:
+        kind = q.device.type
+        rows_q, rows_k, rows_v = q.shape[:1], k.shape[:1], v.shape[:1]
+        one_batch = cu_seqlens_q.shape == cu_seqlens_k.shape
+    except AttributeError:
+        all_tensors("varlen_attention", q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+        raise
     if torch.is_autocast_enabled(kind) and torch.float64 not in (q.dtype, k.dtype, v.dtype):
         q, k, v = (part.to(torch.get_autocast_dtype(kind)) for part in (q, k, v))  # as PyTorch's own attention
-    rows_q, rows_k = q.shape[:1], k.shape[:1]
     alike = cu_seqlens_k is cu_seqlens_q and rows_q == rows_k
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k)
     if traced(q):
@@ -81,9 +86,9 @@ def varlen_attention(
         if key not in _chosen:
             _chosen[key] = _choose(backend, causal and not alike, *tensors)
         name, library = _chosen[key]
-    if v.shape[0] != k.shape[0]:
+    if rows_v != rows_k:
         shaped("varlen_attention", "v", v, *k.shape)
-    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+    if not one_batch:
         shapes = f"cu_seqlens_q {tuple(cu_seqlens_q.shape)} and cu_seqlens_k {tuple(cu_seqlens_k.shape)}"
         raise ValueError(f"varlen_attention: {shapes} must describe one batch")
     _lengths("q", cu_seqlens_q, q.shape[0], max_seqlen_q)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from . import _triton_support
-from ._check import offsets, require, shaped
+from ._check import all_tensors, offsets, require, shaped
 from ._ops import Backend, Differentiable
 
 
@@ -62,17 +63,19 @@ def boundary_cosine(
     and last cell of each sample pass no gradient. Raises ValueError where the shapes or, on a CPU, the offsets do not
     fit.
     """
-    require(
-        q.shape == k.shape,
-        f"boundary_cosine: q and k must have one shape, got {tuple(q.shape)}, {tuple(k.shape)}",
-    )
-    require(q.dim() == (3 if cu_seqlens is None else 2),
-            f"boundary_cosine: q must be (B, L, D), or (T, D) with cu_seqlens, got {tuple(q.shape)}")  # fmt: skip
-    if cu_seqlens is not None:
-        offsets("boundary_cosine", "cu_seqlens", cu_seqlens, q.shape[0])
+    try:
+        alike, axes = q.shape == k.shape, q.dim()
+        if cu_seqlens is not None:
+            offsets("boundary_cosine", "cu_seqlens", cu_seqlens, q.shape[0])
+    except AttributeError:
+        all_tensors("boundary_cosine", q=q, k=k, cu_seqlens=cu_seqlens)
+        raise
+    require(alike, "boundary_cosine: q and k must have one shape, got {}, {}", tuple(q.shape), tuple(k.shape))
+    wanted = "(B, L, D)" if cu_seqlens is None else "(T, D) with cu_seqlens"
+    require(axes == (3 if cu_seqlens is None else 2), "boundary_cosine: q must be {}, got {}", wanted, tuple(q.shape))
     if kernel is not None:
-        if cu_seqlens is not None or grid is None:
-            raise ValueError("boundary_cosine: kernel needs grid=(H, W) and dense q, k")
+        if cu_seqlens is not None or not isinstance(grid, Sequence):
+            raise ValueError(f"boundary_cosine: kernel needs grid=(H, W) and dense q, k, got grid={grid}")
         shaped("boundary_cosine", "kernel", kernel, q.shape[-1], 3, 3)
         fits = len(grid) == 2 and min(grid) >= 1 and grid[0] * grid[1] == q.shape[1]
         require(fits, "boundary_cosine: grid must be (H, W) with H·W = L = {}, got {}", q.shape[1], grid)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ._check import require
+from ._check import all_tensors, one_device, require
 from ._rules import Rule
 from .packing import Packing, take_rows
 
@@ -64,9 +64,11 @@ class ChunkPlan(Packing):
                 sample (B, …).
             per: "token", "cell" or "sample" says which of the three; None: the first that fits the shape.
 
-        Returns (capacity, …), zero past the last live row. Raises ValueError where the table does not fit, and where
+        Returns (capacity, …), zero past the last live row. Raises TypeError where the table is no tensor, ValueError where it does not fit, and where
         B = L leaves open which is meant.
         """
+        all_tensors("rows", table=table)
+        one_device("rows", self.cu_seqlens, {"table": table})
         shape, batch, cells = table.shape, self.batch_size, self.cells
         fits = {
             "token": tuple(shape[:2]) == (batch, cells),

@@ -33,7 +33,7 @@ def ema_smooth(
     H-Net, arXiv 2507.07955 eq. 5.
     """
     packed("ema_smooth", "x", x, plan)
-    if isinstance(plan, ChunkPlan) and boundary_prob.dim() == 2:
+    if isinstance(plan, ChunkPlan) and len(getattr(boundary_prob, "shape", ())) == 2:
         shaped("ema_smooth", "boundary_prob", boundary_prob, plan.batch_size, plan.cells)
     else:
         shaped("ema_smooth", "boundary_prob", boundary_prob, plan.capacity)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from . import _triton_support
-from ._check import require, shaped
+from ._check import all_tensors, require, shaped
 from ._ops import Backend, Differentiable
 from .cpu import _rows
 
@@ -49,7 +49,11 @@ def group_norm_silu(
     Returns (B, C, H, W) in x's dtype, channels-last; sum and statistics in float32 (float64 for float64 input).
     Raises ValueError where shapes or groups do not fit.
     """
-    shape = x.shape
+    try:
+        shape = x.shape
+    except AttributeError:
+        all_tensors("group_norm_silu", x=x)
+        raise
     if len(shape) != 4:
         shaped("group_norm_silu", "x", x, None, None, None, None)
     channels = shape[1:2]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from . import native, reference
-from ._check import require, shaped, traced
+from ._check import all_tensors, require, shaped, traced
 from ._ops import Backend, Operator
 
 PACK_ROWS, UNPACK_ROWS = (
@@ -64,6 +64,7 @@ def _once(rule: str, index: torch.Tensor) -> None:
 
 
 def _check(op: str, x: torch.Tensor, index: torch.Tensor, rows: int | None = None) -> None:
+    all_tensors(op, x=x, index=index)
     require(x.dim() >= 1, "{}: x must have rows, got a scalar", op)
     rows = x.shape[0] if rows is None else rows
     shaped(op, "index", index, None)

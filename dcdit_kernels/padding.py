@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._check import require, shaped, traced
+from ._check import all_tensors, require, shaped, traced
 from .pack import pack_rows, unpack_rows
 from .plan import plan_chunks
 
@@ -29,6 +29,7 @@ def unpad_input(
     Raises ValueError for a mask of another shape or with other values, such as an additive one of 0 and -10000. On a
     GPU the values of floating point masks alone are looked at, at the price of one more copy.
     """
+    all_tensors("unpad_input", hidden_states=hidden_states, attention_mask=attention_mask)
     shape = tuple(hidden_states.shape)
     require(len(shape) >= 2, "unpad_input: hidden_states must be (batch, seqlen, ...), got {}", shape)
     used = taken = _marks("attention_mask", attention_mask, *shape[:2])

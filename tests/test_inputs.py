@@ -94,6 +94,26 @@ def test_no_plan_and_no_memory_are_named(operator):
         K.plan_chunks(tensors["prob"].to("meta"), (4, 4))
 
 
+ROWS, OFFSETS = torch.randn(4, 2, 8), torch.tensor([0, 4])
+NO_TENSORS = {
+    "q": lambda: K.boundary_cosine(None, ROWS),
+    "k": lambda: K.boundary_cosine(ROWS, None),
+    "boundary_prob": lambda: K.ema_smooth(ROWS[:, 0], None, K.Packing.from_lengths([4])),
+    "x": lambda: K.group_norm_silu(None, None, None, 4),
+    "v": lambda: K.varlen_attention(ROWS, ROWS, None, OFFSETS, OFFSETS, 4, 4),
+    "cu_seqlens_k": lambda: K.varlen_attention(ROWS, ROWS, ROWS, OFFSETS, None, 4, 4),
+    "index": lambda: K.pack_rows(ROWS, None),
+    "attention_mask": lambda: K.unpad_input(ROWS, None),
+    "table": lambda: K.plan_chunks(torch.rand(2, 16), (4, 4)).rows(None),
+}
+
+
+@pytest.mark.parametrize("name", NO_TENSORS)
+def test_what_is_no_tensor_is_named(name):
+    with pytest.raises(TypeError, match=rf"\w+: {name} must be a tensor, got .*NoneType"):
+        NO_TENSORS[name]()
+
+
 @pytest.mark.parametrize("backend", ["reference", "native", "triton"])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_outputs_may_be_changed_in_place(operator, backend):

@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from dcdit_kernels import ChunkPlan, Packing, adaln_modulate, unpad_input, varlen_attention
 
 from ..errors import ConfigError
+from ..model.config import check_keys
 from ..model.dynamic_chunking import DynamicChunking
 from ..model.untrained_routers import UNTRAINED, DifferenceRouter
 from .joint import JointBlocks, kept_text
@@ -269,6 +270,7 @@ def add_dynamic_chunking(model: nn.Module, **options) -> DynamicChunking:
     if chunking_of(model) is not None:
         raise ConfigError("model has dynamic chunking already; remove_dynamic_chunking takes it away")
     kind = next((FAMILIES[c.__name__] for c in type(model).__mro__ if c.__name__ in FAMILIES), None)
+    check_keys(options, ("router", "sigma", *(["blocks"] if kind else [])), "add_dynamic_chunking")
     if kind is None:
         chunking = _chunk_basic_blocks(model, **options)
     else:

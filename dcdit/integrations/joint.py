@@ -143,7 +143,7 @@ class JointBlocks(DynamicChunking):
         self.place, self.first, self.own = place, self.start - before, min(self.stop - before, len(lists[place]))
         self.stack = (*chunked,)  # in a tuple, or those of another list would be children
         self.batch, self.checkpointing = None, False
-        self.uncond: dict[str, Any] = {}
+        self.uncond: dict[str, Any] | None = None
         self.passing: str | None = None
         for block in chunked:
             block.__class__ = self.CLASSES[type(block)]
@@ -192,7 +192,7 @@ class JointBlocks(DynamicChunking):
 
     def forward(self, h: torch.Tensor, **kwargs: Any) -> Any:
         """As DynamicChunking's, with the budget of the pass."""
-        return super().forward(h, **kwargs, **(self.uncond if self.passing == "uncond" else {}))
+        return super().forward(h, **kwargs, **((self.uncond or {}) if self.passing == "uncond" else {}))
 
     def see(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Note what the blocks are not told: the grid of the model's input. A hook on the model."""

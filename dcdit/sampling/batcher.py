@@ -19,7 +19,9 @@ from .trajectory import Denoising, Trajectory, budget_of, plan_trajectory
 
 # Of one request; `plan_trajectory` has them from `sample`.
 OPTIONS = [
-    name for name in inspect.signature(plan_trajectory).parameters if name not in ("model", "count", "batch_size")
+    name
+    for name in inspect.signature(plan_trajectory).parameters
+    if name not in ("model", "count", "batch_size", "grid")
 ]
 
 

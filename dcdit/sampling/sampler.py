@@ -99,6 +99,8 @@ def sample(
     take, or a scheduler that does not fit; DCDiTError where the router's probabilities are NaN.
     """
     policy = Policy.of(policy)
+    if not hasattr(model, "config"):
+        raise ConfigError(f"model must be a DCDiT or one of its rivals, got {type(model).__name__}")
     model = policy.wrap(model)
     drop_fraction, tokens, guidance_interval = policy.spending(drop_fraction, tokens, guidance_interval)
     classes = class_ids(classes, model.config.num_classes)
