@@ -64,8 +64,8 @@ class ChunkPlan(Packing):
                 sample (B, …).
             per: "token", "cell" or "sample" says which of the three; None: the first that fits the shape.
 
-        Returns (capacity, …), zero past the last live row. Raises TypeError where the table is no tensor, ValueError where it does not fit, and where
-        B = L leaves open which is meant.
+        Returns (capacity, …), zero past the last live row. Raises TypeError where the table is no tensor, ValueError
+        where it does not fit, and where B = L leaves open which is meant.
         """
         all_tensors("rows", table=table)
         one_device("rows", self.cu_seqlens, {"table": table})
