@@ -51,7 +51,10 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
 # Width → the sizes of the model, and the depth of a plain DiT of about as many FLOPs.
 WIDTHS: dict[int, tuple[list[str], int]] = {
     96: ([], 11),
-    192: (["model.hidden_size=192", "model.num_heads=6", "model.encoder_width=64", "model.depth=8"], 13),
+    192: (
+        ["model.hidden_size=192", "model.num_heads=6", "model.encoder_width=64", "model.depth=8", "optim.lr=1.0e-3"],
+        13,
+    ),
 }
 ON_GPU = ["cuda_graph=true", "data.workers=2", "log_every=10", "save_every=1000000"]
 SAMPLES = {"steps": 30, "guidance": 1.5, "seed": 0}
@@ -94,21 +97,23 @@ def configuration(name: str, args: argparse.Namespace) -> TrainConfig:
 
 def run(names: list[str], args: argparse.Namespace) -> Iterator[dict]:
     """Train or go on, together, then sample and judge: the lines of the variants."""
-    trainers = [StudyTrainer(configuration(name, args), VARIANTS[name][0]) for name in names]
+    trainers = {StudyTrainer(configuration(name, args), VARIANTS[name][0]): name for name in names}
+    device = next(iter(trainers)).device.type
     if args.device == "cuda":
-        train_together(trainers, args.until)
+        left = train_together(list(trainers), args.until)
+        trainers = {trainer: name for trainer, name in trainers.items() if trainer in left}
     else:
         for trainer in trainers:
             trainer.run()
     seconds = [trainer.seconds for trainer in trainers]
-    facts = machine.describe(trainers[0].device.type)
+    facts = machine.describe(device)
     facts = {fact: facts[fact] for fact in ("machine", "device", "commit", "date", "torch")}
     clock = "cpu" if facts["device"] == "cpu" else "wall"
     if args.samples:
         judge.classifier(args.data, args.runs)  # fitted before several judges ask for it
     waiting = []
     with ThreadPoolExecutor(len(names)) as judges:
-        for name, trainer, spent in zip(names, trainers, seconds, strict=True):
+        for (trainer, name), spent in zip(trainers.items(), seconds, strict=True):
             model = average(trainer, trainer.emas[0]).to(trainer.device).eval()
             line = {"variant": name, "steps": trainer.step, "together": len(names), f"train_{clock}_seconds": spent}
             line |= {**numbers(model, trainer), **facts}

@@ -139,7 +139,9 @@ def test_together_as_alone(data, tmp_path, stand_in, monkeypatch):
     """Weights, averages and losses have the bits of runs of their own; a plain DiT is replayed as well."""
     monkeypatch.setattr(lockstep, "SHARES", 128)  # as the trainer's own: other capacities, other orders of sums
     kinds = ["learned", "grid", "plain"]
-    lockstep.train_together([trainer_of(kind, tmp_path / f"{kind}-together", data) for kind in kinds])
+    trainers = [trainer_of(kind, tmp_path / f"{kind}-together", data) for kind in kinds]
+    diverging = trainer_of("learned", tmp_path / "diverging", data, "optim.lr=1.0e+30")
+    assert lockstep.train_together([diverging, *trainers]) == trainers
     for kind in kinds:
         alone = trainer_of(kind, tmp_path / kind, data)
         alone.run()
