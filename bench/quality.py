@@ -31,6 +31,7 @@ from . import judge, machine
 from .drawing import draw
 from .lockstep import train_together
 from .rivals import RivalTrainer
+from .where import where
 
 CONFIG = Path(__file__).with_name("quality.yaml")
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
@@ -116,7 +117,7 @@ def run(names: list[str], args: argparse.Namespace) -> Iterator[dict]:
         for (trainer, name), spent in zip(trainers.items(), seconds, strict=True):
             model = average(trainer, trainer.emas[0]).to(trainer.device).eval()
             line = {"variant": name, "steps": trainer.step, "together": len(names), f"train_{clock}_seconds": spent}
-            line |= {**numbers(model, trainer), **facts}
+            line |= {**numbers(model, trainer), "where": where(model, args.data), **facts}
             verdict = None
             if args.samples:
                 sheet, labels, kept = pictures(model, trainer, folder_of(name, args), args)
