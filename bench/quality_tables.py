@@ -28,15 +28,15 @@ COLUMNS = {
 
 
 def tables(results: list[dict]) -> str:
-    """One table for each set, width, number of steps and device; means over the seeds, and their range."""
+    """A table for each set, width, number of steps and of pictures, and device; means and ranges over the seeds."""
     order = list(VARIANTS)
-    by_run = lambda r: (r["set"], r["width"], r["steps"], r["device"])  # noqa: E731
+    by_run = lambda r: tuple(r[key] for key in ("set", "width", "steps", "samples", "device"))  # noqa: E731
     parts = []
-    for (name, width, steps, device), runs in groupby(sorted(results, key=by_run), by_run):
+    for (name, width, steps, samples, device), runs in groupby(sorted(results, key=by_run), by_run):
         runs = sorted(runs, key=lambda r: order.index(r["variant"]))
         used = [(title, *column) for title, column in COLUMNS.items() if any(column[0] in run for run in runs)]
         lines = [
-            f"### {name}, D {width}, {steps} steps, {device.upper().replace('CUDA', 'GPU')}",
+            f"### {name}, D {width}, {steps} steps, {samples} pictures drawn, {device.upper().replace('CUDA', 'GPU')}",
             "| | " + " | ".join(title for title, *_ in used) + " | seeds |",
         ]
         lines.append("|---" * (len(used) + 2) + "|")

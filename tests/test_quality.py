@@ -15,7 +15,17 @@ from test_idx import IMAGES, LABELS, content
 from test_step_graphs import run_again
 
 import dcdit.training.trainer
-from bench import lockstep, quality, quality_farm, quality_pictures, quality_tables, quality_where, where
+from bench import (
+    lockstep,
+    quality,
+    quality_collect,
+    quality_curves,
+    quality_farm,
+    quality_pictures,
+    quality_tables,
+    quality_where,
+    where,
+)
 from bench.drawing import draw
 from bench.rivals import GridRouter, RandomRouter, RivalTrainer, make_rival
 from dcdit.model.config import DCDiTConfig
@@ -117,6 +127,29 @@ def test_a_run_has_one_line(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality_pictures, "IMAGES", tmp_path)
     quality_pictures.main()
     assert (tmp_path / "quality.png").stat().st_size > 1000
+
+
+def test_what_a_farm_brought(tmp_path, monkeypatch):
+    """Lines are appended, losses become means; the curves are drawn of them."""
+    results = tmp_path / "quality.jsonl"
+    results.write_text('{"old": 1}\n')
+    for name, offset in (("plain", 0.0), ("grid", 0.5)):
+        run = tmp_path / "runs" / "0" / "fashion-mnist" / f"{name}-96-400-0"
+        run.mkdir(parents=True)
+        rows = [{"step": step, "diffusion_loss": offset + step, "kept": 0.25, "lr": 1} for step in range(1, 401)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "runs" / "0" / "quality.jsonl").write_text('{"new": 1}\n')
+    monkeypatch.setattr(quality_collect, "RESULTS", results)
+    monkeypatch.setattr("sys.argv", ["collect", str(tmp_path)])
+    quality_collect.main()
+    assert results.read_text() == '{"old": 1}\n{"new": 1}\n'
+    monkeypatch.setattr(quality_curves, "RESULTS", results)
+    monkeypatch.setattr(quality_curves, "IMAGES", tmp_path)
+    monkeypatch.setattr("sys.argv", ["curves", "grid", "--steps", "400"])
+    read = quality.arguments("").parse_args(["grid", "--steps", "400"])
+    assert quality_curves.losses("grid", read)[[0, 99]].tolist() == [[2.5, 3.0], [398.5, 399.0]]
+    quality_curves.main()
+    assert (tmp_path / "quality-losses.png").stat().st_size > 1000
 
 
 @pytest.fixture

@@ -1,0 +1,42 @@
+"""Take what bench.quality_farm brought into bench/results: python -m bench.quality_collect FOLDER (of quality.tar.gz)
+
+The lines of the results are appended to quality.jsonl. The losses of each run are written as a hundred means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from .quality import RESULTS
+
+SPANS = 100
+KEYS = ("step", "diffusion_loss", "kept")
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    with open(RESULTS, "a", encoding="utf-8") as stream:
+        for file in sorted(args.folder.glob("runs/*/quality.jsonl")):
+            stream.write(file.read_text(encoding="utf-8"))
+    for file in sorted(args.folder.glob("runs/*/*/*/metrics.jsonl")):
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        target = RESULTS.with_suffix("") / file.parts[-3] / f"{file.parts[-2]}.jsonl"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text("".join(json.dumps(row) + "\n" for row in means(rows)), encoding="utf-8")
+
+
+def means(rows: list[dict]) -> list[dict]:
+    """The means of each of SPANS parts of the rows."""
+    parts = np.array_split(np.array([[row[key] for key in KEYS] for row in rows]), min(SPANS, len(rows)))
+    return [dict(zip(KEYS, part.mean(0).round(5).tolist(), strict=True)) for part in parts]
+
+
+if __name__ == "__main__":
+    main()
