@@ -77,6 +77,7 @@ def choices() -> list[Wanted]:
     cases = [
         *both("modulate"),
         *(largest("modulate", batch=b) for b in (8, 1)),
+        *both("norm"),
         *both("scaffold"),
         *scaffold,
         *both("attention"),

@@ -26,7 +26,7 @@ MOST = {
     "chunk": 91,
     "dechunk": 255,
     "ema_smooth": 92,
-    "group_norm_silu": 95,
+    "group_norm_silu": 122,
     "boundary_predictability": 175,
     "boundary_cosine": 113,
 }

@@ -139,7 +139,6 @@ def small_gpu(monkeypatch):
     """A GPU that few programs fill: launch rules that look at the whole batch decide differently for one sample."""
     for module in ("_rows", "boundary_cosine"):
         monkeypatch.setattr(f"dcdit_kernels.triton.{module}.FILL", 8)
-    monkeypatch.setattr("dcdit_kernels.triton.group_norm.ENOUGH", 2)
 
 
 @pytest.mark.parametrize(("operator", "backend"), [case for case in CASES if case not in PYTORCHS])
