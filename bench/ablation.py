@@ -41,12 +41,12 @@ CONTEXTS: dict[str, dict[str, Callable]] = {
     "dechunk": {
         f"{n} MiB at a time": under("dcdit_kernels.triton.dechunk.SCRATCH_BYTES", n << 20) for n in (5, 10, 16)
     },
-    # Rows of XL in one program of the forward; rows of a sample in one of the backward, and those of a step halved.
+    # Rows of XL in one program of the forward; rows of a sample in one of the backward, and twice its warps.
     "modulate": {
         f"{n} rows a program": under("dcdit_kernels.triton.modulate.FORWARD_ELEMENTS", 256 * n) for n in (1, 2, 8)
     }
-    | {f"slabs of {n}": under("dcdit_kernels.triton.modulate.SLAB", n) for n in (8, 32, 64)}
-    | {"a row at a time": under("dcdit_kernels.triton.modulate.ELEMENTS", 512)},
+    | {f"slabs of {n}": under("dcdit_kernels.triton.modulate.SLAB", n) for n in (8, 32)}
+    | {"8-byte loads": under("dcdit_kernels.triton.modulate.WARP_ELEMENTS", 128)},
     "norm": NORM,
     "scaffold": NORM,
 }

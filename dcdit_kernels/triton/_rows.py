@@ -73,6 +73,16 @@ def store_rows(ptr, row, column, values, live, width):
     tl.store(ptr + row[:, None] * width + column[None, :], values.to(ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def write_zeros(ptr, first, capacity, step, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Zeros in each `step`-th block of rows from the row `first` on."""
+    zero = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(first, capacity, step):
+        row = start + tl.arange(0, ROWS)
+        for column in range(0, WIDTH, COLUMNS):
+            store_rows(ptr, row, column + tl.arange(0, COLUMNS), zero, row < capacity, WIDTH)
+
+
 @dataclass(frozen=True)
 class RowTile:
     """Rows × columns that one program moves; enough bytes in flight, and 16-byte accesses along the columns."""

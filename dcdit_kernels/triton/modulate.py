@@ -15,13 +15,13 @@ import triton
 import triton.language as tl
 
 from ._launch import jit_kernel
-from ._rows import cdiv, load_columns, load_rows, pieces, pointer_rows, store_rows, strided_rows
+from ._rows import cdiv, load_columns, load_rows, pieces, pointer_rows, store_rows, strided_rows, write_zeros
 
 # The forward: elements of each piece of a program's rows. Its rows read the modulators of a sample from L2 once.
 FORWARD_ELEMENTS = 1024
-# The backward: rows of a sample in one program, whatever the batch, and elements at a time of each piece of its rows.
-# 512 elements, a row of XL, took 0.79 of the time both ways on an H200; its accesses of 8 bytes are for a GPU to judge.
-SLAB, ELEMENTS = 16, 1024
+# The backward: rows of a sample in one program, whatever the batch; elements at a time of each piece of its rows, which
+# are a row of XL; and those of a warp, so that a thread loads 16 bytes at a time. With 128 it loads 8.
+SLAB, ELEMENTS, WARP_ELEMENTS = 16, 512, 256
 
 
 @triton.jit
@@ -93,16 +93,6 @@ def modulate_forward(
 
 
 @triton.jit
-def write_zeros(ptr, first, capacity, step, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """Zeros in each `step`-th block of rows from the row `first` on."""
-    zero = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(first, capacity, step):
-        row = start + tl.arange(0, ROWS)
-        for column in range(0, WIDTH, COLUMNS):
-            store_rows(ptr, row, column + tl.arange(0, COLUMNS), zero, row < capacity, WIDTH)
-
-
-@triton.jit
 def store_sums(ptr, pieces, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     """The sum over the rows of each piece."""
     for i in tl.static_range(len(pieces)):
@@ -138,25 +128,38 @@ def modulate_backward(
             return
         end = tl.load(cu_ptr + sample + 1).to(tl.int64)
     first = start + tl.program_id(1) * SLAB
-    stop = tl.minimum(first + SLAB, end)
     if first >= end:
         return
-    gate_sums, shift_sums, scale_sums = (), (), ()
-    for _ in tl.static_range(PIECES):
+    stop = tl.minimum(end - first, SLAB).to(tl.int32)
+    grad_x_ptr += first * WIDTH
+    if GATE:
+        y_ptr += first * y_stride
+        grad_mixed_ptr, grad_y_ptr = grad_mixed_ptr + first * WIDTH, grad_y_ptr + first * WIDTH
+    if NORM:
+        x_ptr, grad_out_ptr = x_ptr + first * x_stride, grad_out_ptr + first * WIDTH
+    gate_sums, shift_sums, scale_sums, gates, factors = (), (), (), (), ()
+    for i in tl.static_range(PIECES):
+        column = i * COLUMNS + tl.arange(0, COLUMNS)
         zero = tl.zeros([ROWS, COLUMNS], tl.float32)
         gate_sums += (zero,)
         shift_sums += (zero,)
         scale_sums += (zero,)
-    # The next rows are on their way while these are worked on; with a gate registers are left for one step alone.
-    for base in tl.range(first, stop, ROWS, num_stages=3 - GATE):  # int64, as first is
+        if GATE:
+            gates += (load_columns(gate_ptr + sample * gate_stride, column, WIDTH)[None, :],)
+        if NORM:
+            factor = 1 + load_columns(scale_ptr + sample * scale_stride, column, WIDTH)[None, :]
+            if weight_ptr is not None:
+                factor *= load_columns(weight_ptr, column, WIDTH)[None, :]
+            factors += (factor,)
+    # The next rows are on their way while these are worked on.
+    for base in tl.range(0, stop, ROWS, num_stages=3):
         row = base + tl.arange(0, ROWS)
         live = row < stop
-        ys, gates, xs, grad_outs, inners = (), (), (), (), ()
+        ys, xs, grad_outs = (), (), ()
         for i in tl.static_range(PIECES):
             column = i * COLUMNS + tl.arange(0, COLUMNS)
             if GATE:
                 ys += (load_rows(y_ptr, row, y_stride, column, live, WIDTH),)
-                gates += (load_columns(gate_ptr + sample * gate_stride, column, WIDTH)[None, :],)
             if NORM:
                 x = load_rows(x_ptr, row, x_stride, column, live, WIDTH)
                 if GATE:
@@ -169,17 +172,12 @@ def modulate_backward(
             mean_grad = tl.zeros([ROWS, COLUMNS], tl.float32)
             mean_grad_x = tl.zeros([ROWS, COLUMNS], tl.float32)
             for i in tl.static_range(PIECES):
-                column = i * COLUMNS + tl.arange(0, COLUMNS)
                 shifts += (shift_sums[i] + grad_outs[i],)
                 scales += (scale_sums[i] + grad_outs[i] * normed[i],)
-                factor = 1 + load_columns(scale_ptr + sample * scale_stride, column, WIDTH)[None, :]
-                if weight_ptr is not None:
-                    factor *= load_columns(weight_ptr, column, WIDTH)[None, :]
-                inner = grad_outs[i] * factor
+                inner = grad_outs[i] * factors[i]
                 if CENTRED:
                     mean_grad += inner
                 mean_grad_x += inner * normed[i]
-                inners += (inner,)
             shift_sums, scale_sums = shifts, scales
             if CENTRED:
                 mean_grad = (tl.sum(mean_grad, 1) * (1.0 / WIDTH))[:, None]  # the compiler's division is off by 2⁻²²
@@ -189,7 +187,7 @@ def modulate_backward(
             column = i * COLUMNS + tl.arange(0, COLUMNS)
             grad = load_rows(grad_mixed_ptr, row, WIDTH, column, live, WIDTH) if GATE else 0.0
             if NORM:
-                grad += rstd * (inners[i] - mean_grad - normed[i] * mean_grad_x)
+                grad += rstd * (grad_outs[i] * factors[i] - mean_grad - normed[i] * mean_grad_x)
             store_rows(grad_x_ptr, row, column, grad, live, WIDTH)
             if GATE:
                 sums += (gate_sums[i] + grad * ys[i],)
@@ -288,11 +286,14 @@ def _backward(grad_mixed, grad_out, x, y, gate, shift, scale, weight, plan, eps,
     if grad_x.numel():
         split = pieces(width, 3)  # sums of rows stay in registers, and there is room for three pieces
         tile = max(ELEMENTS // split["COLUMNS"], 1)
+        # Left alone, the assembler takes too few registers for a gate without a norm, and spills.
+        limit = {"maxnreg": 128} if scale is None and torch.version.hip is None else {}
         modulate_backward[(batch + (plan is not None), slabs)](
             grad_mixed, grad_out, x, y, gate, scale, _vector(weight), cu_seqlens, grad_x, grad_y, partial,
             *(0 if t is None else t.stride(0) for t in (x, y, gate, scale)), batch, cells, total, eps,
             GATE=gate is not None, NORM=scale is not None, CENTRED=norm == "layer", SLAB=SLAB,
-            ROWS=tile, WIDTH=width, **split, num_warps=min(max(split["COLUMNS"] // 256, 4), 32),
+            ROWS=tile, WIDTH=width, **split, **limit,
+            num_warps=min(max(tile * split["COLUMNS"] // WARP_ELEMENTS, 1), 32),
         )  # fmt: skip
     if sums.numel():
         modulator_sums[(batch, sum(kinds), cdiv(width, 64))](
