@@ -1,8 +1,8 @@
 """Triton kernels of the predictability score: GroupNorm, SiLU, weighted sum over channels, sigmoid, forced ends.
 
-Bytes for N = B·C·H·W features of e bytes: forward 2·N·e (statistics, then scores), of which the second reading comes
-from the cache where they fit; backward 5·N·e (statistics, scores, sums by channel, gradient: four readings and one
-writing). Scores, statistics and sums are small beside them.
+Bytes for N = B·C·H·W features of e bytes: forward 2·N·e (statistics, then scores), backward 5·N·e (statistics, scores,
+sums by channel, gradient: four readings and one writing). Scores, statistics and sums are small beside them. Every
+second reading goes through the samples backwards, so that the last ones of the reading before come from the cache.
 """
 
 from __future__ import annotations
@@ -62,6 +62,12 @@ def load_features(
 
 
 @triton.jit
+def last_first(blocks):
+    """The sample of a program, `blocks` programs a sample, the last sample first."""
+    return ((tl.num_programs(0) - 1 - tl.program_id(0)) // blocks).to(tl.int64)
+
+
+@triton.jit
 def channel_values(ptr, channel, channels):
     """A parameter (C,) at these channels in float32."""
     return tl.load(ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
@@ -75,7 +81,7 @@ def predictability_score(
 ):  # fmt: skip
     """p of some cells of one sample; with BACKWARD the gradient of the logit instead."""
     blocks = tl.cdiv(cells, BLOCK_L)
-    image = (tl.program_id(0) // blocks).to(tl.int64)
+    image = last_first(blocks)
     cell = tl.program_id(0) % blocks * BLOCK_L + tl.arange(0, BLOCK_L)
     parts = tl.zeros([BLOCK_C, BLOCK_L], tl.float32)
     for first in range(0, channels, BLOCK_C):
@@ -139,9 +145,10 @@ def predictability_backward(
 ):  # fmt: skip
     """dx = rstd·(dx̂ - mean(dx̂) - x̂·mean(dx̂·x̂)), the means of each group given."""
     blocks = tl.cdiv(channels, BLOCK_C)
-    image = (tl.program_id(0) // blocks).to(tl.int64)
+    steps = tl.cdiv(cells, BLOCK_L)
+    image = last_first(blocks * steps)
     channel = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    cell = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
+    cell = tl.program_id(0) // blocks % steps * BLOCK_L + tl.arange(0, BLOCK_L)
     x, rstd = load_features(
         x_ptr, mean_ptr, rstd_ptr, image, channel, cell, x_batch, x_channel, x_cell, channels, SIZE, cells
     )
@@ -216,7 +223,7 @@ class BoundaryPredictability:
         means = (sums[:2] * parameters[0].float()).view(2, batch, groups, -1).sum(-1) / (channels // groups * cells)
         last = features.is_contiguous(memory_format=torch.channels_last)  # as the convolution before takes it
         grad_x = torch.empty_like(features, memory_format=(torch.contiguous_format, torch.channels_last)[last])
-        predictability_backward[(batch * cdiv(channels, 16), cdiv(cells, 64))](
+        predictability_backward[(batch * cdiv(channels, 16) * cdiv(cells, 64),)](
             *common, *means, grad_x, *shape, *grad_x.flatten(2).stride(), BLOCK_C=16, BLOCK_L=64, num_warps=4
         )  # fmt: skip
         shared = (*(part.sum(0) for part in sums), logit.sum().view(score_bias.shape))
