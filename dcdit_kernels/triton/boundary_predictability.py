@@ -118,7 +118,7 @@ def channel_sums(
     weight_sum = tl.zeros([BLOCK_C, BLOCK_L], tl.float32)
     bias_sum = tl.zeros([BLOCK_C, BLOCK_L], tl.float32)
     score_sum = tl.zeros([BLOCK_C, BLOCK_L], tl.float32)
-    for start in range(0, cells, BLOCK_L):
+    for start in tl.range(0, cells, BLOCK_L, num_stages=3):
         cell = start + tl.arange(0, BLOCK_L)
         x, _ = load_features(
             x_ptr, mean_ptr, rstd_ptr, image, channel, cell, x_batch, x_channel, x_cell, channels, SIZE, cells
@@ -218,7 +218,7 @@ class BoundaryPredictability:
         sums = torch.empty(3, batch, channels, dtype=torch.float32, device=x.device)
         common = (x, *statistics, *parameters[:3], logit)
         channel_sums[(batch * cdiv(channels, 16),)](
-            *common, sums, *shape, BLOCK_C=16, BLOCK_L=256, num_warps=8
+            *common, sums, *shape, BLOCK_C=16, BLOCK_L=64, num_warps=4
         )  # fmt: skip
         means = (sums[:2] * parameters[0].float()).view(2, batch, groups, -1).sum(-1) / (channels // groups * cells)
         last = features.is_contiguous(memory_format=torch.channels_last)  # as the convolution before takes it
