@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ._launch import jit_kernel
 from ._rows import cdiv, next_power_of_2
+from .group_norm import sigmoid
 
 
 @jit_kernel()
@@ -91,7 +92,7 @@ def predictability_score(
         )
         weight = channel_values(weight_ptr, channel, channels)[:, None]
         normed = x * weight + channel_values(bias_ptr, channel, channels)[:, None]
-        parts += normed * tl.sigmoid(normed) * channel_values(score_ptr, channel, channels)[:, None]
+        parts += normed * sigmoid(normed) * channel_values(score_ptr, channel, channels)[:, None]
     prob = tl.sigmoid(tl.sum(parts, 0) + tl.load(score_bias_ptr).to(tl.float32))
     end = (cell == 0) | (cell == cells - 1)
     inside = cell < cells
@@ -125,7 +126,7 @@ def channel_sums(
         )
         logit = tl.load(logit_ptr + image * cells + cell, mask=cell < cells, other=0.0)[None, :]
         normed = x * weight + bias
-        gate = tl.sigmoid(normed)
+        gate = sigmoid(normed)
         score_sum += logit * normed * gate
         grad = logit * score * (gate * (1 + normed * (1 - gate)))
         bias_sum += grad
@@ -155,7 +156,7 @@ def predictability_backward(
     weight = channel_values(weight_ptr, channel, channels)[:, None]
     normed = x * weight + channel_values(bias_ptr, channel, channels)[:, None]
     logit = tl.load(logit_ptr + image * cells + cell, mask=cell < cells, other=0.0)[None, :]
-    gate = tl.sigmoid(normed)
+    gate = sigmoid(normed)
     grad = logit * channel_values(score_ptr, channel, channels)[:, None] * (gate * (1 + normed * (1 - gate))) * weight
     known = channel < channels
     group = image * (channels // SIZE) + channel // SIZE
