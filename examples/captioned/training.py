@@ -20,6 +20,7 @@ from dcdit.training import ratio_loss
 from .compositions import GRIDS, UNCAPTIONED, Captions, Compositions, caption_id
 
 WARM_UP, LOGGED = 50, 25  # steps
+HELD_OUT = 64  # pictures of each grid
 
 
 class Task:
@@ -48,7 +49,7 @@ class Task:
     @torch.no_grad()
     def held_out(self, model: nn.Module, data: Compositions) -> float:
         """The loss on pictures of other digits, the same for every model."""
-        other = Task(self.family, data, self.captions, self.batch)
+        other = Task(self.family, data, self.captions, HELD_OUT)
         with autocast(self.captions.device):
             losses = [other.loss(model, *other.draw(grid)) for grid in GRIDS]
         return float(torch.stack(losses).mean())
@@ -62,16 +63,14 @@ def autocast(device: torch.device) -> torch.autocast:
 def train(groups: list[dict[str, Any]], seconds: float, loss_of: Callable[[float], torch.Tensor]) -> list[dict]:
     """AdamW for so many seconds, at rates that fall to zero with the share of the time that is used; the curve.
 
-    `loss_of` takes that share. The first two steps, in which kernels are compiled, are not timed. Raises RuntimeError
-    where the loss is not finite.
+    `loss_of` takes that share. Raises RuntimeError where the loss is not finite.
     """
     fused = groups[0]["params"][0].is_cuda
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0, fused=fused)
     peaks = [group["lr"] for group in optimizer.param_groups]
     learned = [parameter for group in groups for parameter in group["params"]]
-    curve, losses, begin = [], [], 0.0
+    curve, losses, begin = [], [], time.monotonic()
     for step in itertools.count(1):
-        begin = time.monotonic() if step <= 3 else begin
         used = time.monotonic() - begin
         share = min(1, used / seconds)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -92,16 +91,38 @@ def train(groups: list[dict[str, Any]], seconds: float, loss_of: Callable[[float
             return curve
 
 
-def train_dense(task: Task, options: dict[str, Any], seconds: float, lr: float) -> tuple[nn.Module, list[dict]]:
+def fit_batch(task: Task, seconds: float, steps: int, loss_of: Callable[[float], torch.Tensor]) -> None:
+    """Halve the batch until so many steps fit into the seconds: others may use the GPU as well. Compiles kernels."""
+    for _ in range(2):
+        loss_of(0.0).backward()
+    while task.batch > 32:
+        wait(task.captions.device)
+        begin = time.monotonic()
+        for _ in range(4):
+            loss_of(0.0).backward()
+        wait(task.captions.device)
+        if (time.monotonic() - begin) / 4 * steps <= seconds:
+            break
+        task.batch //= 2
+
+
+def wait(device: torch.device) -> None:
+    """For the GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def train_dense(task: Task, model_options: dict[str, Any], config: dict[str, Any]) -> tuple[nn.Module, list[dict]]:
     """A model of the family, by flow matching, and the curve."""
     device = task.captions.device
-    model = task.family.model(options).to(device)
+    model = task.family.model(model_options).to(device)
 
     def loss_of(share: float) -> torch.Tensor:
         with autocast(device):
             return task.loss(model, *task.draw())
 
-    return model, train([{"params": list(model.parameters()), "lr": lr}], seconds, loss_of)
+    fit_batch(task, config["seconds"], config["least_steps"], loss_of)
+    return model, train([{"params": list(model.parameters()), "lr": config["lr"]}], config["seconds"], loss_of)
 
 
 @torch.no_grad()
@@ -112,7 +133,7 @@ def keep_a_share(chunking: DynamicChunking, model: nn.Module, inputs: dict[str, 
     chunking.router.score.bias -= scores.flatten().quantile(1 - 1 / n)
 
 
-def upcycle(task: Task, dense: nn.Module, seconds: float, config: dict[str, Any]) -> tuple[nn.Module, list[dict]]:
+def upcycle(task: Task, dense: nn.Module, config: dict[str, Any]) -> tuple[nn.Module, list[dict]]:
     """A wrapped copy of the dense model, trained on the tokens that its router keeps, and the curve.
 
     Each batch keeps as many tokens as ρ leaves of a share 1/N, and the ratio loss teaches the router to mark that share
@@ -143,6 +164,7 @@ def upcycle(task: Task, dense: nn.Module, seconds: float, config: dict[str, Any]
         return loss + config["ratio_weight"] * ratio_loss(routing.boundary_prob, routing.natural_mask, n)
 
     groups = [{"params": rest, "lr": config["lr"]}, {"params": router, "lr": config["router_lr"]}]
-    curve = train(groups, seconds, loss_of)
+    fit_batch(task, config["seconds"], config["least_steps"], loss_of)
+    curve = train(groups, config["seconds"], loss_of)
     chunking.budget = None
     return model, curve
