@@ -37,9 +37,10 @@ NORM = {
 }
 # group → variant → context of the shipped Triton operator.
 CONTEXTS: dict[str, dict[str, Callable]] = {
-    # 4, 8 and 13 images of 256 px at a time, XL, a quarter kept.
+    # 13 images of 256 px at a time, XL, a quarter kept; rows that share a window of the smoothing.
     "dechunk": {
-        f"{n} MiB at a time": under("dcdit_kernels.triton.dechunk.SCRATCH_BYTES", n << 20) for n in (5, 10, 16)
+        "16 MiB at a time": under("dcdit_kernels.triton.dechunk.SCRATCH_BYTES", 16 << 20),
+        "windows of 64 rows": under("dcdit_kernels.triton.smooth.BLOCK_M", 64),
     },
     # Rows of XL in one program of the forward; rows of a sample in one of the backward, and twice its warps.
     "modulate": {
