@@ -80,9 +80,9 @@ def choices() -> list[Wanted]:
         *both("norm"),
         *both("scaffold"),
         *scaffold,
-        *both("attention"),
+        *both("dechunk"),
     ]
-    cases += [largest("attention", dtype="float32"), *both("dechunk")]
+    cases += [*both("attention"), largest("attention", dtype="float32")]
     extra = [(*CONTEXTS.get(case.group, {}), *FUNCTIONS.get(case.group, ())) for case in cases]
     return [(replace(case, ablation=True), (*shipped, *names)) for case, names in zip(cases, extra, strict=True)]
 
