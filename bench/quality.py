@@ -138,25 +138,8 @@ def numbers(model: torch.nn.Module, trainer: StudyTrainer) -> dict:
     gflop = dit_flops(config.model, tokens) if plain else dcdit_flops(config.model, tokens, model.router)["total"]
     log = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
     late = [line["diffusion_loss"] for line in log if line["step"] > 0.75 * trainer.step]
-    line = {**held_out, "running_loss": float(np.mean(late)), "gflop": gflop}
-    if trainer.device.type == "cuda":
-        line["gpu_ms"] = replay_ms(trainer)
-    return {**line, "parameters": sum(p.numel() for p in model.parameters())}
-
-
-def replay_ms(trainer: StudyTrainer) -> float:
-    """Milliseconds that the GPU takes for forward, loss and backward of a step, the least of several."""
-    batch = trainer.stream.collate([trainer.stream[i] for i in range(trainer.config.batch_size)])
-    image, *others = (batch[key].to(trainer.device) for key in ("image", "noise", "t", "y"))
-    times = []
-    for _ in range(30):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        trainer.graphs.launch((trainer.codec.encode(image), *others), 0.0)
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return min(times)
+    parameters = sum(p.numel() for p in model.parameters())
+    return {**held_out, "running_loss": float(np.mean(late)), "gflop": gflop, "parameters": parameters}
 
 
 def pictures(

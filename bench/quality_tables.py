@@ -23,7 +23,6 @@ COLUMNS = {
     "MFLOP": ("gflop", ".0f", 1000),
     "parameters": ("parameters", ",.0f", 1),
     "CPU s": ("train_cpu_seconds", ".0f", 1),
-    "GPU ms a step": ("gpu_ms", ".1f", 1),
 }
 
 
@@ -53,8 +52,8 @@ def tables(results: list[dict]) -> str:
 def _cell(values: list[float], how: str) -> str:
     if not values:
         return "–"
-    text = format(float(np.mean(values)), how)
-    return text if len(values) == 1 else f"{text} ({format(min(values), how)} to {format(max(values), how)})"
+    text, low, high = (format(float(value), how) for value in (np.mean(values), min(values), max(values)))
+    return text if low == high else f"{text} ({low} to {high})"
 
 
 def main() -> None:
