@@ -37,17 +37,8 @@ NORM = {
 }
 # group → variant → context of the shipped Triton operator.
 CONTEXTS: dict[str, dict[str, Callable]] = {
-    # 13 images of 256 px at a time, XL, a quarter kept; rows that share a window of the smoothing.
-    "dechunk": {
-        "16 MiB at a time": under("dcdit_kernels.triton.dechunk.SCRATCH_BYTES", 16 << 20),
-        "windows of 64 rows": under("dcdit_kernels.triton.smooth.BLOCK_M", 64),
-    },
-    # Rows of XL in one program of the forward; rows of a sample in one of the backward, and twice its warps.
-    "modulate": {
-        f"{n} rows a program": under("dcdit_kernels.triton.modulate.FORWARD_ELEMENTS", 256 * n) for n in (1, 2, 8)
-    }
-    | {f"slabs of {n}": under("dcdit_kernels.triton.modulate.SLAB", n) for n in (8, 32)}
-    | {"8-byte loads": under("dcdit_kernels.triton.modulate.WARP_ELEMENTS", 128)},
+    # Rows of a sample in one program of the backward: more suit large batches, and leave SMs idle in small ones.
+    "modulate": {f"slabs of {n}": under("dcdit_kernels.triton.modulate.SLAB", n) for n in (8, 32)},
     "norm": NORM,
     "scaffold": NORM,
 }

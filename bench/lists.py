@@ -75,12 +75,10 @@ def choices() -> list[Wanted]:
     shipped = ("triton", "native", "dcdit", "plain", "plain channels-last")
     scaffold = [largest("scaffold", size=size, batch=batch) for size, batch in (("S", 64), ("XL", 1), ("S", 1))]
     cases = [
-        *both("modulate"),
-        *(largest("modulate", batch=b) for b in (8, 1)),
+        *(largest("modulate", True, batch=batch, share=share) for batch, share in ((64, 0.25), (32, 0.125))),
         *both("norm"),
         *both("scaffold"),
         *scaffold,
-        *both("dechunk"),
     ]
     cases += [*both("attention"), largest("attention", dtype="float32")]
     extra = [(*CONTEXTS.get(case.group, {}), *FUNCTIONS.get(case.group, ())) for case in cases]

@@ -141,7 +141,7 @@ def test_lists_name_what_there_is(name):
 
 def test_choices_pass_the_gate_and_are_in_force_when_they_run(monkeypatch):
     """A context holds in the backward pass as well."""
-    case, names = next((c, n) for c, n in at_hand(LISTS["ablation"](), "cpu") if c.group == "dechunk")
+    case, names = next((c, n) for c, n in at_hand(LISTS["ablation"](), "cpu") if c.group == "modulate")
     case = dataclasses.replace(case, dtype="float32", backward=True)
     seen = []
 
@@ -149,7 +149,7 @@ def test_choices_pass_the_gate_and_are_in_force_when_they_run(monkeypatch):
         monkeypatch.setenv("CHOICE", "1")
         return gpu.contextlib.nullcontext(seen.append(os.environ.get("CHOICE")))
 
-    monkeypatch.setitem(ablation.CONTEXTS, "dechunk", {"choice": around})
+    monkeypatch.setitem(ablation.CONTEXTS, "modulate", {"choice": around})
     monkeypatch.setattr(ablation, "SHIPPED", ("native",))
     entry = measure(case, "cpu", False, rounds=3, seconds=0.1, names=(*names, "choice"))
     assert entry["variants"]["choice"]["status"] == "ok" and len(seen) > 3

@@ -17,11 +17,10 @@ import triton.language as tl
 from ._launch import jit_kernel
 from ._rows import cdiv, load_columns, load_rows, pieces, pointer_rows, store_rows, strided_rows, write_zeros
 
-# The forward: elements of each piece of a program's rows. Its rows read the modulators of a sample from L2 once.
+# The forward's elements of each piece of a program's rows, which read a sample's modulators from L2 once.
 FORWARD_ELEMENTS = 1024
-# The backward: rows of a sample in one program, whatever the batch; elements at a time of each piece of its rows, which
-# are a row of XL; and those of a warp, so that a thread loads 16 bytes at a time. With 128 it loads 8.
-SLAB, ELEMENTS, WARP_ELEMENTS = 16, 512, 256
+# The backward's rows of a sample in a program, whatever the batch, and elements of each piece at a time: a row of XL.
+SLAB, ELEMENTS = 16, 512
 
 
 @triton.jit
@@ -235,7 +234,7 @@ def _forward(x, y, gate, shift, scale, weight, plan, eps, norm):
     scale, scale_stride = strided_rows(scale)
     total, width = x.shape
     if total and width:
-        rows, kernel = _forward_kernel(width, gate is not None, norm, plan is not None, FORWARD_ELEMENTS)
+        rows, kernel = _forward_kernel(width, gate is not None, norm, plan is not None)
         cells = total // (scale if gate is None else gate).shape[0] if plan is None else 0
         kernel[(cdiv(total, rows),)](
             x, y, gate, shift, scale, _vector(weight), mixed, out, None if plan is None else plan.sample_index,
@@ -245,10 +244,10 @@ def _forward(x, y, gate, shift, scale, weight, plan, eps, norm):
 
 
 @functools.cache
-def _forward_kernel(width, gate, norm, packed, elements):
+def _forward_kernel(width, gate, norm, packed):
     """(rows of a program, its kernel)."""
     split = pieces(width, 6)  # of 128 columns a row is half a warp's, of 256 a warp's
-    rows = max(elements // split["COLUMNS"], 1)
+    rows = max(FORWARD_ELEMENTS // split["COLUMNS"], 1)
     return rows, modulate_forward.bind(
         GATE=gate,
         NORM=norm is not None,
@@ -292,8 +291,7 @@ def _backward(grad_mixed, grad_out, x, y, gate, shift, scale, weight, plan, eps,
             grad_mixed, grad_out, x, y, gate, scale, _vector(weight), cu_seqlens, grad_x, grad_y, partial,
             *(0 if t is None else t.stride(0) for t in (x, y, gate, scale)), batch, cells, total, eps,
             GATE=gate is not None, NORM=scale is not None, CENTRED=norm == "layer", SLAB=SLAB,
-            ROWS=tile, WIDTH=width, **split, **limit,
-            num_warps=min(max(tile * split["COLUMNS"] // WARP_ELEMENTS, 1), 32),
+            ROWS=tile, WIDTH=width, **split, **limit, num_warps=min(max(tile * split["COLUMNS"] // 256, 1), 32),
         )  # fmt: skip
     if sums.numel():
         modulator_sums[(batch, sum(kinds), cdiv(width, 64))](

@@ -236,7 +236,7 @@ class Smoothing:
     @classmethod
     def of(cls, prob, plan, sigma, dtype) -> Smoothing:
         """`prob` (B, L) in float32, contiguous; the windows suit rows of `dtype`."""
-        axes, cells, height, columns, reach, kernel = _locate(plan.grid, sigma, dtype == torch.float32, BLOCK_M)
+        axes, cells, height, columns, reach, kernel = _locate(plan.grid, sigma, dtype == torch.float32)
         blocks = max(cdiv(plan.max_seqlen, BLOCK_M), 1)
         points = prob.new_empty(1 + axes, plan.capacity)
         windows = plan.cu_seqlens.new_empty(plan.batch_size * blocks, 2)
@@ -250,7 +250,7 @@ class Smoothing:
     def forward(self, x, out, first_sample, samples, a=None):
         """Writes the smoothed rows of some samples to `out` (rows, D) in float32, beginning at its first row; with `a`
         (capacity,) s in their place, and a."""
-        kernel = _forward_kernel(len(self.points) - 1, x.shape[1], x.dtype, BLOCK_M, a is not None)
+        kernel = _forward_kernel(len(self.points) - 1, x.shape[1], x.dtype, a is not None)
         kernel[(samples * self.blocks, self.parts(x.shape[1]))](
             x, self.points, self.windows, self.plan.cu_seqlens, out, a, x.stride(0), first_sample, self.blocks,
             self._falloff, *x.shape,
@@ -260,7 +260,7 @@ class Smoothing:
         """Writes dx (capacity, D) and parts of dp̃ of some samples, and with the last of them the zeros of the rows past
         the last live one. `grad` (rows, D) is G in float32, beginning at the first row of `first_sample`;
         `q` (parts, capacity) are parts of G·s; as many first parts of dp̃ hold (1 + a) G·(x - s) already."""
-        launch = _launch(len(self.points) - 1, x.shape[1], grad.dtype, BLOCK_M)
+        launch = _launch(len(self.points) - 1, x.shape[1], grad.dtype)
         tail = not self.plan.exact and first_sample + samples == self.plan.batch_size
         smooth_backward[((samples + tail) * self.blocks, len(partial) - len(q))](
             grad, a, q, x, self.points, self.windows, self.plan.cu_seqlens, grad_x, partial, x.stride(0), first_sample,
@@ -278,27 +278,27 @@ class Smoothing:
 
 
 @functools.cache
-def _locate(grid, sigma, full, block_m):
+def _locate(grid, sigma, full):
     """(axes, cells, height, columns, reach of the windows, kernel) of a grid, in float32 where `full`."""
     # The rest is below 2e-8 of the sum at 6σ, and below 5e-5, under half-precision rounding, at 4.5σ.
     radius = math.ceil((6 if full else 4.5) * sigma)
     axes, cells, (_, height, columns) = max(len(grid), 2), math.prod(grid), (1, 1, *grid)[-3:]
     reach = min(radius * (sum({columns * height, columns, 1}) if len(grid) == 3 else columns + 1), cells)
     step = min(next_power_of_2(reach), 512)
-    return axes, cells, height, columns, reach, locate_rows.bind(AXES=axes, STEP=step, BLOCK_M=block_m, num_warps=1)
+    return axes, cells, height, columns, reach, locate_rows.bind(AXES=axes, STEP=step, BLOCK_M=BLOCK_M, num_warps=1)
 
 
 @functools.cache
-def _forward_kernel(axes, width, operand, block_m, backward):
-    return smooth_forward.bind(BACKWARD=backward, PARTS=_parts(backward), **_launch(axes, width, operand, block_m))
+def _forward_kernel(axes, width, operand, backward):
+    return smooth_forward.bind(BACKWARD=backward, PARTS=_parts(backward), **_launch(axes, width, operand))
 
 
 @functools.cache
-def _launch(axes, width, operand, block_m):
+def _launch(axes, width, operand):
     """The compile-time configuration for products with rows of the dtype `operand`."""
     return {
         "AXES": axes,
-        "BLOCK_M": block_m,
+        "BLOCK_M": BLOCK_M,
         "BLOCK_N": 16 if operand == torch.float32 else 32,  # with 32, a product in three parts takes every register
         "BLOCK_D": _block_d(width),
         "num_warps": 4,
