@@ -62,21 +62,25 @@ def roofline(axes, entries: list[dict], run: dict) -> bool:
 
 
 def savings(axes, entries: list[dict], run: dict) -> bool:
-    """Time saved over FLOPs saved, one line for each size and ρ."""
-    lines: dict[str, list[tuple[int, float]]] = {}
+    """Time saved over FLOPs saved, one line for each size and ρ; dashed of CUDA graphs, as small batches are served."""
+    lines: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for entry in entries:
-        case, won = entry["case"], saving(entry) if entry["case"]["group"] == "forward" else None
-        if won and won["realised"] is not None:
-            label = f"{case['size']}, {case['side']}×{case['side']}, ρ = {case['drop_fraction']:g}"
-            lines.setdefault(label, []).append((case["batch"], won["realised"]))
-    for label, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), "o-", label=label, markersize=4)
+        case = entry["case"]
+        for end in ("", " graph") if case["group"] == "forward" else ():
+            won = saving(entry, f"dcdit{end}", f"DiT/2{end}")
+            if won and won["realised"] is not None:
+                label = f"{case['size']}, {case['side']}×{case['side']}, ρ = {case['drop_fraction']:g}"
+                lines.setdefault(label, {}).setdefault(end, []).append((case["batch"], won["realised"]))
+    for number, (label, kinds) in enumerate(lines.items()):
+        for end, points in kinds.items():
+            style = "o--" if end else "o-"
+            axes.plot(*zip(*sorted(points), strict=True), style, color=f"C{number}", label=label + end, markersize=4)
     axes.axhline(1, color="0.6", linewidth=1)
     axes.set(xscale="log", xlabel="batch size", ylabel="time saved / FLOPs saved", xlim=(0.8, 80))
     axes.set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
     axes.minorticks_off()
     if lines:
-        axes.legend(fontsize=7)
+        axes.figure.legend(fontsize=7, ncols=3, loc="outside lower center")
     return bool(lines)
 
 

@@ -63,6 +63,11 @@ def test_report_takes_the_newest(tmp_path):
     assert (tmp_path / "docs" / "images" / "bench-some-cpu-roofline.png").exists()
 
 
+def test_a_run_that_was_cut_replaces_none_that_was_not(tmp_path):
+    text = write_report(tmp_path, synthetic("2026-01-01"), synthetic("2026-01-02", cut=["pad-S"]))
+    assert "[0.json]" in text and "[1.json]" not in text
+
+
 @pytest.mark.parametrize(("scale", "says"), [(1.05, "agree on all 1 ratios"), (1.2, "too noisy")])
 def test_report_says_when_runs_disagree(tmp_path, scale, says):
     assert says in write_report(tmp_path, synthetic("2026-01-01", scale), synthetic("2026-01-02", 1.0))
