@@ -78,8 +78,9 @@ def test_tensors_of_budgets_in_one_graph(size):
 
 @torch.no_grad()
 def test_reduce_overhead():
-    """Inductor's own CUDA graphs: the eager results, and no wait once they are recorded. In float32 a compiled attention
-    reads the lengths on the host."""
+    """Inductor's own CUDA graphs: the eager results, and no wait once they are recorded.
+
+    In half precision: compiled, attention in float32 reads the lengths on the host."""
     net = cast_weights(digits_net().to(DEVICE), torch.bfloat16)
     compiled = torch.compile(lambda *inputs: net(*inputs, budget=300), fullgraph=True, mode="reduce-overhead")
     for seed in range(3):  # compiles, records
