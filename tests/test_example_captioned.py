@@ -13,7 +13,7 @@ pytest.importorskip("yaml")
 import yaml
 
 from examples.captioned import __main__ as captioned
-from examples.captioned.compositions import GRIDS, NONE, Captions, Compositions, caption, caption_id
+from examples.captioned.compositions import NONE, SIZES, Captions, Compositions, caption, caption_id
 from examples.captioned.judging import ask, recognised
 
 CPU = torch.device("cpu")
@@ -32,21 +32,21 @@ def test_captions_say_what_is_shown():
     )  # ten of one digit are there twice
     one = int(caption_id(torch.tensor(4), torch.tensor(NONE), True))
     assert torch.equal(every.pooled[one], every.pooled[one - 110])
-    which, first, second = ask(110, GRIDS[3], CPU)
+    which, first, second = ask(110, SIZES[3], CPU)
     assert len(which.unique()) == 110 and torch.equal(which, 110 + 11 * first + second)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-def test_pictures_have_their_digits_in_the_caption_s_order(grid):
+@pytest.mark.parametrize("size", SIZES)
+def test_pictures_have_their_digits_in_the_caption_s_order(size):
     """Digits that are filled squares as bright as their number are read off the halves of the canvas."""
     data = Compositions(None, True, CPU)
     data.digits = (20 * (data.labels + 1)).to(torch.uint8)[:, None, None].expand(-1, 28, 28).clone()
     data.digits[:, :, :9] = data.digits[:, :, 19:] = 0
     data.digits[:, :9] = data.digits[:, 19:] = 0
-    pictures, first, second = data.draw(60, grid, torch.Generator().manual_seed(0))
-    assert pictures.shape == (60, 1, 2 * grid[0], 2 * grid[1]) and 10 < int((second == NONE).sum()) < 30
+    pictures, first, second = data.draw(60, size, torch.Generator().manual_seed(0))
+    assert pictures.shape == (60, 1, *size) and 10 < int((second == NONE).sum()) < 30
     shown = ((pictures + 1) * 127.5 / 20 - 1).round().long()
-    ends = [part.flatten(1).amax(1) for part in shown.chunk(2, dim=2 if grid[0] > grid[1] else 3)]
+    ends = [part.flatten(1).amax(1) for part in shown.chunk(2, dim=2 if size[0] > size[1] else 3)]
     assert torch.equal(ends[0], first) and torch.equal(ends[1], torch.where(second == NONE, first, second))
 
 

@@ -25,7 +25,7 @@ from torch import nn
 
 from dcdit.integrations.attention import add_dynamic_chunking, load_dynamic_chunking
 
-from .compositions import GRIDS, Captions, Compositions
+from .compositions import SIZES, Captions, Compositions
 from .families import FAMILIES
 from .judging import judge, recognised, train_detector
 from .pictures import draw
@@ -40,7 +40,7 @@ class Run:
     def __init__(self, folder: Path, config: dict[str, Any], digits: Path | None, device: torch.device) -> None:
         self.folder, self.config = folder, config
         folder.mkdir(parents=True, exist_ok=True)
-        self.family, self.captions = FAMILIES[config["family"]](), Captions.every(device)
+        self.family, self.captions = FAMILIES[config["family"]](config["model"]), Captions.every(device)
         self.data, self.others = (Compositions(digits, held_out, device) for held_out in (False, True))
         self.task = Task(self.family, self.data, self.captions, config["batch"])
 
@@ -69,7 +69,7 @@ class Run:
     def dense(self) -> None:
         """Train the dense model."""
         begin = time.monotonic()
-        model, curve = train_dense(self.task, self.config["model"], self.config["dense"])
+        model, curve = train_dense(self.task, self.config["dense"])
         self.kept("dense", model, curve, begin)
 
     def upcycle(self) -> None:
@@ -84,8 +84,8 @@ class Run:
         device = self.captions.device
         net = train_detector(self.data, settings["detector_seconds"], self.config["batch"])
         right = []
-        for grid in GRIDS:
-            pictures, *digits = self.others.draw(settings["batch"], grid, torch.Generator(device).manual_seed(5))
+        for size in SIZES:
+            pictures, *digits = self.others.draw(settings["batch"], size, torch.Generator(device).manual_seed(5))
             right.append(recognised(net, pictures, *digits).float().mean())
         self.line(name="held-out pictures", recognised=round(float(torch.stack(right).mean()), 4))
         dense, upcycled = self.read("dense"), self.read("upcycle")
@@ -93,7 +93,7 @@ class Run:
         add_dynamic_chunking(untrained, blocks=slice(*self.config["upcycle"]["blocks"]))
         models: dict[str, tuple[nn.Module, dict[str, Any]]] = {"dense": (dense, {})}
         models |= {f"ρ = {rho:g}": (upcycled, {"drop_fraction": rho}) for rho in settings["drop_fractions"]}
-        quarter = {"budget_per_sample": GRIDS[0][0] * GRIDS[0][1] // n}
+        quarter = {"drop_fraction": 1 - 1 / n}
         for numbers in judge(
             {**models, "a share 1/N, untrained": (untrained, quarter)}, self.family, self.captions, net, settings
         ):

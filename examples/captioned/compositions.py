@@ -13,7 +13,7 @@ from torch import nn
 from dcdit.data.idx import Idx
 from dcdit.data.sources import load_digits
 
-GRIDS = ((12, 24), (11, 26), (14, 20), (24, 12))  # (rows, columns) of 2×2 pixels
+SIZES = ((24, 48), (24, 56), (28, 40), (48, 24))  # of canvases, (height, width)
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NONE = 10  # in place of the second digit
 UNCAPTIONED = 2 * 10 * 11  # the caption that says nothing, last of all
@@ -90,13 +90,13 @@ class Compositions:
         self.labels = torch.from_numpy(labels).to(device)
 
     def draw(
-        self, count: int, grid: tuple[int, int], generator: torch.Generator
+        self, count: int, size: tuple[int, int], generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Pictures (count, 1, H, W) in [-1, 1] on a canvas of the grid, their first digits and their second (count,).
+        """Pictures (count, 1, H, W) in [-1, 1] on canvases of `size`, their first digits and their second (count,).
 
         A third has one digit, in the middle. Two stand at a quarter and three quarters of the longer side.
         """
-        device, (height, width) = self.digits.device, (2 * side for side in grid)
+        device, (height, width) = self.digits.device, size
         integers = lambda low, high: torch.randint(low, high, (count,), generator=generator, device=device)  # noqa: E731
         alone = integers(0, 3) == 0
         canvas = torch.zeros(count, height, width, dtype=torch.uint8, device=device)

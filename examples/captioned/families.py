@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import diffusers
@@ -20,44 +21,48 @@ def close(*layers: nn.Linear) -> None:
 
 
 class Flux:
-    """FluxTransformer2DModel on tokens of 2×2 pixels."""
+    """FluxTransformer2DModel on tokens of 2×2 or 4×4 pixels; `options` are the model's own."""
 
     KIND = diffusers.FluxTransformer2DModel
 
-    def __init__(self) -> None:
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options, self.patch = options, math.isqrt(options["in_channels"])
         self.ids: dict[tuple, torch.Tensor] = {}
 
-    def model(self, options: dict[str, Any]) -> nn.Module:
+    def model(self) -> nn.Module:
         """Of random weights, its gates closed and its output zero."""
-        model = self.KIND(**options)
+        model = self.KIND(**self.options)
         close(model.proj_out, *(m for name, m in model.named_modules() if name.endswith(".linear")))
         return model
 
     def inputs(self, x: torch.Tensor, t: torch.Tensor, captions: Captions) -> dict[str, Any]:
         """Keywords of the model's forward, of x (B, 1, H, W) at times t (B,) and captions."""
-        height, width = self.grid = x.shape[2] // 2, x.shape[3] // 2
+        height, width = self.grid = x.shape[2] // self.patch, x.shape[3] // self.patch
         key = (*self.grid, x.device)
         if key not in self.ids:
             sides = (torch.arange(float(side), device=x.device) for side in (1, height, width))
             self.ids[key] = torch.cartesian_prod(*sides)
-        tokens = F.pixel_unshuffle(x, 2).flatten(2).mT
+        tokens = F.pixel_unshuffle(x, self.patch).flatten(2).mT
         words = {"encoder_hidden_states": captions.text, "pooled_projections": captions.pooled}
         ids = {"img_ids": self.ids[key], "txt_ids": torch.zeros(BYTES, 3, device=x.device)}
         return {"hidden_states": tokens, "timestep": t, **words, **ids}
 
     def velocity(self, output: Any) -> torch.Tensor:
         """(B, 1, H, W) of what the model returned for the last inputs."""
-        return F.pixel_shuffle(output.sample.float().mT.unflatten(2, self.grid), 2)
+        return F.pixel_shuffle(output.sample.float().mT.unflatten(2, self.grid), self.patch)
 
 
 class ZImage:
-    """ZImageTransformer2DModel on pictures of one frame."""
+    """ZImageTransformer2DModel on pictures of one frame, in patches of 2×2 pixels."""
 
-    KIND = diffusers.ZImageTransformer2DModel
+    KIND, patch = diffusers.ZImageTransformer2DModel, 2
 
-    def model(self, options: dict[str, Any]) -> nn.Module:
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+
+    def model(self) -> nn.Module:
         """Of random weights, its gates closed and its output zero."""
-        model = self.KIND(**options)
+        model = self.KIND(**self.options)
         close(*(m for name, m in model.named_modules() if ".adaLN_modulation." in name and isinstance(m, nn.Linear)))
         close(*(layer.linear for layer in model.all_final_layer.values()))
         return model

@@ -12,7 +12,7 @@ from torch import nn
 from dcdit.integrations.attention import chunking_of
 from dcdit.model.routing import Routing
 
-from .compositions import GRIDS, UNCAPTIONED, Captions, Compositions, caption_id
+from .compositions import SIZES, UNCAPTIONED, Captions, Compositions, caption_id
 from .training import autocast, train, wait
 
 
@@ -38,8 +38,8 @@ def train_detector(data: Compositions, seconds: float, batch: int) -> Detector:
     net, generator, host = Detector().to(device), torch.Generator(device).manual_seed(3), torch.Generator()
 
     def loss_of(share: float) -> torch.Tensor:
-        grid = GRIDS[int(torch.randint(len(GRIDS), (), generator=host))]
-        pictures, *digits = data.draw(batch, grid, generator)
+        size = SIZES[int(torch.randint(len(SIZES), (), generator=host))]
+        pictures, *digits = data.draw(batch, size, generator)
         return sum(F.cross_entropy(*pair) for pair in zip(net(pictures), digits, strict=True))
 
     train([{"params": list(net.parameters()), "lr": 2e-3}], seconds, loss_of)
@@ -53,11 +53,11 @@ def recognised(net: Detector, pictures: torch.Tensor, first: torch.Tensor, secon
     return (heads[0].argmax(1) == first) & (heads[1].argmax(1) == second)
 
 
-def ask(count: int, grid: tuple[int, int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def ask(count: int, size: tuple[int, int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Every caption in turn: captions' rows, first and second digits (count,)."""
     which = torch.arange(count, device=device) % (UNCAPTIONED // 2)
     first, second = which // 11, which % 11
-    return caption_id(first, second, grid[0] > grid[1]), first, second
+    return caption_id(first, second, size[0] > size[1]), first, second
 
 
 @torch.no_grad()
@@ -66,7 +66,7 @@ def sample(
     family: Any,
     captions: Captions,
     which: torch.Tensor,
-    grid: tuple[int, int],
+    size: tuple[int, int],
     seed: int,
     settings: dict[str, Any],
 ) -> tuple[torch.Tensor, float, list[Routing]]:
@@ -74,7 +74,7 @@ def sample(
     share of image tokens that the chunked blocks had; the routing of each step, if there is any."""
     device, chunking = captions.device, chunking_of(model)
     count, steps, generator = len(which), settings["steps"], torch.Generator(device).manual_seed(seed)
-    x = torch.randn(count, 1, 2 * grid[0], 2 * grid[1], generator=generator, device=device)
+    x = torch.randn(count, 1, *size, generator=generator, device=device)
     both, kept, routings = captions[torch.cat([which, torch.full_like(which, UNCAPTIONED)])], [], []
     for step in range(steps):
         t = 1 - step / steps
@@ -99,22 +99,22 @@ def judge(
     """A line for each named model: the share recognised, the share of image tokens in its chunked blocks, seconds for a
     picture. Beside each model stands what its chunking keeps, by attribute.
 
-    The models take turns, batch by batch, on the same captions and noise, one grid after the other, until they have all
+    The models take turns, batch by batch, on the same captions and noise, one size after the other, until they have all
     pictures or the time is used up. The first batch of each is not timed.
     """
     batch, device = settings["batch"], captions.device
     found: dict[str, dict[str, Any]] = {name: {"right": [], "kept": [], "seconds": []} for name in models}
     start = time.monotonic()
     for turn in range(max(2, settings["pictures"] // batch)):
-        if turn >= len(GRIDS) and time.monotonic() - start > settings["seconds"]:
+        if turn >= len(SIZES) and time.monotonic() - start > settings["seconds"]:
             break
-        grid = GRIDS[turn % len(GRIDS)]
-        which, first, second = ask(batch, grid, device)
+        size = SIZES[turn % len(SIZES)]
+        which, first, second = ask(batch, size, device)
         for name, (model, budget) in models.items():
             set_budget(model, budget)
             wait(device)
             begin = time.monotonic()
-            pictures, kept, _ = sample(model, family, captions, which, grid, turn, settings)
+            pictures, kept, _ = sample(model, family, captions, which, size, turn, settings)
             wait(device)
             seconds = (time.monotonic() - begin) / batch
             found[name]["seconds"] += [seconds] if turn else []

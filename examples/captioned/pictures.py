@@ -13,10 +13,10 @@ from torch import nn
 from dcdit.pictures.images import enlarge, to_uint8
 from dcdit.pictures.trajectory import INK, MUTED, PAPER, cell_maps, chunk_map
 
-from .compositions import GRIDS, NONE, Captions, caption, caption_id
+from .compositions import NONE, SIZES, Captions, caption, caption_id
 from .judging import sample, set_budget
 
-WIDE, LONG, SHORT, TALL = GRIDS
+WIDE, LONG, SHORT, TALL = SIZES
 SHOWN = ((WIDE, 7, 2), (WIDE, 4, NONE), (LONG, 8, 3), (SHORT, 5, 9), (SHORT, 6, NONE), (TALL, 9, 4))
 TIMES = (0.8, 0.4, 0.0)  # of the chunk maps
 
@@ -32,12 +32,12 @@ def draw(
     clean picture, one for each of TIMES."""
     columns: list[list[tuple[np.ndarray, str]]] = []
     labels: list[str] = []
-    for number, (grid, first, second) in enumerate(SHOWN):
+    for number, (size, first, second) in enumerate(SHOWN):
         digits = (torch.tensor([digit], device=captions.device) for digit in (first, second))
-        which, column, labels = caption_id(*digits, grid[0] > grid[1]), [], []
+        which, column, labels = caption_id(*digits, size[0] > size[1]), [], []
         for name, (model, budget) in models.items():
             set_budget(model, budget)
-            x, _, routings = sample(model, family, captions, which, grid, 1000 + number, settings)
+            x, _, routings = sample(model, family, captions, which, size, 1000 + number, settings)
             image = to_uint8(x.cpu())
             column.append((enlarge(image, 192)[0], ""))
             labels.append(name)
@@ -47,11 +47,11 @@ def draw(
                 column.append((chunk_map(image[0], mask, source, 192), f"{mask.mean():.0%}"))
                 labels.append(f"t = {t:g}")
         columns.append(column)
-    widths = [max(0.9, grid[1] / grid[0]) for grid, *_ in SHOWN]
+    widths = [max(0.9, size[1] / size[0]) for size, *_ in SHOWN]
     figure = Figure(figsize=(0.85 * sum(widths) + 1.3, 0.98 * len(labels) + 0.4), facecolor=PAPER, layout="constrained")
     axes = figure.subplots(len(labels), len(SHOWN), width_ratios=widths, squeeze=False)
-    for j, (column, (grid, first, second)) in enumerate(zip(columns, SHOWN, strict=True)):
-        title = caption(first, second, grid[0] > grid[1]).replace(" next", "\nnext").replace(" above", "\nabove")
+    for j, (column, (size, first, second)) in enumerate(zip(columns, SHOWN, strict=True)):
+        title = caption(first, second, size[0] > size[1]).replace(" next", "\nnext").replace(" above", "\nabove")
         axes[0, j].set_title(title, fontsize=8, color=INK)
         for i, (picture, share) in enumerate(column):
             axes[i, j].imshow(picture, interpolation="nearest")

@@ -17,26 +17,26 @@ from dcdit.integrations.distillation import distillation_loss
 from dcdit.model import DynamicChunking
 from dcdit.training import ratio_loss
 
-from .compositions import GRIDS, UNCAPTIONED, Captions, Compositions, caption_id
+from .compositions import SIZES, UNCAPTIONED, Captions, Compositions, caption_id
 
 WARM_UP, LOGGED = 50, 25  # steps
-HELD_OUT = 64  # pictures of each grid
+HELD_OUT = 64  # pictures of each size
 
 
 class Task:
-    """Batches of flow matching: pictures of one random grid, captions, times and noise."""
+    """Batches of flow matching: pictures of one random size, captions, times and noise."""
 
     def __init__(self, family: Any, data: Compositions, captions: Captions, batch: int) -> None:
         self.family, self.data, self.captions, self.batch = family, data, captions, batch
         self.generator = torch.Generator(captions.device).manual_seed(1)
         self.host = torch.Generator().manual_seed(1)
 
-    def draw(self, grid: tuple[int, int] | None = None) -> tuple[dict[str, Any], torch.Tensor]:
+    def draw(self, size: tuple[int, int] | None = None) -> tuple[dict[str, Any], torch.Tensor]:
         """Inputs of the model and the velocity it should predict. A tenth of the captions says nothing."""
-        grid = grid or GRIDS[int(torch.randint(len(GRIDS), (), generator=self.host))]
-        clean, first, second = self.data.draw(self.batch, grid, self.generator)
+        size = size or SIZES[int(torch.randint(len(SIZES), (), generator=self.host))]
+        clean, first, second = self.data.draw(self.batch, size, self.generator)
         options = {"generator": self.generator, "device": clean.device}
-        which = caption_id(first, second, grid[0] > grid[1])
+        which = caption_id(first, second, size[0] > size[1])
         which = torch.where(torch.rand(self.batch, **options) < 0.1, UNCAPTIONED, which)
         t, noise = torch.randn(self.batch, **options).sigmoid(), torch.randn(clean.shape, **options)
         noisy = clean + t[:, None, None, None] * (noise - clean)
@@ -51,7 +51,7 @@ class Task:
         """The loss on pictures of other digits, the same for every model."""
         other = Task(self.family, data, self.captions, HELD_OUT)
         with autocast(self.captions.device):
-            losses = [other.loss(model, *other.draw(grid)) for grid in GRIDS]
+            losses = [other.loss(model, *other.draw(size)) for size in SIZES]
         return float(torch.stack(losses).mean())
 
 
@@ -112,10 +112,10 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def train_dense(task: Task, model_options: dict[str, Any], config: dict[str, Any]) -> tuple[nn.Module, list[dict]]:
+def train_dense(task: Task, config: dict[str, Any]) -> tuple[nn.Module, list[dict]]:
     """A model of the family, by flow matching, and the curve."""
     device = task.captions.device
-    model = task.family.model(model_options).to(device)
+    model = task.family.model().to(device)
 
     def loss_of(share: float) -> torch.Tensor:
         with autocast(device):
@@ -154,7 +154,7 @@ def upcycle(task: Task, dense: nn.Module, config: dict[str, Any]) -> tuple[nn.Mo
         inputs, velocity = task.draw()
         which = int(torch.randint(len(config["drop_fractions"]), (), generator=task.host))
         kept = (1 - config["drop_fractions"][which]) / n
-        chunking.budget = round(velocity.numel() // 4 * kept)  # 4 pixels a token
+        chunking.budget = round(velocity.numel() / task.family.patch**2 * kept)
         with autocast(device):
             if share < config["distill_share"]:
                 loss = distillation_loss(model, teacher, **inputs)
