@@ -124,7 +124,7 @@ def load(name: str, folder: Path, dit: Path) -> Any:
         return load_dit(dit, preset("digits")) if name == "plain" else DCDiT.from_pretrained("digits")
     model = MADE[name](preset("digits"))
     content = io.BytesIO(lzma.decompress((folder / f"{name}.pt.xz").read_bytes()))
-    model.load_state_dict(torch.load(content, weights_only=True))
+    model.load_state_dict(torch.load(content, "cpu", weights_only=True))
     return model.eval()
 
 
@@ -185,8 +185,8 @@ def draw(model: Any, policy: str, steps: int, args: argparse.Namespace) -> tuple
     """Facts of a run, and its digits, uint8 (N, 28, 28)."""
     classes = torch.arange(10).repeat_interleave(args.per_class)
     steps = max(1, round(steps * args.sampling_steps / 50))
-    options = {"objective": "flow", "steps": steps, "guidance": 2.0, "batch_size": args.batch}
-    run = sample(model, classes, policy=policy or None, **options)
+    options = {"objective": "flow", "steps": steps, "guidance": args.guidance, "batch_size": args.batch}
+    run = sample(model, classes, policy=policy or None, seed=args.seed, **options)
     pictures = to_uint8(make_codec("pixel_unshuffle", factor=2).decode(run.latents))[..., 0]
     trace = run.trace
     facts = {"policy": policy, "steps": steps, "gflop": gflop(model, trace), "tokens": float(trace.tokens.mean())}
@@ -217,7 +217,7 @@ def work(name: str, args: argparse.Namespace) -> None:
     shared = {"part": name, **facts, **machine_facts(args.device)}
     write(part.runs, model, shared, args)
     if isinstance(model, PatchDiT):
-        options = {"objective": "flow", "steps": args.sampling_steps, "guidance": 2.0}
+        options = {"objective": "flow", "steps": args.sampling_steps, "guidance": args.guidance}
         for speed in SPEEDS:
             if time.time() > args.end - CALIBRATION:
                 break

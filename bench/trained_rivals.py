@@ -34,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=4000, help="of training, at most")
     parser.add_argument("--per-class", type=int, default=50)
     parser.add_argument("--sampling-steps", type=int, default=50)
+    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--seed", type=int, default=0, help="of the pictures")
     parser.add_argument("--batch", type=int, default=500)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[name for name in PARTS if name != "base"])
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="of the training configuration")

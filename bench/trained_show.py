@@ -15,7 +15,7 @@ from dcdit.pictures.images import grid
 from .trained_parts import load_pictures
 
 ROOT = Path(__file__).parents[1] / "docs"
-BEGIN, END = "<!-- tables: python -m bench.trained_tables show -->", "<!-- end of tables -->"
+BEGIN, END = "<!-- tables: python -m bench.trained_tables show FOLDER -->", "<!-- end of tables -->"
 TITLES = {
     "plain": "plain DiT",
     "plain-longer": "plain DiT, trained on",
@@ -53,14 +53,19 @@ def curve(lines: list[dict], part: str, knob: str, steps: bool) -> list[dict]:
 
 
 def main_table(lines: list[dict]) -> str:
-    """All runs in their order."""
-    rows = ["| | policy | steps | GFLOP | CPU s | recognised | Fréchet distance |\n|---|---|---|---|---|---|---|"]
+    """All runs, part by part: with guidance, and as `free` has it without."""
+    heads = ["", "policy", "steps", "GFLOP", "recognised", "GFLOP", "CPU s", "recognised", "Fréchet distance"]
+    rows = ["| | | | guidance 2 | | no guidance | | | |", "|---" * len(heads) + "|", f"| {' | '.join(heads)} |"]
     for part, title in TITLES.items():
         for line in (line for line in lines if line["part"] == part):
-            policy = f"`{line['policy']}`" if line["policy"] else "–"
-            seconds = f"{line['cpu_seconds']:.3f}" if "cpu_seconds" in line else "–"
-            numbers = f"{line['gflop']:.2f} | {seconds} | {line['recognised']:.1%} | {line['frechet']:.2f}"
-            rows.append(f"| {title} | {policy} | {line['steps']} | {numbers} |")
+            cells = [title, f"`{line['policy']}`" if line["policy"] else "–", str(line["steps"])]
+            cells += [f"{line['gflop']:.2f}", f"{line['recognised']:.1%}"]
+            free = line.get("free")
+            cells += [
+                format(free[key], how) if free else "–"
+                for key, how in (("gflop", ".2f"), ("cpu_seconds", ".3f"), ("recognised", ".1%"), ("frechet", ".1f"))
+            ]
+            rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -73,7 +78,7 @@ def equal_table(lines: list[dict]) -> str:
         if line["part"] == "dydcdit" or (line["part"] == "dcdit" and "&" in line["policy"]):
             cells = [at_equal(line["gflop"], curve(lines, *CURVES[name])) for name in alone]
             policy = f", `{line['policy']}`" if line["policy"] else ""
-            own = f"{line['recognised']:.1%}, {line['frechet']:.2f}"
+            own = f"{line['recognised']:.1%}, {line['frechet']:.1f}"
             rows.append(f"| {TITLES[line['part']]}{policy} | {line['gflop']:.2f} | {own} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -84,7 +89,7 @@ def at_equal(gflop: float, runs: list[dict]) -> str:
     if not runs or not costs[0] <= gflop <= costs[-1]:
         return "–"
     recognised, frechet = (np.interp(gflop, costs, [line[key] for line in runs]) for key in ("recognised", "frechet"))
-    return f"{recognised:.1%}, {frechet:.2f}"
+    return f"{recognised:.1%}, {frechet:.1f}"
 
 
 def draw_curves(lines: list[dict], file: Path) -> None:
@@ -127,11 +132,12 @@ def draw_pictures(lines: list[dict], folder: Path, file: Path) -> None:
 
 
 def show(lines: list[dict], folder: Path) -> None:
-    """Write the tables between the page's marks, and the pictures beside it."""
-    draw_curves(lines, ROOT / "images" / "trained_rivals_curves.png")
+    """Write the tables between the page's marks, and the pictures beside it. Curves are those without guidance."""
+    free = [line | line["free"] for line in lines if "free" in line]
+    draw_curves(free, ROOT / "images" / "trained_rivals_curves.png")
     draw_pictures(lines, folder, ROOT / "images" / "trained_rivals.png")
     page = ROOT / "rivals.md"
     before, rest = page.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
-    text = f"{main_table(lines)}\n\n{equal_table(lines)}"
+    text = f"{main_table(lines)}\n\n{equal_table(free)}"
     page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""python -m bench.trained_tables STAGE FOLDER: what `bench.trained_rivals` drew, judged, timed on this CPU and shown.
+"""python -m bench.trained_tables STAGE FOLDER: what `bench.trained_rivals` drew, drawn from again, judged and shown.
 
-judge FOLDER: recognised share and Fréchet distance of the unpacked run, into bench/results/trained_rivals.jsonl
-time FOLDER: processor seconds of an image there, all runs in turn
+free FOLDER: digits without guidance from the models of an unpacked run, and their processor seconds on this CPU
+judge FOLDER: recognised shares and Fréchet distances of both, into bench/results/trained_rivals.jsonl
 show FOLDER: the tables of docs/rivals.md, its curves and pictures
 """
 
@@ -11,6 +11,7 @@ import argparse
 import json
 import time
 from argparse import Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,72 +28,95 @@ from .trained_show import show
 RESULTS = Path(__file__).parent / "results" / "trained_rivals.jsonl"
 
 
-def judge(folder: Path) -> list[dict]:
-    """The lines of a run with `recognised`, by `DigitClassifier`, and `frechet`, by a small convolutional classifier.
+def read(file: Path) -> list[dict]:
+    """A mapping for each line."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
-    The reference of the distance are the 4 500 training digits.
+
+def free(folder: Path, dit: Path, seeds: Sequence[int], per_class: int) -> None:
+    """Digits of each run without guidance, all runs in turn for each seed, with processor seconds of an image.
+
+    They go to FOLDER/free. A model of which no weights came back costs what its part trained for less costs.
     """
-    images, labels, held_out = load_digits()
-    colours = lambda pictures: pictures[..., None].repeat(3, 3)  # noqa: E731
-    real, recognise = colours(images[~held_out]), DigitClassifier()
-    net = fit(real, labels[~held_out], epochs=10, report=lambda text: None)
-    reference, judged = Features(net, [real]), dict[str, dict]()
-    for line in map(json.loads, (folder / "lines.jsonl").read_text().splitlines()):
-        pictures = load_pictures(folder / line["pictures"])
-        wanted = np.arange(10).repeat(len(pictures) // 10)
-        numbers = compare(Features(net, [colours(pictures)]), reference)
-        right = float((recognise(pictures) == wanted).mean())
-        numbers = {key: round(numbers[key], 4) for key in ("frechet", "precision", "recall")}
-        judged[line["pictures"]] = line | {"images": len(pictures), "recognised": right} | numbers
-        print(
-            line["part"], line["policy"] or "–", line["steps"], f"{line['gflop']:.2f} GFLOP", right, numbers, flush=True
-        )
-    return list(judged.values())
-
-
-def timed(folder: Path, lines: list[dict], dit: Path, rounds: int, per_class: int) -> list[dict]:
-    """The lines with `cpu_seconds`, processor time of an image: the least of `rounds`, in which all runs take turns.
-
-    A model that was trained longer is not timed: it costs what the shorter one costs.
-    """
-    parts = {line["part"] for line in lines}
-    models = {name: load(name, folder, dit) for name in parts & {"plain", "dcdit", *MADE}}
-    best: dict[str, float] = {}
-    for number in range(rounds):
+    (folder / "free").mkdir(exist_ok=True)
+    lines = [line for line in read(folder / "lines.jsonl") if line["part"] in ("plain", "dcdit", *MADE)]
+    models = {name: load(name, folder, dit) for name in dict.fromkeys(line["part"] for line in lines)}
+    for seed in seeds:
+        options = Namespace(per_class=per_class, sampling_steps=50, batch=10 * per_class, guidance=1.0, seed=seed)
         for line in lines:
-            if line["part"] not in models:
-                continue
             begin = time.process_time()
-            steps = line["steps"]
-            options = Namespace(per_class=per_class, sampling_steps=50, batch=10 * per_class)
-            draw(models[line["part"]], line["policy"], steps, options)
-            seconds = (time.process_time() - begin) / (10 * per_class)
-            best[line["pictures"]] = min(seconds, best.get(line["pictures"], seconds))
-        print(f"round {number + 1} of {rounds}", flush=True)
-    return [line | ({"cpu_seconds": best[line["pictures"]]} if line["pictures"] in best else {}) for line in lines]
+            facts, pictures = draw(models[line["part"]], line["policy"], line["steps"], options)
+            facts["seconds"] = (time.process_time() - begin) / len(pictures)
+            facts["file"] = f"{line['pictures'].removesuffix('.npy.xz')}-{seed}.npy"
+            np.save(folder / "free" / facts["file"], pictures)
+            with open(folder / "free" / f"lines-{seed}.jsonl", "a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"pictures": line["pictures"], **facts}) + "\n")
+        print(f"seed {seed}", flush=True)
+
+
+class Judge:
+    """`recognised`, by `DigitClassifier`, and `frechet`, in the features of a small convolutional classifier.
+
+    The distance is from the 4 500 training digits.
+    """
+
+    def __init__(self) -> None:
+        images, labels, held_out = load_digits()
+        self.classify = DigitClassifier()
+        self.net = fit(colours(images[~held_out]), labels[~held_out], epochs=10, report=lambda text: None)
+        self.reference = Features(self.net, [colours(images[~held_out])])
+
+    def __call__(self, pictures: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Of digits uint8 (N, 28, 28) that are to show `labels` (N,)."""
+        numbers = compare(Features(self.net, [colours(pictures)]), self.reference)
+        seen = float((self.classify(pictures) == labels).mean())
+        return {"images": len(pictures), "recognised": round(seen, 4), "frechet": round(numbers["frechet"], 3)}
+
+
+def colours(pictures: np.ndarray) -> np.ndarray:
+    """(N, H, W) → (N, H, W, 3)."""
+    return pictures[..., None].repeat(3, 3)
+
+
+def judged(folder: Path, judge: Callable[[np.ndarray, np.ndarray], dict[str, float]]) -> list[dict]:
+    """The lines of a run with the numbers of its pictures, and as `free` those of the pictures without guidance."""
+    again = [line for file in sorted((folder / "free").glob("lines-*.jsonl")) for line in read(file)]
+    results = {}
+    for line in read(folder / "lines.jsonl"):
+        pictures = load_pictures(folder / line["pictures"])
+        found = line | judge(pictures, np.arange(10).repeat(len(pictures) // 10))
+        same = [other for other in again if other["pictures"] == line["pictures"]]
+        if same:
+            sheets = [np.load(folder / "free" / other["file"]) for other in same]
+            wanted = np.concatenate([np.arange(10).repeat(len(sheet) // 10) for sheet in sheets])
+            found["free"] = {
+                **judge(np.concatenate(sheets), wanted),
+                "gflop": float(np.mean([other["gflop"] for other in same])),
+                "cpu_seconds": min(other["seconds"] for other in same),
+            }
+        results[line["pictures"]] = found  # of a part that ran again the last
+        print(json.dumps(found), flush=True)
+    return list(results.values())
 
 
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["judge", "time", "show"])
+    parser.add_argument("stage", choices=["free", "judge", "show"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--dit", type=Path, default=Path("build/dit.pt"))
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--per-class", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
+    parser.add_argument("--per-class", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.stage == "judge":
-        lines = judge(args.folder)
+    if args.stage == "free":
+        free(args.folder, args.dit, args.seeds, args.per_class)
+    elif args.stage == "judge":
+        lines = judged(args.folder, Judge())
+        args.results.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     else:
-        lines = [json.loads(line) for line in args.results.read_text().splitlines()]
-    if args.stage == "show":
-        show(lines, args.folder)
-        return
-    if args.stage == "time":
-        lines = timed(args.folder, lines, args.dit, args.rounds, args.per_class)
-    args.results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        show(read(args.results), args.folder)
 
 
 if __name__ == "__main__":

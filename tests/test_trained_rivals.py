@@ -1,6 +1,7 @@
 """The comparison of trained rivals: its stand-in for diffusers, its costs, a part from training to pictures, tables."""
 
 import json
+import lzma
 import time
 from argparse import Namespace
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import euler, trained_parts, trained_show
+from bench import euler, trained_parts, trained_show, trained_tables
 from bench.trained_rivals import wait_for
 from dcdit import DCDiT
 from dcdit.checkpoints.dit import to_dit
@@ -22,7 +23,15 @@ SIZES = preset("digits")
 
 def options(folder, **changes):
     values = {"dit": folder / "dit.pt", "out": folder, "data": None, "device": "cpu", "steps": 1, "per_class": 1}
-    values |= {"sampling_steps": 2, "batch": 10, "set": ["batch_size=4"], "end": time.time() + 900, "drawing": 0}
+    values |= {
+        "sampling_steps": 2,
+        "batch": 10,
+        "guidance": 2.0,
+        "seed": 0,
+        "set": ["batch_size=4"],
+        "end": time.time() + 900,
+        "drawing": 0,
+    }
     return Namespace(**(values | changes))
 
 
@@ -71,6 +80,27 @@ def test_a_part(tmp_path, monkeypatch):
     assert len((tmp_path / "lines.jsonl").read_text().splitlines()) == len(lines)
 
 
+def test_drawn_again_and_judged(tmp_path):
+    """Without guidance the shipped model's digits are another set, at half of the cost; both are judged."""
+    folder, line = tmp_path, {"part": "dcdit", "policy": "rho=0.5", "steps": 2, "gflop": 1.0, "pictures": "a.npy.xz"}
+    with lzma.open(folder / "a.npy.xz", "wb") as packed:
+        np.save(packed, np.full((10, 28, 28), 7, np.uint8))
+    (folder / "lines.jsonl").write_text(json.dumps(line) + "\n")
+    trained_tables.free(folder, folder / "none.pt", [3, 4], 1)
+    seen = []
+
+    def judge(pictures, labels):
+        seen.append((len(pictures), pictures.mean(), labels.tolist()))
+        return {"recognised": 0.5}
+
+    (found,) = trained_tables.judged(folder, judge)
+    assert found["recognised"] == found["free"]["recognised"] == 0.5 and found["free"]["cpu_seconds"] > 0
+    model = DCDiT.from_pretrained("digits")
+    trace = sample(model, range(10), objective="flow", steps=2, policy="rho=0.5", seed=3).trace
+    assert found["free"]["gflop"] == pytest.approx(trained_parts.gflop(model, trace), rel=0.1)
+    assert seen[0] == (10, 7, list(range(10))) and seen[1][0] == 20 and seen[1][2] == 2 * list(range(10))
+
+
 def test_a_failed_part_runs_again(tmp_path, monkeypatch):
     """Once, without kernels; then it counts as not finished."""
     tries = []
@@ -105,7 +135,10 @@ def test_equal_costs():
     ]
     dropped = trained_show.curve(lines, *trained_show.CURVES["DC-DiT, ρ"])
     assert [entry["gflop"] for entry in dropped] == [8.0, 12.0]
-    assert trained_show.at_equal(9.0, dropped) == "85.0%, 2.50" and trained_show.at_equal(7.0, dropped) == "–"
+    assert trained_show.at_equal(9.0, dropped) == "85.0%, 2.5" and trained_show.at_equal(7.0, dropped) == "–"
     assert [e["gflop"] for e in trained_show.curve(lines, *trained_show.CURVES["DC-DiT, fewer steps"])] == [6.0, 12.0]
-    assert "| 4.00 | 70.0%, 5.00 | – | – | – | – | – | – |" in trained_show.equal_table(lines)
-    assert trained_show.main_table(lines).count("\n") == 5
+    assert "| 4.00 | 70.0%, 5.0 | – | – | – | – | – | – |" in trained_show.equal_table(lines)
+    lines[0]["free"] = {"gflop": 6.0, "cpu_seconds": 0.25, "recognised": 0.875, "frechet": 21.3}
+    table = trained_show.main_table(lines).splitlines()
+    assert len(table) == 3 + len(lines) and all(row.count("|") == 10 for row in table)
+    assert table[3] == "| DC-DiT | – | 50 | 12.00 | 100.0% | 6.00 | 0.250 | 87.5% | 21.3 |"
