@@ -30,17 +30,10 @@ def under(target: str, value: object) -> Callable:
 
 
 SHIPPED = ("triton", "dcdit")
-# Smaller tiles and slabs of GroupNorm; the next step of its backward loaded ahead.
-NORM = {
-    "tiles of 128": under("dcdit_kernels.triton.group_norm.CELLS", 128),
-    "a step ahead": under("dcdit_kernels.triton.group_norm.STAGES", 2),
-}
 # group → variant → context of the shipped Triton operator.
 CONTEXTS: dict[str, dict[str, Callable]] = {
     # Rows of a sample in one program of the backward: more suit large batches, and leave SMs idle in small ones.
     "modulate": {f"slabs of {n}": under("dcdit_kernels.triton.modulate.SLAB", n) for n in (8, 32)},
-    "norm": NORM,
-    "scaffold": NORM,
 }
 # group → variants that are functions of their own.
 MASKS = ("no mask", "a mask for each plan", "a mask for each call")

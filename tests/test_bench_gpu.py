@@ -156,8 +156,7 @@ def test_choices_pass_the_gate_and_are_in_force_when_they_run(monkeypatch):
 
 
 def test_scaffold_formulations_agree():
-    case = next(c for c, _ in at_hand(LISTS["ablation"](), "cpu") if c.group == "scaffold")
-    names = "dcdit", "plain", "plain channels-last"  # the others patch the kernels of a GPU
+    case, names = next((c, n) for c, n in at_hand(LISTS["ablation"](), "cpu") if c.group == "scaffold")
     entry = measure(dataclasses.replace(case, dtype="float32"), "cpu", False, rounds=3, seconds=0.1, names=names)
     assert {name: v["status"] for name, v in entry["variants"].items()} == {
         "dcdit": "ok", "plain": "ok", "plain channels-last": "ok",

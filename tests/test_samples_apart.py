@@ -137,7 +137,7 @@ def same(first, second):
 @pytest.fixture
 def small_gpu(monkeypatch):
     """A GPU that few programs fill: launch rules that look at the whole batch decide differently for one sample."""
-    for module in ("_rows", "boundary_cosine"):
+    for module in ("_rows", "boundary_cosine", "group_norm"):
         monkeypatch.setattr(f"dcdit_kernels.triton.{module}.FILL", 8)
 
 

@@ -31,12 +31,10 @@ from ._group_moments import (
     store_tile,
 )  # fmt: skip
 from ._launch import Kernel, jit_kernel
-from ._rows import cdiv, next_power_of_2
+from ._rows import FILL, cdiv, next_power_of_2
 
-# Channels and cells of a tile; cells of a step of the backward, and steps in flight; slabs of a sample at most.
-COLUMNS, CELLS = 32, 256
-STEP, STAGES = 64, 1
-SLABS = 8
+# Channels and cells of a tile, cells of a step of the backward, slabs of a sample at most.
+COLUMNS, CELLS, STEP, SLABS = 32, 256, 64, 8
 
 
 @triton.jit
@@ -139,19 +137,18 @@ def silu_backward(grad, normed):
     return grad * (gate * (1 + normed * (1 - gate)))
 
 
-@jit_kernel(do_not_specialize=["cells", "slab_cells"])
+@jit_kernel(do_not_specialize=["cells", "slab_cells", "part_cells"])
 def group_norm_sums(
     grad_ptr, x_ptr, weight_ptr, bias_ptr, cond_ptr, x_bias_ptr, moments_ptr, statistics_ptr, sums_ptr,
-    cond_stride, cells, slab_cells, eps, CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    STAGES: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr, WINDOW: tl.constexpr, SLABS: tl.constexpr,
+    cond_stride, cells, slab_cells, part_cells, eps,
+    CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SIZE: tl.constexpr, GROUPS: tl.constexpr, WINDOW: tl.constexpr, SLABS: tl.constexpr,
 ):  # fmt: skip
-    """Sums by channel over one slab of grad · normalised x and of grad, the gradient in front of the SiLU. The last
-    slab's programs keep the statistics as well."""
+    """Sums by channel over each slab of a part of the cells: of grad · normalised x and of grad, the gradient in front
+    of the SiLU. The last part's programs keep the statistics as well."""
     sample, start = piece(backwards(0), CHANNELS, COLUMNS)
     channel = start + tl.arange(0, COLUMNS)
-    slab = backwards(1)
-    begin = slab * slab_cells
-    stop = tl.minimum(begin + slab_cells, cells)
+    begin = backwards(1) * part_cells
     x_ptr += sample * cells * CHANNELS
     grad_ptr += sample * cells * CHANNELS
     if cond_ptr is not None:
@@ -162,31 +159,35 @@ def group_norm_sums(
     )  # fmt: skip
     factor = (rstd * channel_values(weight_ptr, channel, CHANNELS))[None, :]
     bias = channel_values(bias_ptr, channel, CHANNELS)[None, :]
-    projections = tl.zeros([ROWS, COLUMNS], tl.float32)
-    levels = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for seen in tl.range(0, stop - begin, ROWS, num_stages=STAGES):
-        x = load_tile(x_ptr, begin + seen, stop, channel, CHANNELS, ROWS).to(tl.float32) - centre[None, :]
-        grad = load_tile(grad_ptr, begin + seen, stop, channel, CHANNELS, ROWS).to(tl.float32)  # zero outside
-        grad = silu_backward(grad, x * factor + bias)
-        projections += grad * x
-        levels += grad
-    projection, level = tl.sum(projections, 0) * rstd, tl.sum(levels, 0)
-    store_pair(sums_ptr + sample * 2 * CHANNELS * SLABS, slab, channel, projection, level, CHANNELS, SLABS)
+    sums_ptr += sample * 2 * CHANNELS * SLABS
+    for done in range(0, tl.minimum(part_cells, cells - begin), slab_cells):
+        start = begin + done
+        stop = tl.minimum(start + slab_cells, cells)
+        projections = tl.zeros([ROWS, COLUMNS], tl.float32)
+        levels = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for seen in range(0, stop - start, ROWS):
+            x = load_tile(x_ptr, start + seen, stop, channel, CHANNELS, ROWS).to(tl.float32) - centre[None, :]
+            grad = load_tile(grad_ptr, start + seen, stop, channel, CHANNELS, ROWS).to(tl.float32)  # zero outside
+            grad = silu_backward(grad, x * factor + bias)
+            projections += grad * x
+            levels += grad
+        projection, level = tl.sum(projections, 0) * rstd, tl.sum(levels, 0)
+        store_pair(sums_ptr, start // slab_cells, channel, projection, level, CHANNELS, SLABS)
     if tl.program_id(1) == 0:
         store_pair(statistics_ptr + sample * 2 * CHANNELS, 0, channel, centre, rstd, CHANNELS, 1)
 
 
-@jit_kernel(do_not_specialize=["cells", "slab_cells"])
+@jit_kernel(do_not_specialize=["cells", "slab_cells", "part_cells"])
 def group_norm_silu_backward(
-    grad_ptr, x_ptr, weight_ptr, bias_ptr, moments_ptr, statistics_ptr, sums_ptr, grad_x_ptr, grad_cond_ptr,
-    cells, slab_cells, CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    grad_ptr, x_ptr, weight_ptr, bias_ptr, moments_ptr, statistics_ptr, sums_ptr, grad_x_ptr, grad_rest_ptr,
+    cells, slab_cells, part_cells, CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, WINDOW: tl.constexpr, SLABS: tl.constexpr,
 ):  # fmt: skip
-    """x's gradient in one slab; the first slab's programs also sum it over all cells, by what the slabs' sums tell."""
+    """x's gradient in a part of the cells; the first part's programs also make the other gradients of the sample."""
     sample, start = piece(tl.program_id(0), CHANNELS, COLUMNS)
     channel = start + tl.arange(0, COLUMNS)
-    begin = tl.program_id(1) * slab_cells
-    stop = tl.minimum(begin + slab_cells, cells)
+    begin = tl.program_id(1) * part_cells
+    stop = tl.minimum(begin + part_cells, cells)
     sums_ptr += sample * 2 * CHANNELS * SLABS
     statistics_ptr += sample * 2 * CHANNELS
     group, near = group_window(start, SIZE, GROUPS, WINDOW)
@@ -205,14 +206,17 @@ def group_norm_silu_backward(
     if tl.program_id(1) == 0:
         moments_ptr += sample * 2 * CHANNELS * SLABS
         means, _, slab_count = slab_pairs(moments_ptr, cells, slab_cells, channel, CHANNELS, SLABS)
-        _, own_levels, _ = slab_pairs(sums_ptr, cells, slab_cells, channel, CHANNELS, SLABS)
+        own_projections, own_levels, _ = slab_pairs(sums_ptr, cells, slab_cells, channel, CHANNELS, SLABS)
+        own_projection, own_level = tl.sum(own_projections, 1), tl.sum(own_levels, 1)
         distance = merged_mean(means, slab_count, cells) - centre
-        total = factor * tl.sum(own_levels, 1) - count * (offset + slope * distance)
-        tl.store(grad_cond_ptr + sample * CHANNELS + channel, total, mask=channel < CHANNELS)
+        total = factor * own_level - count * (offset + slope * distance)
+        grad_rest_ptr += sample * 3 * CHANNELS
+        store_pair(grad_rest_ptr, 0, channel, own_projection, own_level, CHANNELS, 1)
+        tl.store(grad_rest_ptr + 2 * CHANNELS + channel, total, mask=channel < CHANNELS)
     x_ptr += sample * cells * CHANNELS
     grad_ptr += sample * cells * CHANNELS
     grad_x_ptr += sample * cells * CHANNELS
-    for seen in tl.range(0, stop - begin, ROWS, num_stages=STAGES):
+    for seen in range(0, stop - begin, ROWS):
         x = load_tile(x_ptr, begin + seen, stop, channel, CHANNELS, ROWS).to(tl.float32) - centre[None, :]
         grad = load_tile(grad_ptr, begin + seen, stop, channel, CHANNELS, ROWS).to(tl.float32)
         grad = silu_backward(grad, x * factor[None, :] + bias[None, :])
@@ -221,19 +225,18 @@ def group_norm_silu_backward(
 
 
 @functools.cache
-def _kernels(channels: int, groups: int, rows: int, step: int, stages: int) -> tuple[Kernel, Kernel, Kernel, Kernel]:
+def _kernels(channels: int, groups: int, rows: int, step: int) -> tuple[Kernel, Kernel, Kernel, Kernel]:
     """The four kernels, in the order in which they run."""
     size, columns = channels // groups, min(next_power_of_2(channels), COLUMNS)
     tile = {"CHANNELS": channels, "COLUMNS": columns, "SLABS": SLABS, "num_warps": 4}
     # A tile begins up to so many channels after its first group does.
     touched = cdiv(size - math.gcd(size, columns) + columns, size)
     tiles = {**tile, "SIZE": size, "GROUPS": next_power_of_2(touched), "WINDOW": next_power_of_2(touched * size)}
-    steps = {**tiles, "ROWS": step, "STAGES": stages}
     return (
         group_norm_moments.bind(ROWS=rows, **tile),
         group_norm_silu_forward.bind(ROWS=rows, **tiles),
-        group_norm_sums.bind(**steps),
-        group_norm_silu_backward.bind(**steps),
+        group_norm_sums.bind(ROWS=step, **tiles),
+        group_norm_silu_backward.bind(ROWS=step, **tiles),
     )
 
 
@@ -256,7 +259,7 @@ class GroupNormSiLU:
         if x.numel() == 0:
             return out
         weight, bias, cond, x_bias = (_unit_stride(t) for t in (weight, bias, cond, x_bias))
-        make_moments, kernel, _, _ = _kernels(x.shape[1], groups, CELLS, STEP, STAGES)
+        make_moments, kernel, _, _ = _kernels(x.shape[1], groups, CELLS, STEP)
         moments, cells, slab_cells, beside = _moments(x, make_moments)
         stride = 0 if cond is None else cond.stride(0)
         kernel[(beside, cdiv(cells, CELLS))](
@@ -271,16 +274,20 @@ class GroupNormSiLU:
             return tuple(None if t is None else torch.zeros_like(t) for t in (x, *rest))
         grad = grad.contiguous(memory_format=torch.channels_last)
         weight, bias, cond, x_bias = (_unit_stride(t) for t in rest)
-        make_moments, _, make_sums, kernel = _kernels(x.shape[1], groups, CELLS, STEP, STAGES)
+        make_moments, _, make_sums, kernel = _kernels(x.shape[1], groups, CELLS, STEP)
         moments, cells, slab_cells, beside = _moments(x, make_moments)
         statistics, sums = torch.empty_like(moments[..., 0]), torch.empty_like(moments)
-        grad_x, grad_cond = torch.empty_like(x, memory_format=torch.channels_last), torch.empty_like(statistics[:, 0])
-        slabs, stride = cdiv(cells, slab_cells), 0 if cond is None else cond.stride(0)
+        grad_x = torch.empty_like(x, memory_format=torch.channels_last)
+        grad_rest = torch.empty(x.shape[0], 3, x.shape[1], dtype=torch.float32, device=x.device)
+        # Programs that merge the moments for as many slabs as leave enough of them; it changes no bit.
+        part_cells = slab_cells * cdiv(cdiv(cells, slab_cells), cdiv(FILL, beside))
+        grid, stride = (beside, cdiv(cells, part_cells)), 0 if cond is None else cond.stride(0)
         tensors = grad, x, weight, bias, cond, x_bias, moments, statistics, sums
-        make_sums[(beside, slabs)](*tensors, stride, cells, slab_cells, eps)
-        tensors = grad, x, weight, bias, moments, statistics, sums, grad_x, grad_cond
-        kernel[(beside, slabs)](*tensors, cells, slab_cells)
-        grads = *sums[..., :slabs].sum((0, 3)), grad_cond, grad_cond.sum(0)
+        make_sums[grid](*tensors, stride, cells, slab_cells, part_cells, eps)
+        tensors = grad, x, weight, bias, moments, statistics, sums, grad_x, grad_rest
+        kernel[grid](*tensors, cells, slab_cells, part_cells)
+        total = grad_rest.sum(0)
+        grads = total[0], total[1], grad_rest[:, 2], total[2]
         return grad_x, *(None if t is None else g.to(t.dtype) for g, t in zip(grads, rest, strict=True))
 
 
