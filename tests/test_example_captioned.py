@@ -57,6 +57,16 @@ def test_recognised_is_every_digit_in_order():
     assert recognised(lambda pictures: logits, torch.zeros(4), first, second).tolist() == [True, False, False, True]
 
 
+@pytest.mark.parametrize("name, millions", [("flux", 5.1), ("z_image", 5.1), ("flux_small", 0.3)])
+def test_configurations_have_the_same_keys_and_the_documented_sizes(name, millions):
+    config, pattern = (yaml.safe_load(Path(f"examples/captioned/{n}.yaml").read_text()) for n in (name, "flux"))
+    for part in ("dense", "upcycle", "judge"):
+        assert config[part].keys() == pattern[part].keys()
+    with torch.device("meta"):
+        model = captioned.FAMILIES[config["family"]](config["model"]).model()
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
+
+
 @pytest.mark.parametrize("family", TINY)
 def test_all_stages(family, tmp_path, capsys):
     config = yaml.safe_load(Path(f"examples/captioned/{family}.yaml").read_text())

@@ -6,8 +6,8 @@ python -m examples.captioned FOLDER [--config FILE] [--stages dense upcycle judg
 next to a two», of several aspect ratios. `upcycle` wraps it with `add_dynamic_chunking` and trains it at N = 4:
 distillation by block, then flow matching, text and time modules frozen. `judge` samples from both for every caption; a
 detector says which pictures show all the digits that the caption names, in order. Numbers go to FOLDER/results.jsonl,
-curves to FOLDER/curves.json, pictures with chunk maps to FOLDER/pictures.png. Each stage takes the seconds that its
-configuration gives it, or --seconds; the models are kept in FOLDER as diffusers writes them.
+curves to dense.json and upcycle.json beside it, pictures with chunk maps to pictures.png. Each stage takes the seconds
+that its configuration gives it, or --seconds; the models are kept in FOLDER as diffusers writes them.
 """
 
 from __future__ import annotations
