@@ -9,6 +9,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from dcdit.pictures.images import grid
 
@@ -109,6 +110,7 @@ def draw_curves(lines: list[dict], file: Path) -> None:
     axes[1][1].set(xlabel="processor seconds of an image", xscale="log")
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
+        axis.xaxis.set_minor_formatter(NullFormatter())
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=8, ncols=4, loc="outside lower center")
     figure.savefig(file, dpi=110, metadata={"Software": None})

@@ -20,11 +20,12 @@ import torch
 from dcdit.data.sources import load_digits
 from dcdit.pictures.classifier import DigitClassifier
 from dcdit.pictures.conv_classifier import fit
-from dcdit.pictures.evaluation import Features, compare
+from dcdit.pictures.evaluation import Features, frechet
 
 from .trained_parts import MADE, draw, load, load_pictures
 from .trained_show import show
 
+TIMED = ("plain", "dcdit", *MADE)  # the parts of which there are weights
 RESULTS = Path(__file__).parent / "results" / "trained_rivals.jsonl"
 
 
@@ -39,7 +40,7 @@ def free(folder: Path, dit: Path, seeds: Sequence[int], per_class: int) -> None:
     They go to FOLDER/free. A model of which no weights came back costs what its part trained for less costs.
     """
     (folder / "free").mkdir(exist_ok=True)
-    lines = [line for line in read(folder / "lines.jsonl") if line["part"] in ("plain", "dcdit", *MADE)]
+    lines = [line for line in read(folder / "lines.jsonl") if line["part"] in TIMED]
     models = {name: load(name, folder, dit) for name in dict.fromkeys(line["part"] for line in lines)}
     for seed in seeds:
         options = Namespace(per_class=per_class, sampling_steps=50, batch=10 * per_class, guidance=1.0, seed=seed)
@@ -68,9 +69,9 @@ class Judge:
 
     def __call__(self, pictures: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Of digits uint8 (N, 28, 28) that are to show `labels` (N,)."""
-        numbers = compare(Features(self.net, [colours(pictures)]), self.reference)
+        distance = frechet(Features(self.net, [colours(pictures)]), self.reference)
         seen = float((self.classify(pictures) == labels).mean())
-        return {"images": len(pictures), "recognised": round(seen, 4), "frechet": round(numbers["frechet"], 3)}
+        return {"images": len(pictures), "recognised": round(seen, 4), "frechet": round(distance, 3)}
 
 
 def colours(pictures: np.ndarray) -> np.ndarray:
@@ -80,9 +81,13 @@ def colours(pictures: np.ndarray) -> np.ndarray:
 
 def judged(folder: Path, judge: Callable[[np.ndarray, np.ndarray], dict[str, float]]) -> list[dict]:
     """The lines of a run with the numbers of its pictures, and as `free` those of the pictures without guidance."""
-    again = [line for file in sorted((folder / "free").glob("lines-*.jsonl")) for line in read(file)]
+    lines = read(folder / "lines.jsonl")
+    timed = {line["pictures"] for line in lines if line["part"] in TIMED}
+    seeds = [read(file) for file in sorted((folder / "free").glob("lines-*.jsonl"))]
+    # Equally many pictures of each run: the distance falls with their number.
+    again = [line for seed in seeds if {line["pictures"] for line in seed} == timed for line in seed]
     results = {}
-    for line in read(folder / "lines.jsonl"):
+    for line in lines:
         pictures = load_pictures(folder / line["pictures"])
         found = line | judge(pictures, np.arange(10).repeat(len(pictures) // 10))
         same = [other for other in again if other["pictures"] == line["pictures"]]

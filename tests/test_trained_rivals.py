@@ -85,15 +85,19 @@ def test_drawn_again_and_judged(tmp_path):
     folder, line = tmp_path, {"part": "dcdit", "policy": "rho=0.5", "steps": 2, "gflop": 1.0, "pictures": "a.npy.xz"}
     with lzma.open(folder / "a.npy.xz", "wb") as packed:
         np.save(packed, np.full((10, 28, 28), 7, np.uint8))
-    (folder / "lines.jsonl").write_text(json.dumps(line) + "\n")
+    both = [line, line | {"pictures": "b.npy.xz", "policy": "rho=0.7"}]
+    (folder / "b.npy.xz").write_bytes((folder / "a.npy.xz").read_bytes())
+    (folder / "lines.jsonl").write_text("".join(json.dumps(each) + "\n" for each in both))
     trained_tables.free(folder, folder / "none.pt", [3, 4], 1)
+    first = (folder / "free" / "lines-3.jsonl").read_text().splitlines()[0]
+    (folder / "free" / "lines-5.jsonl").write_text(first + "\n")  # cut off: its pictures are left out
     seen = []
 
     def judge(pictures, labels):
         seen.append((len(pictures), pictures.mean(), labels.tolist()))
         return {"recognised": 0.5}
 
-    (found,) = trained_tables.judged(folder, judge)
+    found, _ = trained_tables.judged(folder, judge)
     assert found["recognised"] == found["free"]["recognised"] == 0.5 and found["free"]["cpu_seconds"] > 0
     model = DCDiT.from_pretrained("digits")
     trace = sample(model, range(10), objective="flow", steps=2, policy="rho=0.5", seed=3).trace
