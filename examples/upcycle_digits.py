@@ -135,10 +135,11 @@ def main() -> None:
     """Run one stage."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stage", choices=["teacher", *RUNS, "draw"])
+    parser.add_argument("--steps", type=int, default=11000, help="of the teacher; the shipped plain DiT has 5000")
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
     if args.stage == "teacher":
-        train_teacher(args.folder, 11000)
+        train_teacher(args.folder, args.steps)
     elif args.stage == "draw":
         draw(args.folder, Path("docs/images/upcycling.png"))
     else:

@@ -8,9 +8,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from dcdit.checkpoints.dit import load_dit
 from dcdit.checkpoints.folder import save_checkpoint
 from dcdit.cli import main
 from dcdit.codecs import PixelUnshuffle
+from dcdit.commands.demo import PLAIN
 from dcdit.data.sources import load_digits
 from dcdit.model.blocks import MainNetwork
 from dcdit.model.config import DCDiTConfig, preset
@@ -75,7 +77,7 @@ def test_plain_dit_costs_what_is_said(patch, tokens):
     assert out.shape == (1, 4, 14, 14)
     # The counter also sees the embedders; the formula counts 2×2 patches at the ends.
     assert dit_flops(config, tokens) == pytest.approx(counter.get_total_flops() / 1e9, rel=0.03)
-    seen, gflops, seconds = demo.time_plain_dit(config, patch, 2, 10, 2, torch.device("cpu"), repeats=1)
+    seen, gflops, seconds, _ = demo.time_plain_dit(config, patch, 2, 10, 2, torch.device("cpu"), repeats=1)
     assert (seen, gflops) == (tokens, pytest.approx(20 * dit_flops(config, tokens))) and seconds > 0
 
 
@@ -100,8 +102,16 @@ def test_a_budget_counts_ink_shares_and_hits(model, monkeypatch):
     budget = demo.run_budget(model, codec, lambda images: np.array([1, 2, 3, 0]), 0.2, classes, steps=10)
     assert (budget.ink, budget.blank, budget.share, budget.recognised) == (1.0, 0.25, 0.25, 3)
     assert budget.seconds == pytest.approx(1.0) and budget.images.shape == (4, 28, 28, 3)
-    text = demo.table([budget], [(49, 8.25, 0.5), (196, 33.0, 2.0)], 196)
-    assert "49.0 (25.0%)" in text and "3 of 4" in text and "2×2 patches" in text and "196 (100.0%)" in text
+    text = demo.table([budget], [(49, 8.25, 0.5, "2 of 4"), (196, 33.0, 2.0, "–")], 196)
+    assert "49.0 (25.0%)" in text and "3 of 4" in text and "2 of 4" in text and "2×2 patches" in text and "196 (100.0%)" in text
+
+
+def test_the_shipped_plain_dit_draws_digits():
+    model, codec = load_dit(PLAIN, preset("digits")), PixelUnshuffle(2)
+    classes, options = np.arange(20) % 10, {"objective": "flow", "seed": 0, "batch_size": 20}
+    row, images = demo.run_plain_dit(model, codec, DigitClassifier(), classes, 1.0, 8, **options)
+    assert row[:2] == (49, pytest.approx(8 * dit_flops(model.config, 49))) and images.shape == (20, 28, 28, 3)
+    assert int(row[3].split()[0]) >= 16, row
 
 
 def test_demo_command(model, tmp_path, capsys):
@@ -123,7 +133,7 @@ def test_demo_command(model, tmp_path, capsys):
     [
         ("--steps 0", "steps must be in [1, 1000], got 0"),
         ("--drop-fractions 0 1", "drop fractions must be in [0, 1), got 1"),
-        ("--batch-size 0", "a batch size of at least 1, got 100, 0"),
+        ("--batch-size 0", "a batch size of at least 1, got 200, 0"),
     ],
 )
 def test_demo_refuses_before_it_fits_a_classifier(tmp_path, capsys, words, mention):

@@ -8,16 +8,17 @@ from pathlib import Path
 from ..errors import ConfigError
 from .options import output_path
 
-DIGITS = Path(__file__).parents[1] / "assets" / "digits"
+ASSETS = Path(__file__).parents[1] / "assets"
+DIGITS, PLAIN = ASSETS / "digits", ASSETS / "digits-dit.pt"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `dcdit demo`."""
     parser.add_argument("--checkpoint", default=str(DIGITS), help="a digits checkpoint (the one that is shipped)")
     parser.add_argument("--drop-fractions", type=float, nargs="+", default=[0, 0.2, 0.4, 0.6], metavar="RHO")
-    parser.add_argument("--samples", type=int, default=100, metavar="N", help="samples at each ρ (100)")
+    parser.add_argument("--samples", type=int, default=200, metavar="N", help="samples at each ρ (200)")
     parser.add_argument("--steps", type=int, default=50, help="steps from noise to image (50)")
-    parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance (2)")
+    parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance (1: none)")
     parser.add_argument("--batch-size", type=int, default=50, help="images at a time (50)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -32,7 +33,8 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from ..pictures.demo import LATE, run_budget, table, time_plain_dit
+    from ..checkpoints.dit import load_dit
+    from ..pictures.demo import LATE, run_budget, run_plain_dit, table, time_plain_dit
     from ..pictures.images import check_output, output_folder
     from ..pictures.trajectory import draw_budgets, draw_chunk_maps, draw_curves, draw_poster, record
     from ..sampling.drop_fraction import drop_table
@@ -67,14 +69,22 @@ def run(args: argparse.Namespace) -> None:
     budgets = []
     for rho in tqdm(args.drop_fractions, desc=f"{args.samples} digits at each ρ", unit="ρ", disable=None):
         budgets.append(run_budget(model, codec, classifier, rho, classes, batch_size=args.batch_size, **options))
-    plain = [time_plain_dit(config, patch, batch, args.steps, halves, device) for patch in (2, 1)]
+    rows = {f"ρ = {b.drop_fraction:g}": b.images for b in budgets}
+    if args.checkpoint == str(DIGITS):  # a trained plain DiT of its backbone is shipped beside it
+        dit = load_dit(PLAIN, config).to(device)
+        trained, rows["plain DiT"] = run_plain_dit(
+            dit, codec, classifier, classes, batch_size=args.batch_size, **options
+        )
+    else:
+        trained = time_plain_dit(config, 2, batch, args.steps, halves, device)
+    plain = [trained, time_plain_dit(config, 1, batch, args.steps, halves, device)]
 
     with output_folder(args.output) as folder:
         digits, snapshots = record(model, range(10), 50, **options)
         draw_poster(folder / "digits.png", digits, snapshots[-1], codec)
         some = record(model, [3, 5, 8], 7, **options)
         draw_chunk_maps(folder / "trajectory.png", *some, codec)
-        draw_budgets(folder / "budgets.png", {f"ρ = {b.drop_fraction:g}": b.images for b in budgets})
+        draw_budgets(folder / "budgets.png", rows)
         draw_curves(folder / "curves.png", {f"ρ = {b.drop_fraction:g}": b.samples.trace for b in budgets}, config)
         text = table(budgets, plain, config.cells)
         (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
