@@ -1,10 +1,13 @@
 """The demo's instruments: the classifier, the plain DiT, the count of kept ink, the table, and the command itself."""
 
+import html
+import re
 from types import SimpleNamespace as Space
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -103,7 +106,13 @@ def test_a_budget_counts_ink_shares_and_hits(model, monkeypatch):
     assert (budget.ink, budget.blank, budget.share, budget.recognised) == (1.0, 0.25, 0.25, 3)
     assert budget.seconds == pytest.approx(1.0) and budget.images.shape == (4, 28, 28, 3)
     text = demo.table([budget], [(49, 8.25, 0.5, "2 of 4"), (196, 33.0, 2.0, "–")], 196)
-    assert "49.0 (25.0%)" in text and "3 of 4" in text and "2 of 4" in text and "2×2 patches" in text and "196 (100.0%)" in text
+    assert (
+        "49.0 (25.0%)" in text
+        and "3 of 4" in text
+        and "2 of 4" in text
+        and "2×2 patches" in text
+        and "196 (100.0%)" in text
+    )
 
 
 def test_the_shipped_plain_dit_draws_digits():
@@ -121,7 +130,13 @@ def test_demo_command(model, tmp_path, capsys):
     words = ["demo", "--checkpoint", str(tmp_path / "model"), "--samples", "10", "--steps", "3", "--cpu"]
     assert main([*words, "--drop-fractions", "0", "0.5", "--output", str(out)]) == 0
     names = {file.name for file in out.iterdir()}
-    assert names == {"digits.png", "trajectory.png", "budgets.png", "curves.png", "table.txt"}
+    pictures = {"digits.png", "trajectory.png", "budgets.png", "curves.png", "digits.gif"}
+    assert names == {*pictures, "table.txt", "index.html"}
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert set(re.findall(r'<img src="([^"]+)"', page)) == pictures
+    assert html.escape((out / "table.txt").read_text(encoding="utf-8").strip()) in page
+    with Image.open(out / "digits.gif") as animation:
+        assert animation.n_frames == 3 + 1  # a frame a step, and the images
     printed = capsys.readouterr().out
     assert (out / "table.txt").read_text().strip() in printed
     assert "nan%" not in printed and "0.0% of the blank ones.\n" in printed  # none, so no ratio to it

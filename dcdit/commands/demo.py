@@ -10,6 +10,15 @@ from .options import output_path
 
 ASSETS = Path(__file__).parents[1] / "assets"
 DIGITS, PLAIN = ASSETS / "digits", ASSETS / "digits-dit.pt"
+# The pictures of the page, with their captions.
+FIGURES = {
+    "digits.gif": "Ten digits from noise to picture. Below each the cells that the transformer sees are orange; lines "
+    "bound the cells that one kept cell refills.",
+    "digits.png": "The same digits at the end, and the cells kept in the last step.",
+    "trajectory.png": "Three digits at several times, with the share of the cells that is kept.",
+    "budgets.png": "Equal noise at each ρ, the share of boundaries that is dropped, and from the plain DiT.",
+    "curves.png": "Tokens, FLOPs and time of each step, from noise to image.",
+}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +45,8 @@ def run(args: argparse.Namespace) -> None:
     from ..checkpoints.dit import load_dit
     from ..pictures.demo import LATE, run_budget, run_plain_dit, table, time_plain_dit
     from ..pictures.images import check_output, output_folder
-    from ..pictures.trajectory import draw_budgets, draw_chunk_maps, draw_curves, draw_poster, record
+    from ..pictures.page import write_page
+    from ..pictures.trajectory import draw_animation, draw_budgets, draw_chunk_maps, draw_curves, draw_poster, record
     from ..sampling.drop_fraction import drop_table
     from ..sampling.sampler import open_checkpoint
     from ..sampling.schedulers import make_scheduler
@@ -86,16 +96,17 @@ def run(args: argparse.Namespace) -> None:
         draw_chunk_maps(folder / "trajectory.png", *some, codec)
         draw_budgets(folder / "budgets.png", rows)
         draw_curves(folder / "curves.png", {f"ρ = {b.drop_fraction:g}": b.samples.trace for b in budgets}, config)
+        draw_animation(folder / "digits.gif", digits, snapshots, codec)
         text = table(budgets, plain, config.cells)
         (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
+        first = budgets[0]
+        times = f" ({first.ink / first.blank:.1f} times as often)" if first.blank > 0 else ""
+        said = [
+            f"{args.steps} steps, guidance {args.guidance:g}, on {device.type}; GFLOPs as the paper counts them.",
+            f"At ρ = {first.drop_fraction:g} a share of {first.share:.1%} is kept over the trajectory, 1/N is "
+            f"{1 / config.target_ratio:.1%}; in the last {1 - LATE:.0%} of the steps {first.ink:.1%} of the cells with "
+            f"ink and {first.blank:.1%} of the blank ones{times}.",
+        ]
+        write_page(folder / "index.html", "Digits by a Dynamic Chunking DiT", said, text, FIGURES)
 
-    print(f"\n{text}\n")
-    print(f"{args.steps} steps, guidance {args.guidance:g}, on {device.type}; GFLOPs as the paper counts them.")
-    first = budgets[0]
-    times = f" ({first.ink / first.blank:.1f} times as often)" if first.blank > 0 else ""
-    print(
-        f"At ρ = {first.drop_fraction:g} a share of {first.share:.1%} is kept over the trajectory, 1/N is "
-        f"{1 / config.target_ratio:.1%}; in the last {1 - LATE:.0%} of the steps {first.ink:.1%} of the cells with ink "
-        f"and {first.blank:.1%} of the blank ones{times}."
-    )
-    print(f"Pictures: {args.output}/digits.png, trajectory.png, budgets.png, curves.png")
+    print(f"\n{text}\n", *said, f"A page with all pictures: {args.output}/index.html", sep="\n")

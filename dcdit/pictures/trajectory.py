@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from ..model.config import DCDiTConfig
 from ..model.dcdit import DCDiT
@@ -118,6 +119,19 @@ def draw_poster(file: Path, samples: Samples, last: Snapshot, codec) -> None:
     images = enlarge(to_uint8(codec.decode(samples.latents)), 168)
     maps = [chunk_map(*parts) for parts in zip(images, last.mask, last.source, strict=True)]
     save_png(file, grid(np.concatenate([images, np.stack(maps)]), len(images), gap=6))
+
+
+def draw_animation(file: Path, samples: Samples, snapshots: list[Snapshot], codec) -> None:
+    """A GIF of a frame for each snapshot, x_t in one row and its chunk maps below, and at last the images for 2 s."""
+    frames = []
+    for shot in snapshots:
+        images = enlarge(to_uint8(codec.decode(shot.x)), 56)
+        maps = [chunk_map(*parts, side=56) for parts in zip(images, shot.mask, shot.source, strict=True)]
+        frames.append(grid(np.concatenate([images, np.stack(maps)]), len(images), gap=4))
+    last = enlarge(to_uint8(codec.decode(samples.latents)), 56)
+    frames.append(grid(np.concatenate([last, np.stack(maps)]), len(last), gap=4))
+    first, *rest = (Image.fromarray(frame).quantize(128) for frame in frames)
+    first.save(file, "GIF", save_all=True, append_images=rest, duration=[80] * len(rest) + [2000], loop=0)
 
 
 def draw_budgets(file: Path, images: dict[str, np.ndarray]) -> None:
