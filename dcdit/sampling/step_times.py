@@ -66,11 +66,13 @@ def load_times(
 ) -> StepTimes:
     """The table of this model on this machine, from the user's cache or a file. Raises DataError where there is none,
     or one of another model, machine or precision."""
-    name = name_of(config, device, dtype, training)
-    file = table_file(name) if file is None else file
+    name, given = name_of(config, device, dtype, training), file
+    file = table_file(name) if given is None else given
     try:
         table = StepTimes(**json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
+        if given is not None:
+            raise DataError(f"calibration must be a table of dcdit calibrate, there is no file {given}") from error
         command = "dcdit calibrate" + " --training" * training
         raise DataError(f"no step was measured for {name}: {command} measures") from error
     except (OSError, ValueError, TypeError) as error:
