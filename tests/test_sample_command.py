@@ -82,8 +82,16 @@ def test_a_run_that_was_ended_goes_on_to_the_same_pictures(number, checkpoint, t
     assert "40 images are in" in capsys.readouterr().out
 
 
+@pytest.fixture
+def heard():
+    """SIGHUP has an effect, also where nohup runs the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_signals_end_a_block_of_work_and_never_cut_it(number):
+def test_signals_end_a_block_of_work_and_never_cut_it(number, heard):
     """Held back, the first signal waits for the end of the block and the second does not; handlers are put back."""
     before, done = [signal.getsignal(n) for n in SIGNALS], []
     with raised(), pytest.raises(Interrupted) as stop:
