@@ -2,7 +2,7 @@
 
 first: builds, warms the compilers' caches, checks the plan under compute-sanitizer, tests, measures the decisive cases.
 second, within the same tree: failed tests again and under memcheck; then the latency of steps with a budget, compiled
-variants, the choices inside operators, Nsight Compute on the kernels, a profile and a trace of a training step.
+variants, 512 px, the choices inside operators, Nsight Compute on the kernels, a profile and a trace of a training step.
 
 Every stage has a limit and is killed as a process group; a failure costs its own stage, but for a build that fails.
 Logs and results are in build/gpu and, if that is set, in the folder $OUT. It needs a Python with torch (2.11 or newer)
@@ -33,7 +33,7 @@ import torch  # noqa: E402
 from .machine import ROOT, describe  # noqa: E402
 from .run import quiet, summary, write  # noqa: E402
 
-LIMIT = {"first": 385, "second": 350}  # seconds of a call
+LIMIT = {"first": 385, "second": 420}  # seconds of a call
 FOLDER = ROOT / "build" / "gpu"  # ignored by git; the second call finds the first one's results here
 RESULT = FOLDER / "result.json"
 PYTHON = (sys.executable, "-m")
@@ -138,9 +138,10 @@ def second(device: str, earlier: dict | None, end: float) -> list[list[Stage]]:
     step = [*PYTHON, "bench.profile", "step", "--device", device, "--trace", str(out("trace.json.gz"))]
     return [
         *stages,
-        [warm("compiled,ablation", device, 100)],
+        [warm("compiled,large,ablation", device, 100)],
         [Stage("latency", (*PYTHON, "bench.latency", "--device", device), 40)],
-        [*clocks(device), benches("compiled", "compiled", device, end - 150, 150)],
+        [*clocks(device), benches("compiled", "compiled", device, end - 220, 150)],
+        [benches("large", "large", device, end - 150, 70)],
         [Stage("profile forward", (*PYTHON, "bench.profile", "forward", "--device", device), 30)],
         [benches("ablation", "ablation", device, end - 75, 120)],
         [Stage("ncu", tuple(kernels), 60)],

@@ -40,8 +40,8 @@ def test_stages_of_both_calls():
     assert names[2] == ["tests", "memcheck", "racecheck", "synccheck", "initcheck"] and names[3] == ["clocks", "bench"]
     assert not any("pip install" in part for together in first for stage in together for part in stage.command)
     second = gpu.second("cuda", {"stages": [{"name": "tests", "status": 0}]}, end)
-    assert [stage.name for together in second for stage in together][-7:] == [
-        "latency", "clocks", "compiled", "profile forward", "ablation", "ncu", "profile",
+    assert [stage.name for together in second for stage in together][-8:] == [
+        "latency", "clocks", "compiled", "large", "profile forward", "ablation", "ncu", "profile",
     ]  # fmt: skip
 
 
