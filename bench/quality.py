@@ -24,11 +24,12 @@ import torch
 
 from dcdit.model.flops import dcdit_flops, dit_flops
 from dcdit.pictures.images import grid, save_png, to_uint8
+from dcdit.sampling.sampler import sample
 from dcdit.training.config import TrainConfig, load_config
 from dcdit.training.run_output import average
 
 from . import judge, machine
-from .drawing import draw
+from .euler import stand_in
 from .lockstep import train_together
 from .rivals import RivalTrainer
 from .where import where
@@ -148,10 +149,12 @@ def pictures(
     """Drawn pictures uint8 (N, H, W, 3), their labels, and the shares kept; the first hundred are saved."""
     classes = torch.arange(args.samples) % trainer.config.model.num_classes
     torch.manual_seed(args.seed)
-    latents, kept = draw(model, classes, **SAMPLES, batch_size=1000 if args.device == "cuda" else 100)
-    sheet = to_uint8(trainer.codec.decode(latents))
+    stand_in()  # where diffusers is not installed
+    batch = 1000 if args.device == "cuda" else 100
+    drawn = sample(model, classes, objective=trainer.config.objective, **SAMPLES, batch_size=batch)
+    sheet = to_uint8(trainer.codec.decode(drawn.latents))
     save_png(folder / "pictures.png", grid(sheet[:100], 10))
-    return sheet, classes.numpy(), kept
+    return sheet, classes.numpy(), (drawn.trace.tokens.mean(1) / trainer.config.model.cells).tolist()
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
