@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -15,6 +16,11 @@ import torch
 from .timing import cpu_clock, gpu_event_clock
 
 ROOT = Path(__file__).parents[1]
+
+
+def read_lines(file: Path) -> list[dict]:
+    """The mappings of a file with one on each line."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def describe(device: str) -> dict:

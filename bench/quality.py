@@ -137,7 +137,7 @@ def numbers(model: torch.nn.Module, trainer: StudyTrainer) -> dict:
     tokens = held_out["validation_kept"] * config.model.cells
     plain = trainer.kind == "plain"
     gflop = dit_flops(config.model, tokens) if plain else dcdit_flops(config.model, tokens, model.router)["total"]
-    log = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
+    log = machine.read_lines(Path(config.output) / "metrics.jsonl")
     late = [line["diffusion_loss"] for line in log if line["step"] > 0.75 * trainer.step]
     parameters = sum(p.numel() for p in model.parameters())
     return {**held_out, "running_loss": float(np.mean(late)), "gflop": gflop, "parameters": parameters}
@@ -184,7 +184,7 @@ def main() -> None:
         torch.set_float32_matmul_precision("high")  # TF32, as PyTorch's convolutions have by default
     key = {"set": args.data.name, "width": args.width, "seed": args.seed, "samples": args.samples}
     key |= {"device": args.device, "steps": args.steps}
-    done = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
+    done = machine.read_lines(args.results) if args.results.exists() else []
     left = [
         name for name in args.variants if not any({**key, "variant": name}.items() <= line.items() for line in done)
     ]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .machine import read_lines
 from .quality import RESULTS
 
 SPANS = 100
@@ -26,7 +27,7 @@ def main() -> None:
         for file in sorted(args.folder.glob("runs/*/quality.jsonl")):
             stream.write(file.read_text(encoding="utf-8"))
     for file in sorted(args.folder.glob("runs/*/*/*/metrics.jsonl")):
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        rows = read_lines(file)
         target = RESULTS.with_suffix("") / file.parts[-3] / f"{file.parts[-2]}.jsonl"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text("".join(json.dumps(row) + "\n" for row in means(rows)), encoding="utf-8")

@@ -5,14 +5,13 @@ Runs of one seed see equal pictures, times and noises: their difference has litt
 
 from __future__ import annotations
 
-import json
-
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from .machine import read_lines
 from .quality import RESULTS, arguments
 from .quality_pictures import IMAGES
 
@@ -45,7 +44,7 @@ def main() -> None:
 def losses(name: str, args) -> np.ndarray:
     """Steps and training losses (n, 2) of a run in bench/results/quality."""
     file = RESULTS.with_suffix("") / args.data.name / f"{name}-{args.width}-{args.steps}-{args.seed}.jsonl"
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = read_lines(file)
     return np.array([[row["step"], row["diffusion_loss"]] for row in rows])
 
 

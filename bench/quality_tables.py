@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
+from .machine import read_lines
 from .quality import RESULTS, VARIANTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "quality.md"
@@ -58,7 +58,7 @@ def _cell(values: list[float], how: str) -> str:
 
 def main() -> None:
     """Write the tables into the page, between their marks."""
-    results = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    results = read_lines(RESULTS)
     text = PAGE.read_text(encoding="utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     PAGE.write_text(f"{before}{BEGIN}\n{tables(results)}\n{END}{after}", encoding="utf-8")

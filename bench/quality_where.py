@@ -5,15 +5,14 @@ The tables come from the lines of bench/results/quality.jsonl; `bench.where` say
 
 from __future__ import annotations
 
-import json
-
+from .machine import read_lines
 from .quality import RESULTS, arguments
 
 
 def main() -> None:
     """Print a table for each variant."""
     args = arguments(__doc__).parse_args()
-    results = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    results = read_lines(RESULTS)
     key = {"set": args.data.name, "width": args.width, "steps": args.steps, "seed": args.seed}
     for name in args.variants:
         for result in results:

@@ -161,7 +161,7 @@ def train(kind: type[Trainer], changes: Sequence[str], args: argparse.Namespace,
     trainer = kind(configured((*changes, guard), args, folder / name, steps))
     trainer.run()
     trainer.close()
-    metrics = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    metrics = machine.read_lines(folder / name / "metrics.jsonl")
     late = [line for line in metrics if line["step"] > 0.8 * trainer.step]
     facts: dict[str, Any] = {"trained": trainer.step, "of": steps, "train_seconds": round(time.time() - begin, 1)}
     for key in ("diffusion_loss", "complete_loss", "rate", "kept"):

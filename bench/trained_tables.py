@@ -23,16 +23,12 @@ from dcdit.pictures.classifier import DigitClassifier
 from dcdit.pictures.conv_classifier import fit
 from dcdit.pictures.evaluation import Features, frechet
 
+from .machine import read_lines
 from .trained_parts import MADE, draw, load, load_pictures
 from .trained_show import show
 
 TIMED = ("plain", "dcdit", *MADE)  # the parts of which there are weights
 RESULTS = Path(__file__).parent / "results" / "trained_rivals.jsonl"
-
-
-def read(file: Path) -> list[dict]:
-    """A mapping for each line."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def free(folder: Path, dit: Path, seeds: Sequence[int], per_class: int) -> None:
@@ -41,7 +37,7 @@ def free(folder: Path, dit: Path, seeds: Sequence[int], per_class: int) -> None:
     They go to FOLDER/free. A model of which no weights came back costs what its part trained for less costs.
     """
     (folder / "free").mkdir(exist_ok=True)
-    lines = [line for line in read(folder / "lines.jsonl") if line["part"] in TIMED]
+    lines = [line for line in read_lines(folder / "lines.jsonl") if line["part"] in TIMED]
     models = {name: load(name, folder, dit) for name in dict.fromkeys(line["part"] for line in lines)}
     for seed in seeds:
         options = Namespace(per_class=per_class, sampling_steps=50, batch=10 * per_class, guidance=1.0, seed=seed)
@@ -82,9 +78,9 @@ def colours(pictures: np.ndarray) -> np.ndarray:
 
 def judged(folder: Path, judge: Callable[[np.ndarray, np.ndarray], dict[str, float]]) -> list[dict]:
     """The lines of a run with the numbers of its pictures, and as `free` those of the pictures without guidance."""
-    lines = read(folder / "lines.jsonl")
+    lines = read_lines(folder / "lines.jsonl")
     timed = {line["pictures"] for line in lines if line["part"] in TIMED}
-    seeds = [read(file) for file in sorted((folder / "free").glob("lines-*.jsonl"))]
+    seeds = [read_lines(file) for file in sorted((folder / "free").glob("lines-*.jsonl"))]
     # Equally many pictures of each run: the distance falls with their number.
     again = [line for seed in seeds if {line["pictures"] for line in seed} == timed for line in seed]
     results = {}
@@ -122,7 +118,7 @@ def main() -> None:
         lines = judged(args.folder, Judge())
         args.results.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     else:
-        show(read(args.results), args.folder)
+        show(read_lines(args.results), args.folder)
 
 
 if __name__ == "__main__":
