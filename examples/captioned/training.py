@@ -63,8 +63,11 @@ def autocast(device: torch.device) -> torch.autocast:
 def train(groups: list[dict[str, Any]], seconds: float, loss_of: Callable[[float], torch.Tensor]) -> list[dict]:
     """AdamW for so many seconds, at rates that fall to zero with the share of the time that is used; the curve.
 
-    `loss_of` takes that share. Raises RuntimeError where the loss is not finite.
+    `loss_of` takes that share. Two passes come first, in which kernels are compiled. Raises RuntimeError where the loss
+    is not finite.
     """
+    for _ in range(2):
+        loss_of(0.0).backward()
     fused = groups[0]["params"][0].is_cuda
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0, fused=fused)
     peaks = [group["lr"] for group in optimizer.param_groups]
@@ -91,21 +94,6 @@ def train(groups: list[dict[str, Any]], seconds: float, loss_of: Callable[[float
             return curve
 
 
-def fit_batch(task: Task, seconds: float, steps: int, loss_of: Callable[[float], torch.Tensor]) -> None:
-    """Halve the batch until so many steps fit into the seconds: others may use the GPU as well. Compiles kernels."""
-    for _ in range(2):
-        loss_of(0.0).backward()
-    while task.batch > 32:
-        wait(task.captions.device)
-        begin = time.monotonic()
-        for _ in range(4):
-            loss_of(0.0).backward()
-        wait(task.captions.device)
-        if (time.monotonic() - begin) / 4 * steps <= seconds:
-            break
-        task.batch //= 2
-
-
 def wait(device: torch.device) -> None:
     """For the GPU."""
     if device.type == "cuda":
@@ -121,7 +109,6 @@ def train_dense(task: Task, config: dict[str, Any]) -> tuple[nn.Module, list[dic
         with autocast(device):
             return task.loss(model, *task.draw())
 
-    fit_batch(task, config["seconds"], config["least_steps"], loss_of)
     return model, train([{"params": list(model.parameters()), "lr": config["lr"]}], config["seconds"], loss_of)
 
 
@@ -164,7 +151,6 @@ def upcycle(task: Task, dense: nn.Module, config: dict[str, Any]) -> tuple[nn.Mo
         return loss + config["ratio_weight"] * ratio_loss(routing.boundary_prob, routing.natural_mask, n)
 
     groups = [{"params": rest, "lr": config["lr"]}, {"params": router, "lr": config["router_lr"]}]
-    fit_batch(task, config["seconds"], config["least_steps"], loss_of)
     curve = train(groups, config["seconds"], loss_of)
     chunking.budget = None
     return model, curve
