@@ -1,9 +1,9 @@
 """Calls of bench.quality side by side on one GPU, within a limit: python -m bench.quality_farm LIST --limit SECONDS
 
 LIST has the arguments of a call on each line; # begins a comment. Their steps are N, 0.4N and the like, N being as many
-as fit: all calls are made for a few steps first, which also fills the compilers' caches, and their rates say how many.
-A call that fails in this is taken apart into calls of one variant each. Calls that are in training when the time is
-nearly over stop, and are judged as they are, all variants of a call at one step.
+as fit: all calls are made for some seconds first, which also fills the compilers' caches, and their rates side by side
+say how many. A call that fails in this is taken apart into calls of one variant each. Calls that are in training when
+the time is nearly over stop, and are judged as they are, all variants of a call at one step.
 
 What came is packed into OUT/quality.tar.gz: the lines of the results; losses, pictures and a log of each call.
 """
@@ -23,7 +23,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CALL = (sys.executable, "-m", "bench.quality")
-PROBE, LEAST, MOST = 300, 2000, 40_000  # steps: for the rates, where there is none, and at most
+LEAST, MOST = 2000, 40_000  # steps: where there is no rate, and at most
+SHARE = 0.95  # of the steps that a rate promises: a run that is cut off ends with a high learning rate
 START = 20  # seconds of a call before its first step, its compilers' caches being full
 
 
@@ -33,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("list", type=Path)
     parser.add_argument("--limit", type=float, required=True, help="seconds of the whole")
-    parser.add_argument("--probe", type=float, default=75, help="of these, seconds for the rates at most")
+    parser.add_argument("--probe", type=float, default=60, help="of these, seconds for the rates at most")
     parser.add_argument("--judging", type=float, default=50, help="of these, seconds to draw and judge in at the end")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "build/quality")))
     args = parser.parse_args()
@@ -41,14 +42,14 @@ def main() -> None:
     calls = [shlex.split(line) for line in lines if line.strip()]
     end = begin + args.limit
 
-    tries = [[*with_steps(words, str(PROBE)), "--samples", "0"] for words in calls]
+    tries = [[*with_steps(words, str(MOST)), "--samples", "0"] for words in calls]
     whole = begin + args.probe
     status = side_by_side(tries, args.out / "probe", whole - 10, whole)
     rates = [rate(args.out / "probe" / f"{i}") for i in range(len(calls))]
     print("steps/s", [round(value) for value in rates], f"after {time.time() - begin:.0f} s", flush=True)
-    left = end - time.time() - args.judging - START
+    left = SHARE * (end - time.time() - args.judging - START)
     fits = [left * value / share_of(words) for words, value in zip(calls, rates, strict=True) if value]
-    most = int(min([MOST, *(fits or [LEAST])])) // 500 * 500 or 500
+    most = int(min([MOST, *(fits or [LEAST])])) // 100 * 100 or 100
 
     final = []
     for i, words in enumerate(calls):
@@ -73,10 +74,10 @@ def with_steps(words: list[str], steps: str) -> list[str]:
 
 
 def rate(runs: Path) -> float:
-    """Steps per second at the end of a call's first run."""
+    """Steps per second of a call's first run in the later half of its steps."""
     file = next(runs.glob("*/*/metrics.jsonl"), None)
     lines = [] if file is None else [json.loads(line) for line in file.read_text().splitlines()]
-    found = sorted(line["steps_per_s"] for line in lines[-8:])
+    found = sorted(line["steps_per_s"] for line in lines[len(lines) // 2 :])
     return found[len(found) // 2] if len(lines) > 1 else 0.0
 
 
