@@ -1,6 +1,7 @@
 """Chunked transformers of diffusers in its pipelines and tools: saved, copied, adapted, offloaded; bad input."""
 
 import copy
+import logging
 
 import accelerate
 import pytest
@@ -9,6 +10,7 @@ import torch
 pytest.importorskip("diffusers")
 import diffusers
 from diffusers.models.transformers import transformer_flux
+from safetensors.torch import load_file, save_file
 from transformer_families import FAMILIES, close, every_family, make, run
 
 from dcdit.errors import ConfigError
@@ -41,6 +43,20 @@ def test_saved_and_loaded_without_a_recipe(family, tmp_path):
     model.save_pretrained(tmp_path / "removed")
     with pytest.raises(ConfigError, match="must have dynamic_chunking"):
         load_dynamic_chunking(tmp_path / "removed")
+
+
+def test_loading_warns_of_a_real_weight_alone(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    model = make(FAMILIES["flux"])
+    add_dynamic_chunking(model)
+    model.save_pretrained(tmp_path)
+    caplog.clear()
+    assert type(load_dynamic_chunking(tmp_path)) is type(model) and not caplog.messages
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(file) | {"x_embedder.other": torch.zeros(1)}, file, {"format": "pt"})
+    load_dynamic_chunking(tmp_path)
+    (message,) = set(caplog.messages)
+    assert "x_embedder.other" in message and "router" not in message
 
 
 @every_family

@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.models.attention import BasicTransformerBlock
@@ -30,6 +29,7 @@ from ..model.config import check_keys
 from ..model.dynamic_chunking import DynamicChunking
 from ..model.untrained_routers import UNTRAINED, DifferenceRouter
 from .joint import JointBlocks, kept_text
+from .reading import read_untouched
 
 BLOCK_KINDS = ("ada_norm_zero", "ada_norm_single", "layer_norm")
 
@@ -329,7 +329,7 @@ def load_dynamic_chunking(folder: str | os.PathLike, router: nn.Module | None = 
         router = wanted
     elif wanted != given:
         raise ConfigError(f"router must be a {wanted}, got {given}")
-    model = getattr(diffusers, config["_class_name"]).from_pretrained(folder, **options)
+    model = read_untouched(folder, config["_class_name"], **options)
     if "blocks" in written:
         written["blocks"] = slice(*written["blocks"])
     chunking = add_dynamic_chunking(model, **written, **({} if router is None else {"router": router}))
