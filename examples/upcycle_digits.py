@@ -60,7 +60,7 @@ def train_teacher(folder: Path, steps: int) -> None:
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
         optimizer.step()
-        ema.update(model, step)
+        ema.update(step)
         total += loss.item()
         if step % 500 == 499:
             print(f"step {step + 1}: loss {total / 500:.4f}", file=sys.stderr, flush=True)

@@ -26,7 +26,7 @@ def test_ema_ramps_up_to_its_decay():
     for step in range(12):
         with torch.no_grad():
             model.weight.fill_(float(step))
-        ema.update(model, step)
+        ema.update(step)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
         assert ema.state_dict()["weight"].item() == pytest.approx(expected)

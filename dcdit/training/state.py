@@ -21,13 +21,13 @@ class EMA:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.names = [name for name, _ in model.named_parameters()]
-        self.values = [p.detach().clone() for p in model.parameters()]
+        self.names, self.parameters = map(list, zip(*model.named_parameters(), strict=True))
+        self.values = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
+    def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.values, [p.detach() for p in model.parameters()], 1 - decay)
+        torch._foreach_lerp_(self.values, self.parameters, 1 - decay)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return dict(zip(self.names, self.values, strict=True))

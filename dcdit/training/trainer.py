@@ -82,10 +82,11 @@ class Trainer:
             self.net = self.net.to(memory_format=torch.channels_last)
         compiled = torch.compile(self.net, fullgraph=True, dynamic=True) if config.compile else self.net
         self.model = self.accelerator.prepare(compiled)
+        self.parameters = list(self.net.parameters())  # once: finding them takes the host long
         self.emas = [EMA(self.net, decay) for decay in config.optim.ema_decay]
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
-            self.net.parameters(),
+            self.parameters,
             lr=optim.lr,
             betas=(0.9, optim.beta2),
             weight_decay=optim.weight_decay,
@@ -96,7 +97,7 @@ class Trainer:
         if config.cuda_graph:
             if self.ranks > 1:
                 raise ConfigError(f"cuda_graph is for a single process, got {self.ranks}; leave it out")
-            self.graphs = StepGraphs(self.losses, self.net.parameters(), config.model.cells, config.accumulate)
+            self.graphs = StepGraphs(self.losses, self.parameters, config.model.cells, config.accumulate)
 
         for decay in config.optim.ema_decay:
             check_place(place(self, decay))  # as each save will: the steps before it would be lost
@@ -228,11 +229,11 @@ class Trainer:
             for key, value in values.items():
                 sums[key] = sums.get(key, 0) + value.detach() / count
         # No clipping is clipping at infinity: the norm is still measured.
-        norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), config.optim.grad_clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.optim.grad_clip or math.inf)
         self.updating = True  # until the step is counted
         self.optimizer.step()
         for ema in self.emas:
-            ema.update(self.net, self.step)
+            ema.update(self.step)
         return {**sums, "budget" if config.budgets else "drop_fraction": drawn, "grad_norm": norm, "lr": lr}
 
     def _backward(
@@ -324,7 +325,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Raises DCDiTError, before anything is written, where training has diverged since the last log."""
-        if not all(value.isfinite().all() for value in (*self.net.parameters(), *self.emas[0].values)):
+        if not all(value.isfinite().all() for value in (*self.parameters, *self.emas[0].values)):
             raise self._diverged("weights that are not finite")
         if self.accelerator.is_main_process:
             for decay, ema in zip(self.config.optim.ema_decay, self.emas, strict=True):
