@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
@@ -22,13 +23,13 @@ from safetensors import safe_open
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from dcdit_kernels import ChunkPlan, Packing, adaln_modulate, unpad_input, varlen_attention
+from dcdit_kernels import ChunkPlan, Packing, adaln_modulate, varlen_attention
 
 from ..errors import ConfigError
 from ..model.config import check_keys
 from ..model.dynamic_chunking import DynamicChunking
 from ..model.untrained_routers import UNTRAINED, DifferenceRouter
-from .joint import JointBlocks, kept_text
+from .joint import JointBlocks, PackedText, kept_text
 from .reading import read_untouched
 
 BLOCK_KINDS = ("ada_norm_zero", "ada_norm_single", "layer_norm")
@@ -106,19 +107,20 @@ def run_blocks(
     timestep: torch.Tensor | None = None,
     cross_attention_kwargs: dict | None = None,
     class_labels: torch.Tensor | None = None,
+    fixed: bool = False,
 ) -> torch.Tensor:
     """Run BasicTransformerBlocks on packed tokens (capacity, D); the other arguments are those of their forward.
 
     `encoder_hidden_states` (B, S, D') with `encoder_attention_mask` (B, S), 1 for text and 0 for padding, or the bias
-    (B, 1, S) that diffusers makes of it: padding is cut away before the keys are made.
+    (B, 1, S) that diffusers makes of it: padding is cut away before the keys are made. `fixed` as in `PackedText`.
     """
     if attention_mask is not None:
         raise ConfigError("a self-attention mask cannot be used with dynamic chunking: got attention_mask")
     kwargs = {**(cross_attention_kwargs or {}), "plan": plan}
     if encoder_hidden_states is not None:
-        keep = kept_text(encoder_hidden_states, encoder_attention_mask)
-        encoder_hidden_states, _, cu_seqlens, longest, _ = unpad_input(encoder_hidden_states, keep)
-        kwargs["text"] = Packing.from_cu_seqlens(cu_seqlens, longest, len(encoder_hidden_states), exact=True)
+        keep = None if encoder_attention_mask is None else kept_text(encoder_hidden_states, encoder_attention_mask)
+        text = PackedText(encoder_hidden_states, keep, fixed)
+        encoder_hidden_states, kwargs["text"] = text.rows, text.packing
     per_token = None if timestep is None else timestep[plan.sample_index.clamp(min=0)]
     tokens = tokens[:, None]
     for block in blocks:
@@ -162,7 +164,7 @@ class ChunkedBlocks(DynamicChunking):
             got = [name for name, part in parts.items() if part is not None]
             if got:
                 raise ConfigError(f"blocks must be without {', '.join(parts)}, got {', '.join(got)}")
-        super().__init__(blocks, blocks[0].dim, grid, run=run_blocks, **options)
+        super().__init__(blocks, blocks[0].dim, grid, run=self.run_rows, **options)
         self.patch, self.batch = patch, None
         self.hook: RemovableHandle | None = None
         self.unpacked: list[tuple[Attention, object]] = []
@@ -182,6 +184,10 @@ class ChunkedBlocks(DynamicChunking):
 
     def __getitem__(self, index: int) -> ChunkedBlocks:
         return (self,)[index]
+
+    def run_rows(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`run_blocks`, with fixed rows of text where the budget fixes those of the picture."""
+        return run_blocks(*args, **kwargs, fixed=self.fixed)
 
     @property
     def norm1(self) -> nn.Module:

@@ -95,7 +95,8 @@ class FluxBlocks(JointBlocks):
         mask = options.pop("attention_mask", None)
         if options:
             raise ConfigError(f"chunked blocks take no joint_attention_kwargs but attention_mask, got {list(options)}")
-        text = PackedText(encoder_hidden_states, kept_by(mask, encoder_hidden_states, hidden_states.shape[1]))
+        keep = kept_by(mask, encoder_hidden_states, hidden_states.shape[1])
+        text = PackedText(encoder_hidden_states, keep, self.fixed)
         image, rows = super().forward(hidden_states, text=text, c=temb, rotary=image_rotary_emb)
         return text.back(rows), image
 

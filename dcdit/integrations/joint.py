@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,7 +21,7 @@ from diffusers.models.normalization import RMSNorm
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from dcdit_kernels import ChunkPlan, Packing, pad_input, qk_norm_rope, unpad_input, varlen_attention
+from dcdit_kernels import ChunkPlan, Packing, pack_rows, plan_chunks, qk_norm_rope, unpack_rows, varlen_attention
 from dcdit_kernels.packing import JoinedPacking
 
 from ..errors import ConfigError
@@ -45,9 +46,12 @@ class Rows:
 
 
 class PackedText:
-    """Text (B, S, D) as packed rows without its padding, and back; `keep` is bool (B, S), or None where all is kept."""
+    """Text (B, S, D) as packed rows without its padding, and back; `keep` is bool (B, S), or None where all is kept.
 
-    def __init__(self, text: torch.Tensor, keep: torch.Tensor | None) -> None:
+    The host waits for the number of kept tokens, unless the rows are `fixed`: B·S then, the spare ones last.
+    """
+
+    def __init__(self, text: torch.Tensor, keep: torch.Tensor | None, fixed: bool = False) -> None:
         batch, length = text.shape[:2]
         self.shape, self.indices = (batch, length), None
         if keep is None:
@@ -56,15 +60,16 @@ class PackedText:
             self.packing = Packing.from_cu_seqlens(ends, length, batch * length, exact=True)
             self.column = torch.arange(length, device=text.device).repeat(batch)
             return
-        self.rows, self.indices, ends, longest, _ = unpad_input(text, keep)
-        self.packing = Packing.from_cu_seqlens(ends, longest, len(self.rows), exact=True)
-        self.column = self.indices % length
+        room = {"capacity": batch * length, "max_seqlen": length} if fixed else {}
+        self.packing = plan_chunks(keep.float(), (length,), nearest="previous", **room)
+        self.indices, self.column = self.packing.token_index, self.packing.cell_index
+        self.rows = pack_rows(text.flatten(0, 1), self.indices)
 
     def back(self, rows: torch.Tensor) -> torch.Tensor:
         """Packed rows as (B, S, D), zero in the padding."""
-        if self.indices is None:
-            return rows.unflatten(0, self.shape)
-        return pad_input(rows, self.indices, *self.shape)
+        if self.indices is not None:
+            rows = unpack_rows(rows, self.indices, math.prod(self.shape))
+        return rows.unflatten(0, self.shape)
 
 
 class Unchunked(nn.ModuleList):
@@ -190,9 +195,9 @@ class JointBlocks(DynamicChunking):
                 for part in parts:
                     part.passing = None
 
-    def forward(self, h: torch.Tensor, **kwargs: Any) -> Any:
+    def options(self, **asked: Any) -> dict[str, Any]:
         """As DynamicChunking's, with the budget of the pass."""
-        return super().forward(h, **kwargs, **((self.uncond or {}) if self.passing == "uncond" else {}))
+        return super().options(**((self.uncond or {}) if self.passing == "uncond" else {}), **asked)
 
     def see(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Note what the blocks are not told: the grid of the model's input. A hook on the model."""
@@ -298,14 +303,12 @@ def kept_by(mask: torch.Tensor | None, text: torch.Tensor, cells: int) -> torch.
     return flat[:, :length]
 
 
-def kept_text(text: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def kept_text(text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The tokens of text (B, S, D) that are no padding, bool (B, S). `mask` (B, S) is 1 for text and 0 for
     padding, or it is the bias (B, 1, S) that diffusers makes of that.
 
     A sample that is all padding keeps it, as it does in diffusers.
     """
-    if mask is None:
-        return torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
     keep = mask[:, 0] > -1 if mask.dim() == 3 else mask.bool()  # in a bias 0 keeps and -10000 hides
     return keep | ~keep.any(1, keepdim=True)  # diffusers' bias hides nothing where it is the same for all
 

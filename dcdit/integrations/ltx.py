@@ -81,7 +81,7 @@ class LTXBlocks(JointBlocks):
         if temb.shape[1] != 1:
             raise ConfigError("chunked blocks need one timestep a sample, got one for each token")
         keep = None if encoder_attention_mask is None else kept_text(encoder_hidden_states, encoder_attention_mask)
-        text = PackedText(encoder_hidden_states, keep)
+        text = PackedText(encoder_hidden_states, keep, self.fixed)
         c = temb.unflatten(2, (6, -1))[:, 0]
         return super().forward(hidden_states, text=text, c=c, rotary=image_rotary_emb)
 

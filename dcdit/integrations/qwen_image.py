@@ -77,7 +77,7 @@ class QwenImageBlocks(JointBlocks):
         if math.prod(self.grid) != hidden_states.shape[1]:
             tokens = hidden_states.shape[1]
             raise ConfigError(f"img_shapes must be one grid of {tokens} tokens, got {self.grid}")
-        text = PackedText(encoder_hidden_states, encoder_hidden_states_mask)
+        text = PackedText(encoder_hidden_states, encoder_hidden_states_mask, self.fixed)
         image, rows = super().forward(hidden_states, text=text, c=temb, freqs=image_rotary_emb)
         return text.back(rows), image
 

@@ -105,7 +105,8 @@ class SD3Blocks(JointBlocks):
             raise ConfigError(f"chunked blocks take no joint_attention_kwargs but attention_mask, got {list(options)}")
         if mask is not None and len(self) > 1:
             raise ConfigError("attention_mask needs all blocks chunked: SD3's own attention reads none")
-        text = PackedText(encoder_hidden_states, kept_by(mask, encoder_hidden_states, hidden_states.shape[1]))
+        keep = kept_by(mask, encoder_hidden_states, hidden_states.shape[1])
+        text = PackedText(encoder_hidden_states, keep, self.fixed)
         image, rows = super().forward(hidden_states, text=text, c=temb)
         return None if rows is None else text.back(rows), image
 

@@ -84,7 +84,8 @@ class ZImageBlocks(JointBlocks):
         for side in self.grid:
             cells *= side
         image, words = x[:, :cells], x[:, cells:]
-        text = PackedText(words, None if attn_mask is None else attn_mask[:, cells:].bool())
+        keep = None if attn_mask is None else attn_mask[:, cells:].bool()
+        text = PackedText(words, keep, self.fixed)
         image, rows = super().forward(image, text=text, c=adaln_input, freqs=freqs_cis)
         return torch.cat([image, text.back(rows)], 1)
 

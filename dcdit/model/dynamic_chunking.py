@@ -15,7 +15,7 @@ from dcdit_kernels import ChunkPlan
 from ..errors import ConfigError
 from .config import DCDiTConfig
 from .routers import PredictabilityRouter
-from .routing import Routing, route
+from .routing import Routing, route, rows_known
 
 # Bias of a fresh router's score: p ≈ 0.95, so that a wrapped model still computes as before.
 KEEP_ALL = 3.0
@@ -121,11 +121,8 @@ class DynamicChunking(nn.Module):
         grid = self.grid if grid is None else _checked(grid)
         asked = {name: kwargs.pop(name) for name in BUDGET if name in kwargs}
         if routing is None:
-            left = set(BUDGET).difference(FORMS if asked.keys() & FORMS else ())
-            budget = {name: getattr(self, name) for name in left} | asked
-            budget = {name: value for name, value in budget.items() if value is not None}
             taken, named = self._taken(args, {**kwargs, "grid": grid})
-            routing = route(functools.partial(self.router, **named), h, *taken, grid=grid, **budget)
+            routing = route(functools.partial(self.router, **named), h, *taken, grid=grid, **self.options(**asked))
         else:
             routing.check(len(h), grid, asked)
         self.routing = routing
@@ -139,6 +136,17 @@ class DynamicChunking(nn.Module):
             tokens = routing.chunk(h)
         y = routing.dechunk(out - tokens, h, self.sigma)
         return (y, *rest) if isinstance(result, tuple) else y
+
+    def options(self, **asked: Any) -> dict[str, Any]:
+        """What a forward gives to `plan_chunks`: what it is asked for, and for the rest the attributes."""
+        left = set(BUDGET).difference(FORMS if asked.keys() & FORMS else ())
+        options = {name: getattr(self, name) for name in left} | asked
+        return {name: value for name, value in options.items() if value is not None}
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the attributes say how many rows a forward has, so that it waits for no GPU."""
+        return rows_known(self.options())
 
     def _taken(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """The forward's arguments after h that the router's forward takes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -96,6 +97,11 @@ def route(
         shapes = f"{tuple(h.shape[:2])}, got {tuple(boundary_prob.shape)}"
         raise ValueError(f"router must return boundary_prob of shape {shapes}")
     return Routing.of(boundary_prob, grid, **options)
+
+
+def rows_known(options: dict[str, Any]) -> bool:
+    """Whether these of `plan_chunks`'s options say how many rows there will be, so that the host waits for no GPU."""
+    return any(isinstance(options.get(name), Integral) for name in ("capacity", "budget", "budget_per_sample"))
 
 
 def regular_cells(grid: tuple[int, ...], stride: int, device: torch.device) -> torch.Tensor:
