@@ -61,6 +61,18 @@ def test_guidance_embedding(exact):
     close(run(model, inputs), want, 1e-12)
 
 
+def test_flux_reads_each_tensor_of_ids_once():
+    """Canvases take turns, and a tensor that was seen is not read again, which on a GPU would be a wait."""
+    model, given = make(FAMILIES["flux"]), [FAMILIES["flux"].inputs(grid) for grid in ((5, 7), (1, 8))]
+    chunking = add_dynamic_chunking(model)
+    want = [run(model, inputs) for inputs in given]
+    for inputs, wanted in zip(given, want, strict=True):
+        assert torch.equal(run(model, inputs), wanted)
+        inputs["img_ids"].zero_()
+        run(model, inputs)
+    assert [grid for _, grid in chunking.seen] == [(5, 7), (1, 8)]
+
+
 @pytest.mark.parametrize("blocks", [slice(None), slice(1, -2)], ids=str)
 def test_padding_of_text_is_cut(blocks, exact):
     """As the untouched model under a mask, and as a shorter text alone; the padding's content is never read."""

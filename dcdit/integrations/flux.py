@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any, ClassVar
 
 import torch
@@ -64,20 +65,24 @@ class FluxBlocks(JointBlocks):
 
     def __init__(self, model: theirs.FluxTransformer2DModel, **options: Any) -> None:
         super().__init__(model, model.inner_dim, run=self.run_rows, **options)
-        self.seen: tuple[torch.Tensor | None, tuple[int, ...]] = None, (1,)
+        self.seen: deque[tuple[torch.Tensor, tuple[int, ...]]] = deque(maxlen=32)
 
     def grid_of(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, ...]:
-        """(H, W) of img_ids, which are (L, 3): 0, row, column. The host waits for them once for each tensor."""
+        """(H, W) of img_ids, which are (L, 3): 0, row, column.
+
+        The host waits for a GPU once for each tensor, of which the last 32 are known: canvases may alternate.
+        """
         ids = kwargs.get("img_ids", args[4] if len(args) > 4 else None)
         if ids is None:
             raise ConfigError("chunked blocks take the grid from img_ids, got none")
-        if ids is not self.seen[0]:
+        grid = next((grid for tensor, grid in self.seen if tensor is ids), None)
+        if grid is None:
             places = (ids[0] if ids.dim() == 3 else ids)[:, -2:]
-            grid = tuple(int(n) + 1 for n in places.amax(0) - places.amin(0))
+            grid = tuple(int(n) + 1 for n in (places.amax(0) - places.amin(0)).tolist())
             if grid[0] * grid[1] != len(places):
                 raise ConfigError(f"img_ids must be one grid of tokens, got {len(places)} for {grid[0]}×{grid[1]}")
-            self.seen = ids, grid
-        return self.seen[1]
+            self.seen.append((ids, grid))
+        return grid
 
     def forward(
         self,
