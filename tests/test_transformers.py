@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers.models import normalization
 from transformer_families import FAMILIES, TEXT, close, every_family, make, picture, run
 
-from bench.transformers import flops
+from bench.transformers import flops, saved
 from dcdit.errors import ConfigError
 from dcdit.integrations.attention import add_dynamic_chunking, remove_dynamic_chunking
 from dcdit.training import ratio_loss
@@ -165,3 +165,27 @@ def test_flops_are_those_of_the_untouched_blocks_on_fewer_tokens(family):
     alone = counts[half] - (around[half] - 2 * chunking.router.macs(32))  # the untouched blocks, on half the tokens
     want = around[whole] + alone
     assert abs(got - want) < 0.01 * got
+
+
+@every_family
+def test_memory_is_at_most_that_of_the_untouched_model_on_fewer_tokens(family):
+    """As bench.transformers counts what a backward needs, and 15 % in these small models for router and way back."""
+    model = make(family).requires_grad_(True)
+    inputs = [family.inputs(grid, batch=1) for grid in ((8, 8), (8, 4))]
+    for given in inputs:
+        given |= {name: None for name in given if name.endswith("_mask")}
+    whole, half = (saved(model, lambda given=given: model(**given)) for given in inputs)
+    add_dynamic_chunking(model).drop_fraction = 0.5
+    got = saved(model, lambda: model(**inputs[0]))
+    assert 0.7 * half < got < 1.15 * half < whole
+
+
+def test_memory_of_one_layer():
+    """A product keeps its input, attention its operands, result and sums of exponentials; a shared input is kept once."""
+    model = torch.nn.Linear(8, 8)
+    x = torch.randn(2, 3, 5, 8)
+    attend = F.scaled_dot_product_attention
+    assert saved(model, lambda: model(x) + model(x)) == 4 * 240
+    q = torch.randn(2, 3, 5, 8, requires_grad=True)
+    assert saved(model, lambda: F.scaled_dot_product_attention(q, q, q, attn_mask=None)) == 4 * (240 + 240 + 30)
+    assert F.scaled_dot_product_attention is attend
