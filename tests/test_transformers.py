@@ -181,7 +181,7 @@ def test_memory_is_at_most_that_of_the_untouched_model_on_fewer_tokens(family):
 
 
 def test_memory_of_one_layer():
-    """A product keeps its input, attention its operands, result and sums of exponentials; a shared input is kept once."""
+    """A product keeps its input, once for both; attention its operands, its result and one sum for each row."""
     model = torch.nn.Linear(8, 8)
     x = torch.randn(2, 3, 5, 8)
     attend = F.scaled_dot_product_attention
