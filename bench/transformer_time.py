@@ -2,9 +2,10 @@
 
 On a CPU: width 512, 1024 image and 64 text tokens, two samples, three double and six single blocks with random weights;
 one thread, whose CPU seconds are counted, which other processes do not lengthen much. On a GPU: two double and four
-single blocks of FLUX.1's width 3072, 4096 image tokens (1024 px) and 512 of text, bfloat16, by the wall clock. The
-models take turns in one run. The realised saving is the share of the time that is saved over the share of the FLOPs
-that is, plan and gathers included.
+single blocks of FLUX.1's width 3072, 4096 image tokens (1024 px) and 512 of text, bfloat16, by the wall clock; beside
+ρ, for whose tokens the host waits, a budget that is a number, eagerly and as a CUDA graph, and the untouched model as a
+graph. The models take turns in one run. The realised saving is the share of the time that is saved over the share of
+the FLOPs that is, plan and gathers included; graphs are compared with the untouched graph.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import diffusers
 import torch
+from torch import nn
 
+from dcdit import enable_cuda_graph
 from dcdit.integrations.attention import add_dynamic_chunking
 
-from .timing import gpu_wall_clock, interleave
+from .timing import interleave
 from .transformers import flops
 
 LAYERS = {"cpu": (3, 6), "cuda": (2, 4)}  # double and single blocks
@@ -36,16 +40,20 @@ SIZES = {
 SIDE, TEXT, BATCH = {"cpu": 32, "cuda": 64}, {"cpu": 64, "cuda": 512}, {"cpu": 2, "cuda": 1}
 
 
-def models(device: str) -> dict[str, Callable[[], object]]:
-    """The forwards by name: untouched, wrapped with all cells kept, with a half and with a quarter of them."""
+KEPT = {"all kept": 1.0, "half kept": 0.5, "a quarter kept": 0.25}
+FORMS = {"cpu": ("",), "cuda": ("", ", budget", ", graph")}
+
+
+def stack(device: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """The untouched model and its inputs."""
     side, text, batch = SIDE[device], TEXT[device], BATCH[device]
     double, single = LAYERS[device]
     dtype, before = torch.float32 if device == "cpu" else torch.bfloat16, torch.get_default_dtype()
     with torch.device(device):
         torch.set_default_dtype(dtype)
-        untouched = diffusers.FluxTransformer2DModel(
+        model = diffusers.FluxTransformer2DModel(
             in_channels=16, num_layers=double, num_single_layers=single, pooled_projection_dim=64, **SIZES[device]
-        ).requires_grad_(False)
+        )
         torch.set_default_dtype(before)
         inputs = {
             "hidden_states": torch.randn(batch, side**2, 16, dtype=dtype),
@@ -55,40 +63,84 @@ def models(device: str) -> dict[str, Callable[[], object]]:
             "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(float(side)), torch.arange(float(side))),
             "txt_ids": torch.zeros(text, 3),
         }
-    found = {"untouched": untouched}
-    for name, rho in (("all kept", 0.0), ("half kept", 0.5), ("a quarter kept", 0.75)):
-        found[name] = copy.deepcopy(untouched)
-        add_dynamic_chunking(found[name]).drop_fraction = rho
-    for model in found.values():
-        model.eval().requires_grad_(False)
-    return {name: lambda model=model: model(**inputs) for name, model in found.items()}
+    return model.eval().requires_grad_(False), inputs
 
 
-def cpu_seconds(call: Callable[[], object]) -> float:
-    """Of one call."""
-    begin = time.process_time()
-    call()
-    return time.process_time() - begin
+def names(device: str) -> list[str]:
+    """The variants: shares of the tokens by ρ, by a budget and as graphs."""
+    shares = {form: KEPT if "budget" in form else ("untouched", *KEPT) for form in FORMS[device]}
+    return [f"{share}{form}" for form, found in shares.items() for share in found]
+
+
+def variant(untouched: nn.Module, inputs: dict[str, torch.Tensor], name: str) -> tuple[Callable[[], Any], int]:
+    """A warm forward and its FLOPs."""
+    share, _, form = name.partition(", ")
+    model = copy.deepcopy(untouched)
+    call = own = lambda: model(**inputs)
+    if share != "untouched":
+        chunking = add_dynamic_chunking(model)
+        model.requires_grad_(False)
+        if form:
+            chunking.budget_per_sample = round(KEPT[share] * inputs["hidden_states"].shape[1])
+        else:
+            chunking.drop_fraction = 1 - KEPT[share]
+    if form == "graph":
+        graph = enable_cuda_graph(model)
+        call()
+        own = lambda: graph.own(**inputs)  # noqa: E731
+        bits = "the bits" if torch.equal(call().sample, own().sample) else "NOT the bits"
+        print(f"{name}: {graph.summary()}, {bits} of its own forward", flush=True)
+    work = flops(own)  # a replay shows no operators
+    for _ in range(3):
+        call()
+    return call, work
+
+
+def clock(call: Callable[[], Any], device: str, host: list[float]) -> Callable[[], float]:
+    """Seconds of a call, and in `host` those until it is back: of a CPU's process, or by the wall clock."""
+    now, wait = (time.perf_counter, torch.cuda.synchronize) if device == "cuda" else (time.process_time, int)
+
+    def sample() -> float:
+        wait()
+        begin = now()
+        call()
+        host.append(now() - begin)
+        wait()
+        return now() - begin
+
+    return sample
 
 
 @torch.no_grad()
 def main() -> None:
-    """Print a row for each model."""
+    """Print a row for each variant; one that fails costs a line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    calls = models(args.device)
-    work = {name: flops(call) for name, call in calls.items()}  # each is warm afterwards
-    clock = gpu_wall_clock if args.device == "cuda" else lambda call: lambda: cpu_seconds(call)
-    samples = interleave({name: clock(call) for name, call in calls.items()}, args.rounds, 1e9)
-    print("| | FLOPs | seconds | time | realised saving |\n|---|---|---|---|---|")
-    for name in calls:
-        ratio = statistics.median(own / whole for own, whole in zip(samples[name], samples["untouched"], strict=True))
-        share = work[name] / work["untouched"]
+    untouched, inputs = stack(args.device)
+    clocks: dict[str, Callable[[], float]] = {}
+    work: dict[str, int] = {}
+    host: dict[str, list[float]] = {}
+    for name in names(args.device):
+        try:
+            call, work[name] = variant(untouched, inputs, name)
+        except Exception as error:
+            print(f"{name}: {type(error).__name__}: {error}".splitlines()[0], flush=True)
+        else:
+            host[name] = []
+            clocks[name] = clock(call, args.device, host[name])
+    samples = interleave(clocks, args.rounds, 1e9)
+    print("| | FLOPs | seconds | of them on the host | time | realised saving |\n|---|---|---|---|---|---|")
+    for name in clocks:
+        like = ("untouched, graph", "untouched") if name.endswith("graph") else ("untouched",)
+        base = next((other for other in like if other in clocks), name)
+        ratio = statistics.median(own / whole for own, whole in zip(samples[name], samples[base], strict=True))
+        share = work[name] / work[base]
         saving = f"{(1 - ratio) / (1 - share):.2f}" if share < 0.9 else "–"
-        print(f"| {name} | {share:.3f} | {statistics.median(samples[name]):.4g} | {ratio:.3f} | {saving} |")
+        seconds = [statistics.median(found[name]) for found in (samples, host)]
+        print(f"| {name} | {share:.3f} | {seconds[0]:.4g} | {seconds[1]:.4g} | {ratio:.3f} | {saving} |")
 
 
 if __name__ == "__main__":

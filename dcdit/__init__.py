@@ -8,6 +8,7 @@ __getattr__, __all__ = lazy(
         "model.config": "DCDiTConfig preset",
         "model.dcdit": "DCDiT",
         "model.dynamic_chunking": "DynamicChunking",
+        "model.forward_graphs": "disable_cuda_graph enable_cuda_graph",
         "model.graphs": "graphed",
         "sampling.batcher": "Batcher",
         "ops": "__version__",

@@ -4,6 +4,8 @@ As in `test_no_host` what runs on a CPU alone is left out: looks at indices, off
 samples. A plan without a given number of rows waits in C++, where no mode sees it; here it raises.
 """
 
+import contextlib
+
 import pytest
 import torch
 
@@ -40,23 +42,29 @@ def unseen(function):
 
 
 @pytest.fixture
-def no_host(monkeypatch):
+def attention(monkeypatch):
+    monkeypatch.setattr("dcdit.integrations.joint.varlen_attention", masked_attention)
+
+
+@contextlib.contextmanager
+def no_host():
+    """NoHost, without what is looked at on a CPU alone."""
     rows_of_budget = plan.rows_of_budget
 
     def given_rows(*args):
         exact, capacity, longest = rows_of_budget(*args)
         return (exact, capacity, longest) if capacity is not None else raise_("number of rows")
 
-    monkeypatch.setattr(plan, "rows_of_budget", given_rows)
-    monkeypatch.setattr("dcdit.integrations.joint.varlen_attention", masked_attention)
-    monkeypatch.setattr("dcdit_kernels.packing.offsets", lambda *_: None)
-    monkeypatch.setattr("dcdit_kernels.pack._check", lambda *_: None)
-    monkeypatch.setattr("dcdit_kernels.pack._once", lambda *_: None)
-    for module in (modulate, dechunk):
-        monkeypatch.setattr(module, "live_count", unseen(module.live_count))
-    for name in ("tolist", "numpy"):
-        monkeypatch.setattr(torch.Tensor, name, lambda self, *args, name=name: raise_(name))
-    return NoHost()
+    with pytest.MonkeyPatch.context() as patch, NoHost():
+        patch.setattr(plan, "rows_of_budget", given_rows)
+        patch.setattr("dcdit_kernels.packing.offsets", lambda *_: None)
+        patch.setattr("dcdit_kernels.pack._check", lambda *_: None)
+        patch.setattr("dcdit_kernels.pack._once", lambda *_: None)
+        for module in (modulate, dechunk):
+            patch.setattr(module, "live_count", unseen(module.live_count))
+        for name in ("tolist", "numpy"):
+            patch.setattr(torch.Tensor, name, lambda self, *args, name=name: raise_(name))
+        yield
 
 
 def prepared(family, **budget):
@@ -72,19 +80,18 @@ def prepared(family, **budget):
 
 @every_family
 @pytest.mark.parametrize("budget", BUDGETS, ids=lambda budget: next(iter(budget)))
-def test_a_forward_reads_nothing(family, budget, no_host, monkeypatch):
+def test_a_forward_reads_nothing(family, budget, attention, monkeypatch):
     """And the spare rows of text change nothing."""
     model, inputs = prepared(family, **budget)
-    with no_host:
+    with no_host():
         got = run(model, inputs)
-    monkeypatch.undo()
     monkeypatch.setattr(DynamicChunking, "fixed", False)
     close(got, run(model, inputs), 1e-5)
 
 
 @pytest.mark.parametrize("family", ["flux", "z-image", "qwen-image", "ltx"])
-def test_lengths_of_text_are_seen(family, no_host, monkeypatch):
+def test_lengths_of_text_are_seen(family, attention, monkeypatch):
     model, inputs = prepared(FAMILIES[family], budget_per_sample=12)
     monkeypatch.setattr(DynamicChunking, "fixed", False)
-    with no_host, pytest.raises(Host):
+    with no_host(), pytest.raises(Host):
         run(model, inputs)

@@ -124,6 +124,7 @@ class JointBlocks(DynamicChunking):
     LISTS: ClassVar[tuple[str, ...]]
     CLASSES: ClassVar[dict[type[nn.Module], type[nn.Module]]]
     WEIGHTS: ClassVar[tuple[str, ...]] = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")  # of RMSNorms, by kernels
+    SETTINGS: ClassVar[tuple[str, ...]] = (*DynamicChunking.SETTINGS, "uncond", "passing")
     REFUSED: ClassVar[tuple[str, ...]] = ()  # arguments of the model's forward that chunked blocks cannot serve
 
     def __init__(self, model: nn.Module, width: int, blocks: slice = slice(None), **options: Any) -> None:

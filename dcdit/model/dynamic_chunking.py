@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -51,6 +51,8 @@ class DynamicChunking(nn.Module):
     `budget_per_sample`, `capacity`, `max_seqlen`, `keep`, `ban` and `valid` as in `dcdit.ops.plan_chunks`. After a
     forward `routing` holds its Routing, for `dcdit.training.ratio_loss`; copies and pickles have none.
     """
+
+    SETTINGS: ClassVar[tuple[str, ...]] = (*BUDGET, "_grid", "sigma")  # attributes that a forward reads
 
     def __init__(
         self,

@@ -7,76 +7,22 @@ batch that had too little room is computed again by the eager model.
 
 from __future__ import annotations
 
-import collections
-import itertools
 import math
-import operator
-from collections.abc import Callable
-from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
 import torch
 
-from dcdit_kernels._dispatch import requested_backend
-
 from .dcdit import DCDiT
-from .routing import Routing
+from .replay import Capture, CudaCapture, Graph, Replaying, kind_of
+from .routing import Routing, rows_known
 
 # The prediction, its routing, and `report` of it.
 Outputs = tuple[torch.Tensor, Routing, torch.Tensor]
-# capture(function) returns (start, outputs): each start() runs the function again and overwrites the outputs.
-Capture = Callable[[Callable[[], Any]], tuple[Callable[[], Any], Any]]
 SHARES = 16  # a graph has rows for so many sixteenths of all cells
 
 
-@dataclass(frozen=True)
-class Graph:
-    """A captured function: start() reads `inputs` and overwrites `outputs`."""
-
-    inputs: tuple[torch.Tensor, ...]
-    outputs: Any
-    start: Callable[[], Any]
-
-    def replay(self, inputs: tuple[torch.Tensor, ...]) -> Any:
-        """The outputs on these inputs. The next replay overwrites them."""
-        for own, new in zip(self.inputs, inputs, strict=True):
-            own.copy_(new)
-        self.start()
-        return self.outputs
-
-
-class GraphCache:
-    """The `max_graphs` graphs that were used last, and why others could not be captured."""
-
-    def __init__(self, max_graphs: int, capture: Capture) -> None:
-        self.max_graphs, self.capture, self.captures = max_graphs, capture, 0
-        self.graphs: collections.OrderedDict[tuple[Any, ...], Graph | str] = collections.OrderedDict()
-
-    def get(
-        self,
-        inputs: tuple[torch.Tensor, ...],
-        limits: dict[str, int | None],
-        run: Callable[[tuple[torch.Tensor, ...], dict[str, int | None]], Any],
-    ) -> Graph | str:
-        """The graph of run(inputs, limits) for such inputs, captured where there is none; or why there can be none."""
-        key = (*_kind(inputs), *limits.values())
-        if key not in self.graphs:
-            while len(self.graphs) >= self.max_graphs:
-                self.graphs.popitem(last=False)
-            own = tuple(tensor.clone() for tensor in inputs)
-            try:
-                start, outputs = self.capture(lambda: run(own, limits))
-            except RuntimeError as error:
-                self.graphs[key] = f"cannot be captured: {str(error).splitlines()[0]}"
-            else:
-                self.graphs[key] = Graph(own, outputs, start)
-                self.captures += 1
-        self.graphs.move_to_end(key)
-        return self.graphs[key]
-
-
-class Graphed:
+class Graphed(Replaying):
     """A model, called as before, that is replayed as a CUDA graph where shapes repeat. It has the model's attributes.
 
     A call copies its inputs into a graph's, starts the graph, and copies the outputs. The first call of a shape
@@ -94,12 +40,7 @@ class Graphed:
 
     def __init__(self, model: DCDiT, max_graphs: int = 8, capture: Capture | None = None) -> None:
         """Keep `max_graphs` graphs; the least recently used one goes first. `capture` is for tests."""
-        if max_graphs < 1:
-            raise ValueError(f"max_graphs must be at least 1, got {max_graphs}")
-        self.model, self.replays = model, 0
-        self.cache = GraphCache(max_graphs, CudaCapture() if capture is None else capture)
-        self.eager: collections.Counter[str] = collections.Counter()
-        self.reset()
+        super().__init__(model, max_graphs, capture)
 
     def __getattr__(self, name: str) -> Any:
         if name == "model":  # while a copy is being made there is none
@@ -108,25 +49,8 @@ class Graphed:
 
     def reset(self) -> None:
         """Forget the graphs and the counts of earlier batches."""
-        self.cache.graphs.clear()
+        super().reset()
         self._lengths: dict[tuple[Any, ...], list[int]] = {}
-        modules = list(self.model.modules())
-        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self._attributes = [module.__dict__ for module in modules]
-        self._weights = [*self.model.parameters(), *self.model.buffers()]
-        self._addresses = list(map(torch.Tensor.data_ptr, self._weights))
-
-    @property
-    def captures(self) -> int:
-        """How many graphs were captured so far."""
-        return self.cache.captures
-
-    def summary(self) -> str:
-        """Such as "46 of 48 forwards replayed from 3 CUDA graphs, 2 eager: first batch of its shape (2)"."""
-        eager = sum(self.eager.values())
-        text = f"{self.replays} of {self.replays + eager} forwards replayed from {self.captures} CUDA graphs"
-        reasons = ", ".join(f"{reason} ({count})" for reason, count in self.eager.items())
-        return f"{text}, {eager} eager: {reasons}" if eager else text
 
     def __call__(
         self,
@@ -149,8 +73,7 @@ class Graphed:
         if reason is not None:
             self.eager[reason] += 1
             return self.model(x, t, y, drop_fraction, return_routing, **limits, **others)
-        if self._addresses != list(map(torch.Tensor.data_ptr, self._weights)):
-            self.reset()
+        self._reset_if_moved()
         inputs: tuple[torch.Tensor, ...] = (x, t, y)
         if isinstance(budget_per_sample, torch.Tensor):
             inputs = (*inputs, limits.pop("budget_per_sample").to(x.device, torch.int32).expand(len(x)))
@@ -158,7 +81,7 @@ class Graphed:
             if not isinstance(drop_fraction, torch.Tensor):  # a number would be captured as it is
                 drop_fraction = torch.full((len(x),), drop_fraction, device=x.device)
             inputs = (*inputs, drop_fraction.to(x.device, torch.float32).expand(len(x)))
-        out, routing = self._of_length(inputs, limits) if _known(limits) else self._of_any_length(inputs)
+        out, routing = self._of_length(inputs, limits) if rows_known(limits) else self._of_any_length(inputs)
         if not return_routing:
             return out.clone()
         return out.clone(), Routing(routing.boundary_prob.clone(), routing.plan.clone())
@@ -172,7 +95,7 @@ class Graphed:
         return self._eagerly(graph, inputs, limits)
 
     def _of_any_length(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, Routing]:
-        kind = _kind(inputs)
+        kind = kind_of(inputs)
         graph: Graph | str = "first batch of its shape"
         if kind in self._lengths:
             lengths, cells = self._lengths[kind], math.prod(inputs[0].shape[2:])
@@ -222,55 +145,16 @@ class Graphed:
         budgeted = limits["budget"] is not None or limits["budget_per_sample"] is not None
         if budgeted and (isinstance(drop_fraction, torch.Tensor) or drop_fraction != 0):
             return "drop_fraction beside a budget"
-        if limits["max_seqlen"] is not None and not _known(limits):
+        if limits["max_seqlen"] is not None and not rows_known(limits):
             return "max_seqlen without a capacity"
         if not isinstance(drop_fraction, torch.Tensor) and not 0 <= drop_fraction < 1:
             return "drop_fraction outside [0, 1)"
-        if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in self._weights)):
-            return "a gradient is needed"
-        if torch.is_autocast_enabled(x.device.type):
-            return "under autocast, which casts weights outside of the graph"
-        # Each call looks, so without a loop in Python. `_hf_hook` is accelerate's.
-        if any(self._hooks) or any(map(operator.contains, self._attributes, itertools.repeat("_hf_hook"))):
-            return f"{self._hooked()} has forward hooks"
-        return None
-
-    def _hooked(self) -> str:
-        """The first module with forward hooks."""
-        for name, module in self.model.named_modules():
-            if module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in module.__dict__:
-                return name or "the model"
-        raise AssertionError("no module has hooks")
+        return self._why_not_here(x.device, x.requires_grad)
 
 
 def graphed(model: DCDiT, max_graphs: int = 8) -> Graphed:
     """The model, replayed as a CUDA graph wherever it can be; see `Graphed`. `max_graphs` are kept."""
     return Graphed(model, max_graphs)
-
-
-class CudaCapture:
-    """Captures a function as a CUDA graph, after two runs on the side stream that capture demands.
-
-    All graphs share one pool of memory: they never run at once.
-    """
-
-    def __init__(self) -> None:
-        self.pool: Any = None
-        self.side: Any = None  # one for all: cuBLAS keeps a workspace for each stream
-
-    def __call__(self, function: Callable[[], Outputs]) -> tuple[Callable[[], Any], Outputs]:
-        if self.pool is None:
-            self.pool, self.side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-        side, graph = self.side, torch.cuda.CUDAGraph()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # around the capture too: one that fails does not restore the stream
-            for _ in range(2):
-                function()
-            torch.cuda.synchronize()
-            with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):
-                outputs = function()
-        torch.cuda.current_stream().wait_stream(side)
-        return graph.replay, outputs
 
 
 def report(routing: Routing) -> torch.Tensor:
@@ -294,24 +178,6 @@ def room(
     }
 
 
-def _known(limits: dict[str, Any]) -> bool:
-    """Whether these limits say how many rows there will be."""
-    rows = (limits["capacity"], limits["budget"], limits.get("budget_per_sample"))
-    return any(isinstance(number, Integral) for number in rows)
-
-
 def _rounded(rows: int, most: int, shares: int) -> int:
     step = -(-most // shares)
     return min(most, -(-rows // step) * step) if step else 0
-
-
-def _kind(inputs: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
-    """Shapes, dtypes and devices of the inputs, and the settings that decide which kernels run."""
-    settings = (
-        requested_backend(),
-        torch.backends.cuda.matmul.fp32_precision,
-        torch.backends.cudnn.conv.fp32_precision,
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_inference_mode_enabled(),
-    )
-    return (*((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs), settings)

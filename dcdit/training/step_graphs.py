@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 import torch
 
 from ..errors import ConfigError
-from ..model.graphs import Capture, CudaCapture, GraphCache, report, room
+from ..model.graphs import report, room
+from ..model.replay import Capture, CudaCapture, GraphCache
 from ..model.routing import Routing
 
 Losses = dict[str, torch.Tensor]  # "loss" is minimised

@@ -1,0 +1,41 @@
+"""bench.transformer_time with stand-ins for CUDA's graphs: every variant has a row, one that fails a line."""
+
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+from test_forward_graphs import StandIn
+from test_transformer_no_host import attention, no_host  # noqa: F401
+
+from bench import transformer_time
+from dcdit.model.forward_graphs import GraphedForward
+
+SMALL = {"attention_head_dim": 16, "num_attention_heads": 4, "joint_attention_dim": 24, "axes_dims_rope": (4, 6, 6)}
+
+
+def test_variants(monkeypatch, capsys, attention):  # noqa: F811
+    def enable(model):
+        if "a quarter" in names[-1]:
+            raise RuntimeError("out of memory\nmore")
+        model.forward = GraphedForward(model, capture=StandIn(no_host))
+        return model.forward
+
+    names, own = [], transformer_time.variant
+    monkeypatch.setattr(transformer_time, "variant", lambda *args: names.append(args[-1]) or own(*args))
+    monkeypatch.setattr(transformer_time, "enable_cuda_graph", enable)
+    for table, small in (("SIZES", SMALL), ("LAYERS", (1, 1)), ("SIDE", 4), ("TEXT", 3)):
+        monkeypatch.setitem(getattr(transformer_time, table), "cpu", small)
+    monkeypatch.setitem(transformer_time.FORMS, "cpu", transformer_time.FORMS["cuda"])
+    monkeypatch.setattr(sys, "argv", ["transformer_time", "--rounds", "2"])
+    threads = torch.get_num_threads()
+    transformer_time.main()
+    torch.set_num_threads(threads)
+    out = capsys.readouterr().out
+    rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")][1:]
+    assert [row[0].removeprefix("| ") for row in rows] == names[:-1] and len(names) == 11
+    assert "a quarter kept, graph: RuntimeError: out of memory\n" in out
+    assert out.count("2 of 2 forwards replayed from 1 CUDA graphs, the bits of its own forward") == 3
+    shares = {row[0].removeprefix("| "): float(row[1]) for row in rows}
+    assert shares["half kept, graph"] == shares["half kept"] < 0.8

@@ -1,0 +1,290 @@
+"""enable_cuda_graph on diffusers' transformers: what it replays, and what it leaves to the module's own forward.
+
+A stand-in for CUDA's graphs runs the captured function again and writes into the tensors that the first run returned.
+Captures run under a mode in which the host cannot look at a tensor.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import inspect
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+from test_gpu import no_waits
+from test_transformer_no_host import attention, no_host  # noqa: F401
+from torch.utils import _pytree as tree
+from transformer_families import FAMILIES, every_family, make, run
+
+import dcdit
+from dcdit.errors import ConfigError
+from dcdit.integrations.attention import add_dynamic_chunking, remove_dynamic_chunking
+from dcdit.model.forward_graphs import GraphedForward
+
+
+def tensors(outputs):
+    """All tensors of an output and its routings."""
+    out, routings = outputs
+    plans = [getattr(r.plan, field.name) for r in routings for field in dataclasses.fields(r.plan)]
+    leaves = [*tree.tree_leaves(out), *plans, *(r.boundary_prob for r in routings)]
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+class StandIn:
+    """Capture and replay: each start overwrites the returned tensors."""
+
+    def __init__(self, mode):
+        self.mode = mode
+
+    def __call__(self, function):
+        function()
+        with self.mode():
+            outputs = function()
+
+        def start():
+            for own, new in zip(tensors(outputs), tensors(function()), strict=True):
+                own.copy_(new)
+
+        return start, outputs
+
+
+@pytest.fixture
+def enable(attention):  # noqa: F811
+    def enable(model, mode=no_host, **options):
+        model.requires_grad_(False).forward = GraphedForward(model, capture=StandIn(mode), **options)
+        return model.forward
+
+    return enable
+
+
+def both(family, enable, mode=no_host, **options):
+    """A wrapped model, a copy of it with graphs, and the chunking of each."""
+    model = make(family)
+    own = add_dynamic_chunking(model, **options)
+    other = copy.deepcopy(model)
+    chunking = next(m for m in other.modules() if type(m) is type(own))
+    return model, own, other, chunking, enable(other, mode)
+
+
+def assert_same(own, chunking):
+    for name in ("token_index", "nearest", "cu_seqlens"):
+        assert torch.equal(getattr(own.routing.plan, name), getattr(chunking.routing.plan, name))
+
+
+@every_family
+def test_replayed_with_the_bits_of_the_model(family, enable):
+    model, own, other, chunking, graph = both(family, enable)
+    results, given = [], [family.inputs(), family.inputs()]
+    for budget in (12, 20, 12):
+        own.budget_per_sample = chunking.budget_per_sample = budget
+        for inputs in given:
+            results.append((run(other, inputs), run(model, inputs)))
+            assert_same(own, chunking)
+    for got, want in results:  # no result is overwritten by a later call
+        assert torch.equal(got, want)
+    assert (graph.captures, graph.replays, graph.eager) == (2, 6, {}), graph.summary()
+
+
+@every_family
+def test_an_untouched_model_is_replayed(family, enable):
+    model = make(family)
+    other = copy.deepcopy(model)
+    graph = enable(other)
+    for _ in range(2):
+        inputs = family.inputs()
+        assert torch.equal(run(other, inputs), run(model, inputs))
+    assert (graph.captures, graph.replays, graph.eager) == (1, 2, {}), graph.summary()
+
+
+def test_grids_of_equally_many_tokens(enable):
+    """FLUX's ids have one shape for both."""
+    family = FAMILIES["flux"]
+    model, own, other, chunking, graph = both(family, enable)
+    own.budget = chunking.budget = 20
+    for grid in ((5, 7), (7, 5), (5, 7)):
+        inputs = family.inputs(grid)
+        assert torch.equal(run(other, inputs), run(model, inputs))
+        assert chunking.routing.plan.grid == grid
+    assert (graph.captures, graph.replays) == (2, 3)
+
+
+def test_tensors_among_the_settings_are_inputs(enable):
+    family = FAMILIES["sd3"]
+    model, own, other, chunking, graph = both(family, enable)
+    own.capacity = chunking.capacity = 60
+    for budgets in ([9, 20], [30, 10]):
+        inputs = family.inputs()
+        own.budget_per_sample, chunking.budget_per_sample = torch.tensor(budgets), torch.tensor(budgets)
+        assert torch.equal(run(other, inputs), run(model, inputs))
+        assert chunking.routing.plan.lengths.tolist() == budgets
+        assert chunking.budget_per_sample.tolist() == budgets  # the caller's, not the graph's
+    assert (graph.captures, graph.replays) == (1, 2)
+
+
+def test_routers_with_values_of_their_own(enable):
+    """The map, which is looked at on a CPU."""
+    family = FAMILIES["flux"]
+    model, own, other, chunking, graph = both(
+        family, enable, contextlib.nullcontext, router="map"
+    )  # its values are looked at
+    own.budget_per_sample = chunking.budget_per_sample = 12
+    inputs = family.inputs()
+    for _ in range(3):
+        own.router.map = chunking.router.map = torch.rand(5, 7)
+        assert torch.equal(run(other, inputs), run(model, inputs))
+        assert_same(own, chunking)
+    assert (graph.captures, graph.replays) == (1, 3)
+
+
+def test_a_router_that_remembers_predictions(enable):
+    family = FAMILIES["flux"]
+    model, own, other, chunking, graph = both(family, enable, router="difference")
+    own.budget_per_sample = chunking.budget_per_sample = 12
+    for time in (0.9, 0.8, 0.7, 0.6, 0.5):
+        inputs = {**family.inputs(), "timestep": torch.full((2,), time)}
+        assert torch.equal(run(other, inputs), run(model, inputs))
+        assert_same(own, chunking)
+    assert graph.captures == 3 and graph.replays == 5  # before, with one and with two predictions
+
+
+def test_the_unconditional_pass(enable):
+    family = FAMILIES["wan"]
+    model, own, other, chunking, graph = both(family, enable)
+    own.budget_per_sample = chunking.budget_per_sample = 20
+    own.uncond = chunking.uncond = {"budget_per_sample": 9}
+    for name in ("cond", "uncond") * 2:
+        inputs = family.inputs()
+        with model.cache_context(name), other.cache_context(name):
+            assert torch.equal(run(other, inputs), run(model, inputs))
+        assert chunking.routing.plan.max_seqlen == {"cond": 20, "uncond": 9}[name]
+    assert (graph.captures, graph.replays) == (2, 4)
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3", "z-image"])
+def test_a_pipeline_replays(family, enable):
+    family = FAMILIES[family]
+    model, own, other, chunking, graph = both(family, enable)
+    own.budget_per_sample = chunking.budget_per_sample = 3
+    prompts, pictures = family.prompts(), []
+    for transformer in (model, other):
+        pipe = family.pipeline(transformer)
+        pipe.set_progress_bar_config(disable=True)
+        options = {"height": 32, "width": 48, "num_inference_steps": 3, "output_type": "latent"}
+        pictures.append(pipe(**options | prompts, generator=torch.Generator().manual_seed(0))[0])
+    assert torch.equal(*pictures)
+    assert graph.captures == 1 and graph.replays >= 3 and not graph.eager, graph.summary()
+
+
+def test_reasons(enable):
+    family = FAMILIES["flux"]
+    model, own, other, chunking, graph = both(family, enable)
+    inputs = family.inputs()
+    cases = {
+        "transformer_blocks has no number for budget_per_sample, budget or capacity": {},
+        "a gradient is needed": {"hidden_states": inputs["hidden_states"].clone().requires_grad_()},
+        "under autocast, which casts weights outside of the graph": {},
+        "transformer_blocks.0.ff has forward hooks": {},
+        "a set is no argument of a graph": {"return_dict": {1}},
+    }
+    for number, (reason, changed) in enumerate(cases.items()):
+        own.budget_per_sample = chunking.budget_per_sample = 12 if number else None
+        hook = chunking.blocks[0].ff.register_forward_hook(lambda *_: None) if "hooks" in reason else None
+        context = torch.autocast("cpu", torch.bfloat16) if "autocast" in reason else contextlib.nullcontext()
+        with context, torch.set_grad_enabled("gradient" in reason):
+            got, want = (each(**{**inputs, **changed}) for each in (other, model))
+        assert torch.equal(got[0], want[0])
+        if hook:
+            hook.remove()
+        assert graph.eager.pop(reason, 0) == 1 and not graph.eager, (reason, graph.summary())
+    plain = GraphedForward(model)
+    plain(**inputs)
+    assert plain.summary() == "0 of 1 forwards replayed from 0 CUDA graphs, 1 eager: needs a GPU, got cpu (1)"
+    elsewhere = enable(torch.nn.Linear(2, 2))
+    with pytest.raises(RuntimeError):
+        elsewhere(input=torch.ones(2, device="meta"))
+    assert elsewhere.eager == {"['input'] is on meta, the weights are on cpu": 1}
+    assert not graph.captures
+
+
+def test_a_capture_that_fails_is_not_tried_again():
+    def fails(function):
+        function()
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    model = torch.nn.Linear(2, 2).requires_grad_(False)
+    graph = GraphedForward(model, capture=fails)
+    for _ in range(2):
+        assert torch.equal(graph(torch.ones(2)), model(torch.ones(2)))
+    assert graph.eager == {"cannot be captured: operation not permitted when stream is capturing": 2}
+
+
+def test_what_waits_cannot_be_captured(enable):
+    """The stand-in sees it: a forward that reads a number."""
+
+    class Reads(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * float(x.sum())
+
+    model = Reads(2, 2)
+    graph = enable(model)
+    x = torch.ones(2)
+    assert torch.equal(model(x), graph.own(x))
+    (reason,) = graph.eager
+    assert reason.startswith("cannot be captured: ")
+
+
+def test_wrapped_unwrapped_copied_and_undone(enable):
+    family = FAMILIES["flux"]
+    model = make(family)
+    graph, inputs = enable(model), family.inputs()
+    untouched = run(model, inputs)
+    add_dynamic_chunking(model).budget_per_sample = 12
+    model.requires_grad_(False)
+    chunked = run(model, inputs)
+    assert not torch.allclose(chunked, untouched)
+    other = copy.deepcopy(model)
+    assert isinstance(other.forward, GraphedForward) and other.forward.model is other
+    assert torch.equal(run(other, inputs), chunked) and other.forward.eager == {"needs a GPU, got cpu": 1}
+    remove_dynamic_chunking(model)
+    assert torch.equal(run(model, inputs), untouched)
+    assert (graph.captures, graph.replays, graph.eager) == (3, 3, {}), graph.summary()
+    with torch.no_grad():
+        model.x_embedder.weight.mul_(2)
+    assert torch.equal(run(model, inputs), graph.own(**inputs).sample) and graph.captures == 3
+    model.x_embedder.weight.data = model.x_embedder.weight.data.clone()
+    run(model, inputs)
+    assert graph.captures == 4
+    assert inspect.signature(model.forward) == inspect.signature(graph.own)
+    with pytest.raises(ConfigError, match="hooks that replace a forward must come after enable_cuda_graph"):
+        dcdit.enable_cuda_graph(model)
+    dcdit.disable_cuda_graph(model)
+    assert "forward" not in vars(model) and torch.equal(run(model, inputs), graph.own(**inputs).sample)
+    with pytest.raises(ConfigError, match="model must be one that enable_cuda_graph was called on"):
+        dcdit.disable_cuda_graph(model)
+    assert isinstance(dcdit.enable_cuda_graph(model), GraphedForward)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: torch sees none")
+@every_family
+@torch.no_grad()
+def test_on_a_gpu(family):
+    """Untouched, and wrapped with budgets: the bits of the model's own forward, and the host waits for nothing."""
+    halved = lambda value: value / 2 if value.is_floating_point() else value.clone()  # noqa: E731
+    for budget in (None, 12, 20):
+        model, first = make(family).to("cuda"), tree.tree_map_only(torch.Tensor, torch.Tensor.cuda, family.inputs())
+        second = {  # the host reads FLUX's grid once for each tensor
+            name: value if name.endswith("ids") else tree.tree_map_only(torch.Tensor, halved, value)
+            for name, value in first.items()
+        }
+        if budget:
+            add_dynamic_chunking(model).budget_per_sample = budget
+        graph = dcdit.enable_cuda_graph(model.requires_grad_(False))
+        model(**first)
+        with no_waits():
+            got = model(**second)
+        want = graph.own(**second)
+        assert all(map(torch.equal, tree.tree_leaves(got), tree.tree_leaves(want)))
+        assert (graph.captures, graph.replays, graph.eager) == (1, 2, {}), graph.summary()
