@@ -4,6 +4,9 @@ Each variant is trained, sampled from and judged, and a line with its numbers go
 that has its line is not run again. On a CPU a variant takes one thread after another, and one that was stopped goes on
 from its last save. On a GPU all variants are trained together, step by step (`bench.lockstep`).
 
+With --drop-fractions or --guidances the trained models are drawn from and judged once more, at each pair of both; the
+lines go to bench/results/quality_drawn.jsonl.
+
 `docs/quality.md` explains the variants and the numbers; python -m bench.quality_tables writes its tables, and
 python -m bench.quality_farm makes many calls side by side on one GPU.
 """
@@ -17,25 +20,30 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
+from dcdit.codecs import make_codec
 from dcdit.model.flops import dcdit_flops, dit_flops
 from dcdit.pictures.images import grid, save_png, to_uint8
 from dcdit.sampling.sampler import sample
+from dcdit.sampling.trace import Trace
 from dcdit.training.config import TrainConfig, load_config
 from dcdit.training.run_output import average
 
 from . import judge, machine
 from .euler import stand_in
 from .lockstep import train_together
-from .rivals import RivalTrainer
+from .rivals import RivalTrainer, make_rival
 from .where import where
 
 CONFIG = Path(__file__).with_name("quality.yaml")
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
+DRAWN = RESULTS.with_name("quality_drawn.jsonl")
 
 # Name → the kind of rival, and its changes to bench/quality.yaml.
 VARIANTS: dict[str, tuple[str, list[str]]] = {
@@ -108,8 +116,7 @@ def run(names: list[str], args: argparse.Namespace) -> Iterator[dict]:
         for trainer in trainers:
             trainer.run()
     seconds = [trainer.seconds for trainer in trainers]
-    facts = machine.describe(device)
-    facts = {fact: facts[fact] for fact in ("machine", "device", "commit", "date", "torch")}
+    facts = facts_of(device)
     clock = "cpu" if facts["device"] == "cpu" else "wall"
     if args.samples:
         judge.classifier(args.data, args.runs)  # fitted before several judges ask for it
@@ -121,8 +128,9 @@ def run(names: list[str], args: argparse.Namespace) -> Iterator[dict]:
             line |= {**numbers(model, trainer), "where": where(model, args.data), **facts}
             verdict = None
             if args.samples:
-                sheet, labels, kept = pictures(model, trainer, folder_of(name, args), args)
-                line["sampling_kept"] = [round(share, 4) for share in kept]
+                sheet, labels, trace = pictures(model, trainer.config, args, **SAMPLES)
+                save_png(folder_of(name, args) / "pictures.png", grid(sheet[:100], 10))
+                line["sampling_kept"] = kept(trace, trainer.config)
                 verdict = judges.submit(judge.judge, sheet, labels, args.data, args.runs)
             trainer.close()
             waiting.append((line, verdict))
@@ -134,27 +142,53 @@ def numbers(model: torch.nn.Module, trainer: StudyTrainer) -> dict:
     """Losses and costs of a trained model."""
     config = trainer.config
     held_out = trainer.validation.loss(model, trainer.accelerator.autocast)
-    tokens = held_out["validation_kept"] * config.model.cells
-    plain = trainer.kind == "plain"
-    gflop = dit_flops(config.model, tokens) if plain else dcdit_flops(config.model, tokens, model.router)["total"]
+    gflop = gflops(model, config, trainer.kind, held_out["validation_kept"] * config.model.cells)
     log = machine.read_lines(Path(config.output) / "metrics.jsonl")
     late = [line["diffusion_loss"] for line in log if line["step"] > 0.75 * trainer.step]
     parameters = sum(p.numel() for p in model.parameters())
     return {**held_out, "running_loss": float(np.mean(late)), "gflop": gflop, "parameters": parameters}
 
 
+def gflops(model: torch.nn.Module, config: TrainConfig, kind: str, tokens: float) -> float:
+    """GFLOP of a forward pass of one picture."""
+    if kind == "plain":
+        return dit_flops(config.model, tokens)
+    return dcdit_flops(config.model, tokens, model.router)["total"]
+
+
 def pictures(
-    model: torch.nn.Module, trainer: StudyTrainer, folder: Path, args: argparse.Namespace
-) -> tuple[np.ndarray, np.ndarray, list[float]]:
-    """Drawn pictures uint8 (N, H, W, 3), their labels, and the shares kept; the first hundred are saved."""
-    classes = torch.arange(args.samples) % trainer.config.model.num_classes
+    model: torch.nn.Module, config: TrainConfig, args: argparse.Namespace, **options
+) -> tuple[np.ndarray, np.ndarray, Trace]:
+    """Drawn pictures uint8 (N, H, W, 3), their labels, and the trace, by the options of `sample`."""
+    classes = torch.arange(args.samples) % config.model.num_classes
     torch.manual_seed(args.seed)
     stand_in()  # where diffusers is not installed
     batch = 1000 if args.device == "cuda" else 100
-    drawn = sample(model, classes, objective=trainer.config.objective, **SAMPLES, batch_size=batch)
-    sheet = to_uint8(trainer.codec.decode(drawn.latents))
-    save_png(folder / "pictures.png", grid(sheet[:100], 10))
-    return sheet, classes.numpy(), (drawn.trace.tokens.mean(1) / trainer.config.model.cells).tolist()
+    drawn = sample(model, classes, objective=config.objective, **options, batch_size=batch)
+    return to_uint8(make_codec(**config.codec.options()).decode(drawn.latents)), classes.numpy(), drawn.trace
+
+
+def kept(trace: Trace, config: TrainConfig) -> list[float]:
+    """The share of cells that each step kept."""
+    return [round(share, 4) for share in (trace.tokens.mean(1) / config.model.cells).tolist()]
+
+
+def again(name: str, rho: float, guidance: float, args: argparse.Namespace) -> dict:
+    """The line of a trained model, drawn at a drop fraction and a guidance."""
+    config, kind = configuration(name, args), VARIANTS[name][0]
+    model = make_rival(config.model, kind)
+    model.load_state_dict(load_file(folder_of(name, args) / "model" / "model.safetensors"))
+    model = model.to(args.device).eval()
+    sheet, labels, trace = pictures(model, config, args, **{**SAMPLES, "guidance": guidance, "drop_fraction": rho})
+    halves = [half.mean() for half in (trace.tokens, trace.uncond_tokens) if half is not None]
+    line = {"sampling_kept": kept(trace, config), "gflop": gflops(model, config, kind, float(np.mean(halves)))}
+    return {**line, **facts_of(args.device), **judge.judge(sheet, labels, args.data, args.runs)}
+
+
+def facts_of(device: str) -> dict:
+    """What a line says of the machine and the commit."""
+    facts = machine.describe(device)
+    return {fact: facts[fact] for fact in ("machine", "device", "commit", "date", "torch")}
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -176,6 +210,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=800, help="pictures to judge; 0: the losses alone")
     parser.add_argument("--until", type=float, default=math.inf, help="end training on a GPU at this time.time()")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--drop-fractions", type=float, nargs="+", metavar="RHO", help="draw again at these")
+    parser.add_argument("--guidances", type=float, nargs="+", metavar="W", help="draw again at these")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.device == "cpu":
@@ -184,16 +220,30 @@ def main() -> None:
         torch.set_float32_matmul_precision("high")  # TF32, as PyTorch's convolutions have by default
     key = {"set": args.data.name, "width": args.width, "seed": args.seed, "samples": args.samples}
     key |= {"device": args.device, "steps": args.steps}
-    done = machine.read_lines(args.results) if args.results.exists() else []
-    left = [
-        name for name in args.variants if not any({**key, "variant": name}.items() <= line.items() for line in done)
-    ]
+    if args.drop_fractions or args.guidances:
+        pairs = product(args.drop_fractions or [0.0], args.guidances or [SAMPLES["guidance"]])
+        for name, (rho, guidance) in product(args.variants, list(pairs)):
+            own = {**key, "variant": name, "drop_fraction": rho, "guidance": guidance}
+            if not found(own, DRAWN):
+                write({**own, **again(name, rho, guidance, args)}, DRAWN)
+        return
+    left = [name for name in args.variants if not found({**key, "variant": name}, args.results)]
     for names in [left] if args.device == "cuda" and left else [[name] for name in left]:
         for line in run(names, args):
-            text = json.dumps({**key, **line})
-            with open(args.results, "a", encoding="utf-8") as stream:
-                stream.write(text + "\n")
-            print(text, flush=True)
+            write({**key, **line}, args.results)
+
+
+def found(key: dict, results: Path) -> bool:
+    """Whether the results have a line with this key."""
+    return results.exists() and any(key.items() <= line.items() for line in machine.read_lines(results))
+
+
+def write(line: dict, results: Path) -> None:
+    """Append a line to the results, and print it."""
+    text = json.dumps(line)
+    with open(results, "a", encoding="utf-8") as stream:
+        stream.write(text + "\n")
+    print(text, flush=True)
 
 
 if __name__ == "__main__":

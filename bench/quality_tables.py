@@ -1,17 +1,19 @@
-"""The tables of docs/quality.md from bench/results/quality.jsonl: python -m bench.quality_tables"""
+"""The tables of docs/quality.md from bench/results: python -m bench.quality_tables [--least-steps N]"""
 
 from __future__ import annotations
 
+import argparse
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
 from .machine import read_lines
-from .quality import RESULTS, VARIANTS
+from .quality import DRAWN, RESULTS, VARIANTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "quality.md"
 BEGIN, END = "<!-- tables: python -m bench.quality_tables -->", "<!-- end of tables -->"
+BEGIN_DRAWN, END_DRAWN = "<!-- drawn again -->", "<!-- end of drawn again -->"
 # Heading → the key of a result, how it is written, and a factor.
 COLUMNS = {
     "held-out loss": ("validation_loss", ".4f", 1),
@@ -23,6 +25,16 @@ COLUMNS = {
     "MFLOP": ("gflop", ".0f", 1000),
     "parameters": ("parameters", ",.0f", 1),
     "CPU s": ("train_cpu_seconds", ".0f", 1),
+}
+DRAWN_COLUMNS = {
+    "ρ": ("drop_fraction", "g", 1),
+    "guidance": ("guidance", "g", 1),
+    "MFLOP": COLUMNS["MFLOP"],
+    "Fréchet distance": COLUMNS["Fréchet distance"],
+    "in 4×4 patches": COLUMNS["in 4×4 patches"],
+    "recognised": COLUMNS["recognised"],
+    "density": ("density", ".2f", 1),
+    "coverage": ("coverage", ".1%", 1),
 }
 
 
@@ -56,12 +68,33 @@ def _cell(values: list[float], how: str) -> str:
     return text if low == high else f"{text} ({low} to {high})"
 
 
+def drawn_table(results: list[dict]) -> str:
+    """A row for each run, drop fraction and guidance."""
+    rows = ["| set | variant | steps | seed | pictures | " + " | ".join(DRAWN_COLUMNS) + " |"]
+    rows.append("|---" * (len(DRAWN_COLUMNS) + 5) + "|")
+    order = list(VARIANTS)
+    by_run = lambda r: (r["set"], -r["steps"], r["seed"], order.index(r["variant"]), r["guidance"], r["drop_fraction"])  # noqa: E731
+    for run in sorted(results, key=by_run):
+        cells = [str(run[key]) for key in ("set", "variant", "steps", "seed", "samples")]
+        cells += [_cell([run[key] * factor], how) for key, how, factor in DRAWN_COLUMNS.values()]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def main() -> None:
     """Write the tables into the page, between their marks."""
-    results = read_lines(RESULTS)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--least-steps", type=int, default=500, help="shorter runs have no table")
+    least = parser.parse_args().least_steps
     text = PAGE.read_text(encoding="utf-8")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n{tables(results)}\n{END}{after}", encoding="utf-8")
+    results = [run for run in read_lines(RESULTS) if run["steps"] >= least]
+    parts = [(BEGIN, tables(results), END)]
+    if DRAWN.exists():
+        parts.append((BEGIN_DRAWN, drawn_table(read_lines(DRAWN)), END_DRAWN))
+    for begin, table, end in parts:
+        before, after = text.split(begin)[0], text.split(end)[1]
+        text = f"{before}{begin}\n{table}\n{end}{after}"
+    PAGE.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -112,13 +112,31 @@ def test_a_run_has_one_line(data, tmp_path, monkeypatch, capsys):
     assert line["variant"] == "mended" and line["train_cpu_seconds"] > 0 and len(line["sampling_kept"]) == 2
     assert {"validation_loss", "frechet", "frechet_patches", "recognised", "commit", "machine"} <= set(line)
 
-    page.write_text(f"before\n{quality_tables.BEGIN}\nold\n{quality_tables.END}\nafter\n")
+    drawn = tmp_path / "drawn.jsonl"
+    monkeypatch.setattr(quality, "DRAWN", drawn)
+    monkeypatch.setattr("sys.argv", [*words, "--drop-fractions", "0", "0.5", "--guidances", "1", "1.5"])
+    quality.main()
+    quality.main()
+    again = {(row["drop_fraction"], row["guidance"]): row for row in map(json.loads, drawn.read_text().splitlines())}
+    assert len(again) == len(drawn.read_text().splitlines()) == 4
+    judged = ("frechet", "frechet_patches", "recognised", "sampling_kept")
+    assert [again[0.0, 1.5][key] for key in judged] == [line[key] for key in judged]
+    assert again[0.0, 1.0]["frechet"] != line["frechet"] and again[0.5, 1.5]["gflop"] < again[0.0, 1.5]["gflop"]
+
+    marks = (quality_tables.BEGIN, quality_tables.END, quality_tables.BEGIN_DRAWN, quality_tables.END_DRAWN)
+    page.write_text("before\n{}\nold\n{}\nbetween\n{}\nold\n{}\nafter\n".format(*marks))
     results.write_text("".join(json.dumps({**line, "seed": seed, "recognised": seed}) + "\n" for seed in (0, 1)))
     monkeypatch.setattr(quality_tables, "RESULTS", results)
+    monkeypatch.setattr(quality_tables, "DRAWN", drawn)
     monkeypatch.setattr(quality_tables, "PAGE", page)
+    monkeypatch.setattr("sys.argv", ["tables", "--least-steps", "3"])
+    quality_tables.main()
+    assert "50.0%" not in page.read_text()
+    monkeypatch.setattr("sys.argv", ["tables", "--least-steps", "2"])
     quality_tables.main()
     text = page.read_text()
-    assert "old" not in text and text.startswith("before") and text.endswith("after\n")
+    assert "old" not in text and text.startswith("before") and "\nbetween\n" in text and text.endswith("after\n")
+    assert text.count("| mended | 2 | 0 | 10 | ") == 4
     assert "50.0% (0.0% to 100.0%)" in text and "| mended |" in text and "| 0, 1 |" in text
 
     monkeypatch.setattr(quality_where, "RESULTS", results)
