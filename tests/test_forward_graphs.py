@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("diffusers")
 from test_gpu import no_waits
 from test_transformer_no_host import attention, no_host  # noqa: F401
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as tree
 from transformer_families import FAMILIES, every_family, make, run
 
@@ -233,6 +234,34 @@ def test_what_waits_cannot_be_captured(enable):
     assert torch.equal(model(x), graph.own(x))
     (reason,) = graph.eager
     assert reason.startswith("cannot be captured: ")
+
+
+def test_numbers_are_no_copies_from_the_host(enable):
+    """Qwen-Image makes a tensor of the text's length under a mask: a copy that a capture refuses."""
+
+    class NoNumbers(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            assert func not in (torch.tensor, torch.as_tensor)
+            return func(*args, **(kwargs or {}))
+
+    family = FAMILIES["qwen-image"]
+    model, own, other, chunking, graph = both(family, enable, NoNumbers)
+    own.budget_per_sample = chunking.budget_per_sample = 12
+    inputs = family.inputs()
+    with pytest.raises(AssertionError), NoNumbers():
+        run(model, inputs)
+    assert torch.equal(run(other, inputs), run(model, inputs))
+    assert graph.replays == 1
+
+    class Numbers(torch.nn.Linear):
+        def forward(self, x):
+            return torch.as_tensor(True), torch.tensor(3, dtype=torch.int32), torch.as_tensor(0.5) * super().forward(x)
+
+    model = Numbers(2, 2)
+    graph, x = enable(model, NoNumbers), torch.ones(2)
+    for got, want in zip(model(x), graph.own(x), strict=True):
+        assert torch.equal(got, want) and got.dtype == want.dtype
+    assert graph.replays == 1
 
 
 def test_wrapped_unwrapped_copied_and_undone(enable):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as tree
 
 from ..errors import ConfigError
@@ -87,7 +88,8 @@ class GraphedForward(Replaying):
         before = self._settings()
         try:
             self._set(settings)
-            out = self.own(*args, **kwargs)
+            with Filled():
+                out = self.own(*args, **kwargs)
             return out, [chunking.routing for chunking in self._chunkings.values()]
         finally:
             self._set(before)
@@ -126,6 +128,15 @@ class GraphedForward(Replaying):
         self.model, self.own, self.replays = state["model"], state["own"], 0
         self.cache, self.eager = GraphCache(state["max_graphs"], CudaCapture()), collections.Counter()
         self._chunkings, self._known = {}, None
+
+
+class Filled(TorchFunctionMode):
+    """Makes tensors of numbers by a fill: a copy from the host, as in Qwen-Image under a mask, cannot be captured."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in (torch.tensor, torch.as_tensor) and len(args) == 1 and isinstance(args[0], int | float):
+            return torch.full((), args[0], **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def enable_cuda_graph(model: nn.Module, max_graphs: int = 8) -> GraphedForward:
