@@ -29,6 +29,20 @@ def test_a_copy_has_nothing_to_learn_and_a_quarter_of_it_has(family):
     assert not any(block._forward_hooks for block in chunking.stack)
 
 
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_activation_checkpointing_changes_nothing(name):
+    model, inputs = make(FAMILIES[name]), FAMILIES[name].inputs((4, 6))
+    teacher = copy.deepcopy(model)
+    chunking, found = add_dynamic_chunking(model.train()), []
+    chunking.drop_fraction = 0.5
+    for _ in range(2):
+        distillation_loss(model, teacher, **inputs).backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+        model.enable_gradient_checkpointing()
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-8)
+
+
 @torch.no_grad()
 def test_each_block_counts_alike():
     """A last block whose output is off in one channel adds a quarter of the square of that over the variance."""

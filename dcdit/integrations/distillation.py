@@ -31,15 +31,12 @@ def distillation_loss(model: nn.Module, teacher: nn.Module, *args: Any, **kwargs
     whole = every[chunking.start : chunking.stop]
     if len(whole) != len(chunking.stack):
         raise ConfigError(f"teacher must have the model's blocks, got {len(whole)} of {len(chunking.stack)}")
-    ours: list[torch.Tensor] = []
+    ours: list[tuple[torch.Tensor, Any]] = []
     theirs: list[torch.Tensor] = []
 
     def note_rows(block: nn.Module, given: tuple, output: Any) -> None:
-        image = output[1] if isinstance(output, tuple) else output
-        rows = given[-1]
-        if isinstance(rows, Rows) and len(image) == rows.joined.capacity:
-            image = rows.joined.split(image)[1]
-        ours.append(image)
+        # No product here: activation checkpointing would miss it when it runs the block again, without hooks.
+        ours.append((output[1] if isinstance(output, tuple) else output, given[-1]))
 
     def note_cells(block: nn.Module, given: tuple, output: Any) -> None:
         theirs.append(output[1] if isinstance(output, tuple) else output)
@@ -54,7 +51,9 @@ def distillation_loss(model: nn.Module, teacher: nn.Module, *args: Any, **kwargs
         for hook in hooks:
             hook.remove()
     losses = []
-    for own, dense in zip(ours, theirs, strict=True):
+    for (own, rows), dense in zip(ours, theirs, strict=True):
+        if isinstance(rows, Rows) and len(own) == rows.joined.capacity:
+            own = rows.joined.split(own)[1]
         dense = dense[:, : chunking.routing.plan.cells]  # Z-Image's text is behind
         losses.append((own - chunking.routing.chunk(dense)).square().mean() / dense.var())
     return torch.stack(losses).mean()
