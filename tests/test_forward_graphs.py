@@ -14,7 +14,8 @@ import torch
 
 pytest.importorskip("diffusers")
 from test_gpu import no_waits
-from test_transformer_no_host import attention, no_host  # noqa: F401
+from test_integrations import batch, build, dit, pixart
+from test_transformer_no_host import attention, masked_attention, no_host  # noqa: F401
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as tree
 from transformer_families import FAMILIES, every_family, make, run
@@ -97,6 +98,51 @@ def test_an_untouched_model_is_replayed(family, enable):
         inputs = family.inputs()
         assert torch.equal(run(other, inputs), run(model, inputs))
     assert (graph.captures, graph.replays, graph.eager) == (1, 2, {}), graph.summary()
+
+
+@pytest.mark.parametrize("kind", [dit, pixart])
+def test_basic_blocks(kind, enable, monkeypatch):
+    """DiT and PixArt, whose texts are masked."""
+    monkeypatch.setattr("dcdit.integrations.attention.varlen_attention", masked_attention)
+    model, given = build(kind), []
+    own = add_dynamic_chunking(model)
+    own.budget_per_sample = 7
+    other = copy.deepcopy(model)
+    graph, (x, options) = enable(other), batch(kind)
+    for latents in (x, x.flip(0)):
+        got, want = (each(latents, **options).sample for each in (other, model))
+        assert torch.equal(got, want)
+        given.append(got)
+    assert not torch.equal(*given)
+    assert (graph.captures, graph.replays, graph.eager) == (1, 2, {}), graph.summary()
+
+
+def test_two_stacks_in_a_model_of_ones_own(enable):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            stacks = [dcdit.DynamicChunking([torch.nn.Linear(32, 32)], 32, (4, 6), run=self.run) for _ in range(2)]
+            self.stacks = torch.nn.ModuleList(stacks)
+
+        def run(self, blocks, tokens, plan):
+            return blocks[0](tokens)
+
+        def forward(self, h, *, scale=1.0):
+            return {"h": self.stacks[1](self.stacks[0](h)) * scale}
+
+    model = Net().requires_grad_(False)
+    other = copy.deepcopy(model)
+    graph = enable(other)
+    for net in (model, other):
+        net.stacks[0].budget, net.stacks[1].budget_per_sample = 17, 9
+    for scale in (1.0, 2.0, 1.0):
+        h = torch.randn(2, 24, 32)
+        assert torch.equal(other(h, scale=scale)["h"], model(h, scale=scale)["h"])
+        assert [stack.routing.plan.capacity for stack in other.stacks] == [17, 18]
+    assert (graph.captures, graph.replays, graph.eager) == (2, 3, {}), graph.summary()
+    other.stacks[0].budget = None
+    other(torch.randn(2, 24, 32))
+    assert graph.eager == {"stacks.0 has no number for budget_per_sample, budget or capacity": 1}
 
 
 def test_grids_of_equally_many_tokens(enable):
