@@ -1,4 +1,4 @@
-"""`dcdit upcycle`: train from a pretrained DiT's weights; the command run again resumes."""
+"""`dcdit upcycle`: train from the weights of a pretrained DiT or transformer; the command run again resumes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from .options import add_allow
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `dcdit upcycle`."""
-    parser.add_argument("config", help="a YAML file of the DC-DiT to train, such as configs/imagenet256-xl-n4.yaml")
+    parser.add_argument("config", help="a YAML file, such as configs/imagenet256-xl-n4.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as upcycle.distill_steps=5000")
     parser.add_argument(
         "--from",
         dest="source",
         required=True,
         metavar="CHECKPOINT",
-        help="a .pt of the original DiT; or a directory or Hub repository of diffusers' DiT",
+        help="a .pt of the original DiT; or a directory or Hub repository of diffusers' DiT; with --family a directory",
+    )
+    parser.add_argument(
+        "--family",
+        choices=("flux", "sd3", "z-image", "qwen-image", "wan"),
+        help="of a transformer of diffusers, which learns from latents and text embeddings",
     )
     add_allow(parser)
 
@@ -24,6 +29,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Upcycle, or resume."""
     from ..training.config import load_config
+
+    if args.family:
+        from ..training.transformers import TransformerConfig, train_transformer
+
+        overrides = [*args.overrides, f"source={args.source}", f"family={args.family}"]
+        train_transformer(load_config(args.config, overrides, TransformerConfig), args.allow)
+        return
     from ..training.run import train
 
     train(load_config(args.config, [*args.overrides, f"upcycle.source={args.source}"]), args.allow)

@@ -168,8 +168,11 @@ class TrainConfig:
         return json.loads(json.dumps({**values, "model": self.model.to_dict()}))
 
 
-def load_config(path: str | Path, overrides: list[str] = ()) -> TrainConfig:
-    """A YAML file under `key=value` overrides, dots for nesting. Raises ConfigError for unusable values."""
+def load_config(path: str | Path, overrides: list[str] = (), kind: type = TrainConfig) -> Any:
+    """A YAML file under `key=value` overrides, dots for nesting, as a configuration of that kind.
+
+    Raises ConfigError for unusable values.
+    """
     import yaml
 
     try:
@@ -192,8 +195,8 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> TrainConfig:
             raise ConfigError(f"cannot read the value of {override!r}") from error
         _assign(values, key.split("."), value)
     if "from" in values:
-        _assign(values, ["upcycle", "source"], values.pop("from"))
-    return _build(TrainConfig, values, "")
+        _assign(values, ["upcycle", "source"] if kind is TrainConfig else ["source"], values.pop("from"))
+    return _build(kind, values, "")
 
 
 def _read_yaml(text: str) -> Any:

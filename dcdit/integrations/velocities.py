@@ -1,0 +1,128 @@
+"""What diffusers' transformers take and give, as their pipelines have it: noisy latents and text in, velocities out.
+
+Of each family: the model's class, the modules of text and time, and the calls from latents (B, C, H, W), for video
+(B, C, F, H, W), at times σ in [0, 1], 1 for noise. The velocity is noise − latents.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+Texts = list[torch.Tensor]  # (S, D) for each sample
+
+
+class Velocity:
+    """One family; `ragged` ones take texts of several lengths in a batch, `pooled` ones a vector of each text too."""
+
+    name: ClassVar[str]
+    text_and_time: ClassVar[tuple[str, ...]]
+    pooled = ragged = False
+
+    def inputs(self, model: nn.Module, x: torch.Tensor, sigma: torch.Tensor, texts: Texts, **more: Any) -> dict:
+        """Keywords of the model's forward."""
+        raise NotImplementedError
+
+    def velocity(self, output: Any, x: torch.Tensor) -> torch.Tensor:
+        """Of the shape of x."""
+        return output.sample
+
+
+class Flux(Velocity):
+    """Latents in patches of 2×2; `guidance` for models that have its embedding."""
+
+    name, text_and_time, pooled = "FluxTransformer2DModel", ("time_text_embed", "context_embedder"), True
+
+    def __init__(self) -> None:
+        self.ids: dict[tuple, torch.Tensor] = {}
+
+    def inputs(
+        self,
+        model: nn.Module,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        texts: Texts,
+        pooled: torch.Tensor,
+        guidance: float = 3.5,
+    ) -> dict:
+        """As for all; pooled (B, P)."""
+        key = *x.shape[2:], x.device
+        if key not in self.ids:  # kept, because the chunked blocks read the grid from it once
+            sides = (torch.arange(float(side), device=x.device) for side in (1, x.shape[2] // 2, x.shape[3] // 2))
+            self.ids[key] = torch.cartesian_prod(*sides)
+        text = torch.stack(texts)
+        inputs = {"hidden_states": F.pixel_unshuffle(x, 2).flatten(2).mT, "timestep": sigma}
+        inputs |= {"encoder_hidden_states": text, "pooled_projections": pooled}
+        inputs |= {"img_ids": self.ids[key], "txt_ids": torch.zeros(text.shape[1], 3, device=x.device)}
+        return inputs | ({"guidance": torch.full_like(sigma, guidance)} if model.config.guidance_embeds else {})
+
+    def velocity(self, output: Any, x: torch.Tensor) -> torch.Tensor:
+        """As for all."""
+        return F.pixel_shuffle(output.sample.mT.unflatten(2, (x.shape[2] // 2, x.shape[3] // 2)), 2)
+
+
+class SD3(Velocity):
+    """SD3 and SD3.5."""
+
+    name, text_and_time, pooled = "SD3Transformer2DModel", ("time_text_embed", "context_embedder"), True
+
+    def inputs(
+        self, model: nn.Module, x: torch.Tensor, sigma: torch.Tensor, texts: Texts, pooled: torch.Tensor, **_: Any
+    ) -> dict:
+        """As for all; pooled (B, P)."""
+        text = {"encoder_hidden_states": torch.stack(texts), "pooled_projections": pooled}
+        return {"hidden_states": x, "timestep": 1000 * sigma, **text}
+
+
+class ZImage(Velocity):
+    """Its time is 1 for data, and its output points to the data."""
+
+    name, ragged = "ZImageTransformer2DModel", True
+    text_and_time = "t_embedder", "cap_embedder", "context_refiner"
+
+    def inputs(self, model: nn.Module, x: torch.Tensor, sigma: torch.Tensor, texts: Texts, **_: Any) -> dict:
+        """As for all."""
+        return {"x": list(x[:, :, None]), "t": 1 - sigma, "cap_feats": texts}
+
+    def velocity(self, output: Any, x: torch.Tensor) -> torch.Tensor:
+        """As for all."""
+        return -torch.stack(list(output.sample))[:, :, 0]
+
+
+class QwenImage(Velocity):
+    """Latents in patches of 2×2; texts are filled up, under a mask."""
+
+    name, ragged = "QwenImageTransformer2DModel", True
+    text_and_time = "time_text_embed", "txt_norm", "txt_in"
+
+    def inputs(self, model: nn.Module, x: torch.Tensor, sigma: torch.Tensor, texts: Texts, **_: Any) -> dict:
+        """As for all."""
+        lengths = torch.tensor([len(text) for text in texts])
+        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(x.device)
+        text = {"encoder_hidden_states": nn.utils.rnn.pad_sequence(texts, True), "encoder_hidden_states_mask": mask}
+        shapes = [[(1, x.shape[2] // 2, x.shape[3] // 2)]] * len(x)
+        return {"hidden_states": F.pixel_unshuffle(x, 2).flatten(2).mT, "timestep": sigma, "img_shapes": shapes, **text}
+
+    velocity = Flux.velocity
+
+
+class Wan(Velocity):
+    """Wan 2.1, text to video."""
+
+    name, text_and_time = "WanTransformer3DModel", ("condition_embedder",)
+
+    def inputs(self, model: nn.Module, x: torch.Tensor, sigma: torch.Tensor, texts: Texts, **_: Any) -> dict:
+        """As for all."""
+        return {"hidden_states": x, "timestep": 1000 * sigma, "encoder_hidden_states": torch.stack(texts)}
+
+
+VELOCITIES: dict[str, type[Velocity]] = {
+    "flux": Flux,
+    "sd3": SD3,
+    "z-image": ZImage,
+    "qwen-image": QwenImage,
+    "wan": Wan,
+}

@@ -1,0 +1,231 @@
+"""The run of an upcycling: its two stages on accelerate, saved and resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ...data.conditioned import Conditioned
+from ...errors import ConfigError, DCDiTError
+from ...files import check_folder, locked
+from ...integrations.attention import add_dynamic_chunking
+from ...integrations.velocities import VELOCITIES
+from ...interrupts import held_back, raised
+from ...model.precision import float32_products
+from ..config import learning_rate
+from ..launch import make_accelerator
+from ..objectives import FlowMatching
+from ..progress import Progress
+from ..resume import check_allowed, compare, describe_data
+from ..state import EMA, Metrics, load_state, read_header, save_state
+from ..stream import draw_drop_fraction, generator
+from .config import TransformerConfig
+from .student import Batch, Student, keep_a_share, read_source
+
+_NOISE, _BATCHES = 5, 6  # streams of random numbers, beside those of dcdit.training.stream
+
+
+class TransformerUpcycler:
+    """One run. Everything random about a step is a function of (seed, step)."""
+
+    def __init__(self, config: TransformerConfig, allow: Sequence[str] = ()) -> None:
+        from accelerate.utils import DistributedDataParallelKwargs
+
+        self.config, self.velocity = config, VELOCITIES[config.family]()
+        check_allowed(allow, config.to_dict())
+        self.output = check_folder(Path(config.output).expanduser())
+        self.accelerator = make_accelerator(config)
+        # Distillation leaves what is behind the chunked blocks without gradients.
+        self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+        self.device, self.ranks = self.accelerator.device, self.accelerator.num_processes
+        if config.batch_size % self.ranks:
+            raise ConfigError(f"batch_size must be a multiple of {self.ranks} processes, got {config.batch_size}")
+        self.data = Conditioned(config.latents, self.velocity.pooled, self.velocity.ragged)
+        self.objective, self.epochs = FlowMatching(config.time_shift), (-1, [])
+        self.net = read_source(config.source, self.velocity).to(self.device)
+        teacher = copy.deepcopy(self.net).eval().requires_grad_(False)
+        torch.manual_seed(config.seed)
+        self.chunking = add_dynamic_chunking(self.net.train(), blocks=slice(*config.blocks))
+        for name in self.velocity.text_and_time:
+            self.net.get_submodule(name).requires_grad_(False)
+        if config.checkpointing:
+            self.net.enable_gradient_checkpointing()
+        student = Student(self.velocity, self.net, teacher, config.target_ratio)
+        router = list(self.chunking.router.parameters())
+        own = {id(p) for p in router}
+        rest = [p for p in self.net.parameters() if p.requires_grad and id(p) not in own]
+        self.learned, optim = rest + router, config.optim
+        groups = [{"params": rest, "rate": 1.0}, {"params": router, "rate": config.router_rate}]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=optim.lr, betas=(0.9, optim.beta2), weight_decay=optim.weight_decay, fused=True
+        )
+        self.last, self.step, self.held = self.output / "last.safetensors", 0, contextlib.ExitStack()
+        if self.accelerator.is_main_process:
+            self.output.mkdir(parents=True, exist_ok=True)
+            self.held.enter_context(locked(self.output))
+        try:
+            self._start(student, allow)
+        except BaseException:
+            self.held.close()
+            raise
+        self.student = self.accelerator.prepare(student)
+
+    def _start(self, student: Student, allow: Sequence[str]) -> None:
+        """Resume, or let the fresh router keep 1/N of the first batch."""
+        config, described = self.config, describe_data(self.data)
+        resumed, self.changes = self.last.exists(), []
+        if not resumed:
+            with torch.no_grad(), self.accelerator.autocast():
+                student(self.batch(0, 0, config.batch_size // self.ranks), distil=False, share=None)
+                keep_a_share(self.chunking, config.target_ratio)
+        self.emas = [EMA(self.net, decay) for decay in config.optim.ema_decay]
+        if resumed:
+            header = read_header(self.last)
+            new = compare(header["step"], header["config"], config.to_dict(), allow, header.get("data"), described)
+            load_state(self.last, self.net, self.emas, self.optimizer)
+            self.step, self.changes = header["step"], [*header.get("changes", []), *new]
+        self.described, self.saved = described, self.step
+        self.metrics = Metrics(self.output, self.step) if self.accelerator.is_main_process else None
+        if config.log_with:
+            self.accelerator.init_trackers("dcdit")
+
+    def batch(self, step: int, first: int, last: int) -> Batch:
+        """The samples [first, last) of a step's batch."""
+        epoch, place = divmod(step, self.data.batches(self.config.batch_size))
+        indices = self._epoch(epoch)[place]
+        samples, noises, sigmas = [self.data[int(i)] for i in indices[first:last]], [], []
+        for place, sample in enumerate(samples, start=first):
+            rng = generator(self.config.seed, _NOISE, step, place)
+            sigmas.append(self.objective.draw_time(rng) / 1000)
+            noises.append(torch.from_numpy(rng.standard_normal(tuple(sample["latents"].shape), dtype="float32")))
+        clean, noise = (torch.stack(parts).to(self.device) for parts in ([s["latents"] for s in samples], noises))
+        sigma = torch.tensor(sigmas, device=self.device)
+        wide = sigma.view(-1, *[1] * (clean.dim() - 1))
+        batch = {"x": clean + wide * (noise - clean), "target": noise - clean, "sigma": sigma}
+        batch["texts"] = [sample["text"].to(self.device) for sample in samples]
+        if self.velocity.pooled:
+            batch["pooled"] = torch.stack([sample["pooled"] for sample in samples]).to(self.device)
+        return batch | ({"guidance": self.config.guidance} if self.config.family == "flux" else {})
+
+    def _epoch(self, number: int) -> list:
+        """The batches of an epoch."""
+        if self.epochs[0] != number:
+            rng = generator(self.config.seed, _BATCHES, number)
+            self.epochs = number, self.data.epoch(self.config.batch_size, rng)
+        return self.epochs[1]
+
+    def run(self) -> Path:
+        """Train to the last step; save, and return the folder of the model."""
+        config, main = self.config, self.accelerator.is_main_process
+        since, images = time.monotonic(), 0
+        progress = Progress(self.step, config.steps, main)
+        with contextlib.closing(progress), float32_products("high" if config.precision == "bf16" else None):
+            while self.step < config.steps:
+                with held_back(ignore=not main):
+                    values = self._train_step()
+                    self.step += 1
+                    images += config.batch_size
+                    progress.advance()
+                    if self.step % config.log_every == 0 or self.step == config.steps:
+                        numbers, now = self._reduced(values), time.monotonic()
+                        numbers["images_per_s"] = images / (now - since)
+                        since, images = now, 0
+                        self._report(progress, numbers)
+                    if self.step % config.save_every == 0:
+                        self.save()
+        if self.saved != self.step or not (self.output / "model").exists():
+            self.save()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.print(f"model after step {self.step}: {self.output / 'model'}")
+        self.accelerator.end_training()
+        return self.output / "model"
+
+    def _train_step(self) -> dict[str, torch.Tensor | float]:
+        config, distil = self.config, self.step < self.config.distill_steps
+        if not distil:
+            self.accelerator.unwrap_model(self.student).teacher = ()
+        rate = learning_rate(config.optim, self.step, config.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["rate"]
+        rho = draw_drop_fraction(config.seed, self.step, config.drop_fractions, 0)
+        count = config.batch_size // self.ranks
+        first = count * self.accelerator.process_index
+        batch = self.batch(self.step, first, first + count)
+        self.optimizer.zero_grad()
+        loss, ratio, kept = self.student(batch, distil, (1 - rho) / config.target_ratio)
+        self.accelerator.backward(loss + config.ratio_weight * ratio)
+        for p in self.learned:  # all have moments, so that a run in its first stage can be resumed
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        norm = nn.utils.clip_grad_norm_(self.learned, config.optim.grad_clip or math.inf)
+        self.optimizer.step()
+        for ema in self.emas:
+            ema.update(self.step)
+        name = "distillation_loss" if distil else "velocity_loss"
+        values = {name: loss.detach(), "ratio_loss": ratio.detach(), "kept": kept.detach(), "grad_norm": norm}
+        return values | {"drop_fraction": rho, "lr": rate}
+
+    def _reduced(self, values: dict[str, torch.Tensor | float]) -> dict[str, float]:
+        """Means over the ranks, as numbers. Raises DCDiTError where training has diverged."""
+        stacked = torch.stack([torch.as_tensor(v, dtype=torch.float32).to(self.device) for v in values.values()])
+        numbers = dict(zip(values, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
+        if not math.isfinite(sum(numbers.values())):
+            raise DCDiTError(f"training diverged at step {self.step}: {numbers}; try a smaller optim.lr")
+        return numbers
+
+    def _report(self, progress: Progress, numbers: dict[str, float]) -> None:
+        if self.metrics:
+            self.metrics.write({"step": self.step, **numbers})
+        if self.config.log_with:
+            self.accelerator.log(numbers, step=self.step)
+        name, loss = next(iter(numbers.items()))
+        progress.report(f"{name} {loss:.4f}, kept {numbers['kept']:.1%}, {numbers['images_per_s']:.1f} images/s")
+
+    def save(self) -> None:
+        """Write OUTPUT/model, of averaged weights where there is an average, and what a run resumes from."""
+        if self.accelerator.is_main_process:
+            if not all(p.isfinite().all() for p in self.learned):
+                raise DCDiTError(
+                    f"training diverged: weights at step {self.step} are not finite; step {self.saved} is kept"
+                )
+            fresh, place = self.output / ".model", self.output / "model"
+            shutil.rmtree(fresh, ignore_errors=True)
+            self._swap()
+            self.net.save_pretrained(fresh)
+            self._swap()
+            shutil.rmtree(place, ignore_errors=True)
+            fresh.rename(place)
+            header = {"step": self.step, "config": self.config.to_dict(), "data": self.described}
+            save_state(self.last, {**header, "changes": self.changes}, self.net, self.emas, self.optimizer)
+        self.saved = self.step
+
+    def _swap(self) -> None:
+        """The averaged weights and the model's."""
+        for ema in self.emas:
+            for place, p in enumerate(ema.parameters):
+                p.data, ema.values[place] = ema.values[place], p.data
+
+
+def train_transformer(config: TransformerConfig, allow: Sequence[str] = ()) -> Path:
+    """Train, or resume what `config.output` holds, and return the folder of the model, as diffusers writes it.
+
+    Writes OUTPUT/last.safetensors, OUTPUT/model and OUTPUT/metrics.jsonl. `allow` names keys that may differ from the
+    resumed run's. Raises DCDiTError for unusable input.
+    """
+    with raised():
+        run = TransformerUpcycler(config, allow)
+        try:
+            return run.run()
+        except KeyboardInterrupt:
+            if run.saved != run.step:
+                run.save()
+            raise
+        finally:
+            run.held.close()

@@ -1,0 +1,72 @@
+"""The model that learns: a pretrained transformer, wrapped, with the losses of both stages."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import CheckpointError
+from ...integrations.attention import chunking_of
+from ...integrations.distillation import distillation_loss
+from ...integrations.reading import read_untouched
+from ...integrations.velocities import Velocity
+from ..objectives import ratio_loss
+
+Batch = dict[str, Any]  # x and target (B, C, …), sigma (B,), texts, and what else the family takes
+
+
+def read_source(folder: str, velocity: Velocity) -> nn.Module:
+    """The transformer of a folder, or of the pipeline in it. Raises CheckpointError for any other."""
+    places = [Path(folder).expanduser() / part for part in ("", "transformer")]
+    place = next((place for place in places if (place / "config.json").is_file()), None)
+    if place is None:
+        raise CheckpointError(f"{folder} must be a folder of diffusers with config.json or transformer/config.json")
+    config = json.loads((place / "config.json").read_text())
+    if config.get("_class_name") != velocity.name:
+        raise CheckpointError(f"{place} must have a {velocity.name}, got {config.get('_class_name')}")
+    if "dynamic_chunking" in config:
+        raise CheckpointError(f"{place} has dynamic chunking already: give the model it was made from")
+    return read_untouched(place, velocity.name)
+
+
+def keep_a_share(chunking: nn.Module, n: float) -> None:
+    """Move a fresh router's bias so that it would have kept 1/n of the cells of its last call.
+
+    A predictability router always keeps the corners of a picture; they count.
+    """
+    scores = chunking.routing.boundary_prob.float().logit().flatten()
+    free = scores[scores.isfinite()]
+    wanted = len(scores) / n - (len(scores) - len(free))
+    chunking.router.score.bias -= free.quantile(min(1.0, 1 - wanted / len(free)))
+
+
+class Student(nn.Module):
+    """A wrapped model with its losses as its forward, because DDP averages the gradients of one."""
+
+    def __init__(self, velocity: Velocity, model: nn.Module, teacher: nn.Module, target_ratio: float) -> None:
+        super().__init__()
+        self.model, self.velocity, self.target_ratio = model, velocity, target_ratio
+        self.teacher = (teacher,)  # in a tuple: it is no part of this one
+
+    def forward(
+        self, batch: Batch, distil: bool, share: float | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The stage's loss, the ratio loss and the share of the image tokens that was kept, all ().
+
+        `share` of them are kept, the most probable ones of the batch; None: as the router says.
+        """
+        x, target, more = batch["x"], batch["target"], {k: v for k, v in batch.items() if k not in ("x", "target")}
+        inputs, chunking = self.velocity.inputs(self.model, x, **more), chunking_of(self.model)
+        cells = len(x) * math.prod(chunking.grid_of(self.model, (), inputs))
+        chunking.budget = None if share is None else max(len(x), round(share * cells))
+        if distil:
+            loss = distillation_loss(self.model, *self.teacher, **inputs)
+        else:
+            loss = (self.velocity.velocity(self.model(**inputs), x).float() - target).square().mean()
+        routing = chunking.routing
+        return loss, ratio_loss(routing.boundary_prob, routing.natural_mask, self.target_ratio), routing.kept.mean()

@@ -1,0 +1,205 @@
+"""`dcdit upcycle --family`: transformers of diffusers from folders of latents and text embeddings."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+import yaml
+from safetensors.torch import load_file, save_file
+from test_training import subprocess_environment
+from transformer_families import FAMILIES, make, run
+
+from dcdit.cli import main
+from dcdit.errors import CheckpointError, ConfigError, DataError
+from dcdit.integrations.attention import add_dynamic_chunking, load_dynamic_chunking
+from dcdit.integrations.velocities import VELOCITIES
+from dcdit.training.config import load_config
+from dcdit.training.transformers import TransformerConfig, TransformerUpcycler
+from dcdit.training.transformers.student import keep_a_share
+
+SHAPES = {"wan": (4, 2, 8, 12), "qwen-image": (4, 8, 6)}
+RAGGED = ("z-image", "qwen-image")
+OPTIONS = {"steps": 6, "distill_steps": 3, "batch_size": 2, "log_every": 1}
+OPTIM = {"lr": 1e-3, "ema_decay": [0.5]}
+
+
+def configuration(tmp_path, family="flux", **options):
+    """The arguments of a small run: five samples of two shapes, and a pipeline's folder with a random transformer."""
+    torch.manual_seed(0)
+    if not (tmp_path / "source").exists():
+        make(FAMILIES[family]).save_pretrained(tmp_path / "source" / "transformer")
+        (tmp_path / "latents").mkdir()
+        for i in range(5):
+            *front, height, width = SHAPES.get(family, (2, 8, 6))
+            sides = (width, height) if i % 3 == 2 else (height, width)
+            text = torch.randn(3 if family in RAGGED and i % 2 else 6, 24)
+            sample = {"latents": torch.randn(*front, *sides), "text": text, "pooled": torch.randn(12)}
+            save_file(sample, tmp_path / "latents" / f"{i}.safetensors")
+    values = OPTIONS | {"latents": str(tmp_path / "latents"), "output": str(tmp_path / "run"), "optim": OPTIM} | options
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    return ["upcycle", "--from", str(tmp_path / "source"), "--family", family, str(tmp_path / "config.yaml")]
+
+
+def trainer(tmp_path, **options):
+    command = configuration(tmp_path, **options)
+    overrides = [f"source={command[2]}", f"family={command[4]}"]
+    return TransformerUpcycler(load_config(command[5], overrides, TransformerConfig))
+
+
+def lines(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("family", VELOCITIES)
+def test_the_command_makes_a_model_that_diffusers_loads(family, tmp_path):
+    """Both stages keep the tokens that ρ leaves of 1/N; text and time modules stay as they were, the rest learns."""
+    bf16 = {"precision": "bf16", "checkpointing": True} if family == "flux" else {}
+    main(configuration(tmp_path, family, **bf16))
+    stages = [[key for key in line if key in ("distillation_loss", "velocity_loss")] for line in lines(tmp_path)]
+    assert stages == [["distillation_loss"]] * 3 + [["velocity_loss"]] * 3
+    for line in lines(tmp_path):
+        assert line["kept"] == pytest.approx((1 - line["drop_fraction"]) / 4, abs=0.05)
+    model = load_dynamic_chunking(tmp_path / "run/model").eval()
+    assert run(model, FAMILIES[family].inputs((4, 4))).isfinite().all()
+    plain = type(model).from_pretrained(tmp_path / "run/model")
+    before = dict(type(model).from_pretrained(tmp_path / "source/transformer").named_parameters())
+    frozen = VELOCITIES[family].text_and_time
+    for name, p in plain.named_parameters():
+        if name.startswith(tuple(f"{part}." for part in frozen)):
+            assert torch.equal(p, before[name])
+    assert sum(not torch.equal(p, before[name]) for name, p in plain.named_parameters()) > 20
+
+
+@pytest.mark.parametrize("stop", [2, 4])
+def test_an_interrupted_run_goes_on_to_the_same_bits(stop, tmp_path, monkeypatch):
+    """In each of both stages."""
+    command = configuration(tmp_path)
+    main([*command, f"output={tmp_path / 'whole'}"])
+    step = TransformerUpcycler._train_step
+
+    def interrupted(self):
+        if self.step == stop:
+            raise KeyboardInterrupt
+        return step(self)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(TransformerUpcycler, "_train_step", interrupted)
+        run = trainer(tmp_path)
+        try:
+            run.run()
+        except KeyboardInterrupt:
+            run.save()
+            raise
+        finally:
+            run.held.close()
+    main(command)
+    for file in ("model/diffusion_pytorch_model.safetensors", "last.safetensors"):
+        ours, want = load_file(tmp_path / "run" / file), load_file(tmp_path / "whole" / file)
+        assert ours.keys() == want.keys() and all(torch.equal(ours[key], want[key]) for key in want)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    state, model = (
+        load_file(tmp_path / "run/last.safetensors"),
+        load_file(tmp_path / "run/model/diffusion_pytorch_model.safetensors"),
+    )
+    assert all(torch.equal(state[f"ema.{key}"], value) for key, value in model.items())
+
+
+def test_batches_are_noisy_latents_of_one_shape(tmp_path):
+    """Each sample is there in each epoch; x − σ·target is the sample; a batch does not depend on what was before it."""
+    run = trainer(tmp_path)
+    found = set()
+    for step in range(run.data.batches(2)):
+        batch = run.batch(step, 0, 2)
+        clean = batch["x"] - batch["sigma"].view(2, 1, 1, 1) * batch["target"]
+        for latents, pooled in zip(clean, batch["pooled"], strict=True):
+            match = [i for i in range(5) if torch.equal(run.data[i]["pooled"], pooled)]
+            torch.testing.assert_close(run.data[match[0]]["latents"], latents)
+            found |= set(match)
+    assert found == set(range(5)) and run.data.batches(2) == 3
+    later = run.batch(4, 1, 2)
+    assert torch.equal(trainer(tmp_path, output=str(tmp_path / "other")).batch(4, 0, 2)["x"][1:], later["x"])
+    run.held.close()
+
+
+def test_training_lowers_both_losses(tmp_path):
+    """On the same batches a run that learns is ahead of one that does not."""
+    found = {}
+    for rate in (0.0, 2e-4):
+        options = {"steps": 60, "distill_steps": 40, "drop_fractions": [0.0], "router_rate": 1.0}
+        options["optim"] = {"lr": rate, "ema_decay": [], "cosine": False, "beta2": 0.95}
+        main([*configuration(tmp_path, **options), f"output={tmp_path / 'run'}"])
+        for name in ("distillation_loss", "velocity_loss"):
+            found[name, rate] = sum([line[name] for line in lines(tmp_path) if name in line][-10:])
+        shutil.rmtree(tmp_path / "run")
+    for name in ("distillation_loss", "velocity_loss"):
+        assert found[name, 2e-4] < 0.85 * found[name, 0.0]
+
+
+def test_two_processes(tmp_path):
+    """Each takes half of a batch, and both end with the same weights: one process saves them."""
+    command = [*configuration(tmp_path), "batch_size=4"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    done = subprocess.run(
+        [*launcher, "--main_process_port=0", "-m", "dcdit.cli", *command],
+        env=subprocess_environment(), capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert load_dynamic_chunking(tmp_path / "run/model") is not None
+
+
+def test_a_fresh_router_keeps_its_share():
+    model, inputs = make(FAMILIES["flux"]), FAMILIES["flux"].inputs((8, 8))
+    chunking = add_dynamic_chunking(model)
+    run(model, inputs)
+    with torch.no_grad():
+        keep_a_share(chunking, 4)
+    run(model, inputs)
+    assert chunking.routing.natural_mask.float().mean() == pytest.approx(0.25, abs=0.02)
+
+
+def test_the_shipped_configuration():
+    config = load_config("configs/transformers/flux1-n4.yaml", ["from=a", "latents=b"], TransformerConfig)
+    assert (config.source, config.steps, config.optim.ema_decay, config.blocks) == ("a", 15_000, (), (1, -1))
+
+
+CASES = {
+    "source=nowhere": (CheckpointError, "nowhere must be a folder of diffusers with config.json"),
+    "family=sd3": (CheckpointError, "must have a SD3Transformer2DModel, got FluxTransformer2DModel"),
+    "latents=nowhere": (DataError, "must be a folder of safetensors files with latents, text, pooled; it has none"),
+    "latents=source": (DataError, "must have latents of 3 dimensions, got none"),
+    "latents=''": (ConfigError, "latents must be a folder"),
+    "batch_size=0": (ConfigError, "batch_size must be at least 1, got 0"),
+    "blocks=[9,10]": (ConfigError, "blocks"),
+    "drop_fractions=[1]": (ConfigError, r"values in \[0, 1\), got"),
+    "optim.ema_decay=[0.9,0.99]": (ConfigError, "must be one value"),
+    "accumulate=2": (ConfigError, "accumulate"),
+    "depth=3": (ConfigError, "depth"),
+}
+
+
+@pytest.mark.parametrize("override", CASES)
+def test_bad_input(override, tmp_path, monkeypatch):
+    error, message = CASES[override]
+    command = configuration(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    given = [f"source={command[2]}", "family=flux", override]
+    with pytest.raises(error, match=message):
+        TransformerUpcycler(load_config(command[5], given, TransformerConfig))
+
+
+def test_what_a_run_does_not_go_on_from(tmp_path, capsys):
+    """Its own result as a source; another configuration in the same output."""
+    command = configuration(tmp_path)
+    main(command)
+    again = TransformerConfig(source=str(tmp_path / "run/model"), latents=str(tmp_path / "latents"))
+    with pytest.raises(CheckpointError, match="has dynamic chunking already"):
+        TransformerUpcycler(again)
+    capsys.readouterr()
+    assert main([*command, "ratio_weight=0.2"]) != 0
+    assert "the run at step 6 was trained with ratio_weight=0.1" in capsys.readouterr().err
