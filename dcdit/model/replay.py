@@ -49,19 +49,20 @@ class GraphCache:
     ) -> Graph | str:
         """The graph of run(inputs, limits) for such inputs, captured where there is none; or why there can be none."""
         key = (*kind_of(inputs), *limits.values())
-        if key not in self.graphs:
+        graph = self.graphs.pop(key, None)
+        if graph is None:
             while len(self.graphs) >= self.max_graphs:
                 self.graphs.popitem(last=False)
             own = tuple(tensor.clone() for tensor in inputs)
             try:
                 start, outputs = self.capture(lambda: run(own, limits))
             except RuntimeError as error:
-                self.graphs[key] = f"cannot be captured: {str(error).splitlines()[0]}"
+                graph = f"cannot be captured: {str(error).splitlines()[0]}"
             else:
-                self.graphs[key] = Graph(own, outputs, start)
+                graph = Graph(own, outputs, start)
                 self.captures += 1
-        self.graphs.move_to_end(key)
-        return self.graphs[key]
+        self.graphs[key] = graph  # as the one used last
+        return graph
 
 
 class Replaying:
