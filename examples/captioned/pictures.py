@@ -32,7 +32,8 @@ def draw(
     clean picture, one for each of TIMES."""
     columns: list[list[tuple[np.ndarray, str]]] = []
     labels: list[str] = []
-    for number, (size, first, second) in enumerate(SHOWN):
+    shown = [(size, first, second if settings["digits"] == 2 else NONE) for size, first, second in SHOWN]
+    for number, (size, first, second) in enumerate(shown):
         digits = (torch.tensor([digit], device=captions.device) for digit in (first, second))
         which, column, labels = caption_id(*digits, size[0] > size[1]), [], []
         for name, (model, budget) in models.items():
@@ -50,7 +51,7 @@ def draw(
     widths = [max(0.9, size[1] / size[0]) for size, *_ in SHOWN]
     figure = Figure(figsize=(0.85 * sum(widths) + 1.3, 0.98 * len(labels) + 0.4), facecolor=PAPER, layout="constrained")
     axes = figure.subplots(len(labels), len(SHOWN), width_ratios=widths, squeeze=False)
-    for j, (column, (size, first, second)) in enumerate(zip(columns, SHOWN, strict=True)):
+    for j, (column, (size, first, second)) in enumerate(zip(columns, shown, strict=True)):
         title = caption(first, second, size[0] > size[1]).replace(" next", "\nnext").replace(" above", "\nabove")
         axes[0, j].set_title(title, fontsize=8, color=INK)
         for i, (picture, share) in enumerate(column):

@@ -14,8 +14,8 @@ from torch import nn
 
 from dcdit.integrations.attention import add_dynamic_chunking
 from dcdit.integrations.distillation import distillation_loss
-from dcdit.model import DynamicChunking
 from dcdit.training import ratio_loss
+from dcdit.training.transformers.student import keep_a_share
 
 from .compositions import SIZES, UNCAPTIONED, Captions, Compositions, caption_id
 
@@ -50,14 +50,8 @@ class Task:
     def held_out(self, model: nn.Module, data: Compositions) -> float:
         """The loss on pictures of other digits, the same for every model."""
         other = Task(self.family, data, self.captions, HELD_OUT)
-        with autocast(self.captions.device):
-            losses = [other.loss(model, *other.draw(size)) for size in SIZES]
+        losses = [other.loss(model, *other.draw(size)) for size in SIZES]
         return float(torch.stack(losses).mean())
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 on a GPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def train(groups: list[dict[str, Any]], seconds: float, loss_of: Callable[[float], torch.Tensor]) -> list[dict]:
@@ -106,18 +100,9 @@ def train_dense(task: Task, config: dict[str, Any]) -> tuple[nn.Module, list[dic
     model = task.family.model().to(device)
 
     def loss_of(share: float) -> torch.Tensor:
-        with autocast(device):
-            return task.loss(model, *task.draw())
+        return task.loss(model, *task.draw())
 
     return model, train([{"params": list(model.parameters()), "lr": config["lr"]}], config["seconds"], loss_of)
-
-
-@torch.no_grad()
-def keep_a_share(chunking: DynamicChunking, model: nn.Module, inputs: dict[str, Any], n: float) -> None:
-    """Move a fresh router's bias so that it keeps 1/n of the cells of these inputs."""
-    model(**inputs)
-    scores = chunking.routing.boundary_prob.logit()
-    chunking.router.score.bias -= scores.flatten().quantile(1 - 1 / n)
 
 
 def upcycle(task: Task, dense: nn.Module, config: dict[str, Any]) -> tuple[nn.Module, list[dict]]:
@@ -126,7 +111,7 @@ def upcycle(task: Task, dense: nn.Module, config: dict[str, Any]) -> tuple[nn.Mo
     Each batch keeps as many tokens as ρ leaves of a share 1/N, and the ratio loss teaches the router to mark that share
     by itself.
     """
-    device, n = task.captions.device, config["target_ratio"]
+    n = config["target_ratio"]
     model, teacher = copy.deepcopy(dense), copy.deepcopy(dense).eval().requires_grad_(False)
     chunking = add_dynamic_chunking(model, blocks=slice(*config["blocks"]))
     for name in config["frozen"]:
@@ -134,19 +119,19 @@ def upcycle(task: Task, dense: nn.Module, config: dict[str, Any]) -> tuple[nn.Mo
     router = list(chunking.router.parameters())
     own = {id(parameter) for parameter in router}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-    with autocast(device):
-        keep_a_share(chunking, model, task.draw()[0], n)
+    with torch.no_grad():
+        model(**task.draw()[0])
+        keep_a_share(chunking, n)
 
     def loss_of(share: float) -> torch.Tensor:
         inputs, velocity = task.draw()
         which = int(torch.randint(len(config["drop_fractions"]), (), generator=task.host))
         kept = (1 - config["drop_fractions"][which]) / n
         chunking.budget = round(velocity.numel() / task.family.patch**2 * kept)
-        with autocast(device):
-            if share < config["distill_share"]:
-                loss = distillation_loss(model, teacher, **inputs)
-            else:
-                loss = task.loss(model, inputs, velocity)
+        if share < config["distill_share"]:
+            loss = distillation_loss(model, teacher, **inputs)
+        else:
+            loss = task.loss(model, inputs, velocity)
         routing = chunking.routing
         return loss + config["ratio_weight"] * ratio_loss(routing.boundary_prob, routing.natural_mask, n)
 
