@@ -197,6 +197,7 @@ def test_what_a_run_does_not_go_on_from(tmp_path, capsys):
     """Its own result as a source; another configuration in the same output."""
     command = configuration(tmp_path)
     main(command)
+    assert "5 samples of 2 shapes\n1 processes on cpu, from step 0 of 6\n" in capsys.readouterr().out
     again = TransformerConfig(source=str(tmp_path / "run/model"), latents=str(tmp_path / "latents"))
     with pytest.raises(CheckpointError, match="has dynamic chunking already"):
         TransformerUpcycler(again)

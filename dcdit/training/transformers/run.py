@@ -92,7 +92,7 @@ class TransformerUpcycler:
             new = compare(header["step"], header["config"], config.to_dict(), allow, header.get("data"), described)
             load_state(self.last, self.net, self.emas, self.optimizer)
             self.step, self.changes = header["step"], [*header.get("changes", []), *new]
-        self.described, self.saved = described, self.step
+        self.described, self.saved, self.updating = described, self.step, False
         self.metrics = Metrics(self.output, self.step) if self.accelerator.is_main_process else None
         if config.log_with:
             self.accelerator.init_trackers("dcdit")
@@ -126,12 +126,16 @@ class TransformerUpcycler:
         """Train to the last step; save, and return the folder of the model."""
         config, main = self.config, self.accelerator.is_main_process
         since, images = time.monotonic(), 0
+        count, shapes = sum(p.numel() for p in self.net.parameters()), len(self.data.buckets)
+        place = f"{self.ranks} processes on {self.device.type}, from step {self.step} of {config.steps}"
+        self.accelerator.print(f"{config.family}, {count:,} parameters; {len(self.data)} samples of {shapes} shapes")
+        self.accelerator.print(place, flush=True)
         progress = Progress(self.step, config.steps, main)
         with contextlib.closing(progress), float32_products("high" if config.precision == "bf16" else None):
             while self.step < config.steps:
                 with held_back(ignore=not main):
                     values = self._train_step()
-                    self.step += 1
+                    self.step, self.updating = self.step + 1, False
                     images += config.batch_size
                     progress.advance()
                     if self.step % config.log_every == 0 or self.step == config.steps:
@@ -165,6 +169,7 @@ class TransformerUpcycler:
         for p in self.learned:  # all have moments, so that a run in its first stage can be resumed
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         norm = nn.utils.clip_grad_norm_(self.learned, config.optim.grad_clip or math.inf)
+        self.updating = True  # until the step is counted
         self.optimizer.step()
         for ema in self.emas:
             ema.update(self.step)
@@ -224,7 +229,7 @@ def train_transformer(config: TransformerConfig, allow: Sequence[str] = ()) -> P
         try:
             return run.run()
         except KeyboardInterrupt:
-            if run.saved != run.step:
+            if run.saved != run.step and not run.updating:
                 run.save()
             raise
         finally:
