@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dcdit_kernels import Packing, adaln_modulate, gate_residual, gate_residual_modulate, varlen_attention
 
+from .aside import aside, captured
 from .layers import RMSNorm, linear_gelu
 
 
@@ -61,12 +63,16 @@ class DiTBlock(nn.Module):
         """A block's state dict from a DiT block's."""
         return state
 
-    def forward(self, stream: Stream, c: torch.Tensor, packing: Packing) -> Stream:
+    def forward(
+        self, stream: Stream, c: torch.Tensor, packing: Packing, modulators: torch.Tensor | None = None
+    ) -> Stream:
         """Stream of (T, D), c (B, D) → Stream; `stream.hidden(packing)` gives the block's output itself.
 
-        c comes through the SiLU of adaLN-Zero already, which `MainNetwork` computes once for all blocks.
+        c comes through the SiLU of adaLN-Zero already, which `MainNetwork` computes once for all blocks. `modulators`
+        (B, 6D) are the map of c, where it was made before.
         """
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln[1](c).chunk(6, dim=1)
+        modulators = self.adaln[1](c) if modulators is None else modulators
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulators.chunk(6, dim=1)
         x, normed = stream.modulate(shift1, scale1, packing)
         stream = Stream(x, self.attend(normed, packing), gate1)
         x, normed = stream.modulate(shift2, scale2, packing)
@@ -103,22 +109,49 @@ class MainNetwork(nn.Module):
         self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio) for _ in range(depth))
         self.norm = RMSNorm(width, eps=1e-5)
 
+    def ahead(self, c: torch.Tensor) -> dict[str, Any]:
+        """What `forward` may be given that needs c (B, D) alone. In a CUDA graph each block's modulators are made beside
+        what stands before the backbone; elsewhere nothing is gained, and each block makes its own."""
+        if not captured(c):
+            return {}
+
+        def modulators() -> list[torch.Tensor]:
+            active = F.silu(c)
+            return [block.adaln[1](active) for block in self.blocks]
+
+        return {"modulators": aside(modulators, c)}
+
     def forward(
-        self, x: torch.Tensor, c: torch.Tensor, packing: Packing, run: Callable[..., Stream] | None = None
+        self,
+        x: torch.Tensor,
+        c: torch.Tensor,
+        packing: Packing,
+        run: Callable[..., Stream] | None = None,
+        modulators: Callable[[], list[torch.Tensor]] | None = None,
     ) -> torch.Tensor:
-        """x (T, D) packed, c (B, D) → (T, D). `run` stands for the method of this name, which runs the blocks."""
-        stream = (run or self.run)(Stream(x), F.silu(c), packing)
+        """x (T, D) packed, c (B, D) → (T, D). `run` stands for the method of this name, which runs the blocks;
+        `modulators` is what `ahead` gives."""
+        made = {} if modulators is None else {"modulators": modulators()}
+        stream = run(Stream(x), F.silu(c), packing) if run else self.run(Stream(x), F.silu(c), packing, **made)
         return self.norm(stream.hidden(packing))
 
     def run(
-        self, stream: Stream, c: torch.Tensor, packing: Packing, blocks: Iterable[DiTBlock] | None = None
+        self,
+        stream: Stream,
+        c: torch.Tensor,
+        packing: Packing,
+        blocks: Iterable[DiTBlock] | None = None,
+        modulators: Iterable[torch.Tensor] | None = None,
     ) -> Stream:
-        """Stream of (T, D) → Stream, through `blocks` (None: all), with c (B, D) as `DiTBlock.forward` takes it."""
-        for block in self.blocks if blocks is None else blocks:
+        """Stream of (T, D) → Stream, through `blocks` (None: all), with c (B, D) and each block's modulators as
+        `DiTBlock.forward` takes them."""
+        blocks = self.blocks if blocks is None else blocks
+        for block, made in zip(blocks, itertools.repeat(None) if modulators is None else modulators, strict=False):
+            inputs = (stream, c, packing) if made is None else (stream, c, packing, made)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                stream = self._gradient_checkpointing_func(block, stream, c, packing)
+                stream = self._gradient_checkpointing_func(block, *inputs)
             else:
-                stream = block(stream, c, packing)
+                stream = block(*inputs)
             if self.record is not None:
                 stream = Stream(stream.hidden(packing))
                 self.record.append(stream.x)

@@ -105,3 +105,10 @@ def group_statistics(mean, spread, near, group, cells, eps, SIZE: tl.constexpr):
     parts = tl.where(member, spread[:, None] + count * delta * delta, 0.0)
     variance = tl.sum(parts, 0) * tl.div_rn(1.0, count * SIZE)
     return level, tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) within 2⁻²¹; a division would take more instructions than all the rest."""
+    root = tl.rsqrt(1 + tl.exp2(x * -1.4426950408889634))
+    return root * root

@@ -1,0 +1,45 @@
+"""Computations beside others, in CUDA graphs: a small batch's kernels leave most of a GPU idle."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def captured(like: torch.Tensor) -> bool:
+    """Whether a CUDA graph is being captured on the device of `like`, without gradients and torch.compile."""
+    if not like.is_cuda or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return torch.cuda.is_current_stream_capturing()
+
+
+def aside(compute: Callable[[], T], like: torch.Tensor) -> Callable[[], T]:
+    """Begin `compute()`, on the device of `like`. What is returned must be called once, and gives its result.
+
+    In a CUDA graph the computation becomes a branch beside what is launched before that call. Elsewhere it is made by
+    the call: another stream would take the host more time than it saves.
+    """
+    if not captured(like):
+        return compute
+    side = _side(like.device.index)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        result = compute()
+    done = side.record_event()
+
+    def join() -> T:
+        torch.cuda.current_stream().wait_event(done)
+        return result
+
+    join.inputs = compute  # type: ignore[attr-defined] # what it reads is not freed before the branch has ended
+    return join
+
+
+@functools.cache
+def _side(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
