@@ -10,7 +10,7 @@ import torch
 
 from dcdit import DCDiTConfig, preset
 
-OPERATORS = ("plan", "chunk", "dechunk", "boundary", "cosine", "norm", "modulate", "attention", "pad")
+OPERATORS = ("plan", "chunk", "dechunk", "boundary", "cosine", "norm", "modulate", "rope", "attention", "pad")
 MODELS = ("forward", "train", "sample")
 ALL_CELLS = ("boundary", "cosine", "norm")  # they see every cell, whatever share is kept afterwards
 ROUTER = ("plan", "boundary", "cosine")  # always in float32

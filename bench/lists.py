@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from .ablation import CONTEXTS, FUNCTIONS
 from .cases import OPERATORS, ROUTER, Case, select
+from .models import CHAIN
 
 Wanted = tuple[Case, tuple[str, ...]]  # a case, and the names of its variants to time
 
@@ -81,8 +82,10 @@ def choices() -> list[Wanted]:
         *scaffold,
     ]
     cases += [*both("attention"), largest("attention", dtype="float32")]
+    passes = [forward(*at) for at in (("XL", 1), ("S", 1), ("XL", 8))]
     extra = [(*CONTEXTS.get(case.group, {}), *FUNCTIONS.get(case.group, ())) for case in cases]
-    return [(replace(case, ablation=True), (*shipped, *names)) for case, names in zip(cases, extra, strict=True)]
+    wanted = [(replace(case, ablation=True), (*shipped, *names)) for case, names in zip(cases, extra, strict=True)]
+    return [*((case, (*SERVED, CHAIN)) for case in passes), *wanted]
 
 
 def at_hand(wanted: list[Wanted], device: str) -> list[Wanted]:

@@ -115,11 +115,24 @@ def chunk_problem(case: Case, device: str, compiled: bool) -> Problem:
     h = _draw(case, device, case.batch, cells, width)
     moved = plan.capacity * width * h.element_size()
     work = Work(2 * moved + (moved + h.nbytes) * case.backward, plan.capacity * width, plan.capacity)
-    return _problem(
+    problem = _problem(
         case, (h,), lambda backend, h: K.chunk(h, plan, pos.to(h.dtype), backend=backend),
         Variant(lambda h: baselines.chunk(h, padded, pos.to(h.dtype)), result=lambda out: (out[padded.valid],)),
         work, 1, compiled,
     )  # fmt: skip
+    # Segments' means are other tokens, so a family of their own; the whole of h is read for them.
+    problem.families["mean"] = Family("plain mean", "reference mean")
+    problem.variants["plain mean"] = Variant(
+        lambda h: baselines.segment_means(h, plan.nearest, plan.capacity) + pos.to(h.dtype)[plan.cell_index],
+        family="mean",
+    )
+    for backend in ("reference", "triton"):
+        if backend in problem.variants:
+            run = functools.partial(K.chunk, plan=plan, reduce="mean", backend=backend)
+            problem.variants[f"{backend} mean"] = Variant(
+                lambda h, run=run: run(h, pos_embed=pos.to(h.dtype)), family="mean"
+            )
+    return problem
 
 
 def dechunk_problem(case: Case, device: str, compiled: bool) -> Problem:
@@ -211,6 +224,28 @@ def modulate_problem(case: Case, device: str, compiled: bool) -> Problem:
     return _problem(case, (x, y, modulators), ours, plain, work, max(width, plan.max_seqlen), compiled)
 
 
+def rope_problem(case: Case, device: str, compiled: bool) -> Problem:
+    """RMS norm of each head and rotary embedding of packed q and k, (T, heads, head_dim) each."""
+    config = case.config
+    heads, head = config.num_heads, config.hidden_size // config.num_heads
+    _, plan, _ = planned(case, device)
+    angle = torch.rand(case.side**2, head // 2, device=device) * 6
+    cos, sin, position = angle.cos(), angle.sin(), plan.cell_index
+    q, k = (_draw(case, device, plan.capacity, heads, head) for _ in range(2))
+    inputs = q, k, *(_draw(case, device, head) for _ in range(2))
+    work = Work(
+        (q.nbytes + k.nbytes) * (2 + 3 * case.backward), 16 * q.numel() * (1 + 2 * case.backward), plan.capacity
+    )
+    return _problem(
+        case, inputs,
+        lambda backend, q, k, *weights: K.qk_norm_rope(q, k, cos, sin, position, *weights, plan, backend=backend),
+        Variant(lambda q, k, *weights: tuple(
+            baselines.norm_rope(x, weight, cos, sin, position) for x, weight in zip((q, k), weights, strict=True)
+        )),
+        work, plan.capacity * heads, compiled,
+    )  # fmt: skip
+
+
 def attention_problem(case: Case, device: str, compiled: bool) -> Problem:
     """Attention inside each sample of (T, 3, heads, head_dim)."""
     config = case.config
@@ -268,6 +303,7 @@ BUILDERS = {
     "cosine": cosine_problem,
     "norm": norm_problem,
     "modulate": modulate_problem,
+    "rope": rope_problem,
     "attention": attention_problem,
     "pad": pad_problem,
 }

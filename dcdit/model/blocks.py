@@ -110,7 +110,7 @@ class MainNetwork(nn.Module):
         self.norm = RMSNorm(width, eps=1e-5)
 
     def ahead(self, c: torch.Tensor) -> dict[str, Any]:
-        """What `forward` may be given that needs c (B, D) alone. In a CUDA graph each block's modulators are made beside
+        """What `forward` may be given that needs c (B, D) alone. In a CUDA graph the blocks' modulators are made beside
         what stands before the backbone; elsewhere nothing is gained, and each block makes its own."""
         if not captured(c):
             return {}
