@@ -159,5 +159,6 @@ def test_scaffold_formulations_agree():
     case, names = next((c, n) for c, n in at_hand(LISTS["ablation"](), "cpu") if c.group == "scaffold")
     entry = measure(dataclasses.replace(case, dtype="float32"), "cpu", False, rounds=3, seconds=0.1, names=names)
     assert {name: v["status"] for name, v in entry["variants"].items()} == {
-        "dcdit": "ok", "plain": "ok", "plain channels-last": "ok", "two launches a norm": "ok", "norms of 32 channels": "ok",
+        "dcdit": "ok", "plain": "ok", "plain channels-last": "ok",
+        "two launches a norm": "ok", "norms of 32 channels": "ok",
     }  # fmt: skip

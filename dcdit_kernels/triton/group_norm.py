@@ -20,7 +20,9 @@ import triton
 import triton.language as tl
 
 from ._group_moments import (
+    added_values,
     channel_moments,
+    channel_values,
     group_statistics,
     group_sum,
     group_window,
@@ -38,23 +40,6 @@ from .group_norm_whole import whole_kernel
 
 # Channels and cells of a tile, cells of a step of the backward, slabs of a sample at most.
 COLUMNS, CELLS, STEP, SLABS = 32, 256, 64, 8
-
-
-@triton.jit
-def channel_values(ptr, channel, CHANNELS: tl.constexpr):
-    """Numbers of these channels in float32."""
-    return tl.load(ptr + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def added_values(cond_ptr, x_bias_ptr, channel, CHANNELS: tl.constexpr):
-    """The sum added to x in these channels: conditioning and bias, where given."""
-    total = tl.zeros([channel.shape[0]], tl.float32)
-    if cond_ptr is not None:
-        total += channel_values(cond_ptr, channel, CHANNELS)
-    if x_bias_ptr is not None:
-        total += channel_values(x_bias_ptr, channel, CHANNELS)
-    return total
 
 
 @triton.jit
