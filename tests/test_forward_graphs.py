@@ -16,9 +16,10 @@ pytest.importorskip("diffusers")
 from test_gpu import no_waits
 from test_integrations import batch, build, dit, pixart
 from test_transformer_no_host import attention, masked_attention, no_host  # noqa: F401
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as tree
-from transformer_families import FAMILIES, every_family, make, run
+from transformer_families import FAMILIES, close, every_family, make, run
 
 import dcdit
 from dcdit.errors import ConfigError
@@ -308,6 +309,22 @@ def test_numbers_are_no_copies_from_the_host(enable):
     for got, want in zip(model(x), graph.own(x), strict=True):
         assert torch.equal(got, want) and got.dtype == want.dtype
     assert graph.replays == 1
+
+
+def test_compiled_blocks(enable):
+    """They are not compiled anew for graphs."""
+    torch._dynamo.reset()
+    family = FAMILIES["wan"]
+    model, own, other, chunking, graph = both(family, enable, contextlib.nullcontext)
+    own.budget_per_sample = chunking.budget_per_sample = 12
+    inputs, counted = family.inputs(), CompileCounterWithBackend("eager")
+    other.compile_repeated_blocks(backend=counted)
+    chunking.see(other, (), inputs)
+    with torch.no_grad():
+        graph.own(**inputs)
+    frames = counted.frame_count
+    close(run(other, inputs), run(model, inputs), 1e-6)
+    assert graph.replays == 1 and counted.frame_count == frames > 0
 
 
 def test_wrapped_unwrapped_copied_and_undone(enable):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import inspect
 from collections.abc import Iterable
 from typing import Any
@@ -86,9 +87,10 @@ class GraphedForward(Replaying):
         values = [next(rest) if entry is None else entry[1] for entry in limits["plain"]]
         args, kwargs, settings = tree.tree_unflatten(values, limits["form"])
         before = self._settings()
+        compiled = any(module._compiled_call_impl is not None for module in self._watched.values())
         try:
             self._set(settings)
-            with Filled():
+            with contextlib.nullcontext() if compiled else Filled():  # torch.compile would compile anew for a mode
                 out = self.own(*args, **kwargs)
             return out, [chunking.routing for chunking in self._chunkings.values()]
         finally:
