@@ -22,8 +22,8 @@ from dcdit.training.config import load_config
 from dcdit.training.transformers import TransformerConfig, TransformerUpcycler
 from dcdit.training.transformers.student import keep_a_share
 
-SHAPES = {"wan": (4, 2, 8, 12), "qwen-image": (4, 8, 6)}
-RAGGED = ("z-image", "qwen-image")
+SHAPES = {"wan": (4, 2, 8, 12), "ltx": (8, 2, 4, 6), "qwen-image": (4, 8, 6)}
+RAGGED = ("z-image", "qwen-image", "ltx")
 OPTIONS = {"steps": 6, "distill_steps": 3, "batch_size": 2, "log_every": 1}
 OPTIM = {"lr": 1e-3, "ema_decay": [0.5]}
 

@@ -24,6 +24,8 @@ def test_two_steps_are_those_of_the_pipeline(name):
     sizes = {"height": 32, "width": 48, "num_inference_steps": 2, "output_type": "latent"}
     prompts = {key: value for key, value in prompts.items() if not key.startswith("negative_")}
     prompts |= {"num_frames": 5} if name == "wan" else {}
+    if name == "ltx":
+        velocity.scale = (pipe.vae_temporal_compression_ratio / 25, *[pipe.vae_spatial_compression_ratio] * 2)
     noise = {}
     prepare = pipe.prepare_latents
 
@@ -32,10 +34,13 @@ def test_two_steps_are_those_of_the_pipeline(name):
         return noise["made"]
 
     pipe.prepare_latents = note
-    want = pipe(**sizes, **prompts, guidance_scale=GUIDANCE.get(name, 1.0), return_dict=False)[0]
+    want = pipe(**sizes | prompts, guidance_scale=GUIDANCE.get(name, 1.0), return_dict=False)[0]
     x = noise["made"][0] if isinstance(noise["made"], tuple) else noise["made"]
     if name in PACKED:
         x, want = (torch.nn.functional.pixel_shuffle(part.mT.unflatten(2, PACKED[name]), 2) for part in (x, want))
+    elif name == "ltx":
+        frames, side = 1 + 2 // pipe.vae_temporal_compression_ratio, pipe.vae_spatial_compression_ratio
+        x, want = (part.mT.unflatten(2, (frames, 32 // side, 64 // side)) for part in (x, want))
     text = prompts["prompt_embeds"]
     more = {"pooled": prompts["pooled_prompt_embeds"], "guidance": 2.0} if velocity.pooled else {}
     with torch.no_grad():

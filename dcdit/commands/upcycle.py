@@ -20,7 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--family",
-        choices=("flux", "sd3", "z-image", "qwen-image", "wan"),
+        choices=("flux", "sd3", "z-image", "qwen-image", "wan", "ltx"),
         help="of a transformer of diffusers, which learns from latents and text embeddings",
     )
     add_allow(parser)

@@ -15,6 +15,13 @@ from torch import nn
 Texts = list[torch.Tensor]  # (S, D) for each sample
 
 
+def filled(texts: Texts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Texts of several lengths as (B, S, D), and a bool mask (B, S) of what is text."""
+    lengths = torch.tensor([len(text) for text in texts])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    return nn.utils.rnn.pad_sequence(texts, True), mask.to(texts[0].device)
+
+
 class Velocity:
     """One family; `ragged` ones take texts of several lengths in a batch, `pooled` ones a vector of each text too."""
 
@@ -100,9 +107,8 @@ class QwenImage(Velocity):
 
     def inputs(self, model: nn.Module, x: torch.Tensor, sigma: torch.Tensor, texts: Texts, **_: Any) -> dict:
         """As for all."""
-        lengths = torch.tensor([len(text) for text in texts])
-        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(x.device)
-        text = {"encoder_hidden_states": nn.utils.rnn.pad_sequence(texts, True), "encoder_hidden_states_mask": mask}
+        text, mask = filled(texts)
+        text = {"encoder_hidden_states": text, "encoder_hidden_states_mask": mask}
         shapes = [[(1, x.shape[2] // 2, x.shape[3] // 2)]] * len(x)
         return {"hidden_states": F.pixel_unshuffle(x, 2).flatten(2).mT, "timestep": sigma, "img_shapes": shapes, **text}
 
@@ -119,10 +125,30 @@ class Wan(Velocity):
         return {"hidden_states": x, "timestep": 1000 * sigma, "encoder_hidden_states": torch.stack(texts)}
 
 
+class LTX(Velocity):
+    """LTX-Video; `scale` is of a cell, in seconds at 25 frames each and in pixels, as of its own VAE."""
+
+    name, ragged = "LTXVideoTransformer3DModel", True
+    text_and_time = "time_embed", "caption_projection"
+    scale = 8 / 25, 32, 32
+
+    def inputs(self, model: nn.Module, x: torch.Tensor, sigma: torch.Tensor, texts: Texts, **_: Any) -> dict:
+        """As for all."""
+        text, mask = filled(texts)
+        inputs = {"hidden_states": x.flatten(2).mT, "timestep": 1000 * sigma, "rope_interpolation_scale": self.scale}
+        inputs |= {"encoder_hidden_states": text, "encoder_attention_mask": mask.long()}
+        return inputs | dict(zip(("num_frames", "height", "width"), x.shape[2:], strict=True))
+
+    def velocity(self, output: Any, x: torch.Tensor) -> torch.Tensor:
+        """As for all."""
+        return output.sample.mT.unflatten(2, x.shape[2:])
+
+
 VELOCITIES: dict[str, type[Velocity]] = {
     "flux": Flux,
     "sd3": SD3,
     "z-image": ZImage,
     "qwen-image": QwenImage,
     "wan": Wan,
+    "ltx": LTX,
 }

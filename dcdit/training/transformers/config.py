@@ -25,7 +25,7 @@ class TransformerConfig:
 
     accumulate, compile = 1, False  # no fields: neither is supported, and the launcher's settings are held against them
 
-    family: Literal["flux", "sd3", "z-image", "qwen-image", "wan"] = "flux"
+    family: Literal["flux", "sd3", "z-image", "qwen-image", "wan", "ltx"] = "flux"
     source: str = ""
     latents: str = ""
     output: str = "runs/upcycle"
