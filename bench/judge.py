@@ -1,7 +1,11 @@
-"""Judges of `bench.quality`: the classifier of the set, distances in its features and in raw patches."""
+"""Judges of `bench.quality`: the classifier of the set, distances in its features and in raw patches.
+
+python -m bench.judge [--samples N] prints what N real pictures of the training set get, as many of each class.
+"""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -50,3 +54,27 @@ def classifier(data: Path, runs: Path) -> ConvClassifier:
     with replacing(file) as temporary:
         torch.save(net.state_dict(), temporary)
     return net
+
+
+def main() -> None:
+    """Means and standard deviations over several draws of the real pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="its idx files")
+    parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of the classifier")
+    args = parser.parse_args()
+    train, rng = open_set(args.data / "train"), np.random.default_rng(0)
+    pictures, labels = np.concatenate(list(train.batches())), np.asarray(train.labels)
+    classes = [np.flatnonzero(labels == name) for name in np.unique(labels)]
+    judged = []
+    for _ in range(args.draws):
+        chosen = np.concatenate([rng.permutation(own)[: args.samples // len(classes)] for own in classes])
+        judged.append(judge(pictures[chosen], labels[chosen], args.data, args.runs))
+    for name in judged[0]:
+        values = [numbers[name] for numbers in judged]
+        print(f"{name:22}{np.mean(values):10.5f} ± {np.std(values, ddof=1):.5f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -17,37 +17,35 @@ BEGIN_DRAWN, END_DRAWN = "<!-- drawn again -->", "<!-- end of drawn again -->"
 # Heading → the key of a result, how it is written, and a factor.
 COLUMNS = {
     "held-out loss": ("validation_loss", ".4f", 1),
-    "last quarter's training loss": ("running_loss", ".4f", 1),
     "kept": ("validation_kept", ".1%", 1),
     "Fréchet distance": ("frechet", ".2f", 1),
     "in 4×4 patches": ("frechet_patches", ".4f", 1),
+    "density": ("density", ".2f", 1),
+    "coverage": ("coverage", ".1%", 1),
     "recognised": ("recognised", ".1%", 1),
     "MFLOP": ("gflop", ".0f", 1000),
     "parameters": ("parameters", ",.0f", 1),
     "CPU s": ("train_cpu_seconds", ".0f", 1),
 }
-DRAWN_COLUMNS = {
-    "ρ": ("drop_fraction", "g", 1),
-    "guidance": ("guidance", "g", 1),
-    "MFLOP": COLUMNS["MFLOP"],
-    "Fréchet distance": COLUMNS["Fréchet distance"],
-    "in 4×4 patches": COLUMNS["in 4×4 patches"],
-    "recognised": COLUMNS["recognised"],
-    "density": ("density", ".2f", 1),
-    "coverage": ("coverage", ".1%", 1),
+DRAWN_COLUMNS = {"ρ": ("drop_fraction", "g", 1), "guidance": ("guidance", "g", 1)} | {
+    title: COLUMNS[title]
+    for title in ("MFLOP", "Fréchet distance", "in 4×4 patches", "density", "coverage", "recognised")
 }
 
 
 def tables(results: list[dict]) -> str:
-    """A table for each set, width, number of steps and of pictures, and device; means and ranges over the seeds."""
+    """A table for each set, width, number of steps and of pictures, and device, the longest runs first.
+
+    It has means and ranges over the seeds.
+    """
     order = list(VARIANTS)
-    by_run = lambda r: tuple(r[key] for key in ("set", "width", "steps", "samples", "device"))  # noqa: E731
+    by_run = lambda r: (r["set"], r["width"], -r["steps"], r["samples"], r["device"])  # noqa: E731
     parts = []
-    for (name, width, steps, samples, device), runs in groupby(sorted(results, key=by_run), by_run):
+    for (name, width, less, samples, device), runs in groupby(sorted(results, key=by_run), by_run):
         runs = sorted(runs, key=lambda r: order.index(r["variant"]))
         used = [(title, *column) for title, column in COLUMNS.items() if any(column[0] in run for run in runs)]
         lines = [
-            f"### {name}, D {width}, {steps} steps, {samples} pictures drawn, {device.upper().replace('CUDA', 'GPU')}",
+            f"### {name}, D {width}, {-less} steps, {samples} pictures drawn, {device.upper().replace('CUDA', 'GPU')}",
             "| | " + " | ".join(title for title, *_ in used) + " | seeds |",
         ]
         lines.append("|---" * (len(used) + 2) + "|")

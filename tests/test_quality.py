@@ -1,8 +1,10 @@
 """The study of quality: rivals train and sample as DC-DiT does, runs resume, and tables come from the result file."""
 
+import argparse
 import dataclasses
 import functools
 import json
+import shutil
 import sys
 import tarfile
 
@@ -16,6 +18,7 @@ from test_step_graphs import run_again
 
 import dcdit.training.trainer
 from bench import (
+    judge,
     lockstep,
     quality,
     quality_collect,
@@ -150,6 +153,21 @@ def test_a_run_has_one_line(data, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "quality.png").stat().st_size > 1000
 
 
+def test_real_pictures_are_judged(data, tmp_path, monkeypatch, capsys):
+    """Of a test set that is the training set, as many pictures of each class are at no distance from it."""
+    for name in (IMAGES, LABELS):
+        shutil.copy(data / f"train{name}", data / f"t10k{name}")
+    monkeypatch.setattr("bench.judge.fit", lambda images, labels, **_: judge.ConvClassifier(10).eval())
+    words = f"judge --samples 200 --draws 2 --data {data} --runs {tmp_path}/runs"
+    monkeypatch.setattr("sys.argv", words.split())
+    judge.main()
+    said = {line.split()[0]: float(line.split()[1]) for line in capsys.readouterr().out.splitlines()}
+    assert abs(said["frechet"]) < 1e-4 and said["coverage"] == 1 and said["recognised"] == said["recognised_reference"]
+    monkeypatch.setattr("sys.argv", [*words.split(), "--samples", "50"])
+    judge.main()
+    assert float(capsys.readouterr().out.split()[1]) > said["frechet"] + 1e-4
+
+
 def test_what_a_farm_brought(tmp_path, monkeypatch):
     """Lines are appended, losses become means; the curves are drawn of them."""
     results = tmp_path / "quality.jsonl"
@@ -166,9 +184,9 @@ def test_what_a_farm_brought(tmp_path, monkeypatch):
     assert results.read_text() == '{"old": 1}\n{"new": 1}\n'
     monkeypatch.setattr(quality_curves, "RESULTS", results)
     monkeypatch.setattr(quality_curves, "IMAGES", tmp_path)
-    monkeypatch.setattr("sys.argv", ["curves", "grid", "--steps", "400"])
-    read = quality.arguments("").parse_args(["grid", "--steps", "400"])
-    assert quality_curves.losses("grid", read)[[0, 99]].tolist() == [[2.5, 3.0], [398.5, 399.0]]
+    monkeypatch.setattr("sys.argv", ["curves", "grid", "--steps", "400", "--panels", *["fashion-mnist/0"] * 2])
+    read = argparse.Namespace(width=96, steps=400)
+    assert quality_curves.losses("grid", "fashion-mnist/0", read)[[0, 99]].tolist() == [[2.5, 3.0], [398.5, 399.0]]
     quality_curves.main()
     assert (tmp_path / "quality-losses.png").stat().st_size > 1000
 
