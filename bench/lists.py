@@ -36,23 +36,34 @@ def both(group: str) -> list[Case]:
 
 def decisive() -> list[Wanted]:
     """Cases that decide between designs, then the table of the README, then the centre of every group."""
-    passes = [forward(*at) for at in (("XL", 64), ("B", 16), ("XL", 1), ("S", 1))]
-    kernels = [*both("dechunk"), *both("modulate"), *both("boundary"), *both("attention"), *both("chunk")]
-    kernels += [largest("plan"), largest("plan", side=64), largest("dechunk", clustered=True)]
+    first = [forward(*at) for at in (("XL", 64), ("B", 16), ("XL", 1), ("S", 1))]
     step = Case("train", "B", 32, 16, drop_fraction=0.5, backward=True, dtype="bfloat16")
     larger = replace(step, size="XL", batch=32)
-    more = [forward(size, batch) for batch in (64, 8, 1) for size in ("S", "B", "XL")]
     coarse = [forward(size, batch, 2) for batch in (64, 8, 1) for size in ("S", "B", "XL")]
     centres = select("cuda", OPERATORS, quick=True)
     loop = select("cuda", ("sample",), quick=True)
-    wanted = [*((case, SERVED) for case in (*passes, step, larger)), *((case, KERNELS) for case in kernels)]
+    wanted = [*((case, SERVED) for case in (*first, step, larger)), *kernels()]
     wanted += [
-        *((case, SERVED) for case in more),
+        *passes(),
         *((case, ("dcdit", "dcdit graph")) for case in coarse),
         *((case, KERNELS) for case in centres),
         *((case, SERVED) for case in loop),
     ]
     return list(dict(wanted).items())
+
+
+def kernels() -> list[Wanted]:
+    """Every operator at XL, batch 64, 256 px."""
+    cases = [case for group in ("dechunk", "modulate", "boundary", "attention", "chunk") for case in both(group)]
+    cases += [largest("plan"), largest("plan", side=64), largest("dechunk", clustered=True)]
+    cases += [case for group in ("norm", "rope", "cosine") for case in both(group)]
+    further = ("native batch budget", "triton mean", "plain mean")
+    return [(case, (*KERNELS, *further)) for case in cases]
+
+
+def passes() -> list[Wanted]:
+    """The forward passes of the README's table."""
+    return [(forward(size, batch), SERVED) for batch in (64, 8, 1) for size in ("S", "B", "XL")]
 
 
 def compiled() -> list[Wanted]:
@@ -75,17 +86,13 @@ def choices() -> list[Wanted]:
     """The tables of `bench.ablation`, beside the shipped choice and the plain formulation."""
     shipped = ("triton", "native", "dcdit", "plain", "plain channels-last")
     scaffold = [largest("scaffold", size=size, batch=batch) for size, batch in (("S", 64), ("XL", 1), ("S", 1))]
-    cases = [
-        *(largest("modulate", True, batch=batch, share=share) for batch, share in ((64, 0.25), (32, 0.125))),
-        *both("norm"),
-        *both("scaffold"),
-        *scaffold,
-    ]
+    cases = [*both("scaffold"), *scaffold]
+    cases += [largest("modulate", True, batch=batch, share=share) for batch, share in ((64, 0.25), (32, 0.125))]
     cases += [*both("attention"), largest("attention", dtype="float32")]
-    passes = [forward(*at) for at in (("XL", 1), ("S", 1), ("XL", 8))]
+    served = [forward(*at) for at in (("XL", 1), ("S", 1), ("XL", 8))]
     extra = [(*CONTEXTS.get(case.group, {}), *FUNCTIONS.get(case.group, ())) for case in cases]
     wanted = [(replace(case, ablation=True), (*shipped, *names)) for case, names in zip(cases, extra, strict=True)]
-    return [*((case, (*SERVED, CHAIN)) for case in passes), *wanted]
+    return [*((case, (*SERVED, CHAIN)) for case in served), *wanted]
 
 
 def at_hand(wanted: list[Wanted], device: str) -> list[Wanted]:
@@ -96,4 +103,11 @@ def at_hand(wanted: list[Wanted], device: str) -> list[Wanted]:
     return list({replace(case, **small): names for case, names in wanted}.items())
 
 
-LISTS = {"decisive": decisive, "compiled": compiled, "large": large, "ablation": choices}
+LISTS = {
+    "kernels": kernels,
+    "passes": passes,
+    "decisive": decisive,
+    "compiled": compiled,
+    "large": large,
+    "ablation": choices,
+}
