@@ -89,7 +89,7 @@ def choices() -> list[Wanted]:
     cases = [*both("scaffold"), *scaffold]
     cases += [largest("modulate", True, batch=batch, share=share) for batch, share in ((64, 0.25), (32, 0.125))]
     cases += [*both("attention"), largest("attention", dtype="float32")]
-    served = [forward(*at) for at in (("XL", 1), ("S", 1), ("XL", 8))]
+    served = [replace(forward(*at), ablation=True) for at in (("XL", 1), ("S", 1), ("XL", 8))]
     extra = [(*CONTEXTS.get(case.group, {}), *FUNCTIONS.get(case.group, ())) for case in cases]
     wanted = [(replace(case, ablation=True), (*shipped, *names)) for case, names in zip(cases, extra, strict=True)]
     return [*((case, (*SERVED, CHAIN)) for case in served), *wanted]
