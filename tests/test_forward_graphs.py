@@ -8,6 +8,7 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+import itertools
 
 import pytest
 import torch
@@ -325,6 +326,32 @@ def test_compiled_blocks(enable):
     frames = counted.frame_count
     close(run(other, inputs), run(model, inputs), 1e-6)
     assert graph.replays == 1 and counted.frame_count == frames > 0
+
+
+def test_lora_comes_is_weighed_and_goes(enable):
+    peft, family = pytest.importorskip("peft"), FAMILIES["flux"]
+    model = make(family)
+    add_dynamic_chunking(model).budget_per_sample = 12
+    graph, inputs = enable(model), family.inputs()
+    config = peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+    changes = {
+        "none": lambda: None,
+        "loaded": lambda: model.add_adapter(config),
+        "weighed": lambda: model.set_adapters("default", 0.3),
+        "off": model.disable_adapters,
+        "on": model.enable_adapters,
+        "merged": model.fuse_lora,
+        "other weights": lambda: model.load_state_dict({k: -v for k, v in model.state_dict().items()}, assign=True),
+    }
+    results = []
+    for number, change in enumerate(changes.values(), 1):
+        change()
+        model.requires_grad_(False)
+        results.append(run(model, inputs))
+        assert torch.equal(results[-1], graph.own(**inputs).sample)
+        assert graph.captures == graph.replays == number
+    different = [not torch.allclose(a, b) for a, b in itertools.pairwise(results)]
+    assert different == [True, True, True, True, False, True]
 
 
 def test_wrapped_unwrapped_copied_and_undone(enable):

@@ -216,6 +216,9 @@ def test_weights_may_change_in_place_or_move(net, graph):
     assert torch.equal(graph(*inputs, **limits), net(*inputs, **limits)) and graph.captures == 1
     net.final.linear.weight.data = net.final.linear.weight.data.clone()
     assert torch.equal(graph(*inputs, **limits), net(*inputs, **limits)) and graph.captures == 2
+    net.load_state_dict({name: -weight for name, weight in net.state_dict().items()}, assign=True)
+    net.final = copy.deepcopy(net.final)
+    assert torch.equal(graph(*inputs, **limits), net.requires_grad_(False)(*inputs, **limits)) and graph.captures == 3
     assert graph.config is net.config and copy.copy(graph).config is net.config
     with pytest.raises(ValueError, match="max_graphs must be at least 1, got 0"):
         dcdit.graphed(net, 0)

@@ -30,8 +30,9 @@ class GraphedForward(Replaying):
     The module's own forward runs on a CPU, with inputs apart from the weights, without such a budget, under autocast,
     with hooks on modules inside, where a gradient is needed, and where the capture failed; `eager` counts the reasons.
 
-    Weights may change in place or move. Call `reset()` after an exchange of modules inside, or where a value changes
-    that the forward reads on the host, such as a LoRA's scale. One object serves one thread.
+    Weights may change in place or move; modules may be exchanged, wrapped and adapted, also LoRA's scales. Call
+    `reset()` where another value changes that a module keeps and the forward reads on the host. One object serves one
+    thread.
     """
 
     def __init__(self, model: nn.Module, max_graphs: int = 8, capture: Capture | None = None) -> None:
@@ -44,18 +45,15 @@ class GraphedForward(Replaying):
         """Forget the graphs."""
         super().reset()
         self._chunkings = {name: m for name, m in self.model.named_modules() if isinstance(m, DynamicChunking)}
-        self._known: list[nn.Module] | None = self._parts()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's own forward."""
-        if self._known != self._parts():
-            self.reset()
+        self._reset_if_changed()
         values, form = tree.tree_flatten((args, kwargs, self._settings()))
         tensors = tuple(value for value in values if isinstance(value, torch.Tensor))
         plain = tuple(None if isinstance(value, torch.Tensor) else (type(value), value) for value in values)
         graph = self._why_not(args, kwargs, tensors, plain)
         if graph is None:
-            self._reset_if_moved()
             limits = {"form": form, "plain": plain, "training": self.model.training}
             graph = self.cache.get(tensors, limits, self._run)
         if isinstance(graph, str):
@@ -66,10 +64,6 @@ class GraphedForward(Replaying):
         for chunking, routing in zip(self._chunkings.values(), routings, strict=True):
             chunking.routing = Routing(routing.boundary_prob.clone(), routing.plan.clone())
         return tree.tree_map_only(torch.Tensor, torch.clone, out)
-
-    def _parts(self) -> list[nn.Module]:
-        """What is another where the model was wrapped or unwrapped, or has another router."""
-        return [*self.model.children(), *(chunking.router for chunking in self._chunkings.values())]
 
     def _owners(self) -> list[nn.Module]:
         return [part for chunking in self._chunkings.values() for part in (chunking, chunking.router)]
@@ -129,7 +123,6 @@ class GraphedForward(Replaying):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.model, self.own, self.replays = state["model"], state["own"], 0
         self.cache, self.eager = GraphCache(state["max_graphs"], CudaCapture()), collections.Counter()
-        self._chunkings, self._known = {}, None
 
 
 class Filled(TorchFunctionMode):

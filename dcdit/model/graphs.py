@@ -35,7 +35,7 @@ class Graphed(Replaying):
     - Without `capacity` the graph has rows for the last batch of this shape and some more (`room`). One copy to the
       host tells the true number. If there are too few rows, the eager model computes the batch again: no token is lost.
 
-    Weights may change in place or move. Call `reset()` after an exchange of modules. One object serves one thread.
+    Weights may change in place or move, and modules may be exchanged. One object serves one thread.
     """
 
     def __init__(self, model: DCDiT, max_graphs: int = 8, capture: Capture | None = None) -> None:
@@ -69,11 +69,11 @@ class Graphed(Replaying):
         """See `DCDiT.forward`."""
         limits: dict[str, Any] = {"capacity": capacity, "max_seqlen": max_seqlen, "budget": budget}
         limits["budget_per_sample"] = budget_per_sample
+        self._reset_if_changed()
         reason = self._why_not(x, drop_fraction, limits, others)
         if reason is not None:
             self.eager[reason] += 1
             return self.model(x, t, y, drop_fraction, return_routing, **limits, **others)
-        self._reset_if_moved()
         inputs: tuple[torch.Tensor, ...] = (x, t, y)
         if isinstance(budget_per_sample, torch.Tensor):
             inputs = (*inputs, limits.pop("budget_per_sample").to(x.device, torch.int32).expand(len(x)))

@@ -68,6 +68,8 @@ class GraphCache:
 class Replaying:
     """A model with its graphs, and the counts of what was replayed and what not, and why."""
 
+    _known: list[Any] | None = None
+
     def __init__(self, model: nn.Module, max_graphs: int, capture: Capture | None) -> None:
         if max_graphs < 1:
             raise ValueError(f"max_graphs must be at least 1, got {max_graphs}")
@@ -84,7 +86,11 @@ class Replaying:
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._attributes = [module.__dict__ for module in modules]
         self._weights = [*self.model.parameters(), *self.model.buffers()]
-        self._addresses = list(map(torch.Tensor.data_ptr, self._weights))
+        everything = list(self.model.modules())
+        self._children = [module._modules for module in everything if module._modules]
+        self._owned = [own for module in everything for own in (module._parameters, module._buffers) if own]
+        self._adapted = [m for m in everything if "lora_A" in m._modules and hasattr(m, "merged_adapters")]
+        self._known = self._state()
 
     def _named_modules(self) -> Iterable[tuple[str, nn.Module]]:
         """Those whose hooks a graph would leave out."""
@@ -102,9 +108,18 @@ class Replaying:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in self.eager.items())
         return f"{text}, {eager} eager: {reasons}" if eager else text
 
-    def _reset_if_moved(self) -> None:
-        """Weights may have moved since the graphs were captured."""
-        if self._addresses != list(map(torch.Tensor.data_ptr, self._weights)):
+    def _state(self) -> list[Any]:
+        """What graphs go by: the modules, where their weights lie, and how PEFT's layers count."""
+        modules = itertools.chain.from_iterable(map(dict.values, self._children))
+        weights = itertools.chain.from_iterable(map(dict.values, self._owned))
+        adapters = [
+            (m.disable_adapters, [*m.active_adapters], [*m.merged_adapters], {**m.scaling}) for m in self._adapted
+        ]
+        return [*modules, *[weight.data_ptr() for weight in weights if weight is not None], *adapters]
+
+    def _reset_if_changed(self) -> None:
+        """Graphs of what the model was are of no use."""
+        if self._known is None or self._known != self._state():
             self.reset()
 
     def _why_not_here(self, device: torch.device, needs_gradient: bool) -> str | None:
