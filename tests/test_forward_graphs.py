@@ -31,6 +31,7 @@ from dcdit.model.forward_graphs import GraphedForward
 def tensors(outputs):
     """All tensors of an output and its routings."""
     out, routings = outputs
+    routings = [routing for routing in routings if routing is not None]
     plans = [getattr(r.plan, field.name) for r in routings for field in dataclasses.fields(r.plan)]
     leaves = [*tree.tree_leaves(out), *plans, *(r.boundary_prob for r in routings)]
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -129,19 +130,22 @@ def test_two_stacks_in_a_model_of_ones_own(enable):
         def run(self, blocks, tokens, plan):
             return blocks[0](tokens)
 
-        def forward(self, h, *, scale=1.0):
-            return {"h": self.stacks[1](self.stacks[0](h)) * scale}
+        def forward(self, h, *, scale=1.0, both=True):
+            h = self.stacks[0](h)
+            return {"h": (self.stacks[1](h) if both else h) * scale}
 
     model = Net().requires_grad_(False)
     other = copy.deepcopy(model)
     graph = enable(other)
     for net in (model, other):
         net.stacks[0].budget, net.stacks[1].budget_per_sample = 17, 9
+    h = torch.randn(2, 24, 32)
+    assert torch.equal(other(h, both=False)["h"], model(h, both=False)["h"]) and other.stacks[1].routing is None
     for scale in (1.0, 2.0, 1.0):
         h = torch.randn(2, 24, 32)
         assert torch.equal(other(h, scale=scale)["h"], model(h, scale=scale)["h"])
         assert [stack.routing.plan.capacity for stack in other.stacks] == [17, 18]
-    assert (graph.captures, graph.replays, graph.eager) == (2, 3, {}), graph.summary()
+    assert (graph.captures, graph.replays, graph.eager) == (3, 4, {}), graph.summary()
     other.stacks[0].budget = None
     other(torch.randn(2, 24, 32))
     assert graph.eager == {"stacks.0 has no number for budget_per_sample, budget or capacity": 1}

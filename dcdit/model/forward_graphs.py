@@ -62,7 +62,8 @@ class GraphedForward(Replaying):
         self.replays += 1
         out, routings = graph.replay(tensors)
         for chunking, routing in zip(self._chunkings.values(), routings, strict=True):
-            chunking.routing = Routing(routing.boundary_prob.clone(), routing.plan.clone())
+            if routing is not None:  # a stack that this forward does not run has none
+                chunking.routing = Routing(routing.boundary_prob.clone(), routing.plan.clone())
         return tree.tree_map_only(torch.Tensor, torch.clone, out)
 
     def _owners(self) -> list[nn.Module]:
@@ -76,7 +77,7 @@ class GraphedForward(Replaying):
             settings.append({name: x for name, x in vars(chunking.router).items() if not name.startswith("_")})
         return settings
 
-    def _run(self, tensors: tuple[torch.Tensor, ...], limits: dict[str, Any]) -> tuple[Any, list[Routing]]:
+    def _run(self, tensors: tuple[torch.Tensor, ...], limits: dict[str, Any]) -> tuple[Any, list[Routing | None]]:
         rest = iter(tensors)
         values = [next(rest) if entry is None else entry[1] for entry in limits["plain"]]
         args, kwargs, settings = tree.tree_unflatten(values, limits["form"])
