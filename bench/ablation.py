@@ -6,11 +6,9 @@ inputs. Each passes the gate of its group before it is timed. A choice that this
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from unittest.mock import patch
 
 import torch
@@ -31,26 +29,11 @@ def under(target: str, value: object) -> Callable:
     return functools.partial(patch, target, value)
 
 
-@contextlib.contextmanager
-def _wider(columns: int) -> Iterator[None]:
-    """`group_norm_whole` with so many channels to a program."""
-    whole = importlib.import_module("dcdit_kernels.triton.group_norm_whole")
-    with patch.object(whole, "COLUMNS", columns):
-        whole.whole_kernel.cache_clear()
-        yield
-    whole.whole_kernel.cache_clear()
-
-
 SHIPPED = ("triton", "dcdit")
 # group → variant → context of the shipped Triton operator.
 CONTEXTS: dict[str, dict[str, Callable]] = {
     # Rows of a sample in one program of the backward: more suit large batches, and leave SMs idle in small ones.
     "modulate": {f"slabs of {n}": under("dcdit_kernels.triton.modulate.SLAB", n) for n in (8, 32)},
-    # Norms whose groups a program could hold take two launches, or wider tiles.
-    "scaffold": {
-        "two launches a norm": under("dcdit_kernels.triton.group_norm.whole_kernel", lambda *sizes: None),
-        "norms of 32 channels": lambda: _wider(32),
-    },
 }
 # group → variants that are functions of their own.
 MASKS = ("no mask", "a mask for each plan", "a mask for each call")

@@ -1,6 +1,5 @@
 """GroupNorm–SiLU against the reference in float64: C++, and Triton in its interpreter or on a GPU if there is one."""
 
-import importlib
 import math
 
 import pytest
@@ -88,8 +87,7 @@ def test_pieces_and_threads(poisoned):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Grids of several tiles, slabs of several tiles, and steps inside a tile; no program holds a whole sample."""
-    monkeypatch.setattr("dcdit_kernels.triton.group_norm.whole_kernel", lambda *_: None)
+    """Grids of several tiles, slabs of several tiles, and steps inside a tile."""
     for name, cells in (("CELLS", 32), ("STEP", 16)):
         monkeypatch.setattr(f"dcdit_kernels.triton.group_norm.{name}", cells)
 
@@ -104,11 +102,8 @@ def test_slabs(cond, poisoned, launches, small_tiles):
         assert launches == [moments, ("group_norm_silu_forward", 2 * 2 * 10), moments, sums, backward]
 
 
-@pytest.mark.parametrize("slabs", [True, False], ids=["slabs", "whole"])
-def test_a_sample_gets_the_same_bits_in_any_batch(slabs, request, monkeypatch):
+def test_a_sample_gets_the_same_bits_in_any_batch(small_tiles, monkeypatch):
     """Whether a program of the backward has one of its slabs or all three."""
-    if slabs:
-        request.getfixturevalue("small_tiles")
     monkeypatch.setattr("dcdit_kernels.triton.group_norm.FILL", 6)
     x, weight, bias, cond, x_bias = inputs((3, 48, 9, 10))
     runs = []
@@ -118,27 +113,6 @@ def test_a_sample_gets_the_same_bits_in_any_batch(slabs, request, monkeypatch):
         grads = torch.autograd.grad((out * (x[samples] - 5)).sum(), leaves)
         runs.append([t[len(t) // 2] for t in (out, *grads)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("shape", "groups", "programs"),
-    [((2, 96, 32, 32), 32, 8), ((1, 288, 31, 33), 32, 32), ((1, 768, 32, 32), 32, 32), ((2, 384, 16, 16), 32, 32)],
-    ids=str,
-)
-def test_one_launch_where_a_program_holds_whole_groups(shape, groups, programs, poisoned, launches):
-    """Sizes of encoder and decoder at 256 px: four groups of 3 channels, one of 9, 24 and 12. A group wider than 32
-    channels, or a cell more, takes two launches."""
-    x, weight, bias, cond, x_bias = inputs(shape)
-    got = K.group_norm_silu(x, weight, bias, groups, cond, x_bias, backend="triton")
-    want = K.group_norm_silu(
-        *(t.double() for t in (x, weight, bias)), groups, cond.double(), x_bias.double(), backend="reference"
-    )
-    torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-5)
-    if launches is not None:
-        assert launches == [("group_norm_silu_whole", shape[0] * programs)]
-    whole_kernel = importlib.import_module("dcdit_kernels.triton.group_norm_whole").whole_kernel
-    for group, cells in ((33, 1024), (32, 1025)):
-        assert whole_kernel(group * 8, 8, cells) is None
 
 
 @pytest.mark.parametrize("backend", KERNELS)

@@ -21,8 +21,8 @@ def captured(like: torch.Tensor) -> bool:
 def aside(compute: Callable[[], T], like: torch.Tensor) -> Callable[[], T]:
     """Begin `compute()`, on the device of `like`. What is returned must be called once, and gives its result.
 
-    In a CUDA graph the computation becomes a branch beside what is launched before that call. Elsewhere it is made by
-    the call: another stream would take the host more time than it saves.
+    In a CUDA graph the computation becomes a branch beside what is launched before that call; of two branches one waits
+    for the other. Elsewhere the call makes it: another stream would take the host more time than it saves.
     """
     if not captured(like):
         return compute

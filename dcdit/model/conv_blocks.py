@@ -13,7 +13,6 @@ from torch import nn
 
 from dcdit_kernels import group_norm_silu
 
-from .aside import aside
 from .config import DCDiTConfig
 from .layers import BiasApartConv3x3, Conv3x3, PointwiseConv2d, RMSNorm, may_overwrite
 
@@ -47,8 +46,7 @@ class ResidualConvBlock(nn.Module):
 
         c comes through the SiLU of `cond` already, which `ConvStack` computes once for all blocks.
         """
-        cond = aside(lambda: self.cond[1](c), c)
-        h = self.norm2(*self.conv1(self.norm1(x)), cond())
+        h = self.norm2(*self.conv1(self.norm1(x)), self.cond[1](c))
         if isinstance(self.conv2, BiasApartConv3x3):  # the product of the skip adds both biases
             out, bias = self.conv2(h)
             skip = self.skip(x, bias)

@@ -105,27 +105,3 @@ def group_statistics(mean, spread, near, group, cells, eps, SIZE: tl.constexpr):
     parts = tl.where(member, spread[:, None] + count * delta * delta, 0.0)
     variance = tl.sum(parts, 0) * tl.div_rn(1.0, count * SIZE)
     return level, tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
-
-
-@triton.jit
-def sigmoid(x):
-    """1 / (1 + exp(-x)) within 2⁻²¹; a division would take more instructions than all the rest."""
-    root = tl.rsqrt(1 + tl.exp2(x * -1.4426950408889634))
-    return root * root
-
-
-@triton.jit
-def channel_values(ptr, channel, CHANNELS: tl.constexpr):
-    """Numbers of these channels in float32."""
-    return tl.load(ptr + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def added_values(cond_ptr, x_bias_ptr, channel, CHANNELS: tl.constexpr):
-    """The sum added to x in these channels: conditioning and bias, where given."""
-    total = tl.zeros([channel.shape[0]], tl.float32)
-    if cond_ptr is not None:
-        total += channel_values(cond_ptr, channel, CHANNELS)
-    if x_bias_ptr is not None:
-        total += channel_values(x_bias_ptr, channel, CHANNELS)
-    return total

@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ._group_moments import sigmoid
 from ._launch import jit_kernel
 from ._rows import cdiv, next_power_of_2
+from .group_norm import sigmoid
 
 
 @jit_kernel()

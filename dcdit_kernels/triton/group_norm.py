@@ -1,7 +1,6 @@
 """Triton kernels of GroupNorm–SiLU on channels-last features, bias and conditioning added in front.
 
-Where a program can hold whole groups of a sample, `group_norm_whole` computes the forward. Otherwise, and backward, a
-program takes a tile: 32 neighbouring channels of some cells of one sample, whatever the groups. A first launch keeps
+A program takes a tile: 32 neighbouring channels of some cells of one sample, whatever the groups. A first launch keeps
 the moments of each slab of cells by channel. Forward, a second one merges those that the groups of its channels need,
 and writes. Backward, a second one sums by slab what the gradient needs, and a third one writes. Bytes for N elements of
 e bytes: forward 3·N·e, backward 6·N·e, less what the cache still has of the launch before. Every other launch therefore
@@ -20,26 +19,39 @@ import triton
 import triton.language as tl
 
 from ._group_moments import (
-    added_values,
     channel_moments,
-    channel_values,
     group_statistics,
     group_sum,
     group_window,
     load_tile,
     merged_mean,
     of_channels,
-    sigmoid,
     slab_pairs,
     store_pair,
     store_tile,
 )  # fmt: skip
 from ._launch import Kernel, jit_kernel
 from ._rows import FILL, cdiv, next_power_of_2
-from .group_norm_whole import whole_kernel
 
 # Channels and cells of a tile, cells of a step of the backward, slabs of a sample at most.
 COLUMNS, CELLS, STEP, SLABS = 32, 256, 64, 8
+
+
+@triton.jit
+def channel_values(ptr, channel, CHANNELS: tl.constexpr):
+    """Numbers of these channels in float32."""
+    return tl.load(ptr + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def added_values(cond_ptr, x_bias_ptr, channel, CHANNELS: tl.constexpr):
+    """The sum added to x in these channels: conditioning and bias, where given."""
+    total = tl.zeros([channel.shape[0]], tl.float32)
+    if cond_ptr is not None:
+        total += channel_values(cond_ptr, channel, CHANNELS)
+    if x_bias_ptr is not None:
+        total += channel_values(x_bias_ptr, channel, CHANNELS)
+    return total
 
 
 @triton.jit
@@ -109,6 +121,13 @@ def group_norm_silu_forward(
     normed = (x.to(tl.float32) - centre[None, :]) * factor[None, :] + bias[None, :]
     out_ptr += sample * cells * CHANNELS
     store_tile(out_ptr, first, cells, channel, normed * sigmoid(normed), CHANNELS, ROWS)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) within 2⁻²¹; a division would take more instructions than all the rest."""
+    root = tl.rsqrt(1 + tl.exp2(x * -1.4426950408889634))
+    return root * root
 
 
 @triton.jit
@@ -240,14 +259,9 @@ class GroupNormSiLU:
         if x.numel() == 0:
             return out
         weight, bias, cond, x_bias = (_unit_stride(t) for t in (weight, bias, cond, x_bias))
-        stride = 0 if cond is None else cond.stride(0)
-        whole = whole_kernel(x.shape[1], groups, x.shape[2] * x.shape[3])
-        if whole is not None:
-            kernel, pieces = whole
-            kernel[(len(x) * pieces,)](x, weight, bias, cond, x_bias, out, stride, x.shape[2] * x.shape[3], eps)
-            return out
         make_moments, kernel, _, _ = _kernels(x.shape[1], groups, CELLS, STEP)
         moments, cells, slab_cells, beside = _moments(x, make_moments)
+        stride = 0 if cond is None else cond.stride(0)
         kernel[(beside, cdiv(cells, CELLS))](
             x, weight, bias, cond, x_bias, moments, out, stride, cells, slab_cells, eps
         )
