@@ -5,7 +5,7 @@ that has its line is not run again. On a CPU a variant takes one thread after an
 from its last save. On a GPU all variants are trained together, step by step (`bench.lockstep`).
 
 With --drop-fractions or --guidances the trained models are drawn from and judged once more, at each pair of both; the
-lines go to bench/results/quality_drawn.jsonl.
+lines go to quality_drawn.jsonl beside the other results.
 
 `docs/quality.md` explains the variants and the numbers; python -m bench.quality_tables writes its tables, and
 python -m bench.quality_farm makes many calls side by side on one GPU.
@@ -43,7 +43,7 @@ from .where import where
 
 CONFIG = Path(__file__).with_name("quality.yaml")
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
-DRAWN = RESULTS.with_name("quality_drawn.jsonl")
+DRAWN = "quality_drawn.jsonl"  # beside RESULTS
 
 # Name → the kind of rival, and its changes to bench/quality.yaml.
 VARIANTS: dict[str, tuple[str, list[str]]] = {
@@ -222,10 +222,11 @@ def main() -> None:
     key |= {"device": args.device, "steps": args.steps}
     if args.drop_fractions or args.guidances:
         pairs = product(args.drop_fractions or [0.0], args.guidances or [SAMPLES["guidance"]])
+        drawn = args.results.with_name(DRAWN)
         for name, (rho, guidance) in product(args.variants, list(pairs)):
             own = {**key, "variant": name, "drop_fraction": rho, "guidance": guidance}
-            if not found(own, DRAWN):
-                write({**own, **again(name, rho, guidance, args)}, DRAWN)
+            if not found(own, drawn):
+                write({**own, **again(name, rho, guidance, args)}, drawn)
         return
     left = [name for name in args.variants if not found({**key, "variant": name}, args.results)]
     for names in [left] if args.device == "cuda" and left else [[name] for name in left]:

@@ -1,6 +1,7 @@
 """Take what bench.quality_farm brought into bench/results: python -m bench.quality_collect FOLDER (of quality.tar.gz)
 
-The lines of the results are appended to quality.jsonl. The losses of each run are written as a hundred means.
+The lines of the results are appended to quality.jsonl and quality_drawn.jsonl. The losses of each run are
+written as a hundred means.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .machine import read_lines
-from .quality import RESULTS
+from .quality import DRAWN, RESULTS
 
 SPANS = 100
 KEYS = ("step", "diffusion_loss", "kept")
@@ -23,9 +24,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
-    with open(RESULTS, "a", encoding="utf-8") as stream:
-        for file in sorted(args.folder.glob("runs/*/quality.jsonl")):
-            stream.write(file.read_text(encoding="utf-8"))
+    for name in (RESULTS.name, DRAWN):
+        for file in sorted(args.folder.glob(f"runs/*/{name}")):
+            with open(RESULTS.with_name(name), "a", encoding="utf-8") as stream:
+                stream.write(file.read_text(encoding="utf-8"))
     for file in sorted(args.folder.glob("runs/*/*/*/metrics.jsonl")):
         rows = read_lines(file)
         target = RESULTS.with_suffix("") / file.parts[-3] / f"{file.parts[-2]}.jsonl"

@@ -87,8 +87,7 @@ def main() -> None:
     text = PAGE.read_text(encoding="utf-8")
     results = [run for run in read_lines(RESULTS) if run["steps"] >= least]
     parts = [(BEGIN, tables(results), END)]
-    if DRAWN.exists():
-        parts.append((BEGIN_DRAWN, drawn_table(read_lines(DRAWN)), END_DRAWN))
+    parts.append((BEGIN_DRAWN, drawn_table(read_lines(RESULTS.with_name(DRAWN))), END_DRAWN))
     for begin, table, end in parts:
         before, after = text.split(begin)[0], text.split(end)[1]
         text = f"{before}{begin}\n{table}\n{end}{after}"

@@ -94,19 +94,9 @@ def data(tmp_path):
 
 def test_a_run_has_one_line(data, tmp_path, monkeypatch, capsys):
     results, page = tmp_path / "quality.jsonl", tmp_path / "quality.md"
-    words = [
-        "quality",
-        "mended",
-        "--steps",
-        "2",
-        "--samples",
-        "10",
-        "--data",
-        str(data),
-        "--runs",
-        str(tmp_path / "runs"),
-    ]
-    monkeypatch.setattr("sys.argv", [*words, "--results", str(results)])
+    key = f"mended --steps 2 --data {data} --runs {tmp_path}/runs".split()
+    words = ["quality", *key, "--samples", "10", "--results", str(results)]
+    monkeypatch.setattr("sys.argv", words)
     monkeypatch.setattr(quality, "SAMPLES", {**quality.SAMPLES, "steps": 2})
     monkeypatch.setattr("bench.judge.fit", lambda images, labels, **_: quality.judge.ConvClassifier(10).eval())
     quality.main()
@@ -115,8 +105,7 @@ def test_a_run_has_one_line(data, tmp_path, monkeypatch, capsys):
     assert line["variant"] == "mended" and line["train_cpu_seconds"] > 0 and len(line["sampling_kept"]) == 2
     assert {"validation_loss", "frechet", "frechet_patches", "recognised", "commit", "machine"} <= set(line)
 
-    drawn = tmp_path / "drawn.jsonl"
-    monkeypatch.setattr(quality, "DRAWN", drawn)
+    drawn = tmp_path / quality.DRAWN
     monkeypatch.setattr("sys.argv", [*words, "--drop-fractions", "0", "0.5", "--guidances", "1", "1.5"])
     quality.main()
     quality.main()
@@ -130,7 +119,6 @@ def test_a_run_has_one_line(data, tmp_path, monkeypatch, capsys):
     page.write_text("before\n{}\nold\n{}\nbetween\n{}\nold\n{}\nafter\n".format(*marks))
     results.write_text("".join(json.dumps({**line, "seed": seed, "recognised": seed}) + "\n" for seed in (0, 1)))
     monkeypatch.setattr(quality_tables, "RESULTS", results)
-    monkeypatch.setattr(quality_tables, "DRAWN", drawn)
     monkeypatch.setattr(quality_tables, "PAGE", page)
     monkeypatch.setattr("sys.argv", ["tables", "--least-steps", "3"])
     quality_tables.main()
@@ -143,11 +131,11 @@ def test_a_run_has_one_line(data, tmp_path, monkeypatch, capsys):
     assert "50.0% (0.0% to 100.0%)" in text and "| mended |" in text and "| 0, 1 |" in text
 
     monkeypatch.setattr(quality_where, "RESULTS", results)
-    monkeypatch.setattr("sys.argv", ["where", *words[1:4], *words[6:]])
+    monkeypatch.setattr("sys.argv", ["where", *key])
     quality_where.main()
     rows = capsys.readouterr().out.splitlines()[-len(where.TIMES) :]
     assert [row.split()[1] for row in rows] == [str(t) for t in where.TIMES]
-    monkeypatch.setattr("sys.argv", ["pictures", *words[1:4], *words[6:]])
+    monkeypatch.setattr("sys.argv", ["pictures", *key])
     monkeypatch.setattr(quality_pictures, "IMAGES", tmp_path)
     quality_pictures.main()
     assert (tmp_path / "quality.png").stat().st_size > 1000
@@ -178,10 +166,12 @@ def test_what_a_farm_brought(tmp_path, monkeypatch):
         rows = [{"step": step, "diffusion_loss": offset + step, "kept": 0.25, "lr": 1} for step in range(1, 401)]
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "runs" / "0" / "quality.jsonl").write_text('{"new": 1}\n')
+    (tmp_path / "runs" / "0" / quality.DRAWN).write_text('{"drawn": 1}\n')
     monkeypatch.setattr(quality_collect, "RESULTS", results)
     monkeypatch.setattr("sys.argv", ["collect", str(tmp_path)])
     quality_collect.main()
     assert results.read_text() == '{"old": 1}\n{"new": 1}\n'
+    assert (tmp_path / quality.DRAWN).read_text() == '{"drawn": 1}\n'
     monkeypatch.setattr(quality_curves, "RESULTS", results)
     monkeypatch.setattr(quality_curves, "IMAGES", tmp_path)
     monkeypatch.setattr("sys.argv", ["curves", "grid", "--steps", "400", "--panels", *["fashion-mnist/0"] * 2])
