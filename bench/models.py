@@ -31,7 +31,7 @@ UNCOND_DROP = 0.9  # ρ of the unconditional half of Lite-CFG
 GUIDANCE = 1.25
 RATIO_WEIGHT = 0.03
 CHAIN = "dcdit graph in a chain"  # one kernel after another, conditioning included
-in_a_chain = functools.partial(patch, "dcdit.model.aside.captured", lambda like: False)
+in_a_chain = functools.partial(patch, "dcdit.model.blocks.captured", lambda like: False)
 
 
 class FixedRouter(nn.Module):

@@ -1,4 +1,4 @@
-"""Computations beside others, in CUDA graphs: a small batch's kernels leave most of a GPU idle."""
+"""Branches of CUDA graphs: a small batch's kernels leave most of a GPU idle."""
 
 from __future__ import annotations
 
@@ -19,13 +19,11 @@ def captured(like: torch.Tensor) -> bool:
 
 
 def aside(compute: Callable[[], T], like: torch.Tensor) -> Callable[[], T]:
-    """Begin `compute()`, on the device of `like`. What is returned must be called once, and gives its result.
+    """Begin `compute()`, on the device of `like`, as a branch of the graph that is being captured.
 
-    In a CUDA graph the computation becomes a branch beside what is launched before that call; of two branches one waits
-    for the other. Elsewhere the call makes it: another stream would take the host more time than it saves.
+    What is returned must be called once: it joins the branch, which runs beside what is launched until then, and gives
+    the result. Branches run one after another, so that one begun early must not stand before one that is needed soon.
     """
-    if not captured(like):
-        return compute
     side = _side(like.device.index)
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
