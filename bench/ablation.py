@@ -58,7 +58,7 @@ def attention(case: Case, device: str, problem: Problem) -> dict[str, Callable]:
     found = {name: functools.partial(attend, **how) for name, how in zip(MASKS, options, strict=True)}
     found["max_seqlen 1024"] = functools.partial(attend, lengths=(*lengths[:2], 1024, 1024), exact=True)
     for library in flash.LIBRARIES:
-        wrong = flash.why_not(library, *problem.inputs[0].unbind(1))
+        wrong = flash.why_not(library, *problem.inputs[0].unbind(1), gradients=case.backward)
         if wrong:
             problem.absent[library.name] = wrong
         else:

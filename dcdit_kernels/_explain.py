@@ -16,9 +16,9 @@ MADE_OF = {"unpad_input": ("plan_chunks", "pack_rows"), "pad_input": ("unpack_ro
 def explain(op: str, *args: Any, **kwargs: Any) -> str:
     """One line per back-end: chosen, able to run, or the reason against it.
 
-    Any of the operator's arguments will do, as long as one is a tensor: devices and dtypes decide. A function that is
-    made of operators gets the lines of each. Raises BackendError for an unknown operator, without a tensor, and where
-    the back-end that is asked for cannot run.
+    Any of the operator's arguments will do, as long as one is a tensor: devices and dtypes decide, for attention also
+    lengths, the mask and gradients. A function that is made of operators gets the lines of each. Raises BackendError
+    for an unknown operator, without a tensor, and where the back-end that is asked for cannot run.
     """
     if op not in OPERATORS and op not in MADE_OF:
         raise BackendError(f"unknown operator {op!r}; known: {', '.join(sorted((*OPERATORS, *MADE_OF)))}")
@@ -36,5 +36,5 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
             reason = operator.why_not(name, tensors[0].device, tuple([t.dtype for t in tensors]))
             lines.append(f"  {name}: {reason or 'can run'}")
     if operator.describe is not None:
-        lines += operator.describe(*tensors)
+        lines += operator.describe(*args, **kwargs)
     return "\n".join(lines)

@@ -53,7 +53,7 @@ class Backend:
 class Operator:
     """A name and its back-ends; `dcdit_kernels.reference` has every operator, and `backends` are the others.
 
-    `describe(*tensors)` returns the lines that `explain` adds about a choice inside of a back-end.
+    `describe(…)` of `explain`'s arguments returns the lines that it adds about a choice inside of a back-end.
     """
 
     def __init__(self, name: str, *, describe: Callable[..., list[str]] | None = None, **backends: Backend) -> None:
@@ -119,7 +119,7 @@ def _full_precision(function: Callable[..., Any], device: torch.device, *args: A
         return function(*args, **kwargs)
 
 
-def _on_device(function: Callable[..., Any], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+def on_device(function: Callable[..., Any], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """Call it with the tensor's GPU as the current one."""
     if not elsewhere(tensor):
         return function(*args, **kwargs)
@@ -193,7 +193,7 @@ class Differentiable(Operator):
         if (graph and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
             return _Node.apply(self, implementation, inputs, *tensors)
         if elsewhere(tensors[0]):
-            return _on_device(implementation.forward, tensors[0], **inputs)
+            return on_device(implementation.forward, tensors[0], **inputs)
         return implementation.forward(**inputs)
 
     def _check(self, inputs: dict[str, Any]) -> None:
@@ -212,12 +212,12 @@ class Differentiable(Operator):
         self.choose(backend, *(inputs[name] for name in self.tensors))
         implementation, first = self.backends[backend].implementation, inputs[self.tensors[0]]
         if self.has_backward(backend):
-            return _on_device(implementation.forward, first, **inputs)
+            return on_device(implementation.forward, first, **inputs)
         return _full_precision(implementation, first.device, **inputs)
 
     def backward(self, backend: str, grads: tuple[torch.Tensor, ...], needs: Any, inputs: dict[str, Any]) -> Any:
         """The gradients of the tensors, by a back-end that brings its own backward."""
-        return _on_device(self.backends[backend].implementation.backward, grads[0], *grads, needs, **inputs)
+        return on_device(self.backends[backend].implementation.backward, grads[0], *grads, needs, **inputs)
 
 
 class _Node(KernelFunction):
@@ -235,7 +235,7 @@ class _Node(KernelFunction):
             if tensors[place] is not None:
                 kept[place], ctx.unread[name] = None, (tensors[place].shape, tensors[place].dtype)
         ctx.save_for_backward(*kept)
-        return _on_device(implementation.forward, tensors[0], **inputs)
+        return on_device(implementation.forward, tensors[0], **inputs)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -244,7 +244,7 @@ class _Node(KernelFunction):
         for name, (shape, dtype) in ctx.unread.items():
             inputs[name] = torch.empty(shape, dtype=dtype, device="meta")
         with torch.no_grad():
-            got = _on_device(ctx.implementation.backward, grads[0], *grads, needs, **inputs)
+            got = on_device(ctx.implementation.backward, grads[0], *grads, needs, **inputs)
         got = [grad if need else None for grad, need in zip(got, needs, strict=True)]
         if torch.is_grad_enabled():
             got = connect(got, (*grads, *saved))

@@ -47,8 +47,9 @@ def varlen_attention(
     """softmax(q kᵀ · scale) v of each sample's own rows (FlashAttention, arXiv 2307.08691).
 
     The native back-end is FlashAttention on a GPU in float16 or bfloat16 (flash-attn 4, 3 or 2, or PyTorch's own) and
-    PyTorch's efficient attention in float32; elsewhere PyTorch's fused attention sample by sample.
-    `explain("varlen_attention", q, k, v, …)` says which and why.
+    PyTorch's efficient attention in float32; elsewhere PyTorch's fused attention sample by sample. On an H100 or H200
+    a kernel in Triton takes PyTorch's place where no gradient is needed, nothing is compiled, no mask is causal and no
+    sample is above 512 rows. `explain("varlen_attention", q, k, v, …)` says which and why.
 
     Args:
         q: (Tq, heads, head_dim); k, v: (Tk, heads of k, head_dim); views of a fused qkv are fine. With fewer heads of k
@@ -78,13 +79,16 @@ def varlen_attention(
         q, k, v = (part.to(torch.get_autocast_dtype(kind)) for part in (q, k, v))  # as PyTorch's own attention
     alike = cu_seqlens_k is cu_seqlens_q and rows_q == rows_k
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k)
-    if traced(q):
-        name, library = _choose(backend, causal and not alike, *tensors)
+    call = {"causal": causal, "uneven": not alike}
+    if traced(q):  # by operators of PyTorch; a graph depends on no length
+        name, library = _choose(backend, call | {"gradients": True, "long": True}, *tensors)
     else:
+        call["gradients"] = flash.beyond_forward(q, k, v)
+        call["long"] = not flash.short(max_seqlen_q, max_seqlen_k)
         like = [(t.dtype, t.device, t.shape[1:]) for t in tensors]
-        key = (backend, current.eager, causal and not alike, 0 in (*rows_q, *rows_k), *like)
+        key = (backend, current.eager, *call.values(), 0 in (*rows_q, *rows_k), *like)
         if key not in _chosen:
-            _chosen[key] = _choose(backend, causal and not alike, *tensors)
+            _chosen[key] = _choose(backend, call, *tensors)
         name, library = _chosen[key]
     if rows_v != rows_k:
         shaped("varlen_attention", "v", v, *k.shape)
@@ -114,13 +118,13 @@ def varlen_attention(
     return flash_calls.attend(library, packing, exact, **inputs)
 
 
-# (request, dtypes, devices, shapes without rows) → the back-end and the library, once their checks have passed.
+# (request, mask, gradients, length, dtypes, devices, shapes without rows) → the back-end and the library, once checked.
 _chosen: dict[tuple[Any, ...], tuple[str, flash.Library | None]] = {}
 
 
 def _choose(
     backend: str | None,
-    uneven_causal: bool,
+    call: dict[str, bool],
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -139,7 +143,7 @@ def _choose(
     tensors = {"k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     one_device("varlen_attention", q, tensors)
     name = OPERATOR.choose(backend, q, k, v)
-    return name, flash.choose(q, k, v, uneven_causal) if name == "native" else None
+    return name, flash.choose(q, k, v, **call) if name == "native" else None
 
 
 def _lengths(of: str, cu_seqlens: torch.Tensor, rows: int, max_seqlen: int) -> None:

@@ -1,8 +1,10 @@
 """Which library computes varlen attention on a GPU, and why the others cannot; `flash_calls` calls it.
 
-flash-attn 4, 3 and 2 (arXiv 2307.08691, 2407.08608) come first. PyTorch's own operators are called as `torch.ops.aten`
-has them, differentiable in C++: FlashAttention 2 for half precision, and the memory-efficient attention of xFormers
-(arXiv 2112.05682) for float32. torch.compile takes torch's varlen_attn in their place.
+flash-attn 4, 3 and 2 (arXiv 2307.08691, 2407.08608) come first, where a user has installed them. A kernel of our own in
+Triton serves short samples without gradients where a prototype of it took less time than PyTorch's FlashAttention.
+PyTorch's own operators are called as `torch.ops.aten` has them, differentiable in C++: FlashAttention 2 for half
+precision, and the memory-efficient attention of xFormers (arXiv 2112.05682) for float32. torch.compile takes torch's
+varlen_attn in their place.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
+from ._check import PLAIN
 from ._triton_support import assume_constant, capability
 
 KEYWORDS = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
@@ -23,7 +27,10 @@ ATEN_FLASH = ("query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k
               "return_debug_mask", "scale")  # fmt: skip
 ATEN_EFFICIENT = ("query", "key", "value", "bias", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k",
                   "dropout_p", "custom_mask_type", "compute_log_sumexp", "scale")  # fmt: skip
+TRITON = (*KEYWORDS, "scale")
 HALF = (torch.float16, torch.bfloat16)
+# Rows of a short sample: the longest for which Triton's kernel was timed beside FlashAttention 2.
+SHORT = 512
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,10 @@ class Library:
     dtypes: tuple[torch.dtype, ...] = HALF
     rocm: bool = False
     grouped: bool = True  # takes fewer heads of k and v than of q
-    uneven_causal: bool = True  # takes a causal mask where q and k differ in length
+    causal: bool = True  # takes a causal mask
+    uneven_causal: bool = True  # takes one where q and k differ in length
+    gradients: bool = True  # and subclasses of tensors, and transforms
+    long: bool = True  # serves samples above SHORT rows
     compiles: bool = True  # has operators that torch.compile can trace
     # Loads whole tiles, past a sample's end: the rows there must be finite, as 0 · NaN would reach the sums.
     reads_past: bool = False
@@ -50,6 +60,8 @@ LIBRARIES = (
             compiles=False, reads_past=True),
     Library("flash-attn 3", "flash_attn_interface", "flash_attn_varlen_func", KEYWORDS, (9,), 256, reads_past=True),
     Library("flash-attn 2", "flash_attn", "flash_attn_varlen_func", KEYWORDS, (8, 9, 10, 11, 12), 256, rocm=True),
+    Library("Triton attention", "dcdit_kernels.triton.attention", "varlen_attention", TRITON, (9,), 128,
+            causal=False, gradients=False, long=False, compiles=False),
     Library("torch FlashAttention", "torch.ops.aten", "_flash_attention_forward", ATEN_FLASH, (8, 9, 10, 11, 12), 256,
             compiles=False),
     Library("torch varlen_attn", "torch.nn.attention.varlen", "varlen_attn", TORCH_KEYWORDS, (8, 9, 10, 11, 12), 256,
@@ -112,13 +124,43 @@ def _refuses_device(majors: tuple[int, ...], rocm: bool, kind: str, index: int |
     return None if major in majors else f"needs compute capability {wanted}, got {major}.{minor}"
 
 
+def beyond_forward(*tensors: torch.Tensor) -> bool:
+    """Whether autograd, a transform of torch.func or a subclass of tensors may follow a call with these."""
+    if any([type(tensor) not in PLAIN for tensor in tensors]):
+        return True
+    if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
+        return True
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def short(*lengths: Any) -> bool:
+    """Whether no sample passes SHORT rows; of a length that is no number, which a check refuses, False."""
+    return all([isinstance(length, int) and length <= SHORT for length in lengths])
+
+
 def why_not(
-    library: Library, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, uneven_causal: bool = False
+    library: Library,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    uneven: bool = False,
+    gradients: bool = False,
+    long: bool = False,
 ) -> str | None:
-    """Reason why the library cannot take these tensors, or None. `uneven_causal`: with a causal mask, and k not of q's
-    lengths."""
-    if uneven_causal and not library.uneven_causal:
+    """Reason why the library cannot take these tensors, or None.
+
+    With a causal mask; with k not of q's lengths; as `beyond_forward`; with samples that may pass SHORT rows.
+    """
+    if causal and not library.causal:
+        return "takes no causal mask"
+    if causal and uneven and not library.uneven_causal:
         return "takes a causal mask only where q and k have the same cu_seqlens"
+    if gradients and not library.gradients:
+        return "serves plain tensors without gradients"
+    if long and not library.long:
+        return f"serves samples of at most {SHORT} rows"
     if q.dtype not in library.dtypes or not q.dtype == k.dtype == v.dtype:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in library.dtypes)
         return f"needs q, k and v in {names}, got {q.dtype}, {k.dtype}, {v.dtype}"
@@ -133,20 +175,28 @@ def why_not(
     return device or _missing(library.module, library.function, library.keywords)
 
 
-def choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, uneven_causal: bool = False) -> Library | None:
-    """The first library that can take these tensors, or None."""
+def choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **call: bool) -> Library | None:
+    """The first library that can take these tensors, or None. `call` as in `why_not`."""
     for library in LIBRARIES:
-        if why_not(library, q, k, v, uneven_causal) is None:
+        if why_not(library, q, k, v, **call) is None:
             return library
     return None
 
 
-def describe(q: torch.Tensor, k: torch.Tensor | None = None, v: torch.Tensor | None = None, *_: Any) -> list[str]:
+def describe(*args: Any, **kwargs: Any) -> list[str]:
     """For `explain`: native's choice, and why not the others. Without k and v they are like q."""
-    k, v = (q if part is None else part for part in (k, v))
-    chosen = choose(q, k, v)
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    q, k, v = tensors[:3] if len(tensors) > 2 else tensors[:1] * 3
+    lengths = [value for value in (*args, kwargs.get("max_seqlen_q"), kwargs.get("max_seqlen_k")) if type(value) is int]
+    call = {
+        "causal": bool(kwargs.get("causal")),
+        "uneven": len(tensors) > 4 and tensors[3] is not tensors[4],
+        "gradients": beyond_forward(q, k, v),
+        "long": not short(*lengths),
+    }
+    reasons = {library: why_not(library, q, k, v, **call) for library in LIBRARIES}
+    chosen = next((library for library, reason in reasons.items() if reason is None), None)
     name = "SDPA sample by sample" if chosen is None else chosen.name
     sync = ", which reads the lengths: one synchronisation" if chosen is None and q.is_cuda else ""
-    reasons = [(library, why_not(library, q, k, v)) for library in LIBRARIES]
-    lines = [f"    {library.name}: {reason or 'can run'}" for library, reason in reasons if library is not chosen]
-    return [f"  native is {name}{sync}", *lines]
+    others = [f"    {library.name}: {why or 'can run'}" for library, why in reasons.items() if library is not chosen]
+    return [f"  native is {name}{sync}", *others]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from . import flash
+from ._ops import on_device
 from .packing import Packing
 
 # cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k.
@@ -125,9 +126,16 @@ def _aten_efficient(library, q, k, v, lengths: Lengths, softmax_scale, causal):
     return function(q, k, v, None, cu_q, cu_k, *bounds, 0.0, int(causal), gradients, scale=softmax_scale)[0].squeeze(0)
 
 
+def _triton(library, q, k, v, lengths: Lengths, softmax_scale, causal):
+    function, _ = flash.found(library)
+    q, k, v = (_dense_heads(x) for x in (q, k, v))
+    return on_device(function, q, q, k, v, *lengths, softmax_scale)
+
+
 CALLS: dict[tuple[str, ...], Callable[..., Any]] = {
     flash.KEYWORDS: _flash,
     flash.TORCH_KEYWORDS: _varlen_attn,
+    flash.TRITON: _triton,
     flash.ATEN_FLASH: _aten_flash,
     flash.ATEN_EFFICIENT: _aten_efficient,
 }

@@ -49,7 +49,7 @@ class Launches(TorchDispatchMode):
 
 @pytest.fixture
 def net(monkeypatch):
-    monkeypatch.setattr(flash, "choose", lambda *_: flash.LIBRARIES[-1])
+    monkeypatch.setattr(flash, "choose", lambda *_, **__: flash.LIBRARIES[-1])
     monkeypatch.setattr(attention, "_chosen", {})  # remembered choices, before and here
     one = lambda library, q, k, v, *_: torch.addcmul(v, q, k)  # noqa: E731
     monkeypatch.setitem(flash_calls.CALLS, flash.LIBRARIES[-1].keywords, one)

@@ -32,7 +32,7 @@ def test_a_double_block_of_flux_launches_no_more_than_the_untouched_one(monkeypa
     """Attention is one launch in both, and so is a norm of the untouched block, as on a GPU."""
     if launches is None:
         pytest.skip("launches are counted where Triton is interpreted")
-    monkeypatch.setattr(flash, "choose", lambda *_: flash.LIBRARIES[-1])
+    monkeypatch.setattr(flash, "choose", lambda *_, **__: flash.LIBRARIES[-1])
     monkeypatch.setattr(attention, "_chosen", {})
     one = lambda library, q, k, v, *_: torch.addcmul(v, q, k)  # noqa: E731
     monkeypatch.setitem(flash_calls.CALLS, flash.LIBRARIES[-1].keywords, one)
