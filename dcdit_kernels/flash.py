@@ -124,18 +124,21 @@ def _refuses_device(majors: tuple[int, ...], rocm: bool, kind: str, index: int |
     return None if major in majors else f"needs compute capability {wanted}, got {major}.{minor}"
 
 
-def beyond_forward(*tensors: torch.Tensor) -> bool:
+def beyond_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether autograd, a transform of torch.func or a subclass of tensors may follow a call with these."""
-    if any([type(tensor) not in PLAIN for tensor in tensors]):
+    if type(q) not in PLAIN or type(k) not in PLAIN or type(v) not in PLAIN:
         return True
-    if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return True
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def short(*lengths: Any) -> bool:
     """Whether no sample passes SHORT rows; of a length that is no number, which a check refuses, False."""
-    return all([isinstance(length, int) and length <= SHORT for length in lengths])
+    try:
+        return max(lengths, default=0) <= SHORT
+    except TypeError:
+        return False
 
 
 def why_not(

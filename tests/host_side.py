@@ -17,7 +17,7 @@ import triton
 from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 
 import dcdit_kernels as K
-from dcdit_kernels import _triton_support
+from dcdit_kernels import _triton_support, flash
 from dcdit_kernels.triton import _launch
 from dcdit_kernels.triton.chunk import chunk_forward
 
@@ -112,6 +112,8 @@ def operators():
     gate, shift, scale = torch.empty(batch, 6 * width).split(width, 1)[:3]
     h, pos = torch.empty(batch, 64, width), torch.empty(64, width)
     features = torch.empty(batch, width, 8, 8).contiguous(memory_format=torch.channels_last)
+    qkv = torch.empty(plan.capacity, 3, 2, 32, dtype=torch.bfloat16).unbind(1)
+    lengths = plan.cu_seqlens, plan.cu_seqlens, plan.max_seqlen, plan.max_seqlen
     vector, leaf = torch.empty(width), torch.empty(plan.capacity, width, requires_grad=True)
     return {
         "adaln_modulate": lambda: K.adaln_modulate(x, shift, scale, plan),
@@ -124,6 +126,7 @@ def operators():
         "group_norm_silu": lambda: K.group_norm_silu(features, vector, vector, 8, gate),
         "boundary_predictability": lambda: K.boundary_predictability(features, vector, vector, vector, vector[:1]),
         "boundary_cosine": lambda: K.boundary_cosine(h, h),
+        "varlen_attention": lambda: K.varlen_attention(*qkv, *lengths, packing=plan),
         "plan_chunks": lambda: K.plan_chunks(prob, (8, 8), capacity=256),
     }
 
@@ -138,6 +141,7 @@ if __name__ == "__main__":
     _launch.Kernel.launch = own_launch
     STUB.stub_expect(0, None)
     _triton_support._interpreted = lambda: True  # a CPU's tensors pass for a GPU's
+    flash._refuses_device, flash.LIBRARIES = lambda *_: None, [x for x in flash.LIBRARIES if x.keywords == flash.TRITON]
     with K.use_backend("triton"):
         calls = {name: functions_called(call) for name, call in operators().items()}
     print(json.dumps({"same": same, "hooked": hooked(), "calls": calls}))

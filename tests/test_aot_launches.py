@@ -29,6 +29,7 @@ MOST = {
     "group_norm_silu": 122,
     "boundary_predictability": 175,
     "boundary_cosine": 113,
+    "varlen_attention": 122,
 }
 
 
