@@ -176,6 +176,12 @@ CASES = {
     "latents=''": (ConfigError, "latents must be a folder"),
     "batch_size=0": (ConfigError, "batch_size must be at least 1, got 0"),
     "blocks=[9,10]": (ConfigError, "blocks"),
+    "blocks=[1,2,3]": (ConfigError, r"blocks must be a list of 2, got \[1, 2, 3\]"),
+    "target_ratio=1": (ConfigError, "target_ratio must be greater than 1, got 1.0"),
+    "optim.lr=-1": (ConfigError, "optim.lr must not be negative, got -1.0"),
+    "optim.beta2=1": (ConfigError, "optim.beta2 must be in"),
+    "router_rate=-1": (ConfigError, "router_rate must not be negative, got -1.0"),
+    "seed=9223372036854775808": (ConfigError, "seed must be below"),
     "drop_fractions=[1]": (ConfigError, r"values in \[0, 1\), got"),
     "optim.ema_decay=[0.9,0.99]": (ConfigError, "must be one value"),
     "accumulate=2": (ConfigError, "accumulate"),
@@ -204,3 +210,11 @@ def test_what_a_run_does_not_go_on_from(tmp_path, capsys):
     capsys.readouterr()
     assert main([*command, "ratio_weight=0.2"]) != 0
     assert "the run at step 6 was trained with ratio_weight=0.1" in capsys.readouterr().err
+
+
+def test_a_source_whose_name_reads_as_another_type_in_yaml(tmp_path, monkeypatch, capsys):
+    command = configuration(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("2024", "a: b", "null"):
+        assert main([*command[:1], "--from", name, *command[3:]]) == 2
+        assert f"{name} must be a folder of diffusers" in capsys.readouterr().err

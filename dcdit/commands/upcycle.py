@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 from .options import add_allow
 
@@ -30,12 +31,13 @@ def run(args: argparse.Namespace) -> None:
     """Upcycle, or resume."""
     from ..training.config import load_config
 
+    source = json.dumps(args.source, ensure_ascii=False)  # quoted: a folder may be called 2024
     if args.family:
         from ..training.transformers import TransformerConfig, train_transformer
 
-        overrides = [*args.overrides, f"source={args.source}", f"family={args.family}"]
+        overrides = [*args.overrides, f"source={source}", f"family={args.family}"]
         train_transformer(load_config(args.config, overrides, TransformerConfig), args.allow)
         return
     from ..training.run import train
 
-    train(load_config(args.config, [*args.overrides, f"upcycle.source={args.source}"]), args.allow)
+    train(load_config(args.config, [*args.overrides, f"upcycle.source={source}"]), args.allow)

@@ -22,6 +22,7 @@ LIMITS = (
     ("steps batch_size accumulate log_every save_every data.size", lambda value: value >= 1, "be at least 1"),
     ("codec.factor validation.steps", lambda value: value >= 1, "be at least 1"),
     ("batch_size", lambda value: value <= 2**20, "be at most 1048576"),
+    ("seed", lambda value: value < 2**63, "be below 2**63"),  # NumPy makes keys of int64
     ("time_shift", lambda value: value > 0, "be positive"),
     ("tokens_per_batch data.buckets", lambda value: value >= 0, "not be negative"),
     ("min_snr seed ratio_weight max_minutes data.workers", lambda value: value >= 0, "not be negative"),
@@ -35,6 +36,15 @@ LIMITS = (
     ("upcycle.output_share", lambda value: 0 <= value <= 1, "be in [0, 1]"),
     ("label_drop optim.beta2", lambda value: 0 <= value < 1, "be in [0, 1)"),
 )
+
+
+def check_limits(config: Any, limits: tuple) -> None:
+    """Raise ConfigError for the first key of a configuration that passes its limits, which are as LIMITS."""
+    for names, fits, words in limits:
+        for name in names.split():
+            value = attrgetter(name)(config)
+            if not fits(value):
+                raise ConfigError(f"{name} must {words}, got {value}")
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
@@ -101,13 +111,7 @@ class TrainConfig:
     log_with: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for names, fits, words in LIMITS:
-            for name in names.split():
-                value = attrgetter(name)(self)
-                if not fits(value):
-                    raise ConfigError(f"{name} must {words}, got {value}")
-        if self.seed >= 2**63:  # NumPy makes keys of int64
-            raise ConfigError(f"seed must be below 2**63, got {self.seed}")
+        check_limits(self, LIMITS)
         for rho in self.drop_fractions:
             if not 0 <= rho < 1 - 2**-25:  # from there on float32 has 1
                 raise ConfigError(f"drop_fractions must lie in [0, 1), got {rho}")
@@ -251,6 +255,8 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         items = [value] * (1 if Ellipsis in args else len(args)) if single else value
         if not isinstance(items, list):
             raise ConfigError(f"{name} must be a list, got {value!r}")
+        if Ellipsis not in args and len(items) != len(args):
+            raise ConfigError(f"{name} must be a list of {len(args)}, got {value!r}")
         return tuple(_convert(args[0], item, name) for item in items)
     if hint is float and type(value) in (int, str):
         with contextlib.suppress(ValueError):

@@ -8,7 +8,20 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...errors import ConfigError
+from ..config import check_limits
 from ..config_groups import OptimConfig
+
+# As LIMITS of dcdit.training.config.
+LIMITS = (
+    ("steps batch_size log_every save_every", lambda value: value >= 1, "be at least 1"),
+    ("batch_size", lambda value: value <= 2**20, "be at most 1048576"),
+    ("seed", lambda value: value < 2**63, "be below 2**63"),
+    ("target_ratio", lambda value: value > 1, "be greater than 1"),
+    ("time_shift", lambda value: value > 0, "be positive"),
+    ("seed distill_steps ratio_weight router_rate guidance", lambda value: value >= 0, "not be negative"),
+    ("optim.lr optim.weight_decay optim.grad_clip optim.warmup_steps", lambda value: value >= 0, "not be negative"),
+    ("optim.beta2", lambda value: 0 <= value < 1, "be in [0, 1)"),
+)
 
 
 @dataclass(frozen=True)
@@ -51,13 +64,7 @@ class TransformerConfig:
         for name in ("source", "latents", "output"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} must be a folder, got an empty name")
-        for name in ("steps", "batch_size", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.target_ratio < 1:
-            raise ConfigError(f"target_ratio must be at least 1, got {self.target_ratio}")
-        if self.time_shift <= 0:
-            raise ConfigError(f"time_shift must be positive, got {self.time_shift}")
+        check_limits(self, LIMITS)
         if not self.drop_fractions or not all(0 <= rho < 1 for rho in self.drop_fractions):
             raise ConfigError(f"drop_fractions must be values in [0, 1), got {self.drop_fractions}")
         decay = self.optim.ema_decay
