@@ -19,7 +19,8 @@ from dcdit.errors import CheckpointError, ConfigError, DataError
 from dcdit.integrations.attention import add_dynamic_chunking, load_dynamic_chunking
 from dcdit.integrations.velocities import VELOCITIES
 from dcdit.training.config import load_config
-from dcdit.training.transformers import TransformerConfig, TransformerUpcycler
+from dcdit.training.state import read_header
+from dcdit.training.transformers import TransformerConfig, TransformerUpcycler, train_transformer
 from dcdit.training.transformers.student import keep_a_share
 
 SHAPES = {"wan": (4, 2, 8, 12), "ltx": (8, 2, 4, 6), "qwen-image": (4, 8, 6)}
@@ -166,6 +167,75 @@ def test_a_fresh_router_keeps_its_share():
 def test_the_shipped_configuration():
     config = load_config("configs/transformers/flux1-n4.yaml", ["from=a", "latents=b"], TransformerConfig)
     assert (config.source, config.steps, config.optim.ema_decay, config.blocks) == ("a", 15_000, (), (1, -1))
+
+
+def test_a_small_grid_keeps_at_least_the_forced_cells(tmp_path):
+    """Of 1 and 2 cells, which a router forces, too, and whatever the budget says."""
+    command = configuration(tmp_path)
+    for i, sides in enumerate([(2, 2), (2, 4), (6, 4), (2, 2), (2, 4)]):
+        rewritten(tmp_path, i, latents=torch.randn(2, *sides))
+    main([*command, "target_ratio=100"])
+    assert all(0 < line["kept"] <= 1 for line in lines(tmp_path))
+
+
+def rewritten(tmp_path, number, **tensors):
+    file = tmp_path / f"latents/{number}.safetensors"
+    save_file(load_file(file) | tensors, file)
+
+
+NAN = torch.full((2, 8, 6), float("nan"))
+SAMPLES = {
+    "must have finite latents, got NaN": {"latents": NAN},
+    r"must have latents of floating-point numbers, got I8 \(2, 8, 6\)": {"latents": torch.ones(2, 8, 6).char()},
+    r"must have text of floating-point numbers, got F32 \(0, 24\)": {"text": torch.ones(0, 24)},
+    r"must have latents of \(2, a multiple of 2, a multiple of 2\), got \(3, 8, 6\)": {"latents": torch.ones(3, 8, 6)},
+    r"a multiple of 2\), got \(2, 7, 6\)": {"latents": torch.ones(2, 7, 6)},
+    r"a multiple of 2\), got \(2, 1, 8, 6\)": {"latents": torch.ones(2, 1, 8, 6)},
+    r"must have text of \(S, 24\), got \(6, 20\)": {"text": torch.ones(6, 20)},
+    r"must have pooled of \(12,\), got \(10,\)": {"pooled": torch.ones(10)},
+}
+
+
+@pytest.mark.parametrize("message", SAMPLES)
+def test_a_sample_that_does_not_fit(message, tmp_path):
+    command = configuration(tmp_path)
+    rewritten(tmp_path, 3, **SAMPLES[message])
+    config = load_config(command[5], [f"source={command[2]}", "family=flux"], TransformerConfig)
+    with pytest.raises(DataError, match=f"3.safetensors {message}" if message.startswith("must") else message):
+        train_transformer(config)
+
+
+def test_what_came_before_a_broken_sample_is_saved(tmp_path, capsys):
+    command = configuration(tmp_path)
+    run = trainer(tmp_path)
+    run.held.close()
+    used = [set(run._epoch(0)[step]) for step in range(3)]
+    late = next(iter(used[2] - used[0] - used[1]))
+    rewritten(tmp_path, late, latents=run.data[late]["latents"] * float("inf"))
+    assert main(command) == 2
+    assert f"{late}.safetensors must have finite latents" in capsys.readouterr().err
+    assert read_header(tmp_path / "run/last.safetensors")["step"] == 2
+
+
+def test_nan(tmp_path, capsys):
+    """Of the source's weights, and of a training that diverges."""
+    command = configuration(tmp_path)
+    assert main([*command, "optim.lr=1e30", "log_every=6", "save_every=1000"]) == 2
+    assert "training diverged" in capsys.readouterr().err
+    file = tmp_path / "source/transformer/diffusion_pytorch_model.safetensors"
+    save_file({key: torch.full_like(value, float("nan")) for key, value in load_file(file).items()}, file)
+    assert main(command) == 2
+    assert "source makes NaN of the first batch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", VELOCITIES)
+def test_samples_are_held_against_the_models_of_each_family(family, tmp_path):
+    velocity, config = VELOCITIES[family](), make(FAMILIES[family]).config
+    shapes = (SHAPES.get(family, (2, 8, 6)), (3, 24), *([(12,)] if velocity.pooled else []))
+    velocity.check(config, shapes, "file")
+    for wrong in (((5, *shapes[0][1:]), *shapes[1:]), (shapes[0][:-1], *shapes[1:]), (shapes[0], (3, 23), *shapes[2:])):
+        with pytest.raises(DataError, match="file must have"):
+            velocity.check(config, wrong, "file")
 
 
 CASES = {

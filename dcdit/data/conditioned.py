@@ -19,7 +19,8 @@ class Conditioned:
     (S, D), and where `pooled` says so `pooled` (P).
 
     Samples of one shape share batches; with `ragged` only the latents' shapes count, and texts may differ in length.
-    Raises DataError for a folder without such files, and for a file of another kind.
+    `kinds` has the first file of each set of shapes. Raises DataError for a folder without such files, for a file of
+    another kind, and for a sample with NaN or infinity when it is read.
     """
 
     class_names = None
@@ -31,8 +32,10 @@ class Conditioned:
         if not self.files:
             raise DataError(f"{folder} must be a folder of safetensors files with {', '.join(self.names)}; it has none")
         self.buckets: dict[tuple, list[int]] = defaultdict(list)
+        self.kinds: dict[tuple[tuple[int, ...], ...], Path] = {}
         for index, file in enumerate(self.files):
             shapes = self._shapes(file)
+            self.kinds.setdefault(tuple(shapes.values()), file)
             self.buckets[shapes["latents"], () if ragged else shapes["text"]].append(index)
 
     def _shapes(self, file: Path) -> dict[str, tuple[int, ...]]:
@@ -41,23 +44,36 @@ class Conditioned:
 
         try:
             with safe_open(file, "pt") as tensors:
-                found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
-        except SafetensorError as error:
-            raise DataError(f"{file} is not a safetensors file: {error}") from error
+                slices = {name: tensors.get_slice(name) for name in self.names if name in tensors.keys()}
+                found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{file} is not a safetensors file that can be read: {error}") from error
         for name in self.names:
             sides = {"latents": (3, 4), "text": (2,), "pooled": (1,)}[name]
-            if len(found.get(name, ())) not in sides:
-                raise DataError(f"{file} must have {name} of {sides[0]} dimensions, got {found.get(name, 'none')}")
-        return found
+            shape, dtype = found.get(name, ((), ""))
+            if len(shape) not in sides:
+                raise DataError(f"{file} must have {name} of {sides[0]} dimensions, got {shape or 'none'}")
+            if 0 in shape or not dtype.startswith(("F", "BF")):
+                raise DataError(f"{file} must have {name} of floating-point numbers, got {dtype} {shape}")
+        return {name: found[name][0] for name in self.names}
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Sample:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        tensors = load_file(self.files[index])
-        return {name: tensors[name].float() for name in self.names}
+        file = self.files[index]
+        try:
+            tensors = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{file} is not a safetensors file that can be read: {error}") from error
+        sample = {name: tensors[name].float() for name in self.names}
+        for name, values in sample.items():
+            if not values.isfinite().all():
+                raise DataError(f"{file} must have finite {name}, got NaN or infinity")
+        return sample
 
     def fingerprint(self) -> str:
         """A hash of the files' places inside the folder and their sizes in bytes."""

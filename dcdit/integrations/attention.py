@@ -8,7 +8,6 @@ attention works on each token alone, and attention is left to a processor that k
 from __future__ import annotations
 
 import importlib
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,12 +24,12 @@ from torch.utils.hooks import RemovableHandle
 
 from dcdit_kernels import ChunkPlan, Packing, adaln_modulate, varlen_attention
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..model.config import check_keys
 from ..model.dynamic_chunking import DynamicChunking
 from ..model.untrained_routers import UNTRAINED, DifferenceRouter
 from .joint import JointBlocks, PackedText, kept_text
-from .reading import read_untouched
+from .reading import read_config, read_untouched
 
 BLOCK_KINDS = ("ada_norm_zero", "ada_norm_single", "layer_norm")
 
@@ -323,27 +322,32 @@ def load_dynamic_chunking(folder: str | os.PathLike, router: nn.Module | None = 
         router: where the model was wrapped with a router of its own, one of that kind.
         options: those of from_pretrained of the model's class, such as torch_dtype.
 
-    Raises ConfigError where the config says nothing of dynamic chunking, or names another router than is given.
+    Raises ConfigError where the config says nothing of dynamic chunking, or names another router than is given, and
+    CheckpointError for a folder that cannot be read.
     """
-    config = json.loads((Path(folder) / "config.json").read_text())
+    config = read_config(folder)
     written = config.get("dynamic_chunking")
-    if written is None:
-        raise ConfigError(f"config.json of {folder} must have dynamic_chunking, as of a wrapped model; got none")
+    if not isinstance(written, dict):
+        raise ConfigError(f"config.json of {folder} must have dynamic_chunking, as of a wrapped model; got {written}")
     given = None if router is None else type(router).__name__
     wanted = written.pop("router", None)
     if wanted in UNTRAINED:
         router = wanted
     elif wanted != given:
-        raise ConfigError(f"router must be a {wanted}, got {given}")
+        kind = f"a {wanted}" if wanted else "None, because the model was wrapped without one of its own"
+        raise ConfigError(f"router must be {kind}, got {given}")
     model = read_untouched(folder, config["_class_name"], **options)
     if "blocks" in written:
         written["blocks"] = slice(*written["blocks"])
     chunking = add_dynamic_chunking(model, **written, **({} if router is None else {"router": router}))
     name = next(name for name, child in model.named_children() if child is chunking)
     prefix, weights = f"{name}.router.", {}
-    for file in Path(folder).glob("*.safetensors"):
+    for file in Path(folder).expanduser().glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             own = (key for key in tensors.keys() if key.startswith(prefix))
             weights |= {key.removeprefix(prefix): tensors.get_tensor(key) for key in own}
-    chunking.router.load_state_dict(weights)
+    try:
+        chunking.router.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder} must have the router's weights in safetensors: {error}") from error
     return model

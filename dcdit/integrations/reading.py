@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 import diffusers
 from torch import nn
+
+from ..errors import CheckpointError, first_line
 
 
 class _Wrapped:
@@ -18,14 +22,36 @@ class _Wrapped:
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "dynamic_chunking"}, **kwargs)
 
 
+def read_config(folder: str | os.PathLike) -> dict[str, Any]:
+    """config.json of a model's folder. Raises CheckpointError where there is none of a class of diffusers."""
+    file = Path(folder).expanduser() / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not JSON: {error!r}") from error
+    except OSError as error:
+        raise CheckpointError(f"{folder} must be a folder of diffusers with config.json: {error}") from error
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    if not isinstance(name, str) or not issubclass(getattr(diffusers, name, object), diffusers.ModelMixin):
+        raise CheckpointError(f"{file} must name a model of diffusers as _class_name, got {name}")
+    return config
+
+
 def read_untouched(folder: str | os.PathLike, name: str, **options: Any) -> nn.Module:
     """The model of diffusers' class `name` in a folder that a wrapped one was saved in, as it was before.
 
-    `options` are those of from_pretrained. diffusers warns of weights that are missing or unknown, but of no router's.
+    `options` are those of from_pretrained. diffusers warns of unknown weights, but of no router's. Raises
+    CheckpointError where weights are missing, cannot be read or have other shapes than the config says.
     """
     kind = getattr(diffusers, name)
     ignored = [*(kind._keys_to_ignore_on_load_unexpected or ()), r"^\w+\.router\."]
     reader = type(name, (_Wrapped, kind), {"_keys_to_ignore_on_load_unexpected": ignored})
-    model = reader.from_pretrained(folder, **options)
+    try:
+        model, found = reader.from_pretrained(Path(folder).expanduser(), output_loading_info=True, **options)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} cannot be read as a {name}: {first_line(error)}") from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} weights that its config asks for, such as {missing[0]}")
     model.__class__ = kind
     return model

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..errors import DataError
+
 Texts = list[torch.Tensor]  # (S, D) for each sample
 
 
@@ -37,6 +39,23 @@ class Velocity:
         """Of the shape of x."""
         return output.sample
 
+    def sizes(self, config: Any) -> tuple[int, tuple[int, ...], int]:
+        """Of a model with this config: the latents' channels, the sides of a token in them, the width of text."""
+        raise NotImplementedError
+
+    def check(self, config: Any, shapes: tuple[tuple[int, ...], ...], file: Any) -> None:
+        """Raise DataError where a file's latents, text and pooled of these shapes do not fit a model's config."""
+        channels, patch, width = self.sizes(config)
+        (found, *sides), text, *pooled = shapes
+        fits = len(sides) == len(patch) and not any(side % n for side, n in zip(sides, patch, strict=True))
+        if found != channels or not fits:
+            wanted = ", ".join(f"a multiple of {n}" for n in patch)
+            raise DataError(f"{file} must have latents of ({channels}, {wanted}), got {shapes[0]}")
+        if text[1] != width:
+            raise DataError(f"{file} must have text of (S, {width}), got {text}")
+        if pooled and pooled[0] != (config.pooled_projection_dim,):
+            raise DataError(f"{file} must have pooled of ({config.pooled_projection_dim},), got {pooled[0]}")
+
 
 class Flux(Velocity):
     """Latents in patches of 2×2; `guidance` for models that have its embedding."""
@@ -45,6 +64,10 @@ class Flux(Velocity):
 
     def __init__(self) -> None:
         self.ids: dict[tuple, torch.Tensor] = {}
+
+    def sizes(self, config: Any) -> tuple[int, tuple[int, ...], int]:
+        """As for all."""
+        return config.in_channels // 4, (2, 2), config.joint_attention_dim
 
     def inputs(
         self,
@@ -76,6 +99,17 @@ class SD3(Velocity):
 
     name, text_and_time, pooled = "SD3Transformer2DModel", ("time_text_embed", "context_embedder"), True
 
+    def sizes(self, config: Any) -> tuple[int, tuple[int, ...], int]:
+        """As for all."""
+        return config.in_channels, (config.patch_size,) * 2, config.joint_attention_dim
+
+    def check(self, config: Any, shapes: tuple[tuple[int, ...], ...], file: Any) -> None:
+        """As for all; the table of positions bounds the sides."""
+        super().check(config, shapes, file)
+        side = config.pos_embed_max_size * config.patch_size
+        if max(shapes[0][1:]) > side:
+            raise DataError(f"{file} must have latents of sides up to {side}, got {shapes[0]}")
+
     def inputs(
         self, model: nn.Module, x: torch.Tensor, sigma: torch.Tensor, texts: Texts, pooled: torch.Tensor, **_: Any
     ) -> dict:
@@ -89,6 +123,10 @@ class ZImage(Velocity):
 
     name, ragged = "ZImageTransformer2DModel", True
     text_and_time = "t_embedder", "cap_embedder", "context_refiner"
+
+    def sizes(self, config: Any) -> tuple[int, tuple[int, ...], int]:
+        """As for all."""
+        return config.in_channels, (2, 2), config.cap_feat_dim
 
     def inputs(self, model: nn.Module, x: torch.Tensor, sigma: torch.Tensor, texts: Texts, **_: Any) -> dict:
         """As for all."""
@@ -105,6 +143,8 @@ class QwenImage(Velocity):
     name, ragged = "QwenImageTransformer2DModel", True
     text_and_time = "time_text_embed", "txt_norm", "txt_in"
 
+    sizes = Flux.sizes
+
     def inputs(self, model: nn.Module, x: torch.Tensor, sigma: torch.Tensor, texts: Texts, **_: Any) -> dict:
         """As for all."""
         text, mask = filled(texts)
@@ -120,6 +160,10 @@ class Wan(Velocity):
 
     name, text_and_time = "WanTransformer3DModel", ("condition_embedder",)
 
+    def sizes(self, config: Any) -> tuple[int, tuple[int, ...], int]:
+        """As for all."""
+        return config.in_channels, config.patch_size, config.text_dim
+
     def inputs(self, model: nn.Module, x: torch.Tensor, sigma: torch.Tensor, texts: Texts, **_: Any) -> dict:
         """As for all."""
         return {"hidden_states": x, "timestep": 1000 * sigma, "encoder_hidden_states": torch.stack(texts)}
@@ -131,6 +175,10 @@ class LTX(Velocity):
     name, ragged = "LTXVideoTransformer3DModel", True
     text_and_time = "time_embed", "caption_projection"
     scale = 8 / 25, 32, 32
+
+    def sizes(self, config: Any) -> tuple[int, tuple[int, ...], int]:
+        """As for all."""
+        return config.in_channels, (1, 1, 1), config.caption_channels
 
     def inputs(self, model: nn.Module, x: torch.Tensor, sigma: torch.Tensor, texts: Texts, **_: Any) -> dict:
         """As for all."""

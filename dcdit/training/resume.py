@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DCDiTError
 from .config import TrainConfig
 
 # Keys of a configuration, or groups of keys, that change no number of the steps that were made.
@@ -43,6 +43,12 @@ def compare(
             f"the run at step {step} was trained with {changes}; give another output, or go on with --allow {keys}"
         )
     return [{"step": step, "key": key, "from": a, "to": b} for key, a, b in differences]
+
+
+def diverged(how: str, step: int, saved: int) -> DCDiTError:
+    """That training has diverged at a step, and how to go on from the one that is saved; 0: none is."""
+    again = f"step {saved} is saved: resume with a smaller optim.lr and --allow optim.lr"
+    return DCDiTError(f"training diverged: {how} at step {step}; {again if saved else 'try a smaller optim.lr'}")
 
 
 def check_allowed(allow: Sequence[str], config: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from .launch import make_accelerator
 from .objectives import SUB_BATCH, make_objective, ratio_loss
 from .parts import in_parts, moved, weights_of
 from .progress import Progress
-from .resume import Change, check_allowed, compare, describe_data
+from .resume import Change, check_allowed, compare, describe_data, diverged
 from .run_output import average, look, place, use
 from .state import EMA, Metrics, load_state, read_header, save_state
 from .step_graphs import StepGraphs
@@ -305,10 +305,7 @@ class Trainer:
             raise self._diverged(str(error)) from error
 
     def _diverged(self, how: str) -> DCDiTError:
-        again = (
-            f"; step {self.saved} is saved: resume with a smaller optim.lr and --allow optim.lr" if self.saved else ""
-        )
-        return DCDiTError(f"training diverged: {how} at step {self.step}{again or '; try a smaller optim.lr'}")
+        return diverged(how, self.step, self.saved)
 
     def _report(self, progress: Progress, values: dict[str, float]) -> None:
         self.log(values)

@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dcdit_kernels._plan_input import NaNError
+
 from ...data.conditioned import Conditioned
-from ...errors import ConfigError, DCDiTError
+from ...errors import CheckpointError, ConfigError, DataError
 from ...files import check_folder, locked
 from ...integrations.attention import add_dynamic_chunking
 from ...integrations.velocities import VELOCITIES
@@ -24,7 +26,7 @@ from ..config import learning_rate
 from ..launch import make_accelerator
 from ..objectives import FlowMatching
 from ..progress import Progress
-from ..resume import check_allowed, compare, describe_data
+from ..resume import check_allowed, compare, describe_data, diverged
 from ..state import EMA, Metrics, load_state, read_header, save_state
 from ..stream import draw_drop_fraction, generator
 from .config import TransformerConfig
@@ -51,6 +53,8 @@ class TransformerUpcycler:
         self.data = Conditioned(config.latents, self.velocity.pooled, self.velocity.ragged)
         self.objective, self.epochs = FlowMatching(config.time_shift), (-1, [])
         self.net = read_source(config.source, self.velocity).to(self.device)
+        for shapes, file in self.data.kinds.items():
+            self.velocity.check(self.net.config, shapes, file)
         teacher = copy.deepcopy(self.net).eval().requires_grad_(False)
         torch.manual_seed(config.seed)
         self.chunking = add_dynamic_chunking(self.net.train(), blocks=slice(*config.blocks))
@@ -84,7 +88,11 @@ class TransformerUpcycler:
         resumed, self.changes = self.last.exists(), []
         if not resumed:
             with torch.no_grad(), self.accelerator.autocast():
-                student(self.batch(0, 0, config.batch_size // self.ranks), distil=False, share=None)
+                batch = self.batch(0, 0, config.batch_size // self.ranks)
+                try:
+                    student(batch, distil=False, share=None)
+                except NaNError as error:
+                    raise CheckpointError(f"{config.source} makes NaN of the first batch: {error}") from error
                 keep_a_share(self.chunking, config.target_ratio)
         self.emas = [EMA(self.net, decay) for decay in config.optim.ema_decay]
         if resumed:
@@ -164,7 +172,10 @@ class TransformerUpcycler:
         first = count * self.accelerator.process_index
         batch = self.batch(self.step, first, first + count)
         self.optimizer.zero_grad()
-        loss, ratio, kept = self.student(batch, distil, (1 - rho) / config.target_ratio)
+        try:
+            loss, ratio, kept = self.student(batch, distil, (1 - rho) / config.target_ratio)
+        except NaNError as error:
+            raise diverged(str(error), self.step, self.saved) from error
         self.accelerator.backward(loss + config.ratio_weight * ratio)
         for p in self.learned:  # all have moments, so that a run in its first stage can be resumed
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -182,7 +193,7 @@ class TransformerUpcycler:
         stacked = torch.stack([torch.as_tensor(v, dtype=torch.float32).to(self.device) for v in values.values()])
         numbers = dict(zip(values, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
         if not math.isfinite(sum(numbers.values())):
-            raise DCDiTError(f"training diverged at step {self.step}: {numbers}; try a smaller optim.lr")
+            raise diverged(str(numbers), self.step, self.saved)
         return numbers
 
     def _report(self, progress: Progress, numbers: dict[str, float]) -> None:
@@ -197,14 +208,14 @@ class TransformerUpcycler:
         """Write OUTPUT/model, of averaged weights where there is an average, and what a run resumes from."""
         if self.accelerator.is_main_process:
             if not all(p.isfinite().all() for p in self.learned):
-                raise DCDiTError(
-                    f"training diverged: weights at step {self.step} are not finite; step {self.saved} is kept"
-                )
+                raise diverged("weights that are not finite", self.step, self.saved)
             fresh, place = self.output / ".model", self.output / "model"
             shutil.rmtree(fresh, ignore_errors=True)
             self._swap()
-            self.net.save_pretrained(fresh)
-            self._swap()
+            try:
+                self.net.save_pretrained(fresh)
+            finally:  # also at a second signal, after which the run is saved again
+                self._swap()
             shutil.rmtree(place, ignore_errors=True)
             fresh.rename(place)
             header = {"step": self.step, "config": self.config.to_dict(), "data": self.described}
@@ -228,7 +239,7 @@ def train_transformer(config: TransformerConfig, allow: Sequence[str] = ()) -> P
         run = TransformerUpcycler(config, allow)
         try:
             return run.run()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, DataError):  # what came before a sample that cannot be read is not lost
             if run.saved != run.step and not run.updating:
                 run.save()
             raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import nn
 from ...errors import CheckpointError
 from ...integrations.attention import chunking_of
 from ...integrations.distillation import distillation_loss
-from ...integrations.reading import read_untouched
+from ...integrations.reading import read_config, read_untouched
 from ...integrations.velocities import Velocity
 from ..objectives import ratio_loss
 
@@ -26,9 +25,9 @@ def read_source(folder: str, velocity: Velocity) -> nn.Module:
     place = next((place for place in places if (place / "config.json").is_file()), None)
     if place is None:
         raise CheckpointError(f"{folder} must be a folder of diffusers with config.json or transformer/config.json")
-    config = json.loads((place / "config.json").read_text())
-    if config.get("_class_name") != velocity.name:
-        raise CheckpointError(f"{place} must have a {velocity.name}, got {config.get('_class_name')}")
+    config = read_config(place)
+    if config["_class_name"] != velocity.name:
+        raise CheckpointError(f"{place} must have a {velocity.name}, got {config['_class_name']}")
     if "dynamic_chunking" in config:
         raise CheckpointError(f"{place} has dynamic chunking already: give the model it was made from")
     return read_untouched(place, velocity.name)
@@ -37,12 +36,13 @@ def read_source(folder: str, velocity: Velocity) -> nn.Module:
 def keep_a_share(chunking: nn.Module, n: float) -> None:
     """Move a fresh router's bias so that it would have kept 1/n of the cells of its last call.
 
-    A predictability router always keeps the corners of a picture; they count.
+    A predictability router always keeps the first and the last cell; they count.
     """
     scores = chunking.routing.boundary_prob.float().logit().flatten()
     free = scores[scores.isfinite()]
     wanted = len(scores) / n - (len(scores) - len(free))
-    chunking.router.score.bias -= free.quantile(min(1.0, 1 - wanted / len(free)))
+    if len(free):
+        chunking.router.score.bias -= free.quantile(min(1.0, 1 - wanted / len(free)))
 
 
 class Student(nn.Module):
@@ -58,12 +58,13 @@ class Student(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The stage's loss, the ratio loss and the share of the image tokens that was kept, all ().
 
-        `share` of them are kept, the most probable ones of the batch; None: as the router says.
+        `share` of them are kept, the most probable ones of the batch, with the first and the last cell of each sample,
+        which the router forces; None: as the router says.
         """
         x, target, more = batch["x"], batch["target"], {k: v for k, v in batch.items() if k not in ("x", "target")}
         inputs, chunking = self.velocity.inputs(self.model, x, **more), chunking_of(self.model)
-        cells = len(x) * math.prod(chunking.grid_of(self.model, (), inputs))
-        chunking.budget = None if share is None else max(len(x), round(share * cells))
+        cells = math.prod(chunking.grid_of(self.model, (), inputs))
+        chunking.budget = None if share is None else max(len(x) * min(2, cells), round(share * len(x) * cells))
         if distil:
             loss = distillation_loss(self.model, *self.teacher, **inputs)
         else:
