@@ -39,14 +39,10 @@ class TransformerUpcycler:
     """One run. Everything random about a step is a function of (seed, step)."""
 
     def __init__(self, config: TransformerConfig, allow: Sequence[str] = ()) -> None:
-        from accelerate.utils import DistributedDataParallelKwargs
-
         self.config, self.velocity = config, VELOCITIES[config.family]()
         check_allowed(allow, config.to_dict())
         self.output = check_folder(Path(config.output).expanduser())
         self.accelerator = make_accelerator(config)
-        # Distillation leaves what is behind the chunked blocks without gradients.
-        self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.device, self.ranks = self.accelerator.device, self.accelerator.num_processes
         if config.batch_size % self.ranks:
             raise ConfigError(f"batch_size must be a multiple of {self.ranks} processes, got {config.batch_size}")
@@ -62,7 +58,7 @@ class TransformerUpcycler:
             self.net.get_submodule(name).requires_grad_(False)
         if config.checkpointing:
             self.net.enable_gradient_checkpointing()
-        student = Student(self.velocity, self.net, teacher, config.target_ratio)
+        self.student = Student(self.velocity, self.net, teacher, config.target_ratio)
         router = list(self.chunking.router.parameters())
         own = {id(p) for p in router}
         rest = [p for p in self.net.parameters() if p.requires_grad and id(p) not in own]
@@ -76,13 +72,12 @@ class TransformerUpcycler:
             self.output.mkdir(parents=True, exist_ok=True)
             self.held.enter_context(locked(self.output))
         try:
-            self._start(student, allow)
+            self._start(allow)
         except BaseException:
             self.held.close()
             raise
-        self.student = self.accelerator.prepare(student)
 
-    def _start(self, student: Student, allow: Sequence[str]) -> None:
+    def _start(self, allow: Sequence[str]) -> None:
         """Resume, or let the fresh router keep 1/N of the first batch."""
         config, described = self.config, describe_data(self.data)
         resumed, self.changes = self.last.exists(), []
@@ -90,7 +85,7 @@ class TransformerUpcycler:
             with torch.no_grad(), self.accelerator.autocast():
                 batch = self.batch(0, 0, config.batch_size // self.ranks)
                 try:
-                    student(batch, distil=False, share=None)
+                    self.student(batch, distil=False, share=None)
                 except NaNError as error:
                     raise CheckpointError(f"{config.source} makes NaN of the first batch: {error}") from error
                 keep_a_share(self.chunking, config.target_ratio)
@@ -163,7 +158,7 @@ class TransformerUpcycler:
     def _train_step(self) -> dict[str, torch.Tensor | float]:
         config, distil = self.config, self.step < self.config.distill_steps
         if not distil:
-            self.accelerator.unwrap_model(self.student).teacher = ()
+            self.student.teacher = ()
         rate = learning_rate(config.optim, self.step, config.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate"]
@@ -173,12 +168,15 @@ class TransformerUpcycler:
         batch = self.batch(self.step, first, first + count)
         self.optimizer.zero_grad()
         try:
-            loss, ratio, kept = self.student(batch, distil, (1 - rho) / config.target_ratio)
+            with self.accelerator.autocast():
+                loss, ratio, kept = self.student(batch, distil, (1 - rho) / config.target_ratio)
         except NaNError as error:
             raise diverged(str(error), self.step, self.saved) from error
         self.accelerator.backward(loss + config.ratio_weight * ratio)
         for p in self.learned:  # all have moments, so that a run in its first stage can be resumed
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            # Not by DDP: distillation leaves what is behind the chunked blocks without gradients.
+            p.grad = self.accelerator.reduce(grad, "mean") if self.ranks > 1 else grad
         norm = nn.utils.clip_grad_norm_(self.learned, config.optim.grad_clip or math.inf)
         self.updating = True  # until the step is counted
         self.optimizer.step()

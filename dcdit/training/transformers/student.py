@@ -46,7 +46,7 @@ def keep_a_share(chunking: nn.Module, n: float) -> None:
 
 
 class Student(nn.Module):
-    """A wrapped model with its losses as its forward, because DDP averages the gradients of one."""
+    """A wrapped model with its losses as its forward."""
 
     def __init__(self, velocity: Velocity, model: nn.Module, teacher: nn.Module, target_ratio: float) -> None:
         super().__init__()
