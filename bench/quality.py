@@ -176,8 +176,11 @@ def kept(trace: Trace, config: TrainConfig) -> list[float]:
 def again(name: str, rho: float, guidance: float, args: argparse.Namespace) -> dict:
     """The line of a trained model, drawn at a drop fraction and a guidance."""
     config, kind = configuration(name, args), VARIANTS[name][0]
+    file = folder_of(name, args) / "model" / "model.safetensors"
+    if not file.exists():
+        raise SystemExit(f"{name} must be trained before it is drawn again: there is no {file}")
     model = make_rival(config.model, kind)
-    model.load_state_dict(load_file(folder_of(name, args) / "model" / "model.safetensors"))
+    model.load_state_dict(load_file(file))
     model = model.to(args.device).eval()
     sheet, labels, trace = pictures(model, config, args, **{**SAMPLES, "guidance": guidance, "drop_fraction": rho})
     halves = [half.mean() for half in (trace.tokens, trace.uncond_tokens) if half is not None]
@@ -213,6 +216,7 @@ def main() -> None:
     parser.add_argument("--drop-fractions", type=float, nargs="+", metavar="RHO", help="draw again at these")
     parser.add_argument("--guidances", type=float, nargs="+", metavar="W", help="draw again at these")
     args = parser.parse_args()
+    check(parser, args)
     torch.set_num_threads(1)
     if args.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -232,6 +236,19 @@ def main() -> None:
     for names in [left] if args.device == "cuda" and left else [[name] for name in left]:
         for line in run(names, args):
             write({**key, **line}, args.results)
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with one line where the options cannot be used, before anything is trained."""
+    least = 1 if args.drop_fractions or args.guidances else 0
+    if args.samples < least:
+        parser.error(f"--samples must be at least {least}, got {args.samples}")
+    for rho in args.drop_fractions or ():
+        if not 0 <= rho < 1:
+            parser.error(f"--drop-fractions must be in [0, 1), got {rho}")
+    for guidance in args.guidances or ():
+        if not math.isfinite(guidance):
+            parser.error(f"--guidances must be finite, got {guidance}")
 
 
 def found(key: dict, results: Path) -> bool:

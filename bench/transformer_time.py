@@ -119,6 +119,10 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no further variant is made")
     args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {args.rounds}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU, and PyTorch finds none")
     begin = time.perf_counter()
     torch.set_num_threads(1)
     untouched, inputs = stack(args.device)

@@ -40,3 +40,13 @@ def test_variants(monkeypatch, capsys, attention):  # noqa: F811
     assert out.count("2 of 2 forwards replayed from 1 CUDA graphs, the bits of its own forward") == 3
     shares = {row[0].removeprefix("| "): float(row[1]) for row in rows}
     assert shares["half kept, graph"] == shares["half kept"] < 0.8
+
+
+@pytest.mark.parametrize("words", [["--rounds", "0"], ["--rounds", "-1"], ["--device", "cuda"]])
+def test_options_that_cannot_be_used(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["transformer_time", *words])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        transformer_time.main()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert ("--rounds must be at least 1, got" if words[0] == "--rounds" else "--device cuda needs a GPU") in line

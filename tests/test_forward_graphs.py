@@ -380,13 +380,23 @@ def test_wrapped_unwrapped_copied_and_undone(enable):
     run(model, inputs)
     assert graph.captures == 4
     assert inspect.signature(model.forward) == inspect.signature(graph.own)
-    with pytest.raises(ConfigError, match="hooks that replace a forward must come after enable_cuda_graph"):
+    with pytest.raises(ConfigError, match="has graphs already: disable_cuda_graph"):
         dcdit.enable_cuda_graph(model)
     dcdit.disable_cuda_graph(model)
     assert "forward" not in vars(model) and torch.equal(run(model, inputs), graph.own(**inputs).sample)
     with pytest.raises(ConfigError, match="model must be one that enable_cuda_graph was called on"):
         dcdit.disable_cuda_graph(model)
+    model.forward = model.forward  # as hooks of accelerate and diffusers do
+    with pytest.raises(ConfigError, match="hooks that replace a forward must come after enable_cuda_graph"):
+        dcdit.enable_cuda_graph(model)
+    del model.forward
+    for number in (0, 1.5, "8"):
+        with pytest.raises(ConfigError, match="max_graphs must be an integer of at least 1, got"):
+            dcdit.enable_cuda_graph(model, number)
     assert isinstance(dcdit.enable_cuda_graph(model), GraphedForward)
+    for call in (dcdit.enable_cuda_graph, dcdit.disable_cuda_graph):
+        with pytest.raises(ConfigError, match=r"model must be .* got a function"):
+            call(run)
 
 
 @pytest.mark.gpu

@@ -220,7 +220,7 @@ def test_weights_may_change_in_place_or_move(net, graph):
     net.final = copy.deepcopy(net.final)
     assert torch.equal(graph(*inputs, **limits), net.requires_grad_(False)(*inputs, **limits)) and graph.captures == 3
     assert graph.config is net.config and copy.copy(graph).config is net.config
-    with pytest.raises(ValueError, match="max_graphs must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_graphs must be an integer of at least 1, got 0"):
         dcdit.graphed(net, 0)
 
 

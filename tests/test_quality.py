@@ -141,6 +141,24 @@ def test_a_run_has_one_line(data, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "quality.png").stat().st_size > 1000
 
 
+OPTIONS = {
+    "--samples must be at least 0, got -1": ["--samples", "-1"],
+    "--samples must be at least 1, got 0": ["--samples", "0", "--guidances", "1"],
+    r"--drop-fractions must be in [0, 1), got 1.0": ["--drop-fractions", "0.5", "1"],
+    "--guidances must be finite, got nan": ["--guidances", "nan"],
+    "must be trained before it is drawn again": ["--guidances", "1"],
+}
+
+
+@pytest.mark.parametrize("message", OPTIONS)
+def test_options_that_cannot_be_used(message, data, tmp_path, monkeypatch, capsys):
+    words = ["quality", "learned", "--device", "cpu", "--data", str(data), "--runs", str(tmp_path / "none")]
+    monkeypatch.setattr("sys.argv", [*words, "--results", str(tmp_path / "lines"), *OPTIONS[message]])
+    with pytest.raises(SystemExit) as end:
+        quality.main()
+    assert message in f"{end.value}{capsys.readouterr().err}"
+
+
 def test_real_pictures_are_judged(data, tmp_path, monkeypatch, capsys):
     """Of a test set that is the training set, as many pictures of each class are at no distance from it."""
     for name in (IMAGES, LABELS):

@@ -186,8 +186,8 @@ def rewritten(tmp_path, number, **tensors):
 NAN = torch.full((2, 8, 6), float("nan"))
 SAMPLES = {
     "must have finite latents, got NaN": {"latents": NAN},
-    r"must have latents of floating-point numbers, got I8 \(2, 8, 6\)": {"latents": torch.ones(2, 8, 6).char()},
-    r"must have text of floating-point numbers, got F32 \(0, 24\)": {"text": torch.ones(0, 24)},
+    r"latents of floating-point numbers, no side of 0, got I8 \(2, 8, 6\)": {"latents": torch.ones(2, 8, 6).char()},
+    r"must have text of floating-point numbers, no side of 0, got F32 \(0, 24\)": {"text": torch.ones(0, 24)},
     r"must have latents of \(2, a multiple of 2, a multiple of 2\), got \(3, 8, 6\)": {"latents": torch.ones(3, 8, 6)},
     r"a multiple of 2\), got \(2, 7, 6\)": {"latents": torch.ones(2, 7, 6)},
     r"a multiple of 2\), got \(2, 1, 8, 6\)": {"latents": torch.ones(2, 1, 8, 6)},

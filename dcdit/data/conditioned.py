@@ -54,7 +54,7 @@ class Conditioned:
             if len(shape) not in sides:
                 raise DataError(f"{file} must have {name} of {sides[0]} dimensions, got {shape or 'none'}")
             if 0 in shape or not dtype.startswith(("F", "BF")):
-                raise DataError(f"{file} must have {name} of floating-point numbers, got {dtype} {shape}")
+                raise DataError(f"{file} must have {name} of floating-point numbers, no side of 0, got {dtype} {shape}")
         return {name: found[name][0] for name in self.names}
 
     def __len__(self) -> int:

@@ -49,7 +49,8 @@ def read_untouched(folder: str | os.PathLike, name: str, **options: Any) -> nn.M
     try:
         model, found = reader.from_pretrained(Path(folder).expanduser(), output_loading_info=True, **options)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} cannot be read as a {name}: {first_line(error)}") from error
+        reason = first_line(error).split(" If you want")[0]  # diffusers' advice is for callers of its own
+        raise CheckpointError(f"{folder} cannot be read as a {name}: {reason}") from error
     missing = sorted(found["missing_keys"])
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} weights that its config asks for, such as {missing[0]}")

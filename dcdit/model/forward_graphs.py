@@ -138,9 +138,13 @@ class Filled(TorchFunctionMode):
 def enable_cuda_graph(model: nn.Module, max_graphs: int = 8) -> GraphedForward:
     """Replay the module's forward as CUDA graphs from now on, in place; see `GraphedForward`, which counts.
 
-    `max_graphs` are kept. Raises ConfigError where the module's forward has been replaced already, as hooks of
-    accelerate and diffusers do: those come afterwards.
+    `max_graphs` are kept. Raises ConfigError for what is no module, and where the module's forward has been replaced
+    already, by this or as hooks of accelerate and diffusers do: those come afterwards.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a module, such as pipe.transformer, got a {type(model).__name__}")
+    if isinstance(vars(model).get("forward"), GraphedForward):
+        raise ConfigError("model has graphs already: disable_cuda_graph takes them away")
     if "forward" in vars(model):
         raise ConfigError("hooks that replace a forward must come after enable_cuda_graph, got a model that has one")
     graph = GraphedForward(model, max_graphs)
@@ -150,6 +154,6 @@ def enable_cuda_graph(model: nn.Module, max_graphs: int = 8) -> GraphedForward:
 
 def disable_cuda_graph(model: nn.Module) -> None:
     """Undo `enable_cuda_graph`. Raises ConfigError where there is nothing to undo."""
-    if not isinstance(vars(model).get("forward"), GraphedForward):
-        raise ConfigError("model must be one that enable_cuda_graph was called on")
+    if not isinstance(model, nn.Module) or not isinstance(vars(model).get("forward"), GraphedForward):
+        raise ConfigError(f"model must be one that enable_cuda_graph was called on, got a {type(model).__name__}")
     del model.forward

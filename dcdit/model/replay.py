@@ -14,6 +14,8 @@ from torch import nn
 
 from dcdit_kernels._dispatch import requested_backend
 
+from ..errors import ConfigError
+
 # capture(function) returns (start, outputs): each start() runs the function again and overwrites the outputs.
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], Any], Any]]
 
@@ -71,8 +73,8 @@ class Replaying:
     _known: list[Any] | None = None
 
     def __init__(self, model: nn.Module, max_graphs: int, capture: Capture | None) -> None:
-        if max_graphs < 1:
-            raise ValueError(f"max_graphs must be at least 1, got {max_graphs}")
+        if not isinstance(max_graphs, int) or max_graphs < 1:
+            raise ConfigError(f"max_graphs must be an integer of at least 1, got {max_graphs!r}")
         self.model, self.replays = model, 0
         self.cache = GraphCache(max_graphs, CudaCapture() if capture is None else capture)
         self.eager: collections.Counter[str] = collections.Counter()
