@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from .ablation import CONTEXTS, FUNCTIONS
 from .cases import OPERATORS, ROUTER, Case, select
-from .models import CHAIN
+from .replay import CHAIN
 
 Wanted = tuple[Case, tuple[str, ...]]  # a case, and the names of its variants to time
 

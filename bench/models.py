@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -24,14 +22,12 @@ from .baselines.model import dcdit_forward, dit_block
 from .cases import Case
 from .operators import routed_prob
 from .problem import Family, Problem, Tensors, Variant, Work
-from .replay import Replay, ReplayedStep, Shipped, ShippedStep
+from .replay import CHAIN, Chain, Replay, ReplayedStep, Shipped, ShippedStep
 
 SAMPLING_STEPS = {"cpu": 4, "cuda": 8}
 UNCOND_DROP = 0.9  # ρ of the unconditional half of Lite-CFG
 GUIDANCE = 1.25
 RATIO_WEIGHT = 0.03
-CHAIN = "dcdit graph in a chain"  # one kernel after another, conditioning included
-in_a_chain = functools.partial(patch, "dcdit.model.blocks.captured", lambda like: False)
 
 
 class FixedRouter(nn.Module):
@@ -166,14 +162,12 @@ def model_problem(case: Case, device: str, compiled: bool) -> Problem:
             ours, plain = networks["dcdit" + end][0], networks["DiT/2" + end][0]
             networks[f"dcdit{end} graph"] = ours, Shipped(capacity=tokens, max_seqlen=longest)
             networks[f"DiT/2{end} graph"] = plain, Replay(predict_dit)
-        networks[CHAIN] = nets, Shipped(capacity=tokens, max_seqlen=longest)
+        networks[CHAIN] = nets, Chain(capacity=tokens, max_seqlen=longest)
     variants = {}
     for name, network in networks.items():
         family = "DiT/2" if "DiT" in name else ""
         own = graphs if name.endswith(" graph") else task
         variants[name] = Variant(functools.partial(own.run, *network), family=family, timed=own.step(*network))
-    if CHAIN in variants:
-        variants[CHAIN] = dataclasses.replace(variants[CHAIN], around=in_a_chain)
     families = {"": Family(reference="dcdit reference"), "DiT/2": Family(yardstick="DiT/2", reference="DiT/2")}
     ours, dit = task.gflop()
     work = Work(sum(p.nbytes for p in nets[case.torch_dtype].parameters()), 1e9 * case.batch * ours, tokens)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -11,6 +13,8 @@ from dcdit.model.graphs import Graphed
 from dcdit.training.step_graphs import StepGraphs
 
 from .timing import captured
+
+CHAIN = "dcdit graph in a chain"
 
 
 class Shipped:
@@ -30,6 +34,14 @@ class Shipped:
         if graph.eager:
             raise RuntimeError(graph.summary())
         return out
+
+
+class Chain(Shipped):
+    """`Shipped` without branches: one kernel after another."""
+
+    def __call__(self, *args: Any) -> torch.Tensor:
+        with patch("dcdit.model.blocks.captured", lambda like: False):
+            return super().__call__(*args)
 
 
 class Replay:

@@ -16,12 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dcdit.errors import ConfigError
-from dcdit.integrations.attention import (
-    ChunkedBlocks,
-    PackedAttnProcessor,
-    add_dynamic_chunking,
-    remove_dynamic_chunking,
-)
+from dcdit.integrations.attention import add_dynamic_chunking, remove_dynamic_chunking
+from dcdit.integrations.basic_blocks import ChunkedBlocks, PackedAttnProcessor
 from dcdit.training.objectives import ratio_loss
 
 SIDE = 4  # tokens
