@@ -10,6 +10,8 @@ import torch
 
 pytest.importorskip("diffusers")
 import yaml
+from diffusers import FluxTransformer2DModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_training import subprocess_environment
 from transformer_families import FAMILIES, make, run
@@ -215,6 +217,28 @@ def test_what_came_before_a_broken_sample_is_saved(tmp_path, capsys):
     assert main(command) == 2
     assert f"{late}.safetensors must have finite latents" in capsys.readouterr().err
     assert read_header(tmp_path / "run/last.safetensors")["step"] == 2
+
+
+def test_a_full_disk_leaves_what_was_saved(tmp_path, capsys, monkeypatch):
+    """The model and the state of an earlier step stay, and the run goes on from them to the same bits."""
+    command = configuration(tmp_path)
+    main([*command, f"output={tmp_path / 'whole'}"])
+    saved, own = [], FluxTransformer2DModel.save_pretrained
+
+    def full(self, folder):
+        own(self, folder)
+        saved.append(folder)
+        if len(saved) == 2:
+            raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(FluxTransformer2DModel, "save_pretrained", full)
+    assert main([*command, "save_every=2"]) == 2
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    assert read_header(tmp_path / "run/last.safetensors")["step"] == 2 and not (tmp_path / "run/.model").exists()
+    assert load_dynamic_chunking(tmp_path / "run/model") is not None
+    assert main(command) == 0
+    ours, want = (load_file(tmp_path / run / "last.safetensors") for run in ("run", "whole"))
+    assert all(torch.equal(ours[key], want[key]) for key in want)
 
 
 def test_nan(tmp_path, capsys):

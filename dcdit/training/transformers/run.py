@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from dcdit_kernels._plan_input import NaNError
@@ -212,6 +213,9 @@ class TransformerUpcycler:
             self._swap()
             try:
                 self.net.save_pretrained(fresh)
+            except (SafetensorError, OSError) as error:
+                shutil.rmtree(fresh, ignore_errors=True)  # a full disk has no room for half a model
+                raise CheckpointError(f"cannot write {fresh}: {error}") from error
             finally:  # also at a second signal, after which the run is saved again
                 self._swap()
             shutil.rmtree(place, ignore_errors=True)
