@@ -219,6 +219,18 @@ def test_what_came_before_a_broken_sample_is_saved(tmp_path, capsys):
     assert read_header(tmp_path / "run/last.safetensors")["step"] == 2
 
 
+def test_samples_may_move_and_may_not_change(tmp_path, capsys):
+    command = configuration(tmp_path)
+    main(command)
+    (tmp_path / "latents").rename(tmp_path / "moved")
+    moved = [*command, f"latents={tmp_path / 'moved'}"]
+    assert main(moved) == 0
+    (tmp_path / "moved/0.safetensors").unlink()
+    assert main(moved) == 2
+    assert "data=items 5, this run asks for items 4" in capsys.readouterr().err
+    assert main([*moved, "--allow", "data"]) == 0
+
+
 def test_a_full_disk_leaves_what_was_saved(tmp_path, capsys, monkeypatch):
     """The model and the state of an earlier step stay, and the run goes on from them to the same bits."""
     command = configuration(tmp_path)

@@ -12,7 +12,7 @@ from .config import TrainConfig
 # Keys of a configuration, or groups of keys, that change no number of the steps that were made.
 FREE_KEYS = (
     *("output", "log_every", "save_every", "snapshot_every", "max_minutes", "log_with", "validation"),
-    *("data.path", "data.workers", "data.skip_broken"),  # the data's fingerprint is compared
+    *("data.path", "latents", "data.workers", "data.skip_broken"),  # the data's fingerprint is compared
     *("accumulate", "checkpointing", "cuda_graph"),  # equal numbers, up to the order of sums
 )
 Change = dict[str, Any]  # {"step", "key", "from", "to"}
