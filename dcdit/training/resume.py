@@ -52,8 +52,8 @@ def diverged(how: str, step: int, saved: int) -> DCDiTError:
 
 
 def check_allowed(allow: Sequence[str], config: dict[str, Any]) -> None:
-    """Raise ConfigError for a name that is no key or group of keys of a configuration."""
-    known = set(_paths(config))
+    """Raise ConfigError for a name that is neither "data" nor a key or group of keys of a configuration."""
+    known = {"data", *_paths(config)}
     for key in allow:
         if key not in known:
             raise ConfigError(f"--allow {key}: there is no such key")
