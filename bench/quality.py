@@ -52,6 +52,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "kept-grid": ("learned", ["model.keep_grid=4"]),
     "groups": ("learned", ["model.norm_groups=8"]),
     "mended": ("learned", ["model.preset=digits-best"]),
+    "coarse": ("learned", ["model.encoder_stride=2"]),
     "random": ("random", []),
     "random-mended": ("random", ["model.preset=digits-best"]),
     "grid": ("grid", []),

@@ -59,17 +59,22 @@ def main(argv: list[str] | None = None) -> int:
 def newest(folder: Path) -> list[tuple[dict, Path, dict | None]]:
     """(run, its file, the previous run of its machine and commit or None), one for each machine.
 
-    A run that was cut for want of time replaces none that was not.
+    A run of chosen lists of cases, or one cut for want of time, replaces none that was whole.
     """
     runs = sorted(((json.loads(p.read_text()), p) for p in folder.glob("*.json")), key=lambda run: run[0]["date"])
     latest: dict[str, tuple[dict, Path, dict | None]] = {}
     for run, path in runs:
-        if run.get("cut") and run["machine"] in latest and not latest[run["machine"]][0].get("cut"):
+        if partial(run) and run["machine"] in latest and not partial(latest[run["machine"]][0]):
             continue
         before = [r for r, _ in runs if r["machine"] == run["machine"] and r["date"] < run["date"]]
         same = [r for r in before if r["commit"] and r["commit"] == run["commit"]]
         latest[run["machine"]] = run, path, same[-1] if same else None
     return list(latest.values())
+
+
+def partial(run: dict) -> bool:
+    """Whether a run lacks cases of its machine."""
+    return bool(run.get("cut")) or "--cases" in run["command"]
 
 
 def section(run: dict, file: str, earlier: dict | None) -> str:

@@ -63,8 +63,9 @@ def test_report_takes_the_newest(tmp_path):
     assert (tmp_path / "docs" / "images" / "bench-some-cpu-roofline.png").exists()
 
 
-def test_a_run_that_was_cut_replaces_none_that_was_not(tmp_path):
-    text = write_report(tmp_path, synthetic("2026-01-01"), synthetic("2026-01-02", cut=["pad-S"]))
+@pytest.mark.parametrize("lacks", [{"cut": ["pad-S"]}, {"command": "python -m bench.run --cases passes"}], ids=str)
+def test_a_run_that_lacks_cases_replaces_none_that_was_whole(lacks, tmp_path):
+    text = write_report(tmp_path, synthetic("2026-01-01"), synthetic("2026-01-02", **lacks))
     assert "[0.json]" in text and "[1.json]" not in text
 
 
