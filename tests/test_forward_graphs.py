@@ -106,7 +106,7 @@ def test_an_untouched_model_is_replayed(family, enable):
 @pytest.mark.parametrize("kind", [dit, pixart])
 def test_basic_blocks(kind, enable, monkeypatch):
     """DiT and PixArt, whose texts are masked."""
-    monkeypatch.setattr("dcdit.integrations.attention.varlen_attention", masked_attention)
+    monkeypatch.setattr("dcdit.integrations.basic_blocks.varlen_attention", masked_attention)
     model, given = build(kind), []
     own = add_dynamic_chunking(model)
     own.budget_per_sample = 7
