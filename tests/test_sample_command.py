@@ -84,10 +84,12 @@ def test_a_run_that_was_ended_goes_on_to_the_same_pictures(number, checkpoint, t
 
 @pytest.fixture
 def heard():
-    """SIGHUP has an effect, also where nohup runs the tests."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    """SIGHUP and Ctrl-C have an effect, also where nohup or a shell's background runs the tests."""
+    effects = (signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)
+    before = [signal.signal(number, effect) for number, effect in effects]
     yield
-    signal.signal(signal.SIGHUP, before)
+    for (number, _), handler in zip(effects, before, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
