@@ -130,7 +130,7 @@ def test_demo_command(model, tmp_path, capsys):
     words = ["demo", "--checkpoint", str(tmp_path / "model"), "--samples", "10", "--steps", "3", "--cpu"]
     assert main([*words, "--drop-fractions", "0", "0.5", "--output", str(out)]) == 0
     names = {file.name for file in out.iterdir()}
-    pictures = {"digits.png", "trajectory.png", "budgets.png", "curves.png", "digits.gif"}
+    pictures = {"digits.png", "trajectory.png", "maps.png", "budgets.png", "curves.png", "digits.gif"}
     assert names == {*pictures, "table.txt", "index.html"}
     page = (out / "index.html").read_text(encoding="utf-8")
     assert set(re.findall(r'<img src="([^"]+)"', page)) == pictures

@@ -16,6 +16,7 @@ FIGURES = {
     "bound the cells that one kept cell refills.",
     "digits.png": "The same digits at the end, and the cells kept in the last step.",
     "trajectory.png": "Three digits at several times, with the share of the cells that is kept.",
+    "maps.png": "The cells kept in the last step at each ρ, of equal noise.",
     "budgets.png": "Equal noise at each ρ, the share of boundaries that is dropped, and from the plain DiT.",
     "curves.png": "Tokens, FLOPs and time of each step, from noise to image.",
 }
@@ -46,7 +47,15 @@ def run(args: argparse.Namespace) -> None:
     from ..pictures.demo import LATE, run_budget, run_plain_dit, table, time_plain_dit
     from ..pictures.images import check_output, output_folder
     from ..pictures.page import write_page
-    from ..pictures.trajectory import draw_animation, draw_budgets, draw_chunk_maps, draw_curves, draw_poster, record
+    from ..pictures.trajectory import (
+        chunk_maps,
+        draw_animation,
+        draw_budgets,
+        draw_chunk_maps,
+        draw_curves,
+        draw_poster,
+        record,
+    )
     from ..sampling.drop_fraction import drop_table
     from ..sampling.sampler import open_checkpoint
     from ..sampling.schedulers import make_scheduler
@@ -94,6 +103,9 @@ def run(args: argparse.Namespace) -> None:
         draw_poster(folder / "digits.png", digits, snapshots[-1], codec)
         some = record(model, [3, 5, 8], 7, **options)
         draw_chunk_maps(folder / "trajectory.png", *some, codec)
+        drawn = {rho: record(model, range(10), 2, drop_fraction=rho, **options) for rho in args.drop_fractions}
+        maps = {f"ρ = {rho:g}": chunk_maps(some, shots[-1], codec, 84) for rho, (some, shots) in drawn.items()}
+        draw_budgets(folder / "maps.png", maps)
         draw_budgets(folder / "budgets.png", rows)
         draw_curves(folder / "curves.png", {f"ρ = {b.drop_fraction:g}": b.samples.trace for b in budgets}, config)
         draw_animation(folder / "digits.gif", digits, snapshots, codec)

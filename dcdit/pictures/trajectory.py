@@ -117,8 +117,13 @@ def draw_chunk_maps(file: Path, samples: Samples, snapshots: list[Snapshot], cod
 def draw_poster(file: Path, samples: Samples, last: Snapshot, codec) -> None:
     """The images in one row, and under each its chunk map at the last snapshot."""
     images = enlarge(to_uint8(codec.decode(samples.latents)), 168)
-    maps = [chunk_map(*parts) for parts in zip(images, last.mask, last.source, strict=True)]
-    save_png(file, grid(np.concatenate([images, np.stack(maps)]), len(images), gap=6))
+    save_png(file, grid(np.concatenate([images, chunk_maps(samples, last, codec, 168)]), len(images), gap=6))
+
+
+def chunk_maps(samples: Samples, last: Snapshot, codec, side: int) -> np.ndarray:
+    """`chunk_map` of each image (N, H, W, 3), with the cells that the last snapshot keeps."""
+    images = to_uint8(codec.decode(samples.latents))
+    return np.stack([chunk_map(*parts, side=side) for parts in zip(images, last.mask, last.source, strict=True)])
 
 
 def draw_animation(file: Path, samples: Samples, snapshots: list[Snapshot], codec) -> None:
