@@ -35,7 +35,7 @@ class Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = torch.empty_like(q)
+        out = torch.zeros_like(q)  # the sizes alone count; what stood in memory could be NaN, which routers refuse
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
         return out
 
