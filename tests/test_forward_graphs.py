@@ -6,7 +6,7 @@ Captures run under a mode in which the host cannot look at a tensor.
 
 import contextlib
 import copy
-import dataclasses
+import functools
 import inspect
 import itertools
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 
 pytest.importorskip("diffusers")
+from graph_stand_in import run_again
 from test_gpu import no_waits
 from test_integrations import batch, build, dit, pixart
 from test_transformer_no_host import attention, masked_attention, no_host  # noqa: F401
@@ -28,37 +29,12 @@ from dcdit.integrations.attention import add_dynamic_chunking, remove_dynamic_ch
 from dcdit.model.forward_graphs import GraphedForward
 
 
-def tensors(outputs):
-    """All tensors of an output and its routings."""
-    out, routings = outputs
-    routings = [routing for routing in routings if routing is not None]
-    plans = [getattr(r.plan, field.name) for r in routings for field in dataclasses.fields(r.plan)]
-    leaves = [*tree.tree_leaves(out), *plans, *(r.boundary_prob for r in routings)]
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-
-
-class StandIn:
-    """Capture and replay: each start overwrites the returned tensors."""
-
-    def __init__(self, mode):
-        self.mode = mode
-
-    def __call__(self, function):
-        function()
-        with self.mode():
-            outputs = function()
-
-        def start():
-            for own, new in zip(tensors(outputs), tensors(function()), strict=True):
-                own.copy_(new)
-
-        return start, outputs
-
-
 @pytest.fixture
 def enable(attention):  # noqa: F811
     def enable(model, mode=no_host, **options):
-        model.requires_grad_(False).forward = GraphedForward(model, capture=StandIn(mode), **options)
+        model.requires_grad_(False).forward = GraphedForward(
+            model, capture=functools.partial(run_again, mode=mode), **options
+        )
         return model.forward
 
     return enable

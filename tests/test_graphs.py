@@ -2,11 +2,11 @@
 captured function again and writes into the tensors that the first run returned."""
 
 import copy
-import dataclasses
 
 import numpy as np
 import pytest
 import torch
+from graph_stand_in import run_again, tensors
 
 import dcdit
 from dcdit import DCDiT, DCDiTConfig
@@ -15,25 +15,6 @@ from dcdit.sampling.sampler import sample
 from dcdit_kernels import use_backend
 
 CONFIG = DCDiTConfig(input_size=(8, 8), hidden_size=64, depth=1, num_heads=2, encoder_width=32, num_classes=5)
-
-
-def tensors(outputs):
-    """All tensors of a prediction, its routing and its report."""
-    out, routing, report = outputs
-    fields = [getattr(routing.plan, field.name) for field in dataclasses.fields(routing.plan)]
-    return [out, routing.boundary_prob, report, *(field for field in fields if isinstance(field, torch.Tensor))]
-
-
-def run_again(function):
-    """Capture and replay of a graph: each start overwrites the returned tensors."""
-    function()
-    outputs = function()
-
-    def start():
-        for own, new in zip(tensors(outputs), tensors(function()), strict=True):
-            own.copy_(new)
-
-    return start, outputs
 
 
 @pytest.fixture

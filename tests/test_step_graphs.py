@@ -8,8 +8,8 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from graph_stand_in import run_again
 from safetensors.torch import load_file
-from torch.utils._pytree import tree_leaves
 
 import dcdit.training.trainer
 from dcdit.errors import ConfigError
@@ -31,18 +31,6 @@ TINY = {
     "log_every": 1,
     "save_every": 7,
 }
-
-
-def run_again(function):
-    """Capture and replay of a graph: each start overwrites the returned tensors."""
-    function()
-    outputs = function()
-
-    def start():
-        for own, new in zip(tree_leaves(outputs), tree_leaves(function()), strict=True):
-            own.copy_(new)
-
-    return start, outputs
 
 
 @pytest.fixture(autouse=True)

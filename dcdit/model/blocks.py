@@ -130,9 +130,11 @@ class MainNetwork(nn.Module):
         modulators: Callable[[], list[torch.Tensor]] | None = None,
     ) -> torch.Tensor:
         """x (T, D) packed, c (B, D) → (T, D). `run` stands for the method of this name, which runs the blocks;
-        `modulators` is what `ahead` gives."""
-        made = {} if modulators is None else {"modulators": modulators()}
-        stream = run(Stream(x), F.silu(c), packing) if run else self.run(Stream(x), F.silu(c), packing, **made)
+        `modulators` is what `ahead` gives, where there is no `run`."""
+        if modulators is not None:  # of all blocks, which then do not read c
+            stream = self.run(Stream(x), c, packing, modulators=modulators())
+        else:
+            stream = (run or self.run)(Stream(x), F.silu(c), packing)
         return self.norm(stream.hidden(packing))
 
     def run(

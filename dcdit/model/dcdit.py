@@ -157,7 +157,7 @@ class DCDiT(nn.Module):
         if routing is not None:
             routing.check(x.shape[0], grid, limits)
         c, outer = self.condition(t, y)
-        backbone_inputs |= self._begun(c)
+        backbone_inputs |= self._begun(c, backbone_inputs)
         h = self.encode(x, outer)
         # Router and residual path are at least float32, whatever autocast makes of the rest; h is copied once for both.
         wide = h.to(torch.promote_types(h.dtype, torch.float32))
@@ -228,10 +228,10 @@ class DCDiT(nn.Module):
         out = self.final(out, outer).transpose(1, 2).unflatten(2, [side // stride for side in grid])
         return out if stride == 1 else F.pixel_shuffle(out, stride)
 
-    def _begun(self, c: torch.Tensor) -> dict[str, Any]:
-        """What the backbone begins before its tokens are known; nothing of a backbone or step of your own."""
+    def _begun(self, c: torch.Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the backbone begins before its tokens are known; nothing of a backbone, step or inputs of your own."""
         own = type(self.main) is MainNetwork and getattr(self.backbone, "__func__", None) is DCDiT.backbone
-        return self.main.ahead(c) if own else {}  # type: ignore[operator]
+        return self.main.ahead(c) if own and not inputs else {}  # type: ignore[operator]
 
     def _check(self, x: Any, t: torch.Tensor, y: torch.Tensor) -> None:
         if torch.jit.is_tracing():

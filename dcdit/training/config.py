@@ -18,23 +18,28 @@ from ..model.density import Density
 from .config_groups import CodecConfig, DataConfig, OptimConfig, SpendConfig, UpcycleConfig, ValidationConfig
 
 # Which numbers the keys take, and how to say so.
-LIMITS = (
-    ("steps batch_size accumulate log_every save_every data.size", lambda value: value >= 1, "be at least 1"),
-    ("codec.factor validation.steps", lambda value: value >= 1, "be at least 1"),
+RUN_LIMITS = (  # of every run
+    ("steps batch_size log_every save_every", lambda value: value >= 1, "be at least 1"),
     ("batch_size", lambda value: value <= 2**20, "be at most 1048576"),
     ("seed", lambda value: value < 2**63, "be below 2**63"),  # NumPy makes keys of int64
     ("time_shift", lambda value: value > 0, "be positive"),
+    ("seed ratio_weight", lambda value: value >= 0, "not be negative"),
+    ("optim.lr optim.weight_decay optim.grad_clip optim.warmup_steps", lambda value: value >= 0, "not be negative"),
+    ("optim.beta2", lambda value: 0 <= value < 1, "be in [0, 1)"),
+)
+LIMITS = (
+    *RUN_LIMITS,
+    ("accumulate data.size codec.factor validation.steps", lambda value: value >= 1, "be at least 1"),
     ("tokens_per_batch data.buckets", lambda value: value >= 0, "not be negative"),
-    ("min_snr seed ratio_weight max_minutes data.workers", lambda value: value >= 0, "not be negative"),
-    ("optim.lr optim.weight_decay optim.grad_clip", lambda value: value >= 0, "not be negative"),
-    ("optim.warmup_steps drop_warmup snapshot_every codec.scale", lambda value: value >= 0, "not be negative"),
+    ("min_snr max_minutes data.workers", lambda value: value >= 0, "not be negative"),
+    ("drop_warmup snapshot_every codec.scale", lambda value: value >= 0, "not be negative"),
     ("upcycle.distill_steps upcycle.distill_weight", lambda value: value >= 0, "not be negative"),
     ("validation.every validation.items validation.samples", lambda value: value >= 0, "not be negative"),
     ("validation.guidance", lambda value: value >= 0, "not be negative"),
     ("spend.warmup", lambda value: value >= 0, "not be negative"),
     ("spend.rate", lambda value: 0 < value <= 1, "be in (0, 1]"),
     ("upcycle.output_share", lambda value: 0 <= value <= 1, "be in [0, 1]"),
-    ("label_drop optim.beta2", lambda value: 0 <= value < 1, "be in [0, 1)"),
+    ("label_drop", lambda value: 0 <= value < 1, "be in [0, 1)"),
 )
 
 

@@ -8,19 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...errors import ConfigError
-from ..config import check_limits
+from ..config import RUN_LIMITS, check_limits
 from ..config_groups import OptimConfig
 
-# As LIMITS of dcdit.training.config.
 LIMITS = (
-    ("steps batch_size log_every save_every", lambda value: value >= 1, "be at least 1"),
-    ("batch_size", lambda value: value <= 2**20, "be at most 1048576"),
-    ("seed", lambda value: value < 2**63, "be below 2**63"),
+    *RUN_LIMITS,
     ("target_ratio", lambda value: value > 1, "be greater than 1"),
-    ("time_shift", lambda value: value > 0, "be positive"),
-    ("seed distill_steps ratio_weight router_rate guidance", lambda value: value >= 0, "not be negative"),
-    ("optim.lr optim.weight_decay optim.grad_clip optim.warmup_steps", lambda value: value >= 0, "not be negative"),
-    ("optim.beta2", lambda value: 0 <= value < 1, "be in [0, 1)"),
+    ("distill_steps router_rate guidance", lambda value: value >= 0, "not be negative"),
 )
 
 
