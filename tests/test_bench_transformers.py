@@ -1,12 +1,13 @@
 """bench.transformer_time with stand-ins for CUDA's graphs: every variant has a row, one that fails a line."""
 
+import functools
 import sys
 
 import pytest
 import torch
 
 pytest.importorskip("diffusers")
-from test_forward_graphs import StandIn
+from graph_stand_in import run_again
 from test_transformer_no_host import attention, no_host  # noqa: F401
 
 from bench import transformer_time
@@ -19,7 +20,7 @@ def test_variants(monkeypatch, capsys, attention):  # noqa: F811
     def enable(model):
         if names[-1] == "a quarter kept, graph":
             raise RuntimeError("out of memory\nmore")
-        model.forward = GraphedForward(model, capture=StandIn(no_host))
+        model.forward = GraphedForward(model, capture=functools.partial(run_again, mode=no_host))
         return model.forward
 
     names, own = [], transformer_time.variant

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from graph_stand_in import run_again
 from safetensors.torch import load_file
 from test_idx import IMAGES, LABELS, content
-from test_step_graphs import run_again
 
 import dcdit.training.trainer
 from bench import (
