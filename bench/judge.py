@@ -1,6 +1,6 @@
 """Judges of `bench.quality`: the classifier of the set, distances in its features and in raw patches.
 
-python -m bench.judge [--samples N] prints what N real pictures of the training set get, as many of each class.
+python -m bench.judge [--samples N] prints what N real pictures of the training set get, of the classes that are drawn.
 """
 
 from __future__ import annotations
@@ -12,20 +12,26 @@ import numpy as np
 import torch
 from torch import nn
 
-from dcdit.data.picture_sets import open_set
 from dcdit.files import replacing
 from dcdit.pictures.conv_classifier import ConvClassifier, fit
 from dcdit.pictures.evaluation import Features, agreement, compare, frechet
+
+from .quality_sets import FASHION, classes_to_draw, is_folder, open_half
 
 FITTED = 120_000  # pictures that a classifier sees
 
 
 class Patches(nn.Module):
-    """The first colour of all disjoint 4×4 patches: uint8 (N, 3, H, W) → (n, 16) in [0, 1]."""
+    """The first `colours` of all disjoint 4×4 patches: uint8 (N, 3, H, W) → (n, 16·colours) in [0, 1]."""
+
+    def __init__(self, colours: int) -> None:
+        super().__init__()
+        self.colours = colours
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """See the class."""
-        return images[:, 0].unfold(1, 4, 4).unfold(2, 4, 4).reshape(-1, 16) / 255
+        patches = images[:, : self.colours].unfold(2, 4, 4).unfold(3, 4, 4)
+        return patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, 16 * self.colours) / 255
 
 
 def judge(pictures: np.ndarray, labels: np.ndarray, data: Path, runs: Path) -> dict[str, float]:
@@ -34,17 +40,18 @@ def judge(pictures: np.ndarray, labels: np.ndarray, data: Path, runs: Path) -> d
     The classifier is fitted once to the training set, and kept in `runs`.
     """
     net, drawn = classifier(data, runs), [pictures]
-    real = lambda: open_set(data / "t10k").batches()  # noqa: E731
+    real = lambda: open_half(data, "test").batches()  # noqa: E731
+    patches = Patches(3 if is_folder(data) else 1)
     numbers = compare(Features(net, drawn), Features(net, real()))
-    numbers["frechet_patches"] = frechet(Features(Patches(), drawn), Features(Patches(), real()))
-    for name, batches, classes in (("", drawn, labels), ("_reference", real(), open_set(data / "t10k").labels)):
+    numbers["frechet_patches"] = frechet(Features(patches, drawn), Features(patches, real()))
+    for name, batches, classes in (("", drawn, labels), ("_reference", real(), open_half(data, "test").labels)):
         numbers[f"recognised{name}"] = agreement(lambda x: net.out(net(x)).argmax(1), batches, classes)
     return numbers
 
 
 def classifier(data: Path, runs: Path) -> ConvClassifier:
     """The set's classifier, read from `runs`, or fitted and kept there."""
-    train, file = open_set(data / "train"), runs / f"{data.name}-classifier.pt"
+    train, file = open_half(data, "train"), runs / f"{data.name}-classifier.pt"
     net = ConvClassifier(int(train.labels.max()) + 1)
     if file.exists():
         net.load_state_dict(torch.load(file, weights_only=True))
@@ -61,15 +68,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--draws", type=int, default=5)
-    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="its idx files")
+    parser.add_argument("--data", type=Path, default=FASHION, help="idx files, or a folder of classes")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of the classifier")
     args = parser.parse_args()
-    train, rng = open_set(args.data / "train"), np.random.default_rng(0)
+    train, rng = open_half(args.data, "train"), np.random.default_rng(0)
     pictures, labels = np.concatenate(list(train.batches())), np.asarray(train.labels)
-    classes = [np.flatnonzero(labels == name) for name in np.unique(labels)]
+    wanted = np.bincount(classes_to_draw(args.data, args.samples))
     judged = []
     for _ in range(args.draws):
-        chosen = np.concatenate([rng.permutation(own)[: args.samples // len(classes)] for own in classes])
+        of = [rng.permutation(np.flatnonzero(labels == name)) for name in range(len(wanted))]
+        chosen = np.concatenate([own[:count] for own, count in zip(of, wanted, strict=True)])
         judged.append(judge(pictures[chosen], labels[chosen], args.data, args.runs))
     for name in judged[0]:
         values = [numbers[name] for numbers in judged]

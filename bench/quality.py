@@ -35,7 +35,7 @@ from dcdit.sampling.trace import Trace
 from dcdit.training.config import TrainConfig, load_config
 from dcdit.training.run_output import average
 
-from . import judge, machine
+from . import judge, machine, quality_sets
 from .euler import stand_in
 from .lockstep import train_together
 from .rivals import RivalTrainer, make_rival
@@ -102,7 +102,7 @@ def configuration(name: str, args: argparse.Namespace) -> TrainConfig:
     sizes, depth = WIDTHS[args.width]
     changes = [*changes, *sizes, *([f"model.depth={depth}"] if kind == "plain" else [])]
     changes += [f"output={folder_of(name, args)}", f"steps={args.steps}", f"seed={args.seed}"]
-    changes += [f"data.path={args.data}/train", f"validation.path={args.data}/t10k"]
+    changes += quality_sets.changes(args.data)
     return load_config(CONFIG, changes + (ON_GPU if args.device == "cuda" else []))
 
 
@@ -161,7 +161,7 @@ def pictures(
     model: torch.nn.Module, config: TrainConfig, args: argparse.Namespace, **options
 ) -> tuple[np.ndarray, np.ndarray, Trace]:
     """Drawn pictures uint8 (N, H, W, 3), their labels, and the trace, by the options of `sample`."""
-    classes = torch.arange(args.samples) % config.model.num_classes
+    classes = torch.from_numpy(quality_sets.classes_to_draw(args.data, args.samples))
     torch.manual_seed(args.seed)
     stand_in()  # where diffusers is not installed
     batch = 1000 if args.device == "cuda" else 100
@@ -202,7 +202,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=1300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--width", type=int, default=96, choices=WIDTHS)
-    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="its idx files")
+    parser.add_argument("--data", type=Path, default=quality_sets.FASHION, help="idx files, or a folder of classes")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder for the runs")
     return parser
 

@@ -6,19 +6,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from dcdit.data.picture_sets import open_set
+from dcdit.pictures.conv_classifier import to_tensor
+
+from .quality_sets import is_folder, open_half
 
 TIMES = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
 COUNT = 500
 
 
 def where(model: torch.nn.Module, data: Path) -> list[list[float]]:
-    """`lines` of the first test pictures."""
-    test = open_set(data / "t10k")
-    pictures = torch.cat([torch.from_numpy(part[..., 0]) for part in test.batches()])[:COUNT, None]
-    classes, device = torch.as_tensor(test.labels[:COUNT]).long(), next(model.parameters()).device
+    """`lines` of the first test pictures, of a folder's from all classes."""
+    test = open_half(data, "test")
+    count = min(COUNT, test.count)
+    rows = torch.linspace(0, test.count - 1 if is_folder(data) else count - 1, count).round().long()
+    colours = 3 if is_folder(data) else 1
+    pictures = to_tensor(np.concatenate(list(test.batches())))[rows, :colours]
+    classes, device = torch.as_tensor(test.labels)[rows].long(), next(model.parameters()).device
     return lines(model, (pictures.float() / 127.5 - 1).to(device), classes.to(device))
 
 
@@ -26,10 +32,12 @@ def where(model: torch.nn.Module, data: Path) -> list[list[float]]:
 def lines(model: Callable[..., Any], pictures: torch.Tensor, classes: torch.Tensor) -> list[list[float]]:
     """t, the loss, the shares kept of foreground and of background cells, and the losses of both, for each time.
 
-    pictures (n, 1, H, W) in ±1, classes (n,). A cell with a pixel of at least 5 % of white is foreground.
+    pictures (n, C, H, W) in ±1, classes (n,). A grey cell with a pixel of at least 5 % of white is foreground, and so
+    is a coloured cell with a colour that its pixels differ in by as much.
     """
     latents = torch.nn.functional.pixel_unshuffle(pictures, 2)
-    front = latents.amax(1).flatten(1) > -0.9
+    cells = latents.unflatten(1, (pictures.shape[1], 4))
+    front = (cells.amax(2) - (cells.amin(2) if pictures.shape[1] > 1 else -1)).amax(1).flatten(1) > 0.1
     generator, out = torch.Generator().manual_seed(0), []
     for t in TIMES:
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)

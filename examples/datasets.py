@@ -3,19 +3,23 @@
     apt-get install dataset-fashion-mnist              # MIT; 60 000 and 10 000 of 28×28
     python examples/datasets.py fashion-mnist FOLDER
     apt-get install fonts-noto-color-emoji unicode-data && pip install fonttools    # OFL 1.1; 1 377 of 136×136
-    python examples/datasets.py emoji FOLDER
+    python examples/datasets.py emoji FOLDER [SIDE]
+    pip download --no-deps miniworld==2.1.0            # Apache-2.0; 2 960 crops of 64×64 of 43 pictures of materials
+    python examples/datasets.py materials FOLDER [SIDE]
 
-FOLDER/train and FOLDER/test; LICENCE.txt says the licence. Emoji have one code point each, by Unicode's groups; a
-tenth is for tests. The idx files of Fashion-MNIST need no folder to be trained on: data.kind=idx.
+FOLDER/train and FOLDER/test; LICENCE.txt says the licence; with SIDE pictures are resized to SIDE×SIDE pixels. Emoji
+have one code point each, by Unicode's groups; a fifth is for tests. The wheel of miniworld is read in the working
+directory. The idx files of Fashion-MNIST need no folder to be trained on: data.kind=idx.
 """
 
 import io
 import re
 import sys
+import zipfile
 import zlib
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 FASHION = "/usr/share/datasets/fashion-mnist"
 GARMENTS = "t-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-boot".split()
@@ -54,8 +58,30 @@ def emoji():
             picture = Image.open(io.BytesIO(bitmap.imageData)).convert("RGBA")
             square = Image.new("RGBA", (max(picture.size),) * 2, "white")
             square.alpha_composite(picture, tuple((square.width - side) // 2 for side in picture.size))
-            half = "test" if zlib.crc32(points[0].encode()) % 10 == 0 else "train"
+            half = "test" if zlib.crc32(points[0].encode()) % 5 == 1 else "train"
             yield half, group, points[0].lower(), square.convert("RGB")
+
+
+def materials():
+    """(train or test, material, picture and place, crop) of disjoint 64×64 crops, from pictures of 512 pixels a side.
+
+    Every fourth crop is for tests: most materials have one picture only, and second pictures look different. The logo
+    and the white square are left out.
+    """
+    wheel = next(iter(sorted(Path().glob("miniworld-*.whl"))), None)
+    if wheel is None:
+        sys.exit("there is no miniworld-*.whl here: pip download --no-deps miniworld==2.1.0")
+    with zipfile.ZipFile(wheel) as archive:
+        for name in sorted(archive.namelist()):
+            found = re.fullmatch(r"miniworld/textures/((?!logo|white)(\w+?)(_\d+)?)\.png", name)
+            if found:
+                picture = Image.open(io.BytesIO(archive.read(name))).convert("RGB")
+                sides = [512 * side // min(picture.size) for side in picture.size]
+                picture = ImageOps.fit(picture, sides, Image.Resampling.LANCZOS)
+                for row, y in enumerate(range(0, sides[1] - 63, 64)):
+                    for column, x in enumerate(range(0, sides[0] - 63, 64)):
+                        half = "test" if (row + 2 * column) % 4 == 0 else "train"
+                        yield half, found[2], f"{found[1]}-{row}-{column}", picture.crop((x, y, x + 64, y + 64))
 
 
 SETS = {
@@ -64,16 +90,22 @@ SETS = {
         "Fashion-MNIST, Zalando SE, MIT licence: https://github.com/zalandoresearch/fashion-mnist",
     ),
     "emoji": (emoji, "Noto Color Emoji, Google, SIL Open Font License 1.1: https://github.com/googlefonts/noto-emoji"),
+    "materials": (
+        materials,
+        "Textures of Miniworld 2.1.0, Farama Foundation, Apache-2.0: https://pypi.org/project/miniworld",
+    ),
 }
 
 
-def main(name, folder):
+def main(name, folder, side=None):
     """Write the pictures of a set, and count them."""
     pictures, licence = SETS[name]
     counts = {}
     for half, group, file, picture in pictures():
         place = Path(folder, half, group)
         place.mkdir(parents=True, exist_ok=True)
+        if side is not None:
+            picture = picture.resize((int(side), int(side)), Image.Resampling.LANCZOS)
         picture.save(place / f"{file}.png")
         counts[half, group] = counts.get((half, group), 0) + 1
     Path(folder, "LICENCE.txt").write_text(licence + "\n", encoding="utf-8")
@@ -83,6 +115,6 @@ def main(name, folder):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] not in SETS:
-        sys.exit(f"usage: python examples/datasets.py {'|'.join(SETS)} FOLDER")
+    if len(sys.argv) not in (3, 4) or sys.argv[1] not in SETS or not "".join([*sys.argv[3:], "1"]).isdecimal():
+        sys.exit(f"usage: python examples/datasets.py {'|'.join(SETS)} FOLDER [SIDE]")
     main(*sys.argv[1:])

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import struct
 import sys
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -69,11 +70,16 @@ def test_missing(tmp_path):
         Idx(tmp_path / "train")
 
 
-def test_folders_of_emoji(tmp_path, monkeypatch):
-    """One code point each, by Unicode's groups, on white; lines of other kinds are left out."""
+def example():
     spec = importlib.util.spec_from_file_location("datasets_example", "examples/datasets.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_folders_of_emoji(tmp_path, monkeypatch):
+    """One code point each, by Unicode's groups, on white; lines of other kinds are left out."""
+    module = example()
     lines = ["# group: Animals & Nature", "1F412 ; fully-qualified # a", "2618 FE0F ; fully-qualified # b"]
     lines += [
         "2618 ; unqualified # b",
@@ -90,6 +96,35 @@ def test_folders_of_emoji(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "EMOJI", tmp_path / "emoji.txt")
     module.main("emoji", tmp_path / "out")
     files = sorted(path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.png"))
-    assert [(file.parts[1], file.name) for file in files] == [("animals-nature", f"{p}.png") for p in ("1f412", "2618")]
+    assert [str(file) for file in files] == [
+        f"{name}.png" for name in ("test/animals-nature/2618", "train/animals-nature/1f412")
+    ]
     assert np.asarray(Image.open(tmp_path / "out" / files[0])).tolist() == np.full((6, 6, 3), 255).tolist()
     assert "Open Font License" in (tmp_path / "out" / "LICENCE.txt").read_text()
+
+
+def test_folders_of_materials(tmp_path, monkeypatch):
+    """Disjoint crops by material, a quarter of them for tests; logo, white square and characters are left out."""
+    module = example()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="no miniworld"):
+        module.main("materials", tmp_path / "out")
+    pixels = np.zeros((512, 600, 3), np.uint8)
+    pixels[...] = np.add.outer(np.arange(512) // 64 * 16, np.arange(600) // 64)[..., None]
+    picture = io.BytesIO()
+    Image.fromarray(pixels).save(picture, "PNG")
+    with zipfile.ZipFile(tmp_path / "miniworld-2.1.0-py3-none-any.whl", "w") as wheel:
+        for name in ("grass_1", "grass_12", "rock", "logo_mila_1", "white_1", "chars/a_1"):
+            wheel.writestr(f"miniworld/textures/{name}.png", picture.getvalue())
+        wheel.writestr("miniworld/meshes/barrel.png", b"")
+    module.main("materials", tmp_path / "out", "32")
+    files = {half: sorted((tmp_path / "out" / half).rglob("*.png")) for half in ("train", "test")}
+    assert {file.parent.name for file in files["test"]} == {"grass", "rock"}
+    assert len(files["test"]) == 3 * 18 and len(files["train"]) == 3 * (72 - 18)
+    places = set()
+    for file in files["train"] + files["test"]:
+        crop = np.asarray(Image.open(file))
+        row, column = map(int, file.stem.split("-")[1:])
+        assert crop.shape == (32, 32, 3) and (crop == row * 16 + column).all()
+        places.add((file.stem, crop[0, 0, 0]))
+    assert len(places) == 3 * 72

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from graph_stand_in import run_again
+from PIL import Image
 from safetensors.torch import load_file
 from test_idx import IMAGES, LABELS, content
 
@@ -25,6 +26,7 @@ from bench import (
     quality_curves,
     quality_farm,
     quality_pictures,
+    quality_sets,
     quality_tables,
     quality_where,
     where,
@@ -139,6 +141,32 @@ def test_a_run_has_one_line(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality_pictures, "IMAGES", tmp_path)
     quality_pictures.main()
     assert (tmp_path / "quality.png").stat().st_size > 1000
+
+
+def test_a_coloured_set(tmp_path, monkeypatch):
+    """A folder as examples/datasets.py writes it: colours, sizes, classes and their shares are the set's own."""
+    rng = np.random.default_rng(0)
+    for half, counts in (("train", (12, 24)), ("test", (4, 8))):
+        for name, count in zip("ab", counts, strict=True):
+            (tmp_path / "set" / half / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "set" / half / name / f"{i}.png")
+    results, data = tmp_path / "quality.jsonl", tmp_path / "set"
+    drawn = quality_sets.classes_to_draw(data, 36)
+    assert np.bincount(drawn).tolist() == [12, 24] and len(set(drawn[:12])) == 2
+    words = f"quality mended --steps 2 --device cpu --samples 12 --data {data} --runs {tmp_path}/runs"
+    monkeypatch.setattr("sys.argv", [*words.split(), "--results", str(results)])
+    monkeypatch.setattr(quality, "SAMPLES", {**quality.SAMPLES, "steps": 2})
+    monkeypatch.setattr("bench.judge.fit", lambda images, labels, **_: quality.judge.ConvClassifier(2).eval())
+    quality.main()
+    (line,) = map(json.loads, results.read_text().splitlines())
+    assert line["set"] == "set" and all(np.isfinite(line[key]) for key in ("frechet", "frechet_patches", "recognised"))
+    args = argparse.Namespace(data=data, runs=tmp_path / "runs", width=96, steps=2, seed=0, device="cpu")
+    config = quality.configuration("mended", args)
+    assert (config.model.in_channels, config.model.input_size, config.model.num_classes) == (12, (8, 8), 2)
+    patches = judge.Patches(3)(torch.arange(3 * 64, dtype=torch.uint8).view(1, 3, 8, 8))
+    assert patches.shape == (4, 48) and (patches[1] * 255).round().tolist()[15:18] == [31, 68, 69]
 
 
 OPTIONS = {
@@ -286,16 +314,17 @@ for name in names:
         assert {"runs/0/set/b/metrics.jsonl", "runs/4.log", "probe/2.log"} <= set(archive.getnames())
 
 
-def test_where_tokens_and_errors_are():
-    """Two pictures of white and black halves, and a model that keeps the white cells and predicts nothing."""
-    white = torch.full((2, 1, 12, 16), -1.0)
-    white[..., 8:] = 1.0
+@pytest.mark.parametrize("colours", [1, 3])
+def test_where_tokens_and_errors_are(colours):
+    """Two pictures of a striped and a plain half, and a model that keeps the striped cells and predicts nothing."""
+    striped = torch.full((2, colours, 12, 16), -1.0 if colours == 1 else 1.0)
+    striped[:, -1, :, 8::2] *= -1
 
     def model(x, t, y, return_routing):
         prob = torch.zeros(2, 6, 8)
         prob[..., 4:] = 1.0
         return torch.zeros_like(x), Routing.of(prob.flatten(1), (6, 8))
 
-    for t, loss, front, back, front_loss, back_loss in where.lines(model, white, torch.zeros(2)):
+    for t, loss, front, back, front_loss, back_loss in where.lines(model, striped, torch.zeros(2)):
         assert (front, back) == (1.0, 0.0)
         assert loss == pytest.approx((front_loss + back_loss) / 2, abs=1e-5) and 1.5 < loss < 2.5, t

@@ -1,0 +1,54 @@
+"""The sets of `bench.quality`: idx files as Fashion-MNIST's, or a folder as examples/datasets.py writes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from dcdit.data.picture_sets import PictureSet, open_set
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+FACTOR = 2  # pixels of a cell's side, as in bench/quality.yaml
+
+
+def path_of(data: Path, half: str) -> Path:
+    """Where `half`, train or test, of the set is: `data`/train and `data`/test, or idx files of MNIST's names."""
+    return data / ("t10k" if half == "test" and not is_folder(data) else half)
+
+
+def is_folder(data: Path) -> bool:
+    """Whether the set is a folder of coloured pictures with a sub-folder for each class."""
+    return (data / "test").is_dir()
+
+
+def open_half(data: Path, half: str) -> PictureSet:
+    """The pictures of `half`, train or test."""
+    return open_set(path_of(data, half), side_of(data) if is_folder(data) else None)
+
+
+def side_of(data: Path) -> int:
+    """Pixels of a side of the folder's first picture, which all have."""
+    from PIL import Image
+
+    with Image.open(next((data / "test").glob("*/*.png"))) as picture:
+        return picture.width
+
+
+def changes(data: Path) -> list[str]:
+    """The changes to bench/quality.yaml that train on the set."""
+    paths = [f"data.path={path_of(data, 'train')}", f"validation.path={path_of(data, 'test')}"]
+    if not is_folder(data):
+        return paths
+    side, classes = side_of(data), len(set(open_half(data, "test").labels))
+    model = [f"in_channels={3 * FACTOR**2}", f"input_size={side // FACTOR}", f"num_classes={classes}"]
+    return [*paths, "batch_size=32", "data.kind=folder", f"data.size={side}", *(f"model.{change}" for change in model)]
+
+
+def classes_to_draw(data: Path, count: int) -> np.ndarray:
+    """The classes (count,) of pictures to draw, as frequent as in the held-out half: in turn where all are alike."""
+    labels = np.asarray(open_half(data, "test").labels)
+    sizes = np.bincount(labels)
+    if (sizes == sizes[0]).all():
+        return np.arange(count) % len(sizes)
+    return np.resize(np.random.default_rng(0).permutation(labels), count)
