@@ -12,8 +12,21 @@ from bench.savings import cases
 from dcdit.checkpoints.folder import save_checkpoint
 from dcdit.cli import main
 from dcdit.errors import ConfigError
-from dcdit.model import DyDiT, DyDiTConfig, PatchDiT, PatchDiTConfig, SparseDiT, SparseDiTConfig, preset
+from dcdit.model import (
+    DCDiTConfig,
+    DyDCDiT,
+    DyDiT,
+    DyDiTConfig,
+    PatchDiT,
+    PatchDiTConfig,
+    SparseDiT,
+    SparseDiTConfig,
+    preset,
+)
+from dcdit.model.flops import dcdit_flops
+from dcdit.model.gated_macs import gated_flops, gated_tokens
 from dcdit.model.rival_macs import dydit_macs, dydit_on, patch_dit_macs, patch_on, sparse_dit_macs, sparse_on
+from dcdit_kernels import use_backend
 
 MACS = json.loads((Path(__file__).parent / "data" / "systems" / "macs.json").read_text())
 XL = {"hidden_size": 1152, "num_heads": 16}
@@ -103,6 +116,46 @@ def test_info_of_a_checkpoint(tmp_path, capsys):
         plain = dydit_macs(DyDiTConfig(**sizes, depth=model.config.depth), routers=False)
         assert type(model).__name__ in out and f"{sum(p.numel() for p in model.parameters()):,}" in out
         assert all(cost in out for cost in costs) and f"same size: {2e-9 * plain:.4g} GFLOP" in out
+
+
+def test_info_of_gates_in_dcdit(tmp_path, capsys):
+    """The routers of a DyDCDiT's gates are among its parameters, and among the products by PyTorch's own counter."""
+    config = DCDiTConfig(hidden_size=64, depth=3, num_heads=4, encoder_width=32, input_size=(6, 8), num_classes=3)
+    model = DyDCDiT(config).eval().requires_grad_(False)
+    x, t, y = torch.randn(1, 4, 6, 8), torch.tensor([10.0]), torch.tensor([0])
+    with use_backend("reference"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        _, routing = model(x, t, y, return_routing=True)
+    seen = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    want = gated_flops(config, int(routing.plan.lengths))
+    gates = [
+        flops for name, flops in seen.items() if ".routers." in name and name.endswith(("heads", "groups", "tokens"))
+    ]
+    assert len(gates) == 9 and sum(gates) == pytest.approx(1e9 * want["gates"])
+    assert seen["DyDCDiT.main"] == pytest.approx(1e9 * (want["main"] + want["gates"]))
+    folder = tmp_path / "model"
+    save_checkpoint(folder, model, {"objective": "ddpm"})
+    assert not main(["info", str(folder)])
+    out = capsys.readouterr().out
+    assert "DyDCDiT" in out and f"{sum(p.numel() for p in model.parameters()):,}" in out
+    for name, rate in {"total": 1.0, "total, gates leaving 50%": 0.5}.items():
+        flops = gated_flops(config, 24, rate)  # the fourth column: half of the cells
+        line = next(line for line in out.splitlines() if line.strip().startswith(name + "  "))
+        assert f"{flops['total']:.4g}" in line.split()
+    assert main(["info", str(folder), "--budget", "8"]) == 2
+    assert "--budget is of a DC-DiT" in capsys.readouterr().err
+
+
+def test_gates_leave_a_share_of_the_blocks():
+    """`gated_flops` and `gated_tokens` are one count; at rate 1 it is DC-DiT's and the routers'."""
+    config, whole = preset("digits"), dcdit_flops(preset("digits"), 80)
+    for rate in (0.3, 1.0):
+        alike = float(gated_tokens(config, torch.tensor([80]), torch.tensor([rate])))
+        flops = gated_flops(config, 80, rate)
+        assert flops["total"] == pytest.approx(dcdit_flops(config, alike)["total"])
+        assert flops["total"] == pytest.approx(
+            sum(flops[part] for part in whole if part not in ("total", "uncounted")) + flops["gates"]
+        )
+    assert flops["main"] == whole["main"]
 
 
 def test_layouts():

@@ -21,8 +21,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print the tables."""
     from ..model.flops import dcdit_flops, dit_flops
+    from ..model.gated_macs import gated_flops
 
-    config = _config(args.preset)
+    config, gated = _config(args.preset)
     if args.budget is None and (args.training or args.batch_size != 1):
         raise ConfigError("--batch-size and --training are of --budget, the tokens of each image: give it as well")
     if isinstance(config, DiTConfig):
@@ -30,12 +31,15 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f"--budget is of a DC-DiT, {args.preset} has a {type(config).__name__}")
         print_system(args.preset, config)
         return
+    if args.budget is not None and gated:
+        raise ConfigError(f"--budget is of a DC-DiT, {args.preset} is a DyDCDiT")
     if args.budget is not None:
         print_budget(args.preset, config, args.budget, args.batch_size, args.training)
         return
-    trainable, table = count_parameters(config)
+    trainable, table = count_parameters(config, gated)
     (height, width), cells = config.input_size, config.cells
-    print(f"{args.preset}: grid {height}×{width} = {cells} cells, width {config.hidden_size}")
+    kind = "DyDCDiT, " if gated else ""
+    print(f"{args.preset}: {kind}grid {height}×{width} = {cells} cells, width {config.hidden_size}")
     print(
         f"  depth {config.depth}, {config.num_heads} heads, encoder width {config.encoder_width}, "
         f"stride {config.encoder_stride}, N {config.target_ratio:g}"
@@ -44,9 +48,12 @@ def run(args: argparse.Namespace) -> None:
     print(f"  with the position table       {trainable + table:>15,}")
     counts = sorted({cells // 16, cells // 8, cells // 4, cells // 2, cells})
     print(f"\nGFLOP per image{'':15}" + "".join(f"{f'M = {m}':>12}" for m in counts))
-    columns = [dcdit_flops(config, m) for m in counts]
+    columns = [gated_flops(config, m) if gated else dcdit_flops(config, m) for m in counts]
     for name in columns[0]:
         print(f"  {name:<28}" + "".join(f"{column[name]:12.4g}" for column in columns))
+    for rate in (0.75, 0.5, 0.25) if gated else ():
+        totals = [gated_flops(config, m, rate)["total"] for m in counts]
+        print(f"  {f'total, gates leaving {rate:.0%}':<28}" + "".join(f"{total:12.4g}" for total in totals))
     patches = cells // 4
     plain = dit_flops(config, patches)
     print(f"\nplain DiT of the same backbone (2×2 patches, {patches} tokens): {plain:.4g} GFLOP per image")
@@ -140,22 +147,26 @@ def _print_costs(config: DiTConfig) -> None:
     print(" " * 30 + "".join(f"{2e-9 * macs:12.4g}" for macs in costs.values()))
 
 
-def count_parameters(config: DCDiTConfig) -> tuple[int, int]:
-    """(trainable parameters, numbers in the position table), without allocating the model."""
+def count_parameters(config: DCDiTConfig, gated: bool = False) -> tuple[int, int]:
+    """(trainable parameters, numbers in the position table) of a DC-DiT or a DyDCDiT, without allocating the model."""
     import torch
 
     from ..model.dcdit import DCDiT
+    from ..model.dydit_main import DyDCDiT
 
     with torch.device("meta"):
-        model = DCDiT(config)
+        model = (DyDCDiT if gated else DCDiT)(config)
     return sum(p.numel() for p in model.parameters()), model.pos_embed.numel()
 
 
-def _config(name: str) -> DCDiTConfig:
+def _config(name: str) -> tuple[DCDiTConfig, bool]:
+    """The sizes of a preset or a checkpoint, and whether it is a DyDCDiT."""
     if name in PRESETS and not Path(name).exists():
-        return preset(name)
+        return preset(name), False
     if Path(name).expanduser().exists() or (name.count("/") == 1 and not name.startswith("DC-DiT")):
         from ..checkpoints.folder import load_checkpoint, locate
+        from ..model.dydit_main import DyDCDiT
 
-        return load_checkpoint(locate(name))[0].config
-    return preset(name)
+        model = load_checkpoint(locate(name))[0]
+        return model.config, isinstance(model, DyDCDiT)
+    return preset(name), False

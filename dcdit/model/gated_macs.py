@@ -9,8 +9,9 @@ import torch
 from dcdit_kernels import Packing
 
 from .config import DCDiTConfig
+from .flops import dcdit_flops
 from .gates import Gates
-from .rival_macs import block_macs
+from .rival_macs import block_macs, gate_macs
 
 
 def main_rates(decided: Sequence[Gates], packing: Packing, config: DCDiTConfig) -> torch.Tensor:
@@ -30,6 +31,17 @@ def main_rates(decided: Sequence[Gates], packing: Packing, config: DCDiTConfig) 
     return spent / len(decided) / (attention + mlp)
 
 
+def gated_flops(config: DCDiTConfig, tokens: float, rate: float = 1.0) -> dict[str, float]:
+    """GFLOP of one image through a DyDCDiT by component, as `dcdit_flops` has them, and of the `gates`' own routers.
+
+    The gates leave `rate` of the main network's products; `total` holds both.
+    """
+    gates = 2e-9 * gate_macs(config, tokens)
+    saved = (1 - rate) * 2e-9 * config.depth * sum(block_macs(tokens, config.hidden_size, config.mlp_ratio))
+    flops = dcdit_flops(config, tokens)
+    return {"gates": gates, **flops, "main": flops["main"] - saved, "total": flops["total"] + gates - saved}
+
+
 def gated_tokens(config: DCDiTConfig, tokens: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
     """Tokens (B,), of whose products gates leave `rates` (B,) → the tokens that cost as much ungated, float64 (B,).
 
@@ -37,7 +49,6 @@ def gated_tokens(config: DCDiTConfig, tokens: torch.Tensor, rates: torch.Tensor)
     """
     d, depth, tokens = config.hidden_size, config.depth, tokens.double()
     products = depth * sum(block_macs(tokens, d, config.mlp_ratio))
-    routers = depth * (tokens * (d + 1) * (d // 16) + 2 * d * (config.num_heads - 1))
     square, linear = (2 * depth + 1) * d, depth * (4 + 2 * config.mlp_ratio) * d**2  # dechunk has a square as well
-    wanted = square * tokens**2 + linear * tokens - (1 - rates.double()) * products + routers
+    wanted = square * tokens**2 + linear * tokens - (1 - rates.double()) * products + gate_macs(config, tokens)
     return ((linear**2 + 4 * square * wanted).sqrt() - linear) / (2 * square)

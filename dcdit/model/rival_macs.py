@@ -43,8 +43,13 @@ def dydit_macs(config: DyDiTConfig, rate: float = 1.0, routers: bool = True) -> 
     """
     n, d = config.tokens, config.hidden_size
     blocks = config.depth * sum(block_macs(n, d, config.mlp_ratio))
-    routing = config.depth * (n * (d + 1) * (d // 16) + 2 * d * (config.num_heads - 1))
-    return rate * blocks + routing * routers + _shell_macs(config, config.depth)
+    return rate * blocks + gate_macs(config, n) * routers + _shell_macs(config, config.depth)
+
+
+def gate_macs(config: DyDiTConfig | DCDiTConfig, tokens: Any) -> Any:
+    """Multiply-adds of the routers of all gates, of an image of so many tokens: a number or a tensor."""
+    d = config.hidden_size
+    return config.depth * (tokens * (d + 1) * (d // 16) + 2 * d * (config.num_heads - 1))
 
 
 def patch_dit_macs(config: PatchDiTConfig, scale: float = 1) -> float:
