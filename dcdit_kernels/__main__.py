@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from . import __version__, native
+from . import __version__, extension
 from ._dispatch import BackendError
 from ._explain import explain
 from ._ops import OPERATORS
@@ -35,15 +35,15 @@ def versions() -> list[str]:
     return lines
 
 
-def extension() -> list[str]:
+def compiled() -> list[str]:
     """The compiled part, and the CUDA it was made for."""
-    if native._C is None:
-        return [f"extension: {native.missing(torch.device('cpu'))}"]
-    if not native._C.cuda_archs:
-        return [f"extension: {native._C.__file__}, CPU only"]
-    built, driver = (native.cuda_name(version) for version in native._C.cuda_versions())
-    archs = " ".join(f"sm_{arch}" for arch in native._C.cuda_archs.split(","))
-    return [f"extension: {native._C.__file__}, CPU and {archs} + PTX, CUDA {built} (driver: {driver})"]
+    if extension._C is None:
+        return [f"extension: {extension.missing(torch.device('cpu'))}"]
+    if not extension._C.cuda_archs:
+        return [f"extension: {extension._C.__file__}, CPU only"]
+    built, driver = (extension.cuda_name(version) for version in extension._C.cuda_versions())
+    archs = " ".join(f"sm_{arch}" for arch in extension._C.cuda_archs.split(","))
+    return [f"extension: {extension._C.__file__}, CPU and {archs} + PTX, CUDA {built} (driver: {driver})"]
 
 
 def gpus() -> list[str]:
@@ -76,7 +76,7 @@ def main() -> int:
     """Print all of it; 1 where an operator cannot run."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lines, run = operators(device)
-    lines = [*versions(), *extension(), *gpus(), "", f"Operators on {device}:", *lines]
+    lines = [*versions(), *compiled(), *gpus(), "", f"Operators on {device}:", *lines]
     sys.stdout.write("\n".join(lines) + "\n")
     return 0 if run else 1
 

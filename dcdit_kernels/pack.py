@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from . import native, reference
+from . import extension, reference
 from ._check import all_tensors, require, shaped, traced
 from ._ops import Backend, Operator
 
 PACK_ROWS, UNPACK_ROWS = (
-    Operator(name, native=Backend(f"dcdit_kernels.native:{name}", native.why_not))
+    Operator(name, native=Backend(f"dcdit_kernels.extension:{name}", extension.why_not))
     for name in ("pack_rows", "unpack_rows")
 )
 

@@ -7,7 +7,7 @@ from numbers import Real
 
 import torch
 
-from . import _library, native
+from . import _library, extension
 from ._check import dense, floating, require, shaped, traced
 from ._ops import Backend, Operator
 from ._plan_input import SIZES, check_budget, check_masks, rows_of_budget
@@ -16,7 +16,7 @@ from .packing import kept_for_backward
 
 NEAREST = ("2d", "3d", "1d", "previous")
 
-OPERATOR = Operator("plan_chunks", native=Backend("dcdit_kernels.native:plan_chunks", native.why_not))
+OPERATOR = Operator("plan_chunks", native=Backend("dcdit_kernels.extension:plan_chunks", extension.why_not))
 
 
 def plan_chunks(

@@ -22,10 +22,10 @@ from dcdit.data.sources import Digits, load_digits
 from dcdit.model.config import preset
 from dcdit.model.dcdit import DCDiT
 from dcdit.model.plain_dit import PlainDiT
+from dcdit.training.batches import TrainingStream, batches
 from dcdit.training.config import OptimConfig, load_config
 from dcdit.training.objectives import FlowMatching
 from dcdit.training.state import EMA
-from dcdit.training.stream import TrainingStream, batches
 from dcdit.training.trainer import Trainer, learning_rate
 from dcdit.training.upcycling import Upcycler, to_dit
 

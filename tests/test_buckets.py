@@ -15,10 +15,10 @@ from dcdit.data.encode import encode_folder
 from dcdit.data.image_folder import ImageFolder
 from dcdit.data.sources import Latents
 from dcdit.errors import ConfigError, DataError
+from dcdit.training.batches import TrainingStream, batches
 from dcdit.training.config import load_config
 from dcdit.training.objectives import FlowMatching, ratio_loss
 from dcdit.training.parts import cuts, weights_of
-from dcdit.training.stream import TrainingStream, batches
 from dcdit.training.trainer import Trainer
 
 SHAPES = [(16, 16), (8, 32), (30, 9), (64, 64), (12, 20), (5, 3), (21, 12)]  # height, width

@@ -43,11 +43,12 @@ EXERCISE = """
 import math
 import torch
 import dcdit_kernels as K
-from dcdit_kernels import native, reference
-assert native.load_error is None and native._C.__file__.startswith({folder!r}), (native.load_error, native._C)
+from dcdit_kernels import extension, reference
+assert extension.load_error is None, extension.load_error
+assert extension._C.__file__.startswith({folder!r}), extension._C
 torch.manual_seed(0)
 torch.set_num_threads(2)
-native.CELLS_PER_THREAD = native.BYTES_PER_THREAD = 1  # threads from the first cell on
+extension.CELLS_PER_THREAD = extension.BYTES_PER_THREAD = 1  # threads from the first cell on
 for grid in [(7, 9), (1, 13), (5, 1), (2, 3, 4), (3, 4, 5), (17,), (1, 1)]:
     for share in (0.0, 0.3):
         prob = torch.rand(5, math.prod(grid)) * 0.5 + 0.5 * (torch.rand(5, math.prod(grid)) < share)
@@ -57,13 +58,14 @@ for grid in [(7, 9), (1, 13), (5, 1), (2, 3, 4), (3, 4, 5), (17,), (1, 1)]:
             for capacity in (None, 0, 7, 500):
                 for dtype in (torch.float32, torch.float64):
                     for block in (1, 64):
-                        plan = native.plan_chunks(prob.to(dtype), grid, 0.3, 0.5, kind, capacity, **masks, block=block)
+                        drop = (0.3, 0.5, kind, capacity)
+                        plan = extension.plan_chunks(prob.to(dtype), grid, *drop, **masks, block=block)
                 want = reference.plan_chunks(prob.double(), grid, 0.3, 0.5, kind, capacity, **masks)
                 assert torch.equal(plan.nearest, want.nearest) and torch.equal(plan.member_index, want.member_index)
                 for x in (torch.randn(5 * plan.cells, 3), torch.randn(5 * plan.cells, 2, 5)[:, 1]):
-                    packed = native.pack_rows(x, plan.token_index)
+                    packed = extension.pack_rows(x, plan.token_index)
                     assert torch.equal(packed, reference.pack_rows(x, plan.token_index))
-                    native.unpack_rows(packed, plan.token_index, 5 * plan.cells)
+                    extension.unpack_rows(packed, plan.token_index, 5 * plan.cells)
                 x = torch.randn(plan.capacity, 5, requires_grad=True)
                 K.dechunk(x, prob, plan, backend="native").sum().backward()
                 modulators = torch.randn(5, 15, requires_grad=True).chunk(3, dim=1)

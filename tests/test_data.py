@@ -10,9 +10,9 @@ from dcdit.data.image_folder import ImageFolder
 from dcdit.data.sources import Digits, Latents, load_digits, make_source
 from dcdit.errors import ConfigError, DataError
 from dcdit.model.config import DCDiTConfig
+from dcdit.training.batches import TrainingStream, batches, draw_drop_fraction
 from dcdit.training.config import DataConfig
 from dcdit.training.objectives import DDPM, FlowMatching
-from dcdit.training.stream import TrainingStream, batches, draw_drop_fraction
 
 SHAPE = (4, 6, 6)
 

@@ -18,9 +18,9 @@ from bench.measure import build, host_waits
 from bench.operators import routed_prob
 from bench.timing import captured
 from dcdit import DCDiT, graphed, preset
+from dcdit.training.batches import TrainingStream, batches
 from dcdit.training.objectives import FlowMatching, ratio_loss
 from dcdit.training.step_graphs import StepGraphs
-from dcdit.training.stream import TrainingStream, batches
 
 pytestmark = [
     pytest.mark.gpu,

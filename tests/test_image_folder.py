@@ -12,8 +12,8 @@ from dcdit.data.image_folder import ImageFolder
 from dcdit.data.picture_files import read_picture, read_square
 from dcdit.data.sources import Latents, make_source
 from dcdit.errors import ConfigError, DataError
+from dcdit.training.batches import TrainingStream, batches
 from dcdit.training.objectives import FlowMatching
-from dcdit.training.stream import TrainingStream, batches
 
 GREY = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040  # 16 bits, nearly to the top
 

@@ -137,6 +137,6 @@ def test_isolated_and_editable(sdist, venv, compiler):
     if done.returncode and "Could not find a version that satisfies the requirement setuptools" in done.stderr:
         pytest.skip("pip reaches no package index here")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    code = "import dcdit_kernels; print(dcdit_kernels.native._C.__file__)"
+    code = "import dcdit_kernels; print(dcdit_kernels.extension._C.__file__)"
     show_torch(python)
     assert run(python, "-c", code, cwd=python.parent).stdout.startswith(str(sdist))

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 import dcdit_kernels as K
-from dcdit_kernels import native
+from dcdit_kernels import extension
 
 BACKENDS = [
-    pytest.param("native", marks=pytest.mark.skipif(native.load_error is not None, reason=f"{native.load_error}")),
+    pytest.param(
+        "native", marks=pytest.mark.skipif(extension.load_error is not None, reason=f"{extension.load_error}")
+    ),
     "reference",
 ]
 DTYPES = [torch.uint8, torch.bool, torch.int16, torch.bfloat16, torch.float32, torch.int64, torch.complex128]

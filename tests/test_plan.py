@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dcdit_kernels as K
-from dcdit_kernels import native, reference
+from dcdit_kernels import extension, reference
 from dcdit_kernels._plan_input import forced_cells
 
-pytestmark = pytest.mark.skipif(native.load_error is not None, reason=f"_C is not built: {native.load_error}")
+pytestmark = pytest.mark.skipif(extension.load_error is not None, reason=f"_C is not built: {extension.load_error}")
 BLOCKS = [1, 64]  # threads of a sample's block: the CPU's, and many as on CUDA
 GRIDS = [(7, 9), (1, 13), (5, 1), (8, 8), (3, 70), (2, 3, 4), (5, 1, 6), (3, 4, 5), (17,), (1,), (1, 1)]
 KINDS = {1: ("1d", "previous"), 2: ("2d", "1d", "previous"), 3: ("3d", "1d", "previous")}
@@ -86,7 +86,7 @@ def test_bit_identical_to_the_reference(data, seed):
     args = (prob, grid, drop, threshold, kind, capacity, longest, keep, ban, budget, rows)
     want = reference.plan_chunks(*args)
     for block in BLOCKS:
-        assert_same(native.plan_chunks(*args, block=block), want)
+        assert_same(extension.plan_chunks(*args, block=block), want)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -97,7 +97,7 @@ def test_probabilities_of_any_size(block):
         gen = torch.Generator().manual_seed(1)
         prob = torch.tensor(edge, dtype=dtype)[torch.randint(0, len(edge), (40, 60), generator=gen)]
         drop = torch.linspace(0, 0.95, 40)
-        got = native.plan_chunks(prob, (60,), drop, 0.0, "1d", block=block)
+        got = extension.plan_chunks(prob, (60,), drop, 0.0, "1d", block=block)
         assert_same(got, reference.plan_chunks(prob, (60,), drop, 0.0, "1d"))
 
 
@@ -138,9 +138,9 @@ def test_large_grids():
         prob = torch.where(value < share, 0.5 + value / max(share, 1e-9) / 3, 0.4)
         prob[:, [0, grid[1] - 1]] = 0.9  # as far apart as a line is long
         want = reference.plan_chunks(prob, grid, 0.25)
-        assert_same(native.plan_chunks(prob, grid, 0.25), want)
+        assert_same(extension.plan_chunks(prob, grid, 0.25), want)
         if batch == 1 and share:
-            assert_same(native.plan_chunks(prob, grid, 0.25, block=64), want)
+            assert_same(extension.plan_chunks(prob, grid, 0.25, block=64), want)
 
 
 def test_threads_do_not_change_a_bit():
@@ -160,11 +160,11 @@ def test_threads_do_not_change_a_bit():
 def test_strided_input_and_no_samples():
     wide = torch.rand(24, 3, generator=torch.Generator().manual_seed(0))
     prob = wide.T  # (3, 24), cells apart
-    assert_same(native.plan_chunks(prob, (4, 6), 0.1), reference.plan_chunks(prob.contiguous(), (4, 6), 0.1))
+    assert_same(extension.plan_chunks(prob, (4, 6), 0.1), reference.plan_chunks(prob.contiguous(), (4, 6), 0.1))
     for capacity in (None, 4):
         want = reference.plan_chunks(torch.empty(0, 6), (2, 3), capacity=capacity)
         for block in BLOCKS:
-            assert_same(native.plan_chunks(torch.empty(0, 6), (2, 3), capacity=capacity, block=block), want)
+            assert_same(extension.plan_chunks(torch.empty(0, 6), (2, 3), capacity=capacity, block=block), want)
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -187,8 +187,8 @@ def test_bad_input_is_named(backend, capacity):
 def test_a_missing_extension_says_what_to_do(monkeypatch):
     """The reference runs, and asking for the extension gives the load error and the remedy."""
     monkeypatch.setattr("dcdit_kernels._ops._known", {})
-    monkeypatch.setattr(native, "_C", None)
-    monkeypatch.setattr(native, "load_error", "no such file")
+    monkeypatch.setattr(extension, "_C", None)
+    monkeypatch.setattr(extension, "load_error", "no such file")
     assert K.plan_chunks(torch.rand(1, 6), (2, 3)).batch_size == 1
     with pytest.raises(K.BackendError, match=r"plan_chunks: backend 'native' cannot run.*no such file.*pip install"):
         K.plan_chunks(torch.rand(1, 6), (2, 3), backend="native")
@@ -196,10 +196,10 @@ def test_a_missing_extension_says_what_to_do(monkeypatch):
 
 def test_a_build_of_other_sources_is_not_called(monkeypatch):
     monkeypatch.setitem(sys.modules, "dcdit_kernels._C", types.SimpleNamespace(plan_count=None))
-    spec = importlib.util.spec_from_file_location("dcdit_kernels.other", native.__file__)
+    spec = importlib.util.spec_from_file_location("dcdit_kernels.other", extension.__file__)
     other = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(other)
-    assert other._C is None and native._C is not None
+    assert other._C is None and extension._C is not None
     assert "is not built (it was built from other sources); `pip install .`" in other.missing(torch.device("cpu"))
 
 
@@ -221,7 +221,7 @@ def test_exact_says_that_no_row_is_spare(backend):
     ],
 )
 def test_a_gpu_that_the_extension_cannot_use_is_explained(monkeypatch, archs, versions, gpu, reason):
-    monkeypatch.setattr(native, "_C", types.SimpleNamespace(cuda_archs=archs, cuda_versions=lambda: versions))
-    monkeypatch.setattr(native, "capability", lambda index: gpu)
-    said = native.missing(torch.device("cuda", 0))
+    monkeypatch.setattr(extension, "_C", types.SimpleNamespace(cuda_archs=archs, cuda_versions=lambda: versions))
+    monkeypatch.setattr(extension, "capability", lambda index: gpu)
+    said = extension.missing(torch.device("cuda", 0))
     assert (said is None) if reason is None else re.search(reason, said)

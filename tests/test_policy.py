@@ -49,7 +49,7 @@ def test_grid_models_are_sampled(kind):
 
 def test_a_dit_of_a_dcdits_sizes():
     """As `load_dit` makes it; and a subclass with its own routing, called as it is."""
-    from bench.rivals import PlainRival
+    from bench.quality.rivals import PlainRival
 
     config = preset("digits")
     for kind in (PlainDiT, PlainRival):

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DiTPipeline, FlowMatchEulerDiscreteScheduler
 from test_pipeline import quiet, record_tokens, transformer, vae  # noqa: F401
 
-from bench.policies import measure
+from bench.digits.policies import measure
 from dcdit.checkpoints.folder import save_checkpoint
 from dcdit.cli import main
 from dcdit.errors import ConfigError

@@ -5,7 +5,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.nn import functional as F
 
-from bench.progressive import shrink
+from bench.digits.progressive import shrink
 from dcdit.errors import ConfigError
 from dcdit.integrations.transformer import DCDiTTransformer2DModel
 from dcdit.model import DCDiT, PlainDiT

@@ -18,21 +18,9 @@ from safetensors.torch import load_file
 from test_idx import IMAGES, LABELS, content
 
 import dcdit.training.trainer
-from bench import (
-    judge,
-    lockstep,
-    quality,
-    quality_collect,
-    quality_curves,
-    quality_farm,
-    quality_pictures,
-    quality_sets,
-    quality_tables,
-    quality_where,
-    where,
-)
 from bench.euler import make_euler
-from bench.rivals import GridRouter, RandomRouter, RivalTrainer, make_rival
+from bench.quality import collect, curves, farm, judge, lockstep, pictures, places, sets, study, tables, where
+from bench.quality.rivals import GridRouter, RandomRouter, RivalTrainer, make_rival
 from dcdit.model.config import DCDiTConfig
 from dcdit.model.routing import Routing
 from dcdit.sampling import trajectory
@@ -99,47 +87,47 @@ def test_a_run_has_one_line(data, tmp_path, monkeypatch, capsys):
     key = f"mended --steps 2 --data {data} --runs {tmp_path}/runs".split()
     words = ["quality", *key, "--samples", "10", "--results", str(results)]
     monkeypatch.setattr("sys.argv", words)
-    monkeypatch.setattr(quality, "SAMPLES", {**quality.SAMPLES, "steps": 2})
-    monkeypatch.setattr("bench.judge.fit", lambda images, labels, **_: quality.judge.ConvClassifier(10).eval())
-    quality.main()
-    quality.main()
+    monkeypatch.setattr(study, "SAMPLES", {**study.SAMPLES, "steps": 2})
+    monkeypatch.setattr("bench.quality.judge.fit", lambda images, labels, **_: study.judge.ConvClassifier(10).eval())
+    study.main()
+    study.main()
     (line,) = map(json.loads, results.read_text().splitlines())
     assert line["variant"] == "mended" and line["train_cpu_seconds"] > 0 and len(line["sampling_kept"]) == 2
     assert {"validation_loss", "frechet", "frechet_patches", "recognised", "commit", "machine"} <= set(line)
 
-    drawn = tmp_path / quality.DRAWN
+    drawn = tmp_path / study.DRAWN
     monkeypatch.setattr("sys.argv", [*words, "--drop-fractions", "0", "0.5", "--guidances", "1", "1.5"])
-    quality.main()
-    quality.main()
+    study.main()
+    study.main()
     again = {(row["drop_fraction"], row["guidance"]): row for row in map(json.loads, drawn.read_text().splitlines())}
     assert len(again) == len(drawn.read_text().splitlines()) == 4
     judged = ("frechet", "frechet_patches", "recognised", "sampling_kept")
     assert [again[0.0, 1.5][key] for key in judged] == [line[key] for key in judged]
     assert again[0.0, 1.0]["frechet"] != line["frechet"] and again[0.5, 1.5]["gflop"] < again[0.0, 1.5]["gflop"]
 
-    marks = (quality_tables.BEGIN, quality_tables.END, quality_tables.BEGIN_DRAWN, quality_tables.END_DRAWN)
+    marks = (tables.BEGIN, tables.END, tables.BEGIN_DRAWN, tables.END_DRAWN)
     page.write_text("before\n{}\nold\n{}\nbetween\n{}\nold\n{}\nafter\n".format(*marks))
     results.write_text("".join(json.dumps({**line, "seed": seed, "recognised": seed}) + "\n" for seed in (0, 1)))
-    monkeypatch.setattr(quality_tables, "RESULTS", results)
-    monkeypatch.setattr(quality_tables, "PAGE", page)
+    monkeypatch.setattr(tables, "RESULTS", results)
+    monkeypatch.setattr(tables, "PAGE", page)
     monkeypatch.setattr("sys.argv", ["tables", "--least-steps", "3"])
-    quality_tables.main()
+    tables.main()
     assert "50.0%" not in page.read_text()
     monkeypatch.setattr("sys.argv", ["tables", "--least-steps", "2"])
-    quality_tables.main()
+    tables.main()
     text = page.read_text()
     assert "old" not in text and text.startswith("before") and "\nbetween\n" in text and text.endswith("after\n")
     assert text.count("| mended | 2 | 0 | 10 | ") == 4
     assert "50.0% (0.0% to 100.0%)" in text and "| mended |" in text and "| 0, 1 |" in text
 
-    monkeypatch.setattr(quality_where, "RESULTS", results)
+    monkeypatch.setattr(where, "RESULTS", results)
     monkeypatch.setattr("sys.argv", ["where", *key])
-    quality_where.main()
-    rows = capsys.readouterr().out.splitlines()[-len(where.TIMES) :]
-    assert [row.split()[1] for row in rows] == [str(t) for t in where.TIMES]
+    where.main()
+    rows = capsys.readouterr().out.splitlines()[-len(places.TIMES) :]
+    assert [row.split()[1] for row in rows] == [str(t) for t in places.TIMES]
     monkeypatch.setattr("sys.argv", ["pictures", *key])
-    monkeypatch.setattr(quality_pictures, "IMAGES", tmp_path)
-    quality_pictures.main()
+    monkeypatch.setattr(pictures, "IMAGES", tmp_path)
+    pictures.main()
     assert (tmp_path / "quality.png").stat().st_size > 1000
 
 
@@ -153,17 +141,17 @@ def test_a_coloured_set(tmp_path, monkeypatch):
                 pixels = rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "set" / half / name / f"{i}.png")
     results, data = tmp_path / "quality.jsonl", tmp_path / "set"
-    drawn = quality_sets.classes_to_draw(data, 36)
+    drawn = sets.classes_to_draw(data, 36)
     assert np.bincount(drawn).tolist() == [12, 24] and len(set(drawn[:12])) == 2
     words = f"quality mended --steps 2 --device cpu --samples 12 --data {data} --runs {tmp_path}/runs"
     monkeypatch.setattr("sys.argv", [*words.split(), "--results", str(results)])
-    monkeypatch.setattr(quality, "SAMPLES", {**quality.SAMPLES, "steps": 2})
-    monkeypatch.setattr("bench.judge.fit", lambda images, labels, **_: quality.judge.ConvClassifier(2).eval())
-    quality.main()
+    monkeypatch.setattr(study, "SAMPLES", {**study.SAMPLES, "steps": 2})
+    monkeypatch.setattr("bench.quality.judge.fit", lambda images, labels, **_: study.judge.ConvClassifier(2).eval())
+    study.main()
     (line,) = map(json.loads, results.read_text().splitlines())
     assert line["set"] == "set" and all(np.isfinite(line[key]) for key in ("frechet", "frechet_patches", "recognised"))
     args = argparse.Namespace(data=data, runs=tmp_path / "runs", width=96, steps=2, seed=0, device="cpu")
-    config = quality.configuration("mended", args)
+    config = study.configuration("mended", args)
     assert (config.model.in_channels, config.model.input_size, config.model.num_classes) == (12, (8, 8), 2)
     patches = judge.Patches(3)(torch.arange(3 * 64, dtype=torch.uint8).view(1, 3, 8, 8))
     assert patches.shape == (4, 48) and (patches[1] * 255).round().tolist()[15:18] == [31, 68, 69]
@@ -183,7 +171,7 @@ def test_options_that_cannot_be_used(message, data, tmp_path, monkeypatch, capsy
     words = ["quality", "learned", "--device", "cpu", "--data", str(data), "--runs", str(tmp_path / "none")]
     monkeypatch.setattr("sys.argv", [*words, "--results", str(tmp_path / "lines"), *OPTIONS[message]])
     with pytest.raises(SystemExit) as end:
-        quality.main()
+        study.main()
     assert message in f"{end.value}{capsys.readouterr().err}"
 
 
@@ -191,7 +179,7 @@ def test_real_pictures_are_judged(data, tmp_path, monkeypatch, capsys):
     """Of a test set that is the training set, as many pictures of each class are at no distance from it."""
     for name in (IMAGES, LABELS):
         shutil.copy(data / f"train{name}", data / f"t10k{name}")
-    monkeypatch.setattr("bench.judge.fit", lambda images, labels, **_: judge.ConvClassifier(10).eval())
+    monkeypatch.setattr("bench.quality.judge.fit", lambda images, labels, **_: judge.ConvClassifier(10).eval())
     words = f"judge --samples 200 --draws 2 --data {data} --runs {tmp_path}/runs"
     monkeypatch.setattr("sys.argv", words.split())
     judge.main()
@@ -212,18 +200,18 @@ def test_what_a_farm_brought(tmp_path, monkeypatch):
         rows = [{"step": step, "diffusion_loss": offset + step, "kept": 0.25, "lr": 1} for step in range(1, 401)]
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "runs" / "0" / "quality.jsonl").write_text('{"new": 1}\n')
-    (tmp_path / "runs" / "0" / quality.DRAWN).write_text('{"drawn": 1}\n')
-    monkeypatch.setattr(quality_collect, "RESULTS", results)
+    (tmp_path / "runs" / "0" / study.DRAWN).write_text('{"drawn": 1}\n')
+    monkeypatch.setattr(collect, "RESULTS", results)
     monkeypatch.setattr("sys.argv", ["collect", str(tmp_path)])
-    quality_collect.main()
+    collect.main()
     assert results.read_text() == '{"old": 1}\n{"new": 1}\n'
-    assert (tmp_path / quality.DRAWN).read_text() == '{"drawn": 1}\n'
-    monkeypatch.setattr(quality_curves, "RESULTS", results)
-    monkeypatch.setattr(quality_curves, "IMAGES", tmp_path)
+    assert (tmp_path / study.DRAWN).read_text() == '{"drawn": 1}\n'
+    monkeypatch.setattr(curves, "RESULTS", results)
+    monkeypatch.setattr(curves, "IMAGES", tmp_path)
     monkeypatch.setattr("sys.argv", ["curves", "grid", "--steps", "400", "--panels", *["fashion-mnist/0"] * 2])
     read = argparse.Namespace(width=96, steps=400)
-    assert quality_curves.losses("grid", "fashion-mnist/0", read)[[0, 99]].tolist() == [[2.5, 3.0], [398.5, 399.0]]
-    quality_curves.main()
+    assert curves.losses("grid", "fashion-mnist/0", read)[[0, 99]].tolist() == [[2.5, 3.0], [398.5, 399.0]]
+    curves.main()
     assert (tmp_path / "quality-losses.png").stat().st_size > 1000
 
 
@@ -232,7 +220,7 @@ def stand_in(monkeypatch):
     """CUDA graphs on the CPU."""
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setattr(dcdit.training.trainer, "StepGraphs", functools.partial(StepGraphs, capture=run_again))
-    monkeypatch.setattr(quality, "ON_GPU", ["cuda_graph=true", "log_every=1"])
+    monkeypatch.setattr(study, "ON_GPU", ["cuda_graph=true", "log_every=1"])
 
 
 def trainer_of(kind, output, data, *changes):
@@ -240,7 +228,7 @@ def trainer_of(kind, output, data, *changes):
     tiny += ["model.norm_groups=8", "cuda_graph=true", "log_every=2", f"data.path={data}/train", "validation.every=0"]
     trainer = RivalTrainer.__new__(RivalTrainer)
     trainer.kind = kind
-    trainer.__init__(load_config(quality.CONFIG, [*tiny, f"output={output}", *changes]))
+    trainer.__init__(load_config(study.CONFIG, [*tiny, f"output={output}", *changes]))
     return trainer
 
 
@@ -266,13 +254,13 @@ def test_together_as_alone(data, tmp_path, stand_in, monkeypatch):
 
 def test_a_call_on_a_gpu(data, tmp_path, stand_in, monkeypatch):
     """Variants together, and a line for each with the step that was reached in time."""
-    monkeypatch.setattr("bench.judge.fit", lambda images, labels, **_: quality.judge.ConvClassifier(10).eval())
-    monkeypatch.setattr(quality, "SAMPLES", {**quality.SAMPLES, "steps": 2})
+    monkeypatch.setattr("bench.quality.judge.fit", lambda images, labels, **_: study.judge.ConvClassifier(10).eval())
+    monkeypatch.setattr(study, "SAMPLES", {**study.SAMPLES, "steps": 2})
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     results = tmp_path / "quality.jsonl"
     words = f"quality grid plain --device cuda --steps 3 --until 0 --samples 10 --data {data} --runs {tmp_path}/runs"
     monkeypatch.setattr("sys.argv", [*words.split(), "--results", str(results)])
-    quality.main()
+    study.main()
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     assert [(line["variant"], line["steps"], line["together"]) for line in lines] == [("grid", 1, 2), ("plain", 1, 2)]
     assert all(line["frechet"] > 0 and line["running_loss"] > 0 for line in lines)
@@ -299,11 +287,11 @@ for name in names:
     (tmp_path / "stub.py").write_text(stub)
     calls = ["# calls", "a b --seed 0 --steps N", "a b --seed 1 --steps 0.5N  # half", "a broken --seed 2 --steps N"]
     (tmp_path / "list").write_text("\n".join([*calls, "stuck --seed 3 --steps 0.1N"]))
-    monkeypatch.setattr(quality_farm, "CALL", (sys.executable, str(tmp_path / "stub.py")))
-    monkeypatch.setattr(quality_farm, "START", 0)
+    monkeypatch.setattr(farm, "CALL", (sys.executable, str(tmp_path / "stub.py")))
+    monkeypatch.setattr(farm, "START", 0)
     words = ["farm", f"{tmp_path}/list", "--limit", "5", "--judging", "1", "--out", f"{tmp_path}/out"]
     monkeypatch.setattr("sys.argv", words)
-    quality_farm.main()
+    farm.main()
     said = capsys.readouterr().out
     most = int(said.split("N = ")[1].split(":")[0])
     assert 5000 <= most <= 20000 and most % 100 == 0 and "5 calls" in said
@@ -325,6 +313,6 @@ def test_where_tokens_and_errors_are(colours):
         prob[..., 4:] = 1.0
         return torch.zeros_like(x), Routing.of(prob.flatten(1), (6, 8))
 
-    for t, loss, front, back, front_loss, back_loss in where.lines(model, striped, torch.zeros(2)):
+    for t, loss, front, back, front_loss, back_loss in places.lines(model, striped, torch.zeros(2)):
         assert (front, back) == (1.0, 0.0)
         assert loss == pytest.approx((front_loss + back_loss) / 2, abs=1e-5) and 1.5 < loss < 2.5, t

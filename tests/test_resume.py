@@ -20,11 +20,11 @@ from dcdit.data.sources import Digits
 from dcdit.files import locked
 from dcdit.model.config import DCDiTConfig
 from dcdit.model.dcdit import DCDiT
+from dcdit.training.batches import TrainingStream
 from dcdit.training.config import load_config
 from dcdit.training.objectives import FlowMatching
 from dcdit.training.progress import Progress
 from dcdit.training.resume import compare
-from dcdit.training.stream import TrainingStream
 from dcdit.training.trainer import Trainer
 
 TINY = {

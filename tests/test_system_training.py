@@ -13,11 +13,11 @@ from dcdit.errors import CheckpointError, ConfigError
 from dcdit.model import DCDiT, Density, DyDCDiT, DyDiT, PlainDiT, SparseDiT
 from dcdit.model.rival_macs import dydit_on, gate_rates
 from dcdit.sampling import sample
+from dcdit.training.batches import DensityStream
 from dcdit.training.config import load_config
 from dcdit.training.gate_loss import gate_loss
 from dcdit.training.objectives import FlowMatching
 from dcdit.training.run import train
-from dcdit.training.stream import DensityStream
 
 SMALL = [
     "model.hidden_size=32",

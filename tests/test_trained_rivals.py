@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench import euler, trained_parts, trained_show, trained_tables
-from bench.trained_rivals import wait_for
+from bench import euler
+from bench.digits import parts, show, tables
+from bench.digits.rivals import wait_for
 from dcdit import DCDiT
 from dcdit.checkpoints.dit import to_dit
 from dcdit.model import PlainDiT, preset
@@ -52,31 +53,31 @@ def test_costs():
     ask = {"objective": "flow", "steps": 2, "guidance": 2.0}
     model = PlainDiT(dydit_on(SIZES)).eval()
     plain = 2e-9 * dydit_macs(dydit_on(SIZES), routers=False)
-    assert trained_parts.gflop(model, sample(model, [1], **ask).trace) == pytest.approx(4 * plain)
+    assert parts.gflop(model, sample(model, [1], **ask).trace) == pytest.approx(4 * plain)
     model = DCDiT.from_pretrained("digits")
     trace = sample(model, [1], **ask).trace
     tokens = torch.stack([trace.tokens, trace.uncond_tokens]).flatten().tolist()
     costs = [dcdit_flops(SIZES, number) for number in tokens]
-    assert trained_parts.gflop(model, trace) == pytest.approx(sum(c["total"] + c["uncounted"] for c in costs))
+    assert parts.gflop(model, trace) == pytest.approx(sum(c["total"] + c["uncounted"] for c in costs))
 
 
 def test_a_part(tmp_path, monkeypatch):
     """Trained for the steps that there is time for, drawn by each run, and its weights come back."""
-    monkeypatch.setattr(trained_parts, "PROBE", 3)
+    monkeypatch.setattr(parts, "PROBE", 3)
     torch.save({"ema": to_dit(PlainDiT(dydit_on(SIZES)))}, tmp_path / "dit.pt")
-    trained_parts.work("dydit", options(tmp_path))
+    parts.work("dydit", options(tmp_path))
     lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
     assert [(line["policy"], line["steps"]) for line in lines] == [
-        (policy, 1 if steps == 25 else 2) for policy, steps in trained_parts.PARTS["dydit"].runs
+        (policy, 1 if steps == 25 else 2) for policy, steps in parts.PARTS["dydit"].runs
     ]
     assert all(line["trained"] == line["of"] == 1 and line["kept"] > 0.9 for line in lines)
-    pictures = trained_parts.load_pictures(tmp_path / lines[0]["pictures"])
-    assert pictures.shape == (10, 28, 28) and pictures.dtype == np.uint8
-    back = trained_parts.load("dydit", tmp_path, tmp_path / "dit.pt")
+    drawn = parts.load_pictures(tmp_path / lines[0]["pictures"])
+    assert drawn.shape == (10, 28, 28) and drawn.dtype == np.uint8
+    back = parts.load("dydit", tmp_path, tmp_path / "dit.pt")
     x, t, y = torch.randn(1, 4, 14, 14), torch.tensor([500.0]), torch.tensor([3])
     assert back(x, t, y).isfinite().all() and all(p.dtype == torch.float32 for p in back.parameters())
     late = options(tmp_path, end=time.time() - 1, steps=1000)  # no time: one step, and nothing is drawn
-    trained_parts.work("plain-longer", late)
+    parts.work("plain-longer", late)
     assert len((tmp_path / "lines.jsonl").read_text().splitlines()) == len(lines)
 
 
@@ -88,7 +89,7 @@ def test_drawn_again_and_judged(tmp_path):
     both = [line, line | {"pictures": "b.npy.xz", "policy": "rho=0.7"}]
     (folder / "b.npy.xz").write_bytes((folder / "a.npy.xz").read_bytes())
     (folder / "lines.jsonl").write_text("".join(json.dumps(each) + "\n" for each in both))
-    trained_tables.free(folder, folder / "none.pt", [3, 4], 1)
+    tables.free(folder, folder / "none.pt", [3, 4], 1)
     first = (folder / "free" / "lines-3.jsonl").read_text().splitlines()[0]
     (folder / "free" / "lines-5.jsonl").write_text(first + "\n")  # cut off: its pictures are left out
     seen = []
@@ -97,11 +98,11 @@ def test_drawn_again_and_judged(tmp_path):
         seen.append((len(pictures), pictures.mean(), labels.tolist()))
         return {"recognised": 0.5}
 
-    found, _ = trained_tables.judged(folder, judge)
+    found, _ = tables.judged(folder, judge)
     assert found["recognised"] == found["free"]["recognised"] == 0.5 and found["free"]["cpu_seconds"] > 0
     model = DCDiT.from_pretrained("digits")
     trace = sample(model, range(10), objective="flow", steps=2, policy="rho=0.5", seed=3).trace
-    assert found["free"]["gflop"] == pytest.approx(trained_parts.gflop(model, trace), rel=0.1)
+    assert found["free"]["gflop"] == pytest.approx(parts.gflop(model, trace), rel=0.1)
     assert seen[0] == (10, 7, list(range(10))) and seen[1][0] == 20 and seen[1][2] == 2 * list(range(10))
 
 
@@ -120,7 +121,7 @@ def test_a_failed_part_runs_again(tmp_path, monkeypatch):
         tries.append((name, environment))
         return Process(int(name == "bad" or (name == "kernels" and not environment)))
 
-    monkeypatch.setattr("bench.trained_rivals.start", start)
+    monkeypatch.setattr("bench.digits.rivals.start", start)
     assert wait_for(["good", "kernels", "bad"], [], time.time() + 60, tmp_path) == ["bad"]
     again = {"DCDIT_BACKEND": "reference"}
     assert sorted(tries, key=str) == sorted(
@@ -137,12 +138,12 @@ def test_equal_costs():
         line | {"gflop": 8.0, "policy": "rho=0.5", "recognised": 0.8, "frechet": 3.0},
         line | {"gflop": 4.0, "policy": "rho=0.3 & teacache=0.1", "recognised": 0.7, "frechet": 5.0},
     ]
-    dropped = trained_show.curve(lines, *trained_show.CURVES["DC-DiT, ρ"])
+    dropped = show.curve(lines, *show.CURVES["DC-DiT, ρ"])
     assert [entry["gflop"] for entry in dropped] == [8.0, 12.0]
-    assert trained_show.at_equal(9.0, dropped) == "85.0%, 2.5" and trained_show.at_equal(7.0, dropped) == "–"
-    assert [e["gflop"] for e in trained_show.curve(lines, *trained_show.CURVES["DC-DiT, fewer steps"])] == [6.0, 12.0]
-    assert "| 4.00 | 70.0%, 5.0 | – | – | – | – | – | – |" in trained_show.equal_table(lines)
+    assert show.at_equal(9.0, dropped) == "85.0%, 2.5" and show.at_equal(7.0, dropped) == "–"
+    assert [e["gflop"] for e in show.curve(lines, *show.CURVES["DC-DiT, fewer steps"])] == [6.0, 12.0]
+    assert "| 4.00 | 70.0%, 5.0 | – | – | – | – | – | – |" in show.equal_table(lines)
     lines[0]["free"] = {"gflop": 6.0, "cpu_seconds": 0.25, "recognised": 0.875, "frechet": 21.3}
-    table = trained_show.main_table(lines).splitlines()
+    table = show.main_table(lines).splitlines()
     assert len(table) == 3 + len(lines) and all(row.count("|") == 10 for row in table)
     assert table[3] == "| DC-DiT | – | 50 | 12.00 | 100.0% | 6.00 | 0.250 | 87.5% | 21.3 |"

@@ -23,10 +23,10 @@ from dcdit.checkpoints.folder import load_checkpoint
 from dcdit.cli import main
 from dcdit.data.sources import Digits
 from dcdit.model.dcdit import DCDiT
+from dcdit.training.batches import TrainingStream, batches, draw_drop_fraction
 from dcdit.training.config import learning_rate, load_config
 from dcdit.training.objectives import FlowMatching, ratio_loss
 from dcdit.training.run import train
-from dcdit.training.stream import TrainingStream, batches, draw_drop_fraction
 
 TINY = {
     "model": {"preset": "digits", "input_size": 7, "in_channels": 16, "hidden_size": 32, "depth": 1, "num_heads": 1}

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dcdit.model.dcdit import DCDiT
+from dcdit.training.batches import check_split
 from dcdit.training.config import OptimConfig, learning_rate, load_config
 from dcdit.training.state import EMA
-from dcdit.training.stream import check_split
 
 
 def test_learning_rate_schedule():

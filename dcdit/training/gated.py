@@ -10,8 +10,8 @@ import torch
 
 from ..model.dydit_main import DyDCDiT
 from ..model.gated_macs import main_rates
+from .batches import GATES, generator
 from .gate_loss import gate_loss, gate_target
-from .stream import GATES, generator
 from .trainer import Trainer
 
 

@@ -18,10 +18,10 @@ from ..model.plain_dit import PlainDiT
 from ..model.rival_macs import dydit_on, gate_rates, patch_on, sparse_on
 from ..model.sparse_dit import SparseDiT
 from ..sampling.policy import Policy
+from .batches import DensityStream, TrainingStream
 from .config import TrainConfig
 from .gate_loss import gate_loss, gate_target
 from .gated import DrawnGates
-from .stream import DensityStream, TrainingStream
 from .trainer import Trainer
 
 

@@ -24,6 +24,7 @@ from ..model.dcdit import DCDiT
 from ..model.mixed import Samples, by_size
 from ..model.precision import float32_products
 from ..model.routing import Routing, least_tokens
+from .batches import TrainingStream, batches, check_latents, check_split, check_tokens, draw_drop_fraction
 from .config import TrainConfig, learning_rate
 from .launch import make_accelerator
 from .objectives import SUB_BATCH, make_objective, ratio_loss
@@ -33,13 +34,12 @@ from .resume import Change, check_allowed, compare, describe_data, diverged
 from .run_output import average, look, place, use
 from .state import EMA, Metrics, load_state, read_header, save_state
 from .step_graphs import StepGraphs
-from .stream import TrainingStream, batches, check_latents, check_split, check_tokens, draw_drop_fraction
 from .validation import Validation
 from .warm_start import start_from
 
 
 class Trainer:
-    """One run. Everything random about a step is a function of (seed, step), see `dcdit.training.stream`."""
+    """One run. Everything random about a step is a function of (seed, step), see `dcdit.training.batches`."""
 
     policy: str | None = None  # by which a trained model is sampled, where that is known
 

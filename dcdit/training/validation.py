@@ -17,9 +17,9 @@ from ..model.mixed import by_size
 from ..pictures.images import enlarge, grid, save_png, to_uint8
 from ..sampling.policy import Policy
 from ..sampling.sampler import sample
+from .batches import TrainingStream
 from .config import TrainConfig
 from .parts import moved
-from .stream import TrainingStream
 
 BATCH = 64
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from .. import native
+from .. import extension
 from ..packing import Packing
 
 
@@ -14,7 +14,7 @@ def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None
     """Reason why the CPU back-end cannot take tensors like these: they lie elsewhere, or its C++ is not built."""
     if device.type != "cpu":
         return f"this formulation is for CPU tensors, got {device}"
-    return native.missing(device)
+    return extension.missing(device)
 
 
 def live_count(packing: Packing) -> int:
@@ -30,7 +30,7 @@ def with_tail(live_rows: torch.Tensor, capacity: int) -> torch.Tensor:
 
 def kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
     """The C++ loop of this name in float or double."""
-    return getattr(native._C, f"{name}_{'double' if dtype == torch.float64 else 'float'}")
+    return getattr(extension._C, f"{name}_{'double' if dtype == torch.float64 else 'float'}")
 
 
 def address(tensor: torch.Tensor | None) -> int:
@@ -40,4 +40,4 @@ def address(tensor: torch.Tensor | None) -> int:
 
 def threads(x: torch.Tensor) -> int:
     """As many threads as the bytes of x are worth."""
-    return min(torch.get_num_threads(), 1 + x.nbytes // native.BYTES_PER_THREAD)
+    return min(torch.get_num_threads(), 1 + x.nbytes // extension.BYTES_PER_THREAD)

@@ -23,17 +23,17 @@ from ...integrations.attention import add_dynamic_chunking
 from ...integrations.velocities import VELOCITIES
 from ...interrupts import held_back, raised
 from ...model.precision import float32_products
+from ..batches import draw_drop_fraction, generator
 from ..config import learning_rate
 from ..launch import make_accelerator
 from ..objectives import FlowMatching
 from ..progress import Progress
 from ..resume import check_allowed, compare, describe_data, diverged
 from ..state import EMA, Metrics, load_state, read_header, save_state
-from ..stream import draw_drop_fraction, generator
 from .config import TransformerConfig
 from .student import Batch, Student, keep_a_share, read_source
 
-_NOISE, _BATCHES = 5, 6  # streams of random numbers, beside those of dcdit.training.stream
+_NOISE, _BATCHES = 5, 6  # streams of random numbers, beside those of dcdit.training.batches
 
 
 class TransformerUpcycler:

@@ -1,4 +1,4 @@
-"""python -m bench.quality_pictures VARIANT…: the first pictures of runs, as docs/images/NAME.png."""
+"""python -m bench.quality.pictures VARIANT…: the first pictures of runs, as docs/images/NAME.png."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from PIL import Image
 
-from .quality import arguments, folder_of
+from .study import arguments, folder_of
 
-IMAGES = Path(__file__).parents[1] / "docs" / "images"
+IMAGES = Path(__file__).parents[2] / "docs" / "images"
 
 
 def main() -> None:

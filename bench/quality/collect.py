@@ -1,4 +1,4 @@
-"""Take what bench.quality_farm brought into bench/results: python -m bench.quality_collect FOLDER (of quality.tar.gz)
+"""Take what bench.quality.farm brought into bench/results: python -m bench.quality.collect FOLDER (of quality.tar.gz)
 
 The lines of the results are appended to quality.jsonl and quality_drawn.jsonl. The losses of each run are
 written as a hundred means.
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .machine import read_lines
-from .quality import DRAWN, RESULTS
+from ..machine import read_lines
+from .study import DRAWN, RESULTS
 
 SPANS = 100
 KEYS = ("step", "diffusion_loss", "kept")

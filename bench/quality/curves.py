@@ -1,4 +1,4 @@
-"""Training losses less the plain DiT's, as docs/images/NAME.png: python -m bench.quality_curves VARIANT…
+"""Training losses less the plain DiT's, as docs/images/NAME.png: python -m bench.quality.curves VARIANT…
 
 Runs of one seed see equal pictures, times and noises: their difference has little noise.
 """
@@ -13,9 +13,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from .machine import read_lines
-from .quality import RESULTS, VARIANTS
-from .quality_pictures import IMAGES
+from ..machine import read_lines
+from .pictures import IMAGES
+from .study import RESULTS, VARIANTS
 
 BEGIN = 0.18  # of the steps: before, the learning of the first strokes is all there is to see
 

@@ -1,4 +1,4 @@
-"""The tables, the curves and the pictures of `bench.trained_tables`."""
+"""The tables, the curves and the pictures of `bench.digits.tables`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from matplotlib.ticker import NullFormatter
 
 from dcdit.pictures.images import grid
 
-from .trained_parts import load_pictures
+from .parts import load_pictures
 
-ROOT = Path(__file__).parents[1] / "docs"
-BEGIN, END = "<!-- tables: python -m bench.trained_tables show FOLDER -->", "<!-- end of tables -->"
+ROOT = Path(__file__).parents[2] / "docs"
+BEGIN, END = "<!-- tables: python -m bench.digits.tables show FOLDER -->", "<!-- end of tables -->"
 TITLES = {
     "plain": "plain DiT",
     "plain-longer": "plain DiT, trained on",

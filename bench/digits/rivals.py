@@ -1,8 +1,8 @@
-"""python -m bench.trained_rivals --out FOLDER: other ways to spend less, trained on digits, all in the same time.
+"""python -m bench.digits.rivals --out FOLDER: other ways to spend less, trained on digits, all in the same time.
 
 Each part is a process of one thread: it trains a model in its share of --limit, from a plain DiT or from the shipped
 DC-DiT, draws digits by several policies, and writes a line with the cost of each beside the pictures. They are packed
-in FOLDER/trained_rivals.tar, for `bench.trained_tables` to judge. The plain DiT is the shipped one; where --dit names
+in FOLDER/trained_rivals.tar, for `bench.digits.tables` to judge. The plain DiT is the shipped one; where --dit names
 no file one is trained first.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dcdit.commands.demo import PLAIN
 
-from .trained_parts import PARTS, work
+from .parts import PARTS, work
 
 PACKING = 6  # seconds for the last pictures and the tar
 
@@ -86,7 +86,7 @@ def wait_for(parts: list[str], argv: list[str], end: float, out: Path) -> list[s
 
 def start(name: str, argv: list[str], end: float, out: Path, **environment: str) -> subprocess.Popen:
     """The process of a part, which draws its last picture at `end`; its output goes to NAME.log."""
-    command = [sys.executable, "-m", "bench.trained_rivals", *argv, "--part", name, "--end", str(end)]
+    command = [sys.executable, "-m", "bench.digits.rivals", *argv, "--part", name, "--end", str(end)]
     with open(out / f"{name}.log", "a", encoding="utf-8") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment)

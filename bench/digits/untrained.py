@@ -1,4 +1,4 @@
-"""Quality against tokens of routers that nobody trained: python -m bench.untrained [--samples N]
+"""Quality against tokens of routers that nobody trained: python -m bench.digits.untrained [--samples N]
 
 The shipped digits model, whose own router is trained, samples with that router and with others in its place, each
 with exactly so many of the 196 tokens. A classifier that shares nothing with the model says how many samples show what

@@ -1,12 +1,12 @@
-"""Where runs of bench.quality spend their tokens, and where they err: python -m bench.quality_where VARIANT…
+"""Where runs of bench.quality spend their tokens, and where they err: python -m bench.quality.where VARIANT…
 
-The tables come from the lines of bench/results/quality.jsonl; `bench.where` says what they hold.
+The tables come from the lines of bench/results/quality.jsonl; `bench.quality.places` says what they hold.
 """
 
 from __future__ import annotations
 
-from .machine import read_lines
-from .quality import RESULTS, arguments
+from ..machine import read_lines
+from .study import RESULTS, arguments
 
 
 def main() -> None:

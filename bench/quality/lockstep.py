@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from dcdit.errors import DCDiTError
+from dcdit.training.batches import batches
 from dcdit.training.parts import moved
-from dcdit.training.stream import batches
 from dcdit.training.trainer import Trainer
 from dcdit_kernels._plan_input import NaNError
 

@@ -1,6 +1,6 @@
 """Judges of `bench.quality`: the classifier of the set, distances in its features and in raw patches.
 
-python -m bench.judge [--samples N] prints what N real pictures of the training set get, of the classes that are drawn.
+python -m bench.quality.judge [--samples N]: what N real training pictures get, of the classes that are drawn.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dcdit.files import replacing
 from dcdit.pictures.conv_classifier import ConvClassifier, fit
 from dcdit.pictures.evaluation import Features, agreement, compare, frechet
 
-from .quality_sets import FASHION, classes_to_draw, is_folder, open_half
+from .sets import FASHION, classes_to_draw, is_folder, open_half
 
 FITTED = 120_000  # pictures that a classifier sees
 

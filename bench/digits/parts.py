@@ -1,4 +1,4 @@
-"""The parts of `bench.trained_rivals`: what is trained, and by which policies digits are drawn from it."""
+"""The parts of `bench.digits.rivals`: what is trained, and by which policies digits are drawn from it."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from dcdit.model.rival_macs import dydit_on, patch_on, sparse_on
 from dcdit.pictures.images import to_uint8
 from dcdit.sampling import sample
 from dcdit.sampling.calibration import calibrate
+from dcdit.training.batches import batches
 from dcdit.training.config import TrainConfig, load_config
 from dcdit.training.gated import GatedMainTrainer
 from dcdit.training.run_output import average
-from dcdit.training.stream import batches
 from dcdit.training.systems import DyTrainer, PatchTrainer, SparseTrainer, SystemTrainer, fresh
 from dcdit.training.trainer import Trainer
 
-from . import machine
-from .euler import stand_in
+from .. import machine
+from ..euler import stand_in
 
-CONFIG = Path(__file__).parents[1] / "configs" / "digits.yaml"
+CONFIG = Path(__file__).parents[2] / "configs" / "digits.yaml"
 SHARED = ("optim.warmup_steps=50", "optim.ema_decay=0.995", "drop_warmup=0", "log_every=50", "save_every=1000000")
 PICTURES = [{"id": lzma.FILTER_LZMA2, "preset": 4, "lc": 4, "lp": 0, "pb": 0}]  # for single bytes
 PROBE = 40  # steps, of which the second half tells how many a part has time for

@@ -1,7 +1,7 @@
-"""python -m bench.progressive: the shipped digits model taught a coarse grid as well, and policies that begin on it.
+"""python -m bench.digits.progressive: the shipped digits model taught a coarse grid, and policies that begin on it.
 
 The model has seen one grid. A short training on digits of 7×7 cells, every second step, continues its weights; the
-router stays. The table is that of `bench.policies`, distances from the taught model's own pictures without a policy.
+router stays. The table is that of `bench.digits.policies`, its distances from the taught model's pictures without one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 import numpy as np
 import torch
 
-from bench.policies import measure, print_rows
+from bench.digits.policies import measure, print_rows
 from dcdit import DCDiT
 from dcdit.codecs import make_codec
 from dcdit.data.sources import load_digits

@@ -2,13 +2,13 @@
 
 Each variant is trained, sampled from and judged, and a line with its numbers goes to bench/results/quality.jsonl. One
 that has its line is not run again. On a CPU a variant takes one thread after another, and one that was stopped goes on
-from its last save. On a GPU all variants are trained together, step by step (`bench.lockstep`).
+from its last save. On a GPU all variants are trained together, step by step (`bench.quality.lockstep`).
 
 With --drop-fractions or --guidances the trained models are drawn from and judged once more, at each pair of both; the
 lines go to quality_drawn.jsonl beside the other results.
 
-`docs/quality.md` explains the variants and the numbers; python -m bench.quality_tables writes its tables, and
-python -m bench.quality_farm makes many calls side by side on one GPU.
+`docs/quality.md` explains the variants and the numbers; python -m bench.quality.tables writes its tables, and
+python -m bench.quality.farm makes many calls side by side on one GPU.
 """
 
 from __future__ import annotations
@@ -35,17 +35,18 @@ from dcdit.sampling.trace import Trace
 from dcdit.training.config import TrainConfig, load_config
 from dcdit.training.run_output import average
 
-from . import judge, machine, quality_sets
-from .euler import stand_in
+from .. import machine
+from ..euler import stand_in
+from . import judge, sets
 from .lockstep import train_together
+from .places import where
 from .rivals import RivalTrainer, make_rival
-from .where import where
 
-CONFIG = Path(__file__).with_name("quality.yaml")
-RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
+CONFIG = Path(__file__).with_name("study.yaml")
+RESULTS = Path(__file__).parents[1] / "results" / "quality.jsonl"
 DRAWN = "quality_drawn.jsonl"  # beside RESULTS
 
-# Name → the kind of rival, and its changes to bench/quality.yaml.
+# Name → the kind of rival, and its changes to bench/quality/study.yaml.
 VARIANTS: dict[str, tuple[str, list[str]]] = {
     "learned": ("learned", []),
     "means": ("learned", ["model.segment_mean=true"]),
@@ -102,7 +103,7 @@ def configuration(name: str, args: argparse.Namespace) -> TrainConfig:
     sizes, depth = WIDTHS[args.width]
     changes = [*changes, *sizes, *([f"model.depth={depth}"] if kind == "plain" else [])]
     changes += [f"output={folder_of(name, args)}", f"steps={args.steps}", f"seed={args.seed}"]
-    changes += quality_sets.changes(args.data)
+    changes += sets.changes(args.data)
     return load_config(CONFIG, changes + (ON_GPU if args.device == "cuda" else []))
 
 
@@ -161,7 +162,7 @@ def pictures(
     model: torch.nn.Module, config: TrainConfig, args: argparse.Namespace, **options
 ) -> tuple[np.ndarray, np.ndarray, Trace]:
     """Drawn pictures uint8 (N, H, W, 3), their labels, and the trace, by the options of `sample`."""
-    classes = torch.from_numpy(quality_sets.classes_to_draw(args.data, args.samples))
+    classes = torch.from_numpy(sets.classes_to_draw(args.data, args.samples))
     torch.manual_seed(args.seed)
     stand_in()  # where diffusers is not installed
     batch = 1000 if args.device == "cuda" else 100
@@ -202,7 +203,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=1300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--width", type=int, default=96, choices=WIDTHS)
-    parser.add_argument("--data", type=Path, default=quality_sets.FASHION, help="idx files, or a folder of classes")
+    parser.add_argument("--data", type=Path, default=sets.FASHION, help="idx files, or a folder of classes")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder for the runs")
     return parser
 
@@ -210,6 +211,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
 def main() -> None:
     """See the module."""
     parser = arguments(__doc__)
+    parser.prog = "python -m bench.quality"
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--samples", type=int, default=800, help="pictures to judge; 0: the losses alone")
     parser.add_argument("--until", type=float, default=math.inf, help="end training on a GPU at this time.time()")
@@ -263,7 +265,3 @@ def write(line: dict, results: Path) -> None:
     with open(results, "a", encoding="utf-8") as stream:
         stream.write(text + "\n")
     print(text, flush=True)
-
-
-if __name__ == "__main__":
-    main()

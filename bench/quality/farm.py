@@ -1,4 +1,4 @@
-"""Calls of bench.quality side by side on one GPU, within a limit: python -m bench.quality_farm LIST --limit SECONDS
+"""Calls of bench.quality side by side on one GPU, within a limit: python -m bench.quality.farm LIST --limit SECONDS
 
 LIST has the arguments of a call on each line; # begins a comment. Their steps are N, 0.4N and the like, N being as many
 as fit: all calls are made for some seconds first, which also fills the compilers' caches, and their rates side by side
@@ -21,7 +21,7 @@ import tarfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CALL = (sys.executable, "-m", "bench.quality")
 LEAST, MOST = 2000, 40_000  # steps: where there is no rate, and at most
 SHARE = 0.95  # of the steps that a rate promises: a run that is cut off ends with a high learning rate

@@ -1,4 +1,4 @@
-"""python -m bench.policies: policies on the shipped digits: how far pictures move, what they cost, what is recognised.
+"""python -m bench.digits.policies: the shipped digits by policies: cost, what is recognised, how far pictures move.
 
 The distance is the root mean square of the difference from the pictures without a policy, of the same noise.
 """

@@ -1,4 +1,4 @@
-"""The tables of docs/quality.md from bench/results: python -m bench.quality_tables [--least-steps N]"""
+"""The tables of docs/quality.md from bench/results: python -m bench.quality.tables [--least-steps N]"""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .machine import read_lines
-from .quality import DRAWN, RESULTS, VARIANTS
+from ..machine import read_lines
+from .study import DRAWN, RESULTS, VARIANTS
 
-PAGE = Path(__file__).parents[1] / "docs" / "quality.md"
-BEGIN, END = "<!-- tables: python -m bench.quality_tables -->", "<!-- end of tables -->"
+PAGE = Path(__file__).parents[2] / "docs" / "quality.md"
+BEGIN, END = "<!-- tables: python -m bench.quality.tables -->", "<!-- end of tables -->"
 BEGIN_DRAWN, END_DRAWN = "<!-- drawn again -->", "<!-- end of drawn again -->"
 # Heading → the key of a result, how it is written, and a factor.
 COLUMNS = {

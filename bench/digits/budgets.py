@@ -1,4 +1,4 @@
-"""Budgets beside ρ at equal mean tokens, on the shipped digits: python -m bench.budgets [--num N] [--steps N]
+"""Budgets beside ρ at equal mean tokens, on the shipped digits: python -m bench.digits.budgets [--num N] [--steps N]
 
 For each ρ the digits are drawn by ρ; then with as many tokens in each step for each image as ρ kept on average; then
 with as many for each batch, which its images share as the router sees fit; then with their mean in every step. The

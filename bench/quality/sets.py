@@ -9,7 +9,7 @@ import numpy as np
 from dcdit.data.picture_sets import PictureSet, open_set
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
-FACTOR = 2  # pixels of a cell's side, as in bench/quality.yaml
+FACTOR = 2  # pixels of a cell's side, as in bench/quality/study.yaml
 
 
 def path_of(data: Path, half: str) -> Path:
@@ -36,7 +36,7 @@ def side_of(data: Path) -> int:
 
 
 def changes(data: Path) -> list[str]:
-    """The changes to bench/quality.yaml that train on the set."""
+    """The changes to bench/quality/study.yaml that train on the set."""
     paths = [f"data.path={path_of(data, 'train')}", f"validation.path={path_of(data, 'test')}"]
     if not is_folder(data):
         return paths

@@ -1,4 +1,4 @@
-"""python -m bench.trained_tables STAGE FOLDER: what `bench.trained_rivals` drew, drawn from again, judged and shown.
+"""python -m bench.digits.tables STAGE FOLDER: what `bench.digits.rivals` drew, drawn from again, judged and shown.
 
 free FOLDER: digits without guidance from the models of an unpacked run, and their processor seconds on this CPU
 judge FOLDER: recognised shares and Fréchet distances of both, into bench/results/trained_rivals.jsonl
@@ -23,12 +23,12 @@ from dcdit.pictures.classifier import DigitClassifier
 from dcdit.pictures.conv_classifier import fit
 from dcdit.pictures.evaluation import Features, frechet
 
-from .machine import read_lines
-from .trained_parts import MADE, draw, load, load_pictures
-from .trained_show import show
+from ..machine import read_lines
+from .parts import MADE, draw, load, load_pictures
+from .show import show
 
 TIMED = ("plain", "dcdit", *MADE)  # the parts of which there are weights
-RESULTS = Path(__file__).parent / "results" / "trained_rivals.jsonl"
+RESULTS = Path(__file__).parents[1] / "results" / "trained_rivals.jsonl"
 
 
 def free(folder: Path, dit: Path, seeds: Sequence[int], per_class: int) -> None:

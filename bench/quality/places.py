@@ -11,7 +11,7 @@ import torch
 
 from dcdit.pictures.conv_classifier import to_tensor
 
-from .quality_sets import is_folder, open_half
+from .sets import is_folder, open_half
 
 TIMES = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
 COUNT = 500

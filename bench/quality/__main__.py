@@ -1,0 +1,5 @@
+"""python -m bench.quality VARIANT…"""
+
+from .study import main
+
+main()
