@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("diffusers")
 from transformer_families import FAMILIES, make
 
+from dcdit.integrations.families import FAMILIES as FAMILY_NAMES
 from dcdit.integrations.velocities import VELOCITIES
 
 PACKED = {"flux": (8, 12), "qwen-image": (4, 6)}
@@ -48,3 +49,8 @@ def test_two_steps_are_those_of_the_pipeline(name):
             inputs = velocity.inputs(model, x, sigma[None], [text[0]], **more)
             x = x + (after - sigma) * velocity.velocity(model(**inputs), x)
     torch.testing.assert_close(x, want, rtol=1e-4, atol=1e-5)
+
+
+def test_every_name_has_a_velocity():
+    """The command's choices are the table's keys."""
+    assert tuple(VELOCITIES) == FAMILY_NAMES

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from ..integrations.families import FAMILIES
 from .options import add_allow
 
 
@@ -21,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--family",
-        choices=("flux", "sd3", "z-image", "qwen-image", "wan", "ltx"),
+        choices=FAMILIES,
         help="of a transformer of diffusers, which learns from latents and text embeddings",
     )
     add_allow(parser)

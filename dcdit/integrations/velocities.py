@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import DataError
+from .families import Family
 
 Texts = list[torch.Tensor]  # (S, D) for each sample
 
@@ -192,7 +193,7 @@ class LTX(Velocity):
         return output.sample.mT.unflatten(2, x.shape[2:])
 
 
-VELOCITIES: dict[str, type[Velocity]] = {
+VELOCITIES: dict[Family, type[Velocity]] = {
     "flux": Flux,
     "sd3": SD3,
     "z-image": ZImage,

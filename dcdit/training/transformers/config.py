@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...errors import ConfigError
+from ...integrations.families import Family
 from ..config import RUN_LIMITS, check_limits
 from ..config_groups import OptimConfig
 
@@ -32,7 +33,7 @@ class TransformerConfig:
 
     accumulate, compile = 1, False  # no fields: neither is supported, and the launcher's settings are held against them
 
-    family: Literal["flux", "sd3", "z-image", "qwen-image", "wan", "ltx"] = "flux"
+    family: Family = "flux"
     source: str = ""
     latents: str = ""
     output: str = "runs/upcycle"
