@@ -42,7 +42,7 @@ def changes(data: Path) -> list[str]:
         return paths
     side, classes = side_of(data), len(set(open_half(data, "test").labels))
     model = [f"in_channels={3 * FACTOR**2}", f"input_size={side // FACTOR}", f"num_classes={classes}"]
-    return [*paths, "batch_size=32", "data.kind=folder", f"data.size={side}", *(f"model.{change}" for change in model)]
+    return [*paths, "batch_size=16", "data.kind=folder", f"data.size={side}", *(f"model.{change}" for change in model)]
 
 
 def classes_to_draw(data: Path, count: int) -> np.ndarray:
