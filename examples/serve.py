@@ -2,7 +2,7 @@
 
     python examples/serve.py
 
-Ten callers ask at random moments, each with a class, a seed, a number of steps and a number of tokens of its own. A web
+Ten callers ask at random moments. Each gives a class, a seed, a number of steps and a number of tokens. A web
 framework's handlers would call `Server.picture` in the place of `caller`.
 """
 

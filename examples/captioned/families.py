@@ -1,4 +1,4 @@
-"""What a FLUX-like and a Z-Image-like model take and give: pictures (B, 1, H, W) and captions in, velocities out."""
+"""A FLUX-like and a Z-Image-like model of captioned pictures: their inputs, and the velocity in their output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .compositions import BYTES, Captions
 
 
 def close(*layers: nn.Linear) -> None:
-    """Zero these."""
+    """Zero the weights and biases of layers."""
     for layer in layers:
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
@@ -30,7 +30,7 @@ class Flux:
         self.ids: dict[tuple, torch.Tensor] = {}
 
     def model(self) -> nn.Module:
-        """Of random weights, its gates closed and its output zero."""
+        """A model of random weights with closed gates and an output of zero."""
         model = self.KIND(**self.options)
         close(model.proj_out, *(m for name, m in model.named_modules() if name.endswith(".linear")))
         return model
@@ -48,7 +48,7 @@ class Flux:
         return {"hidden_states": tokens, "timestep": t, **words, **ids}
 
     def velocity(self, output: Any) -> torch.Tensor:
-        """(B, 1, H, W) of what the model returned for the last inputs."""
+        """The velocity (B, 1, H, W) in the output for the last inputs."""
         return F.pixel_shuffle(output.sample.float().mT.unflatten(2, self.grid), self.patch)
 
 
@@ -61,18 +61,18 @@ class ZImage:
         self.options = options
 
     def model(self) -> nn.Module:
-        """Of random weights, its gates closed and its output zero."""
+        """A model of random weights with closed gates and an output of zero."""
         model = self.KIND(**self.options)
         close(*(m for name, m in model.named_modules() if ".adaLN_modulation." in name and isinstance(m, nn.Linear)))
         close(*(layer.linear for layer in model.all_final_layer.values()))
         return model
 
     def inputs(self, x: torch.Tensor, t: torch.Tensor, captions: Captions) -> dict[str, Any]:
-        """As those of `Flux`."""
+        """Keywords of the model's forward, of x (B, 1, H, W) at times t (B,) and captions."""
         return {"x": list(x[:, :, None]), "t": t, "cap_feats": list(captions.text)}
 
     def velocity(self, output: Any) -> torch.Tensor:
-        """As that of `Flux`."""
+        """The velocity (B, 1, H, W) in the output for the last inputs."""
         return torch.stack(list(output.sample)).float()[:, :, 0]
 
 

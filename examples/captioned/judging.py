@@ -98,10 +98,10 @@ def judge(
     settings: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """A line for each named model: the share recognised, the share of image tokens in its chunked blocks, seconds for a
-    picture. Beside each model stands what its chunking keeps, by attribute.
+    picture. Beside each model stand the attributes of its chunking.
 
-    The models take turns, batch by batch, on the same captions and noise, one size after the other, until they have all
-    pictures or the time is used up. The first batch of each is not timed.
+    The models take turns, batch by batch, on the same captions and noise, one size after the other. They end with the
+    last picture, or when the time is used up. The first batch of each is not timed.
     """
     batch, device = settings["batch"], captions.device
     found: dict[str, dict[str, Any]] = {name: {"right": [], "kept": [], "seconds": []} for name in models}
@@ -134,6 +134,6 @@ def judge(
 
 
 def set_budget(model: nn.Module, budget: dict[str, Any]) -> None:
-    """What the model's chunking keeps, if it has one."""
+    """Set attributes of the model's chunking, such as drop_fraction; a model without chunking has an empty budget."""
     for name, value in budget.items():
         setattr(chunking_of(model), name, value)
