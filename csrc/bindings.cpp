@@ -179,7 +179,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("plan_fill", plan_fill);
     m.def("move_rows", move_rows);
     m.def("scratch_ints", scratch_ints);
-    m.attr("interface") = 3;  // number of the functions' arguments; native.py compares it
+    m.attr("interface") = 4;  // number of the functions' arguments; native.py compares it
+    m.attr("digits") = kDigits;
     m.attr("cuda_archs") = DCDIT_CUDA_ARCHS;  // such as "80,90,100"; empty without CUDA
 #ifdef DCDIT_CUDA
     m.def("cuda_versions", cuda_versions);

@@ -21,23 +21,40 @@ struct HostBlock {
     void inclusive_scan(int64_t* values) {
         for (int t = 1; t < Size; ++t) values[t] += values[t - 1];
     }
-    void add(int* p, int x) { *p += x; }
+    void add(int* p, int x) { __atomic_fetch_add(p, x, __ATOMIC_RELAXED); }  // blocks of other threads add as well
     void add_if(bool hit, int* p, int x) { *p += hit ? x : 0; }
     void max(int* p, int x) { *p = std::max(*p, x); }
     void set(unsigned* p, unsigned bits) { *p |= bits; }
     int count_one_more(bool own, int* count, int i) { return own ? count[i]++ : 0; }
 };
 
-template <class Real, int Block>
-void count(const CountArgs& a, int threads) {
-    share_items(a.batch, threads, [&](int64_t b, int) {
+template <int Block>
+struct HostGrid {
+    int threads;
+
+    template <class F>
+    void each(int64_t count, F f) {
+        share_items(count, threads, [&](int64_t i, int) {
+            HostBlock<Block> exec;
+            Shared<Block> shared;
+            f(exec, shared, int(i));
+        });
+    }
+    template <class F>
+    auto all(F f) {
         HostBlock<Block> exec;
         Shared<Block> shared;
-        count_sample<Real>(exec, shared, a, int(b));
-    });
-    HostBlock<Block> exec;
-    Shared<Block> shared;
-    place_samples<Real>(exec, shared, a);
+        return f(exec, shared);
+    }
+    template <class F>
+    void first(F f) { all(f); }
+};
+
+template <class Real, int Block>
+void count(const CountArgs& a, int threads) {
+    HostGrid<Block> grid{threads};
+    grid.each(a.batch, [&](auto& exec, auto& shared, int b) { count_sample<Real>(exec, shared, a, b); });
+    place_samples<Real>(grid, a);
 }
 
 template <int Block>

@@ -1,4 +1,5 @@
 // The CUDA executor: a block of threads per sample. Three launches for a plan: count, place, fill.
+#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -65,6 +66,24 @@ struct CudaBlock {
     }
 };
 
+// All blocks of a cooperative launch, or a block alone where nothing waits for others.
+struct CudaGrid {
+    CudaBlock& exec;
+    Shared<kThreads>& shared;
+
+    template <class F>
+    __device__ __forceinline__ void each(int count, F f) {
+        for (int i = blockIdx.x; i < count; i += gridDim.x) f(exec, shared, i);
+        cooperative_groups::this_grid().sync();
+    }
+    template <class F>
+    __device__ __forceinline__ auto all(F f) { return f(exec, shared); }
+    template <class F>
+    __device__ __forceinline__ void first(F f) {
+        if (blockIdx.x == 0) f(exec, shared);
+    }
+};
+
 template <class Real>
 __global__ void __launch_bounds__(kThreads, 1) plan_count_kernel(const __grid_constant__ CountArgs a) {
     __shared__ Shared<kThreads> shared;
@@ -76,7 +95,8 @@ template <class Real>
 __global__ void __launch_bounds__(kThreads, 1) plan_place_kernel(const __grid_constant__ CountArgs a) {
     __shared__ Shared<kThreads> shared;
     CudaBlock exec;
-    place_samples<Real>(exec, shared, a);
+    CudaGrid grid{exec, shared};
+    place_samples<Real>(grid, a);
 }
 
 __global__ void __launch_bounds__(kThreads, 1) plan_fill_kernel(const __grid_constant__ FillArgs a, int64_t scratch, bool in_shared) {
@@ -87,10 +107,23 @@ __global__ void __launch_bounds__(kThreads, 1) plan_fill_kernel(const __grid_con
     fill_tail(exec, a, blockIdx.x, gridDim.x);
 }
 
+// Where rows may be too few, the place kernel has a block for each sample, or for each SM, all of them running at once.
 template <class Real>
 void count_and_place(const CountArgs& a, cudaStream_t stream) {
     if (a.batch) plan_count_kernel<Real><<<a.batch, kThreads, 0, stream>>>(a);
-    plan_place_kernel<Real><<<1, kThreads, 0, stream>>>(a);
+    int device = 0, processors = 1;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    cudaLaunchAttribute together{};
+    together.id = cudaLaunchAttributeCooperative;
+    together.val.cooperative = a.sums != nullptr;
+    cudaLaunchConfig_t config{};
+    config.gridDim = a.sums ? std::max(1, std::min(a.batch, processors)) : 1;
+    config.blockDim = kThreads;
+    config.stream = stream;
+    config.attrs = &together;
+    config.numAttrs = 1;
+    cudaLaunchKernelEx(&config, plan_place_kernel<Real>, a);
 }
 
 const char* last_error() {

@@ -20,7 +20,7 @@ try:
     load_error: str | None = None
 except ImportError as error:
     _C, load_error = None, str(error)
-INTERFACE = 3  # counts changes of C++ arguments, so that a build of other sources is not called
+INTERFACE = 4  # counts changes of C++ arguments, so that a build of other sources is not called
 if _C is not None and getattr(_C, "interface", 1) != INTERFACE:
     _C, load_error = None, "it was built from other sources"
 
@@ -135,15 +135,17 @@ def _plan_chunks(
 
     where = place(device, min(batch, 1 + batch * cells // CELLS_PER_THREAD), block)
     blocks, block = (batch, 1024) if device.type == "cuda" else (where.threads, block)
-    # Both calls see these integers: scratch, status (2), prefix (B·L), info (4·B), member_base (B + 1), sums (B·L).
+    # Both calls see these integers: scratch, status (2), prefix (B·L), info (4·B), member_base (B + 1), and where rows
+    # may be too few sums (B·L) and the digits of a selection.
     first = _C.scratch_ints(cells, len(grid), block) * blocks
-    sums = 0 if capacity is None else batch * cells
-    shared = torch.empty(first + batch * cells + 5 * batch + 3 + sums, dtype=torch.int32, device=device)
+    more = 0 if capacity is None else batch * cells + _C.digits
+    shared = torch.empty(first + batch * cells + 5 * batch + 3 + more, dtype=torch.int32, device=device)
     ints, scratch = shared.new_empty, shared.data_ptr()
     status = scratch + 4 * first
     prefix = status + 4 * 2
     info = prefix + 4 * batch * cells
     member_base = info + 4 * 4 * batch
+    sums = member_base + 4 * (batch + 1) if more else 0
     cu_seqlens, overflow = ints(batch + 1), ints(())
     limit = cells if max_seqlen is None else min(cells, max_seqlen)
     status_here = _C.plan_count(
@@ -151,7 +153,7 @@ def _plan_chunks(
         0 if fractions is None else fractions.data_ptr(), 0.0 if fractions is not None else drop_fraction,
         0 if rows is None else rows.data_ptr(), *(-1 if n is None else n for n in (budget_per_sample, budget)),
         threshold, batch, cells, -1 if capacity is None else capacity, limit, mode,
-        prefix, member_base + 4 * (batch + 1), info, member_base, cu_seqlens.data_ptr(), overflow.data_ptr(), status,
+        prefix, sums, info, member_base, cu_seqlens.data_ptr(), overflow.data_ptr(), status,
         where,
     )  # fmt: skip
     longest = min(limit, capacity or 0)

@@ -4,8 +4,6 @@
 //   check_plan        checks; every output is poisoned before it is written
 //   check_plan raw    checks without the poison, for initcheck: what is read must have been written
 //   check_plan time   prints microseconds of each launch instead (CUDA only)
-#include <pthread.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -14,11 +12,11 @@
 #include <cstring>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "fill.h"
 #include "launch.h"
+#include "thread_block.h"
 #ifdef DCDIT_CUDA
 #include <cuda_runtime.h>
 #endif
@@ -107,50 +105,16 @@ struct Cpu {
     static void rows(const RowArgs& a) { move_rows_cpu(a, 1); }
 };
 
-constexpr int kThreads = 4;
-pthread_barrier_t meeting;
-
-// As on CUDA every thread runs the whole body and meets the others at the barriers; ThreadSanitizer watches.
-struct ThreadBlock {
-    static constexpr int size = kThreads, lanes = 1;
-    int thread;
-
-    template <class F>
-    void each(F f) {
-        f(thread);
-        barrier();
-    }
-    void barrier() { pthread_barrier_wait(&meeting); }
-    void inclusive_scan(int64_t* values) {
-        if (thread == 0) for (int t = 1; t < size; ++t) values[t] += values[t - 1];
-        barrier();
-    }
-    void add(int* p, int x) { __atomic_fetch_add(p, x, __ATOMIC_RELAXED); }
-    void add_if(bool hit, int* p, int x) { if (hit) add(p, x); }
-    void max(int* p, int x) {
-        int seen = __atomic_load_n(p, __ATOMIC_RELAXED);
-        while (seen < x && !__atomic_compare_exchange_n(p, &seen, x, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
-    }
-    void set(unsigned* p, unsigned bits) { __atomic_fetch_or(p, bits, __ATOMIC_RELAXED); }
-    int count_one_more(bool own, int* count, int i) { return own ? count[i]++ : 0; }
-};
-
-template <class F>
-void as_block(F f) {
-    static Shared<kThreads> shared;
-    std::vector<std::thread> threads;
-    for (int t = 0; t < kThreads; ++t) threads.emplace_back([&, t] { ThreadBlock exec{t}; f(exec, shared); });
-    for (auto& thread : threads) thread.join();
-}
-
 struct Threads : Cpu<64> {
     static void count(const CountArgs& a) {
-        for (int b = 0; b < a.batch; ++b) as_block([&](auto& exec, auto& shared) { count_sample<float>(exec, shared, a, b); });
-        as_block([&](auto& exec, auto& shared) { place_samples<float>(exec, shared, a); });
+        ThreadGrid grid;
+        grid.each(a.batch, [&](auto& exec, auto& shared, int b) { count_sample<float>(exec, shared, a, b); });
+        place_samples<float>(grid, a);
     }
     static void fill(const FillArgs& a) {
-        for (int b = 0; b < a.batch; ++b) as_block([&](auto& exec, auto& shared) { fill_sample(exec, shared, a, b, a.scratch); });
-        as_block([&](auto& exec, auto&) { fill_tail(exec, a, 0, 1); });
+        ThreadGrid grid;
+        grid.each(a.batch, [&](auto& exec, auto& shared, int b) { fill_sample(exec, shared, a, b, a.scratch); });
+        grid.first([&](auto& exec, auto&) { fill_tail(exec, a, 0, 1); });
     }
 };
 
@@ -168,7 +132,7 @@ struct Buffers {
     CountArgs count;
 
     explicit Buffers(const Problem& p)
-        : prob(p.prob), keep(p.mask(1)), ban(p.mask(2)), prefix(p.batch * p.cells()), sums(p.batch * p.cells()),
+        : prob(p.prob), keep(p.mask(1)), ban(p.mask(2)), prefix(p.batch * p.cells()), sums(p.batch * p.cells() + kDigits),
           info(4 * p.batch), base(p.batch + 1), cu(p.batch + 1), overflow(1),
           status(2),
           count{prob.data(), p.masked ? keep.data() : nullptr, p.masked ? ban.data() : nullptr, nullptr, p.drop, nullptr,
@@ -211,6 +175,21 @@ std::vector<float> draw(std::mt19937& random, int batch, int64_t cells, float sh
     return prob;
 }
 
+// Budgets of the batch: none, one, a few and all of the cells; few levels of probability, or one; samples without a
+// candidate, NaN and infinity.
+void add_budgets(std::vector<Problem>& out, std::mt19937& random, int side, int batch) {
+    const int64_t cells = int64_t(side) * side, all = batch * cells;
+    for (int64_t budget : {int64_t(0), int64_t(1), all / 3, all - 1, all, all + 1})
+        for (int kind = 0; kind < 3; ++kind) {
+            Problem p{{side, side, 1}, 2, batch, kind == 1 ? kPrevious : kGrid, budget, 0, draw(random, batch, cells, 0.3f)};
+            p.budget = budget;
+            p.masked = kind == 1;
+            if (kind == 1) std::fill(p.prob.begin(), p.prob.end(), 0.25f);
+            if (kind == 2) p.max_seqlen = int(cells / 2), p.prob[all / 2] = NAN, p.prob[all - 1] = INFINITY;
+            out.push_back(p);
+        }
+}
+
 std::vector<Problem> problems() {
 #ifdef DCDIT_CUDA
     const std::array<int, 3> grids[] = {{32, 32, 1}, {7, 9, 1}, {1, 13, 1}, {64, 64, 1}, {5, 1, 1}, {2, 3, 4}, {16, 5, 1}, {4, 16, 16}};
@@ -237,6 +216,10 @@ std::vector<Problem> problems() {
     one.prob[40] = 0.75f, one.prob[126 - 1] = 0.75f;
     broken.prob[3] = NAN, broken.capacity = 10;
     out.insert(out.end(), {none, one, broken});
+    for (int batch : {1, 5}) add_budgets(out, random, 8, batch);
+#ifdef DCDIT_CUDA
+    for (int side : {32, 64}) add_budgets(out, random, side, 64);
+#endif
     return out;
 }
 
@@ -301,14 +284,18 @@ void time_plans() {
     std::mt19937 random(0);
     for (int side : {32, 64})
         for (int batch : {1, 16, 64})
-            for (float share : {0.25f, 0.02f}) {
-                Problem p{{side, side, 1}, 2, batch, kGrid, int64_t(batch) * side * side, 0.5f, draw(random, batch, side * side, share)};
-                Buffers<Cuda> b(p);
-                Filled<Cuda> f(p, b, p.capacity);
-                const double count = microseconds([&] { Cuda::count(b.count); });
-                const double fill = microseconds([&] { Cuda::fill(f.fill); });
-                std::printf("plan %dx%d B=%d keep %g: count and place %.1f us, fill %.1f us\n", side, side, batch, share, count, fill);
-            }
+            for (float share : {0.25f, 0.02f})
+                for (bool budget : {false, true}) {
+                    const int64_t all = int64_t(batch) * side * side;
+                    Problem p{{side, side, 1}, 2, batch, kGrid, all, 0.5f, draw(random, batch, side * side, share)};
+                    if (budget) p.capacity = p.budget = int64_t(all * share);
+                    Buffers<Cuda> b(p);
+                    Filled<Cuda> f(p, b, p.capacity);
+                    const double count = microseconds([&] { Cuda::count(b.count); });
+                    const double fill = microseconds([&] { Cuda::fill(f.fill); });
+                    std::printf("plan %dx%d B=%d keep %g%s: count and place %.1f us, fill %.1f us\n", side, side, batch, share,
+                                budget ? " of the batch" : "", count, fill);
+                }
 }
 #endif
 

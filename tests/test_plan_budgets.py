@@ -8,6 +8,7 @@ import torch
 from test_plan import assert_same
 
 import dcdit_kernels as K
+from dcdit_kernels import extension
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -118,6 +119,28 @@ def test_a_budget_of_the_batch(levels, backend):
     assert free.exact and free.lengths.sum() == 80 == free.capacity and free.boundary_mask[:, [0, -1]].all()
     narrow = K.plan_chunks(prob, (5, 6), budget=80, capacity=60, backend=backend)
     assert int(narrow.overflow) == 20 and narrow.lengths.sum() == 60 and stays(narrow) < stays(free)
+
+
+@pytest.mark.parametrize("block", [1, 64])
+@pytest.mark.parametrize(
+    "batch, side, dtype", [(64, 64, torch.float32), (64, 32, torch.float64), (1, 32, torch.float32)]
+)
+@pytest.mark.parametrize("levels", [1, 7, 10**6])
+def test_a_budget_of_a_large_batch(batch, side, levels, dtype, block):
+    """Blocks of many samples select together, among equals too: against one sort of the batch."""
+    gen = torch.Generator().manual_seed(levels)
+    prob = torch.randint(0, levels, (batch, side**2), generator=gen).to(dtype) / levels
+    ban = torch.zeros(batch, side**2, dtype=torch.bool)
+    ban[1::3] = True  # samples without a candidate
+    order = torch.where(ban, -1.0, prob).flatten().argsort(descending=True, stable=True)
+    free = int((~ban).sum())
+    for budget in {0, min(free, 1), free // 4, max(free - 1, 0), free, batch * side**2}:
+        limits = None, None, ban, budget, None
+        plan = extension.plan_chunks(prob, (side, side), 0.0, 0.5, "previous", budget, *limits, block=block)
+        want = torch.zeros(batch * side**2, dtype=torch.bool)
+        want[order[: min(budget, free)]] = True
+        assert torch.equal(plan.boundary_mask.flatten(), want) and plan.overflow == 0
+        assert torch.equal(plan.lengths, want.view(batch, side**2).sum(1))
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
