@@ -78,21 +78,17 @@ def test_the_command_makes_a_model_that_diffusers_loads(family, tmp_path):
     assert sum(not torch.equal(p, before[name]) for name, p in plain.named_parameters()) > 20
 
 
-@pytest.mark.parametrize("stop", [2, 4])
-def test_an_interrupted_run_goes_on_to_the_same_bits(stop, tmp_path, monkeypatch):
-    """In each of both stages."""
-    command = configuration(tmp_path)
-    main([*command, f"output={tmp_path / 'whole'}"])
+def interrupted(run, stop, monkeypatch):
+    """A run that is interrupted at step `stop` and saves what it has."""
     step = TransformerUpcycler._train_step
 
-    def interrupted(self):
+    def interrupting(self):
         if self.step == stop:
             raise KeyboardInterrupt
         return step(self)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(TransformerUpcycler, "_train_step", interrupted)
-        run = trainer(tmp_path)
+        patched.setattr(TransformerUpcycler, "_train_step", interrupting)
         try:
             run.run()
         except KeyboardInterrupt:
@@ -100,6 +96,14 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(stop, tmp_path, monkeypatch
             raise
         finally:
             run.held.close()
+
+
+@pytest.mark.parametrize("stop", [2, 4])
+def test_an_interrupted_run_goes_on_to_the_same_bits(stop, tmp_path, monkeypatch):
+    """In each of both stages."""
+    command = configuration(tmp_path)
+    main([*command, f"output={tmp_path / 'whole'}"])
+    interrupted(trainer(tmp_path), stop, monkeypatch)
     main(command)
     for file in ("model/diffusion_pytorch_model.safetensors", "last.safetensors"):
         ours, want = load_file(tmp_path / "run" / file), load_file(tmp_path / "whole" / file)

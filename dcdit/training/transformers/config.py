@@ -29,6 +29,8 @@ class TransformerConfig:
     flow matching. Each batch keeps (1 − ρ)/N of its image tokens, N `target_ratio`, and ρ one of `drop_fractions`.
     The router learns at `router_rate` times optim.lr. `guidance` is for models that have an embedding of it,
     `time_shift` that of `dcdit.training.objectives`. An empty optim.ema_decay makes no average; one decay may be given.
+    With `lora`, a rank, adapters of the chunked blocks' linear layers and the router learn and all else is frozen;
+    `lora_targets` are ends of the names of the layers that have one, [] for all.
     """
 
     accumulate, compile = 1, False  # no fields: neither is supported, and the launcher's settings are held against them
@@ -48,6 +50,8 @@ class TransformerConfig:
     router_rate: float = 4.0
     guidance: float = 3.5
     time_shift: float = 1.0
+    lora: tuple[int, ...] = ()
+    lora_targets: tuple[str, ...] = ()
     checkpointing: bool = False
     precision: Literal["no", "bf16"] = "no"
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -65,6 +69,11 @@ class TransformerConfig:
         decay = self.optim.ema_decay
         if len(decay) > 1 or not all(0 <= value <= 1 for value in decay):
             raise ConfigError(f"optim.ema_decay must be one value in [0, 1], or [] for no average, got {decay}")
+
+        if len(self.lora) > 1 or min(self.lora, default=1) < 1:
+            raise ConfigError(f"lora must be one rank of at least 1, or [] to train all weights, got {self.lora}")
+        if self.lora_targets and not self.lora:
+            raise ConfigError(f"lora_targets={list(self.lora_targets)} needs lora, a rank")
 
     def to_dict(self) -> dict[str, Any]:
         """All values in JSON types."""

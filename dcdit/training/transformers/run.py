@@ -7,7 +7,7 @@ import copy
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -31,7 +31,8 @@ from ..progress import Progress
 from ..resume import check_allowed, compare, describe_data, diverged
 from ..state import EMA, Metrics, load_state, read_header, save_state
 from .config import TransformerConfig
-from .student import Batch, Student, keep_a_share, read_source
+from .lora import Learned, add_lora, merged, save_adapters
+from .student import Batch, Student, keep_a_share, read_source, save_model
 
 _NOISE, _BATCHES = 5, 6  # streams of random numbers, beside those of dcdit.training.batches
 
@@ -52,11 +53,15 @@ class TransformerUpcycler:
         self.net = read_source(config.source, self.velocity).to(self.device)
         for shapes, file in self.data.kinds.items():
             self.velocity.check(self.net.config, shapes, file)
-        teacher = copy.deepcopy(self.net).eval().requires_grad_(False)
+        shared = {id(p): p for p in self.net.parameters()} if config.lora else {}  # frozen in both
+        teacher = copy.deepcopy(self.net, shared).eval().requires_grad_(False)
         torch.manual_seed(config.seed)
         self.chunking = add_dynamic_chunking(self.net.train(), blocks=slice(*config.blocks))
         for name in self.velocity.text_and_time:
             self.net.get_submodule(name).requires_grad_(False)
+        for rank in config.lora:
+            add_lora(self.net, self.chunking, rank, config.lora_targets)
+        self.learning = Learned(self.net) if config.lora else self.net
         if config.checkpointing:
             self.net.enable_gradient_checkpointing()
         self.student = Student(self.velocity, self.net, teacher, config.target_ratio)
@@ -90,11 +95,11 @@ class TransformerUpcycler:
                 except NaNError as error:
                     raise CheckpointError(f"{config.source} makes NaN of the first batch: {error}") from error
                 keep_a_share(self.chunking, config.target_ratio)
-        self.emas = [EMA(self.net, decay) for decay in config.optim.ema_decay]
+        self.emas = [EMA(self.learning, decay) for decay in config.optim.ema_decay]
         if resumed:
             header = read_header(self.last)
             new = compare(header["step"], header["config"], config.to_dict(), allow, header.get("data"), described)
-            load_state(self.last, self.net, self.emas, self.optimizer)
+            load_state(self.last, self.learning, self.emas, self.optimizer)
             self.step, self.changes = header["step"], [*header.get("changes", []), *new]
         self.described, self.saved, self.updating = described, self.step, False
         self.metrics = Metrics(self.output, self.step) if self.accelerator.is_main_process else None
@@ -204,31 +209,33 @@ class TransformerUpcycler:
         progress.report(f"{name} {loss:.4f}, kept {numbers['kept']:.1%}, {numbers['images_per_s']:.1f} images/s")
 
     def save(self) -> None:
-        """Write OUTPUT/model, of averaged weights where there is an average, and what a run resumes from."""
+        """Write OUTPUT/model, of averaged weights where there is an average, and what a run resumes from.
+
+        With adapters OUTPUT/lora has them alone, and OUTPUT/model has them in its weights.
+        """
         if self.accelerator.is_main_process:
             if not all(p.isfinite().all() for p in self.learned):
                 raise diverged("weights that are not finite", self.step, self.saved)
-            fresh, place = self.output / ".model", self.output / "model"
-            shutil.rmtree(fresh, ignore_errors=True)
-            self._swap()
-            try:
-                self.net.save_pretrained(fresh)
-            except (SafetensorError, OSError) as error:
-                shutil.rmtree(fresh, ignore_errors=True)  # a full disk has no room for half a model
-                raise CheckpointError(f"cannot write {fresh}: {error}") from error
-            finally:  # also at a second signal, after which the run is saved again
-                self._swap()
-            shutil.rmtree(place, ignore_errors=True)
-            fresh.rename(place)
+            weights = self.net.state_dict() | (self.emas[0].state_dict() if self.emas else {})
+            weights = {name: value.cpu() for name, value in weights.items()}
+            self._write("model", lambda folder: save_model(self.net, merged(weights), folder))
+            if self.config.lora:
+                self._write("lora", lambda folder: save_adapters(weights, folder))
             header = {"step": self.step, "config": self.config.to_dict(), "data": self.described}
-            save_state(self.last, {**header, "changes": self.changes}, self.net, self.emas, self.optimizer)
+            save_state(self.last, {**header, "changes": self.changes}, self.learning, self.emas, self.optimizer)
         self.saved = self.step
 
-    def _swap(self) -> None:
-        """The averaged weights and the model's."""
-        for ema in self.emas:
-            for place, p in enumerate(ema.parameters):
-                p.data, ema.values[place] = ema.values[place], p.data
+    def _write(self, name: str, write: Callable[[Path], None]) -> None:
+        """OUTPUT/name, whole or as it was."""
+        fresh, place = self.output / f".{name}", self.output / name
+        shutil.rmtree(fresh, ignore_errors=True)
+        try:
+            write(fresh)
+        except (SafetensorError, OSError) as error:
+            shutil.rmtree(fresh, ignore_errors=True)  # a full disk has no room for half a model
+            raise CheckpointError(f"cannot write {fresh}: {error}") from error
+        shutil.rmtree(place, ignore_errors=True)
+        fresh.rename(place)
 
 
 def train_transformer(config: TransformerConfig, allow: Sequence[str] = ()) -> Path:

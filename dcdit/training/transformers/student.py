@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...errors import CheckpointError
-from ...integrations.attention import chunking_of
+from ...integrations.attention import add_dynamic_chunking, chunking_of
 from ...integrations.distillation import distillation_loss
 from ...integrations.reading import read_config, read_untouched
 from ...integrations.velocities import Velocity
@@ -43,6 +43,17 @@ def keep_a_share(chunking: nn.Module, n: float) -> None:
     wanted = len(scores) / n - (len(scores) - len(free))
     if len(free):
         chunking.router.score.bias -= free.quantile(min(1.0, 1 - wanted / len(free)))
+
+
+def save_model(net: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """A wrapped model as save_pretrained writes it, with these weights in the place of its own."""
+    config = dict(net.config)
+    blocks = config.pop("dynamic_chunking")["blocks"]
+    with torch.device("meta"):
+        shell = type(net).from_config(config)
+        add_dynamic_chunking(shell, blocks=slice(*blocks))
+    shell.load_state_dict(weights, assign=True)
+    shell.save_pretrained(folder)
 
 
 class Student(nn.Module):
