@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from PIL import Image
 
 from ..model.config import DCDiTConfig
@@ -84,12 +86,12 @@ def chunk_map(image: np.ndarray, mask: np.ndarray, source: np.ndarray, side: int
 
 
 def draw_chunk_maps(file: Path, samples: Samples, snapshots: list[Snapshot], codec) -> None:
-    """For every sample x_t over its chunk map, one column per snapshot and the result at the right."""
+    """For every sample x_t over its chunk map, one column per snapshot and the result at the right; a legend below."""
     # Inches: a picture is `side` wide and `tall` high; two pictures and a line of text make a block.
-    side, gap, text, margin = 1.2, 0.07, 0.3, 0.12
+    side, gap, text, margin, legend = 1.2, 0.07, 0.3, 0.12, 0.32
     tall = side * samples.latents.shape[2] / samples.latents.shape[3]
     block = 2 * tall + gap + text
-    high, wide = len(samples.latents) * block + 0.32, (len(snapshots) + 1) * (side + gap) - gap + 2 * margin
+    high, wide = len(samples.latents) * block + 0.32 + legend, (len(snapshots) + 1) * (side + gap) - gap + 2 * margin
     figure = Figure(figsize=(wide, high), facecolor=PAPER)
 
     def place(column: int, top: float, image: np.ndarray):
@@ -111,6 +113,9 @@ def draw_chunk_maps(file: Path, samples: Samples, snapshots: list[Snapshot], cod
     for i, image in enumerate(to_uint8(codec.decode(samples.latents))):
         axis = place(len(snapshots), 0.3 + i * block + (tall + gap) / 2, image)
         axis.set_title("image", fontsize=10, color=INK, pad=5)
+    kept = Patch(color=TINT / 255, label="cell that the transformer sees; always the first and the last")
+    chunk = Line2D([], [], color=OUTLINE / 255, label="border of the cells that one kept cell refills")
+    figure.legend(handles=[kept, chunk], loc="lower center", ncols=2, frameon=False, fontsize=9, labelcolor=INK)
     figure.savefig(file, dpi=140)
 
 
