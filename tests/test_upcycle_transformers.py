@@ -281,7 +281,7 @@ def test_samples_are_held_against_the_models_of_each_family(family, tmp_path):
 CASES = {
     "source=nowhere": (CheckpointError, "nowhere must be a folder of diffusers with config.json"),
     "family=sd3": (CheckpointError, "must have a SD3Transformer2DModel, got FluxTransformer2DModel"),
-    "latents=nowhere": (DataError, "must be a folder of safetensors files with latents, text, pooled; it has none"),
+    "latents=nowhere": (DataError, "must be a folder of safetensors, npz or tar files with latents, text, pooled"),
     "latents=source": (DataError, "must have latents of 3 dimensions, got none"),
     "latents=''": (ConfigError, "latents must be a folder"),
     "batch_size=0": (ConfigError, "batch_size must be at least 1, got 0"),

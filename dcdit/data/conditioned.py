@@ -1,4 +1,4 @@
-"""Latents with their text: a folder of safetensors files, one for each sample, in batches of one shape."""
+"""Latents with their text: a folder of samples, in batches of one shape."""
 
 from __future__ import annotations
 
@@ -10,76 +10,64 @@ import numpy as np
 import torch
 
 from ..errors import DataError
+from .sample_files import SampleFile, find_samples
 
 Sample = dict[str, torch.Tensor]
 
 
 class Conditioned:
-    """Samples of `folder`: FILE.safetensors with `latents` (C, H, W) or (C, F, H, W), as a model takes them, `text`
-    (S, D), and where `pooled` says so `pooled` (P).
+    """Samples of `folder`, as `find_samples` finds them: `latents` (C, H, W) or (C, F, H, W), as a model takes them,
+    `text` (S, D), and where `pooled` says so `pooled` (P).
 
     Samples of one shape share batches; with `ragged` only the latents' shapes count, and texts may differ in length.
-    `kinds` has the first file of each set of shapes. Raises DataError for a folder without such files, for a file of
-    another kind, and for a sample with NaN or infinity when it is read.
+    `kinds` has the name of the first sample of each set of shapes. Raises DataError for a folder without samples, for
+    one of another kind, and when one with NaN or infinity is read.
     """
 
     class_names = None
 
     def __init__(self, folder: str, pooled: bool = False, ragged: bool = False) -> None:
-        self.folder = Path(folder).expanduser()
         self.names = ("latents", "text", *(["pooled"] if pooled else []))
-        self.files = sorted(self.folder.rglob("*.safetensors"))
+        self.files = find_samples(Path(folder).expanduser(), self.names)
         if not self.files:
-            raise DataError(f"{folder} must be a folder of safetensors files with {', '.join(self.names)}; it has none")
+            wanted = f"safetensors, npz or tar files with {', '.join(self.names)}"
+            raise DataError(f"{folder} must be a folder of {wanted}; it has none")
         self.buckets: dict[tuple, list[int]] = defaultdict(list)
-        self.kinds: dict[tuple[tuple[int, ...], ...], Path] = {}
+        self.kinds: dict[tuple[tuple[int, ...], ...], str] = {}
         for index, file in enumerate(self.files):
             shapes = self._shapes(file)
-            self.kinds.setdefault(tuple(shapes.values()), file)
+            self.kinds.setdefault(tuple(shapes.values()), file.name)
             self.buckets[shapes["latents"], () if ragged else shapes["text"]].append(index)
 
-    def _shapes(self, file: Path) -> dict[str, tuple[int, ...]]:
+    def _shapes(self, file: SampleFile) -> dict[str, tuple[int, ...]]:
         """From the file's header."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(file, "pt") as tensors:
-                slices = {name: tensors.get_slice(name) for name in self.names if name in tensors.keys()}
-                found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"{file} is not a safetensors file that can be read: {error}") from error
+        found = file.header(self.names)
         for name in self.names:
             sides = {"latents": (3, 4), "text": (2,), "pooled": (1,)}[name]
             shape, dtype = found.get(name, ((), ""))
             if len(shape) not in sides:
-                raise DataError(f"{file} must have {name} of {sides[0]} dimensions, got {shape or 'none'}")
+                raise DataError(f"{file.name} must have {name} of {sides[0]} dimensions, got {shape or 'none'}")
             if 0 in shape or not dtype.startswith(("F", "BF")):
-                raise DataError(f"{file} must have {name} of floating-point numbers, no side of 0, got {dtype} {shape}")
+                wanted = f"{name} of floating-point numbers, no side of 0"
+                raise DataError(f"{file.name} must have {wanted}, got {dtype} {shape}")
         return {name: found[name][0] for name in self.names}
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Sample:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         file = self.files[index]
-        try:
-            tensors = load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"{file} is not a safetensors file that can be read: {error}") from error
-        sample = {name: tensors[name].float() for name in self.names}
+        sample = {name: values.float() for name, values in file.load(self.names).items()}
         for name, values in sample.items():
             if not values.isfinite().all():
-                raise DataError(f"{file} must have finite {name}, got NaN or infinity")
+                raise DataError(f"{file.name} must have finite {name}, got NaN or infinity")
         return sample
 
     def fingerprint(self) -> str:
-        """A hash of the files' places inside the folder and their sizes in bytes."""
+        """A hash of the samples' places inside the folder and their sizes in bytes."""
         digest = hashlib.sha256()
         for file in self.files:
-            digest.update(f"{file.relative_to(self.folder).as_posix()}\0{file.stat().st_size}\n".encode())
+            digest.update(f"{file.place}\0{file.size}\n".encode())
         return digest.hexdigest()[:16]
 
     def batches(self, size: int) -> int:
