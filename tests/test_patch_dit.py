@@ -172,6 +172,15 @@ def test_calibrated_speed():
     most = float(plain / (0.3 * plain + 0.7 * plain * patch_dit_macs(model.config, 4) / patch_dit_macs(model.config)))
     with pytest.raises(ConfigError, match=f"speed must be from 1 to {most:.4g} over 10 steps, got 9"):
         calibrate(model, classes, 9, **options)
+    with_cache = options | {"policy": "patches=7 & teacache=0.3"}
+    tau, reached = calibrate(model, classes, 1.4, **with_cache)
+    costs = [
+        sample(model, classes, **options, policy=f"patches={value} & teacache=0.3").trace.gflops(model.config).sum()
+        for value in (0, tau)
+    ]
+    assert float(costs[0] / costs[1]) == pytest.approx(reached) and costs[0] < plain
+    with pytest.raises(ConfigError, match="rho is of a model with a router, this one is a PatchDiT"):
+        calibrate(model, classes, 1.4, **options | {"policy": "rho=0.2"})
 
 
 def run_config(path, *overrides):
@@ -184,7 +193,7 @@ def run_config(path, *overrides):
 
 def test_training_and_calibration(tmp_path, capsys):
     """Resumed; the DiT's own weights stay; the distance from it falls; τ goes with the checkpoint."""
-    config = run_config(tmp_path)
+    config = run_config(tmp_path, "kind=patches")
     torch.manual_seed(0)
     base = PlainDiT(config.model, 1)
     for parameter in base.parameters():

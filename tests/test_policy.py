@@ -180,6 +180,7 @@ def test_bad_input(digits):
         (digits, "reuse=0", "reuse must be an integer of 1 or more, got 0"),
         (digits, "teacache=-1", "teacache must be a number of at least 0"),
         (dense(DyDiT), "reuse=2", "reuse is of a model with a router, this one is a DyDiT"),
+        (dense(PlainDiT), "rho=0.2", "rho is of a model with a router, this one is a PlainDiT"),
     ):
         with pytest.raises(ConfigError, match=words):
             sample(net, [0], **OPTIONS, policy=text)

@@ -111,6 +111,11 @@ def test_keys_map_one_to_one():
     assert to_release(from_release(theirs)).keys() == theirs.keys()
     with pytest.raises(CheckpointError, match=r"the public release has no place for cond_norm\.weight"):
         to_release({"cond_norm.weight": torch.ones(1)})
+    for key, system in {"blocks.0.attn_rate.router.weight": "DyDiT", "x_embedder.proj.weight": "a plain DiT"}.items():
+        with pytest.raises(
+            CheckpointError, match=f"expected DC-DiT's public release, these weights look like {system}"
+        ):
+            from_release({key: torch.ones(1)})
 
 
 def test_convert_both_ways_is_bit_exact(tmp_path, capsys):

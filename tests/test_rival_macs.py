@@ -167,5 +167,5 @@ def test_layouts():
     ):
         config = sparse_on(preset(name))
         assert (config.pooling, config.groups, config.top) == layout and config.depth == preset(name).depth
-    with pytest.raises(ConfigError, match="must be an integer of 0 or more"):
+    with pytest.raises(ConfigError, match="a depth of at least 6, got 3"):
         sparse_on(type(preset("digits"))(depth=3))

@@ -122,7 +122,7 @@ def test_density_stream(tmp_path):
     assert np.abs(np.sort(np.ravel(times)) - drawn).mean() < 40
 
 
-def test_bad_input(tmp_path):
+def test_bad_input(tmp_path, capsys):
     with pytest.raises(ConfigError, match="compile is of kind dcdit, this run has sparse"):
         config(tmp_path, "kind=sparse", "compile=true")
     with pytest.raises(ConfigError, match="init is of kind dcdit and dydit, this run has sparse"):
@@ -133,12 +133,30 @@ def test_bad_input(tmp_path):
         config(tmp_path, "kind=flexdit")
     with pytest.raises(ConfigError, match=r"spend\.rate must be in"):
         config(tmp_path, "kind=dydit", "spend.rate=0")
+    for kind, key, of in (
+        ("sparse", "rate=0.7", "dydit"),
+        ("dydit", "patch=1", "patches"),
+        ("patches", "most=0.6", "sparse"),
+        ("dcdit", "warmup=3", "dydit"),
+    ):
+        words = rf"spend\.{key.split('=')[0]} is of kind {of}, this run has {kind}"
+        with pytest.raises(ConfigError, match=words):
+            config(tmp_path, f"kind={kind}", f"spend.{key}")
     settings = config(tmp_path, "kind=dydit", "steps=1", f"from={tmp_path / 'dit.pt'}", "model.num_classes=12")
     torch.save({"ema": to_dit(PlainDiT(dydit_on(config(tmp_path).model)))}, tmp_path / "dit.pt")
     with pytest.raises((ConfigError, CheckpointError), match="num_classes 10, the run's model 12"):
         train(settings)
     model = DyDiT(dydit_on(settings.model))
-    save_checkpoint(tmp_path / "saved", model, {"objective": "flow"})
+    use = {"objective": "flow", "codec": {"kind": "pixel_unshuffle", "factor": 2}}
+    save_checkpoint(tmp_path / "saved", model, use)
+    with pytest.raises(ConfigError, match=r"saved is a DyDiT, expected a DC-DiT"):
+        train(config(tmp_path, "kind=dydit", "steps=1", f"init={tmp_path / 'saved'}"))
+    with pytest.raises(CheckpointError, match=r"expected a plain DiT, a \.pt or a folder of diffusers, found a DyDiT"):
+        train(config(tmp_path, "kind=sparse", "steps=1", f"from={tmp_path / 'saved'}"))
+    with pytest.raises(ConfigError, match="a SparseDiT has a depth of at least 6, got 4"):
+        train(config(tmp_path, "kind=sparse", "steps=1", "model.depth=4"))
+    assert main(["visualize", str(tmp_path / "saved"), "--cpu", "--output", str(tmp_path / "maps")]) == 2
+    assert "chunk maps are of a DC-DiT" in capsys.readouterr().err
     file = tmp_path / "saved" / "config.json"
     values = json.loads(file.read_text())
     for change, words in (

@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_named(theirs, tmp_path, monkeypatch):
         return DCDiTConfig(**{**CONFIG.to_dict(), **changes})
 
     for source, sizes, text in (
-        (saved(), config(depth=3), r"missing keys in checkpoint: blocks\.2\."),
+        (saved(), config(depth=3), "has 2 blocks, expected the configuration's depth 3"),
         (saved(**{"blocks.1.mlp.fc1.bias": None}), CONFIG, r"missing keys in checkpoint: blocks\.1\.fc1\.bias"),
         (
             saved(**{"blocks.0.mlp.fc2.bias": torch.zeros(3)}),
@@ -134,6 +134,13 @@ def test_what_does_not_fit_is_named(theirs, tmp_path, monkeypatch):
         ),
         (saved(), config(input_size=9), r"patches of 2×2 cells, which do not fill \(9, 9\)"),
         (saved(**{"final_layer.linear.weight": None}), CONFIG, "this is no DiT"),
+        (saved(**{"blocks.0.attn_rate.router.weight": torch.ones(1)}), CONFIG, "these weights look like DyDiT"),
+        (saved(**{"hnet.residual_proj.weight": torch.ones(1)}), CONFIG, "look like DC-DiT's public release"),
+        (
+            saved(**dict.fromkeys(state), words=torch.ones(1)),
+            CONFIG,
+            r"look like no DiT known here \(keys such as words",
+        ),
         (saved(**{"final_layer.linear.bias": None}), CONFIG, r"missing keys in checkpoint: head\.bias"),
         (saved(**{"x_embedder.proj.weight": torch.tensor(1.0)}), CONFIG, r"stem\.weight: expected 4 axes, found"),
         (saved(**{"final_layer.linear.weight": torch.tensor(1.0)}), CONFIG, r"head\.weight: expected 2 axes, found"),

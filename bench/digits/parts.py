@@ -79,21 +79,23 @@ def at(*policies: str) -> Runs:
 
 TEACACHE = ("teacache=0.05", "teacache=0.1", "teacache=0.2", "teacache=0.3")
 FEWER = (("", 25), ("", 15), ("", 10))
-# "dydit" of a plain DiT's configuration stands for any model from a DiT or from fresh weights.
-DIT = ("kind=dydit", "from={dit}")
+# A plain DiT has the configuration of a PatchDiT, which knows the patch.
+PLAIN_DIT = "kind=patches"
 SPARSE = ("kind=sparse", "from={dit}", "spend.least=0.7", "spend.most=0.82")  # a quarter of the tokens over t
 PARTS = {
-    "base": Part(PlainTrainer, ("kind=dydit", "optim.lr=2e-3"), ()),
+    "base": Part(PlainTrainer, (PLAIN_DIT, "optim.lr=2e-3"), ()),
     "plain": Part(None, (), at("", *TEACACHE) + FEWER),
     "dcdit": Part(None, (), at("", "rho=0.3", "rho=0.5", *TEACACHE, "rho=0.3 & teacache=0.1") + FEWER),
-    "plain-longer": Part(PlainTrainer, DIT, at("")),
+    "plain-longer": Part(PlainTrainer, (PLAIN_DIT, "from={dit}"), at("")),
     "dcdit-longer": Part(Trainer, ("init=digits",), at("", "rho=0.3", "rho=0.5", "teacache=0.1")),
     "sparse": Part(
         SparseTrainer,
         SPARSE,
         at("density=0.7:0.82", "density=0.75", "density=0.82", "density=0.7:0.82 & teacache=0.1"),
     ),
-    "dydit": Part(DyTrainer, (*DIT, "spend.rate=0.5"), at("", "teacache=0.1", "teacache=0.2") + FEWER[:1]),
+    "dydit": Part(
+        DyTrainer, ("kind=dydit", "from={dit}", "spend.rate=0.5"), at("", "teacache=0.1", "teacache=0.2") + FEWER[:1]
+    ),
     "dydcdit": Part(
         GatedMainTrainer,
         ("kind=dydit", "init=digits", "spend.rate=0.5"),
@@ -137,7 +139,8 @@ def configured(changes: Sequence[str], args: argparse.Namespace, folder: Path, s
     """configs/digits.yaml with the changes of a part, of all parts and of the command."""
     places = {"dit": args.dit, "fine": args.out / "fine.pt"}
     data = ("data.kind=idx", f"data.path={args.data}/train") if args.data else ()
-    own = (f"output={folder}", f"steps={steps}", f"spend.warmup={2 * steps // 5}", *data)
+    warmup = (f"spend.warmup={2 * steps // 5}",) if "kind=dydit" in changes else ()
+    own = (f"output={folder}", f"steps={steps}", *warmup, *data)
     return load_config(CONFIG, [change.format(**places) for change in (*SHARED, *changes, *own, *args.set)])
 
 

@@ -13,6 +13,7 @@ from ..model.config import DCDiTConfig
 from ..model.plain_dit import PlainDiT
 from .folder import load_state
 from .hub import hub_options
+from .looks import PLAIN, looks_like, own_folder
 from .release_keys import PARTS
 from .safe_pickle import inverse, read_state, shape_of, swap_parts, swap_prefix
 
@@ -121,19 +122,27 @@ def load_dit(source: str | Path, config: DCDiTConfig, convention: str = "dit") -
 
     `source` is a `.pt` in the original DiT's layout, or an argument of diffusers' `from_pretrained`: a directory or
     Hub repository of DiTTransformer2DModel or of a whole DiTPipeline. `convention` is "dit", or "sit" for a `.pt` of
-    SiT. Raises CheckpointError naming the key and the shapes that do not fit.
+    SiT. Raises CheckpointError naming the key and the shapes that do not fit, or the system that it is of.
     """
     check_source(source)
     path = Path(source).expanduser()
     if path.is_file():
-        state = (from_sit if convention == "sit" else from_dit)(read_state(path)[0])
+        state = read_state(path)[0]
+        if (system := looks_like(state)) != PLAIN:
+            raise CheckpointError(f"{source}: expected {PLAIN}, these weights look like {system}")
+        state = (from_sit if convention == "sit" else from_dit)(state)
     elif convention == "sit":
         raise CheckpointError(f"{source}: a teacher in SiT's convention is a .pt file")
+    elif (system := own_folder(path)) is not None:
+        raise CheckpointError(f"{source}: expected a plain DiT, a .pt or a folder of diffusers, found a {system}")
     else:
         state = from_diffusers(_read_diffusers(str(path) if path.exists() else source, config))
     patch, head = state["stem.weight"].shape[-1], state["head.weight"].shape[0]
     if any(n % patch for n in config.input_size):
         raise CheckpointError(f"{source} has patches of {patch}×{patch} cells, which do not fill {config.input_size}")
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    if depth != config.depth:
+        raise CheckpointError(f"{source} has {depth} blocks, expected the configuration's depth {config.depth}")
     # Only the blocks are used: the teacher may have learned a variance that the student does not, or not.
     sizes = {"learn_sigma": head == 2 * config.in_channels * patch**2}
     sizes["num_classes"] = max(1, shape_of(state, "class_embed.weight", 2)[0] - 1)

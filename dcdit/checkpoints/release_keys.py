@@ -11,6 +11,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..model.config import DCDiTConfig
+from .looks import RELEASE, looks_like
 from .safe_pickle import inverse, shape_of, swap_parts, swap_prefix
 
 # The release's models were trained by DDPM on latents of Stable Diffusion's autoencoder, of which DiT's guidance
@@ -64,7 +65,12 @@ def release_key(key: str) -> str:
 
 
 def from_release(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our state dict from the release's: keys renamed, tensors untouched but for the position table's batch axis."""
+    """Our state dict from the release's: keys renamed, tensors untouched but for the position table's batch axis.
+
+    Raises CheckpointError for the weights of another system, which it names.
+    """
+    if (system := looks_like(state)) != RELEASE:
+        raise CheckpointError(f"expected {RELEASE}, these weights look like {system}")
     renamed = {release_key(key): tensor for key, tensor in state.items()}
     if "pos_embed" in renamed:
         renamed["pos_embed"] = renamed["pos_embed"].squeeze(0)

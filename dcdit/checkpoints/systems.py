@@ -16,18 +16,10 @@ from ..model.dydit import DyDiT
 from ..model.sparse_dit import SparseDiT
 from .dit import OUTER, reorder_head
 from .folder import load_state
+from .looks import looks_like
 from .release_keys import PARTS
 from .safe_pickle import read_state, shape_of, swap_parts, swap_prefix
 
-# Parts of keys that one system alone has; the first that fits counts.
-_SIGNS = (
-    ("hnet.", "DC-DiT's public release"),
-    ("dumbbell_blocks.", "SparseDiT"),
-    ("poolingformer_blocks.", "SparseDiT"),
-    (".attn_rate.", "DyDiT"),
-    ("transformer_blocks.", "a DiT of diffusers"),
-    ("x_embedder.", "a plain DiT"),
-)
 _SPARSE_OUTER = (
     *OUTER,
     ("poolingformer_blocks.", "pooling."),
@@ -101,12 +93,6 @@ def sparse_key(key: str) -> str:
 def dynamic_key(key: str) -> str:
     """Our name of a parameter of DyDiT's release."""
     return swap_parts(swap_prefix(key, OUTER) or key, _DYNAMIC_PARTS)
-
-
-def looks_like(state: dict[str, Any]) -> str:
-    """The system that has such keys, in words."""
-    found = (system for sign, system in _SIGNS if any(sign in f".{key}" for key in state))
-    return next(found, f"no DiT known here (keys such as {next(iter(state), 'none')})")
 
 
 def _read(source: str | Path | dict[str, torch.Tensor], system: str, signs: tuple[str, ...]) -> dict[str, torch.Tensor]:

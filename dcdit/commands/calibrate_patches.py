@@ -33,10 +33,9 @@ def run(args: argparse.Namespace) -> None:
     model = prepared(model, args)
     ids = parse_classes(args.classes, model.config.num_classes, model.use.get("class_names"))
     options = sampling_arguments(args, objective, codec, model)
-    before = options.pop("policy")
     labels = [ids[number % len(ids)] for number in range(args.num)]
     tau, reached = calibrate(model, labels, args.speed, **options)
-    policy = dataclasses.replace(before, patches=float(f"{tau:.4g}"))
+    policy = dataclasses.replace(options["policy"], patches=float(f"{tau:.4g}"))
     print(f"{policy}: {reached:.3g} times as fast in FLOPs, wished for {args.speed:g}")
     if args.save:
         store_use(path, {"policy": str(policy)})

@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> None:
     import numpy as np
     import torch
 
+    from ..model.dcdit import DCDiT
     from ..pictures.images import check_output, output_folder
     from ..pictures.trajectory import draw_chunk_maps, draw_curves, record
     from ..sampling.sampler import open_checkpoint
@@ -39,6 +40,9 @@ def run(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
     names = _names(args.checkpoint)
     opened = {name: open_checkpoint(path, device) for name, path in zip(names, args.checkpoint, strict=True)}
+    for path, (model, *_) in zip(args.checkpoint, opened.values(), strict=True):
+        if not isinstance(model, DCDiT):
+            raise ConfigError(f"chunk maps are of a DC-DiT, {path} is a {type(model).__name__}")
     _check_sizes({name: model.config for name, (model, *_) in opened.items()})
     with output_folder(args.output) as folder:
         traces = {}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import ConfigError
 from .config import DCDiTConfig
 from .dit_config import DiTConfig, DyDiTConfig, PatchDiTConfig, SparseDiTConfig, fitting_size
 from .flops import dcdit_flops
@@ -105,6 +106,8 @@ def sparse_on(config: DCDiTConfig) -> SparseDiTConfig:
     XL's is 2 pooling blocks, 4 groups of 6 and 2 dense blocks. The sparse grid has half the side, at least 1. Raises
     ConfigError for a depth below 6.
     """
+    if config.depth < 6:
+        raise ConfigError(f"a SparseDiT has a depth of at least 6, got {config.depth}")
     groups = max(1, (config.depth - 4) // 6)
     rest = config.depth - 6 * groups
     pooling = min(2, rest // 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -19,15 +20,18 @@ TRIES = 12
 NEAR = 0.01
 
 
-def calibrate(model: PatchDiT, classes: Any, speed: float, **options: Any) -> tuple[float, float]:
+def calibrate(
+    model: PatchDiT, classes: Any, speed: float, policy: Policy | str | None = None, **options: Any
+) -> tuple[float, float]:
     """(τ, the speed it reached): FLOPs at scale 1 over those at τ, mean over an image for each of `classes`.
 
-    `options` are those of `sample`. A choice changes the rest of its trajectory, so that speed need not grow with τ
-    everywhere: τ is bisected on whole runs, and the nearest τ of at most 12 is taken. Raises ConfigError for a
-    speed that no τ reaches.
+    All runs have the rest of `policy`, its `patches` left out; `options` are those of `sample`. A choice changes the
+    rest of its trajectory, so that speed need not grow with τ everywhere: τ is bisected on whole runs, and the nearest
+    τ of at most 12 is taken. Raises ConfigError for a speed that no τ reaches.
     """
     if not isinstance(model, PatchDiT):
         raise ConfigError(f"patches is of a PatchDiT, this model is a {type(model).__name__}")
+    rest = dataclasses.replace(Policy.of(policy), patches=None)
     rough: list[torch.Tensor] = []
     history: list[torch.Tensor] = []
 
@@ -35,7 +39,7 @@ def calibrate(model: PatchDiT, classes: Any, speed: float, **options: Any) -> tu
         history[:] = [*history[-3:], step.x] if step.number else [step.x]
         rough.extend(roughness(history, model.config).values())
 
-    trace = sample(model, classes, policy="patches=0", callback=look, **options).trace
+    trace = sample(model, classes, policy=rest & Policy(patches=0), callback=look, **options).trace
     plain = trace.gflops(model.config)
     most = fastest(plain, model)
     if not 1 <= speed <= most:
@@ -46,7 +50,7 @@ def calibrate(model: PatchDiT, classes: Any, speed: float, **options: Any) -> tu
     tau, low, high = float(values.median()), 0.0, math.inf
     tries = [(0.0, 1.0)]
     for _ in range(TRIES):
-        cost = sample(model, classes, policy=Policy(patches=tau), **options).trace.gflops(model.config)
+        cost = sample(model, classes, policy=rest & Policy(patches=tau), **options).trace.gflops(model.config)
         tries.append((tau, float(plain.sum() / cost.sum())))
         if abs(tries[-1][1] / speed - 1) < NEAR:
             break

@@ -135,9 +135,17 @@ class Policy:
             raise ConfigError(f"gates are of a DyDiT, this model is a {type(model).__name__}")
         if self.density is not None and not isinstance(model, SparseDiT):
             raise ConfigError(f"density is of a SparseDiT, this model is a {type(model).__name__}")
+        routerless = type(model) in (
+            PlainDiT,
+            SparseDiT,
+            DyDiT,
+            PatchDiT,
+        )  # a subclass may answer with a routing itself
+        if self.rho is not None and routerless:
+            raise ConfigError(f"rho is of a model with a router, this one is a {type(model).__name__}")
         if self.patches is not None:
             model = PatchChoice(model, self.patches)
-        elif type(model) in (PlainDiT, SparseDiT, DyDiT, PatchDiT):  # a subclass may answer with a routing itself
+        elif routerless:
             model = GridModel(model, self.density, self.gates)
         if isinstance(model, DyDCDiT):
             model = GatedModel(model, self.gates)

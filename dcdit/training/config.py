@@ -42,6 +42,13 @@ LIMITS = (
     ("label_drop", lambda value: 0 <= value < 1, "be in [0, 1)"),
 )
 
+# The kind of run that reads a key of `spend`.
+SPENT_BY = {
+    **dict.fromkeys(("least", "most"), "sparse"),
+    **dict.fromkeys(("rate", "warmup"), "dydit"),
+    **dict.fromkeys(("patch", "scales"), "patches"),
+}
+
 
 def check_limits(config: Any, limits: tuple) -> None:
     """Raise ConfigError for the first key of a configuration that passes its limits, which are as LIMITS."""
@@ -140,6 +147,9 @@ class TrainConfig:
             kinds = ("dcdit", "dydit") if key == "init" else ("dcdit",)
             if self.kind not in kinds and attrgetter(key)(self):
                 raise ConfigError(f"{key} is of kind {' and '.join(kinds)}, this run has {self.kind}")
+        for key, kind in SPENT_BY.items():
+            if self.kind != kind and getattr(self.spend, key) != getattr(SpendConfig, key):
+                raise ConfigError(f"spend.{key} is of kind {kind}, this run has {self.kind}")
         Density(self.spend.least, self.spend.most)
         if self.cuda_graph:
             for name, value in {"compile": self.compile, "checkpointing": self.checkpointing}.items():

@@ -18,10 +18,12 @@ def start_from(net: DCDiT, source: str, class_names: list[str] | None, use: dict
     `source` is a checkpoint as `locate` finds it, or a `.pt` of the public release. Class embeddings go by name where
     both sides have names, else by id where both have the same number of classes. The embedding without a class always
     fits. `use` holds the run's objective and codec; the line names differences. Raises CheckpointError, and ConfigError
-    where less than a tenth of the weights fits.
+    for another system and where less than a tenth of the weights fits.
     """
     path = Path(source).expanduser()
     model, theirs = read_release(path) if path.is_file() else load_checkpoint(locate(source))
+    if not isinstance(model, DCDiT):
+        raise ConfigError(f"init: {source} is a {type(model).__name__}, expected a DC-DiT")
     state = dict(model.named_parameters())
     taken, numbers, fresh = 0, 0, []
     with torch.no_grad():

@@ -1,0 +1,38 @@
+"""Which system a state dict or a folder holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .systems_folder import SYSTEMS
+
+PLAIN, RELEASE = "a plain DiT", "DC-DiT's public release"
+# Parts of keys that one system alone has; the first that fits counts.
+_SIGNS = (
+    ("hnet.", RELEASE),
+    ("dumbbell_blocks.", "SparseDiT"),
+    ("poolingformer_blocks.", "SparseDiT"),
+    (".attn_rate.", "DyDiT"),
+    ("transformer_blocks.", "a DiT of diffusers"),
+    ("x_embedder.", PLAIN),
+)
+
+
+def looks_like(state: dict[str, Any]) -> str:
+    """The system that has such keys, in words."""
+    found = (system for sign, system in _SIGNS if any(sign in f".{key}" for key in state))
+    return next(found, f"no DiT known here (keys such as {next(iter(state), 'none')})")
+
+
+def own_folder(path: Path) -> str | None:
+    """The system of a folder that `save_checkpoint` wrote, in words; None of any other."""
+    try:
+        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+        return None
+    kind = values.get("kind")
+    return SYSTEMS[kind][0].__name__ if kind in SYSTEMS else "DC-DiT"
