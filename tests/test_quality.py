@@ -19,7 +19,7 @@ from test_idx import IMAGES, LABELS, content
 
 import dcdit.training.trainer
 from bench.euler import make_euler
-from bench.quality import collect, curves, farm, judge, lockstep, pictures, places, sets, study, tables, where
+from bench.quality import collect, curves, farm, judge, lockstep, maps, pictures, places, sets, study, tables, where
 from bench.quality.rivals import GridRouter, RandomRouter, RivalTrainer, make_rival
 from dcdit.model.config import DCDiTConfig
 from dcdit.model.routing import Routing
@@ -155,6 +155,19 @@ def test_a_coloured_set(tmp_path, monkeypatch):
     assert (config.model.in_channels, config.model.input_size, config.model.num_classes) == (12, (8, 8), 2)
     patches = judge.Patches(3)(torch.arange(3 * 64, dtype=torch.uint8).view(1, 3, 8, 8))
     assert patches.shape == (4, 48) and (patches[1] * 255).round().tolist()[15:18] == [31, 68, 69]
+
+    monkeypatch.setattr(maps, "IMAGES", tmp_path)
+    monkeypatch.setattr("sys.argv", f"maps mended --steps 2 --device cpu --data {data} --runs {tmp_path}/runs".split())
+    maps.main()
+    assert (tmp_path / "quality-maps.png").stat().st_size > 1000
+
+    def right_half(x, t, y, return_routing):
+        assert (t == 100).all() and x.shape == (4, 12, 8, 8)
+        return x, Routing.of(torch.arange(8).ge(4).float().expand(4, 8, 8).flatten(1), (8, 8))
+
+    monkeypatch.setattr(maps, "trained", lambda name, args: right_half)
+    white = maps.kept("mended", np.full((4, 16, 16, 3), 255, np.uint8), np.zeros(4), args)
+    assert (white[:, :, 32:, 2] < 110).all() and (white[:, 4:, :31, 2] > 180).all()
 
 
 OPTIONS = {

@@ -68,7 +68,7 @@ WIDTHS: dict[int, tuple[list[str], int]] = {
         13,
     ),
 }
-ON_GPU = ["cuda_graph=true", "data.workers=2", "log_every=10", "save_every=1000000"]
+ON_GPU = ["cuda_graph=true", "batch_size=64", "data.workers=2", "log_every=10", "save_every=1000000"]
 SAMPLES = {"steps": 30, "guidance": 1.5, "seed": 0}
 
 
@@ -177,17 +177,21 @@ def kept(trace: Trace, config: TrainConfig) -> list[float]:
 
 def again(name: str, rho: float, guidance: float, args: argparse.Namespace) -> dict:
     """The line of a trained model, drawn at a drop fraction and a guidance."""
-    config, kind = configuration(name, args), VARIANTS[name][0]
-    file = folder_of(name, args) / "model" / "model.safetensors"
-    if not file.exists():
-        raise SystemExit(f"{name} must be trained before it is drawn again: there is no {file}")
-    model = make_rival(config.model, kind)
-    model.load_state_dict(load_file(file))
-    model = model.to(args.device).eval()
+    config, kind, model = configuration(name, args), VARIANTS[name][0], trained(name, args)
     sheet, labels, trace = pictures(model, config, args, **{**SAMPLES, "guidance": guidance, "drop_fraction": rho})
     halves = [half.mean() for half in (trace.tokens, trace.uncond_tokens) if half is not None]
     line = {"sampling_kept": kept(trace, config), "gflop": gflops(model, config, kind, float(np.mean(halves)))}
     return {**line, **facts_of(args.device), **judge.judge(sheet, labels, args.data, args.runs)}
+
+
+def trained(name: str, args: argparse.Namespace) -> torch.nn.Module:
+    """The averaged model of a run. Ends where there is none."""
+    file = folder_of(name, args) / "model" / "model.safetensors"
+    if not file.exists():
+        raise SystemExit(f"{name} must be trained before it is drawn again: there is no {file}")
+    model = make_rival(configuration(name, args).model, VARIANTS[name][0])
+    model.load_state_dict(load_file(file))
+    return model.to(args.device).eval()
 
 
 def facts_of(device: str) -> dict:
@@ -205,6 +209,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--width", type=int, default=96, choices=WIDTHS)
     parser.add_argument("--data", type=Path, default=sets.FASHION, help="idx files, or a folder of classes")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder for the runs")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 
 
@@ -212,7 +217,6 @@ def main() -> None:
     """See the module."""
     parser = arguments(__doc__)
     parser.prog = "python -m bench.quality"
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--samples", type=int, default=800, help="pictures to judge; 0: the losses alone")
     parser.add_argument("--until", type=float, default=math.inf, help="end training on a GPU at this time.time()")
     parser.add_argument("--results", type=Path, default=RESULTS)
