@@ -117,8 +117,14 @@ def test_a_run_has_one_line(data, tmp_path, monkeypatch, capsys):
     tables.main()
     text = page.read_text()
     assert "old" not in text and text.startswith("before") and "\nbetween\n" in text and text.endswith("after\n")
-    assert text.count("| mended | 2 | 0 | 10 | ") == 4
-    assert "50.0% (0.0% to 100.0%)" in text and "| mended |" in text and "| 0, 1 |" in text
+    assert text.count("| mended | 2 | 0 | 10 | ") == 4 and "at guidance" not in text
+    (joined,) = tables.joined([line], list(again.values()))
+    assert {key: joined[key] for key in joined if "_at_" in key} == {
+        "frechet_at_1": again[0.0, 1.0]["frechet"],
+        "frechet_at_1.5": again[0.0, 1.5]["frechet"],
+    }
+    text = tables.tables([joined])
+    assert " | at guidance 1 | " in text and f"{joined['frechet_at_1']:.2f}" in text
 
     monkeypatch.setattr(where, "RESULTS", results)
     monkeypatch.setattr("sys.argv", ["where", *key])

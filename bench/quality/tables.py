@@ -19,6 +19,8 @@ COLUMNS = {
     "held-out loss": ("validation_loss", ".4f", 1),
     "kept": ("validation_kept", ".1%", 1),
     "Fréchet distance": ("frechet", ".2f", 1),
+    "at guidance 1.25": ("frechet_at_1.25", ".2f", 1),
+    "at guidance 1": ("frechet_at_1", ".2f", 1),
     "in 4×4 patches": ("frechet_patches", ".4f", 1),
     "density": ("density", ".2f", 1),
     "coverage": ("coverage", ".1%", 1),
@@ -36,14 +38,15 @@ DRAWN_COLUMNS = {"ρ": ("drop_fraction", "g", 1), "guidance": ("guidance", "g", 
 def tables(results: list[dict]) -> str:
     """A table for each set, width, number of steps and of pictures, and device, the longest runs first.
 
-    It has means and ranges over the seeds.
+    It has means and ranges over the seeds. Of the distances at other guidances it has those that all of its runs have.
     """
     order = list(VARIANTS)
     by_run = lambda r: (r["set"], r["width"], -r["steps"], r["samples"], r["device"])  # noqa: E731
     parts = []
     for (name, width, less, samples, device), runs in groupby(sorted(results, key=by_run), by_run):
         runs = sorted(runs, key=lambda r: order.index(r["variant"]))
-        used = [(title, *column) for title, column in COLUMNS.items() if any(column[0] in run for run in runs)]
+        shown = {key: (all if "_at_" in key else any)(key in run for run in runs) for key, *_ in COLUMNS.values()}
+        used = [(title, *column) for title, column in COLUMNS.items() if shown[column[0]]]
         lines = [
             f"### {name}, D {width}, {-less} steps, {samples} pictures drawn, {device.upper().replace('CUDA', 'GPU')}",
             "| | " + " | ".join(title for title, *_ in used) + " | seeds |",
@@ -57,6 +60,16 @@ def tables(results: list[dict]) -> str:
         facts = (sorted({run[key] for run in runs}) for key in ("machine", "torch", "commit"))
         parts.append("\n".join(lines) + "\n\n" + "; ".join(", ".join(fact) for fact in facts) + ".")
     return "\n\n".join(parts)
+
+
+def joined(results: list[dict], drawn: list[dict]) -> list[dict]:
+    """The results with the Fréchet distances of their models drawn again without tail drop, by guidance."""
+    run_of = lambda r: tuple(r[key] for key in ("set", "variant", "width", "steps", "seed", "samples"))  # noqa: E731
+    again: dict[tuple, dict] = {}
+    for line in drawn:
+        if not line["drop_fraction"]:
+            again.setdefault(run_of(line), {})[f"frechet_at_{line['guidance']:g}"] = line["frechet"]
+    return [{**run, **again.get(run_of(run), {})} for run in results]
 
 
 def _cell(values: list[float], how: str) -> str:
@@ -86,8 +99,8 @@ def main() -> None:
     least = parser.parse_args().least_steps
     text = PAGE.read_text(encoding="utf-8")
     results = [run for run in read_lines(RESULTS) if run["steps"] >= least]
-    parts = [(BEGIN, tables(results), END)]
-    parts.append((BEGIN_DRAWN, drawn_table(read_lines(RESULTS.with_name(DRAWN))), END_DRAWN))
+    drawn = read_lines(RESULTS.with_name(DRAWN))
+    parts = [(BEGIN, tables(joined(results, drawn)), END), (BEGIN_DRAWN, drawn_table(drawn), END_DRAWN)]
     for begin, table, end in parts:
         before, after = text.split(begin)[0], text.split(end)[1]
         text = f"{before}{begin}\n{table}\n{end}{after}"
