@@ -9,6 +9,7 @@
 #include "dechunk.h"
 #include "fill.h"
 #include "group_norm.h"
+#include "host.h"
 #include "launch.h"
 #include "modulate.h"
 
@@ -95,12 +96,13 @@ void window_sum_typed(uintptr_t token, uintptr_t sample, uintptr_t cu, int64_t r
     window_sum(a, at<const Real>(x), at<const Real>(weight), at<Real>(out), at<Real>(total), threads);
 }
 
-template <class Real>
+template <class T>
 void plug_typed(uintptr_t nearest, int64_t cells, int64_t features, uintptr_t rows, uintptr_t residual, uintptr_t out,
                 int threads) {
+    using Real = Wide<T>;
     PlugArgs a{at<int>(nearest), nullptr, nullptr, cells, 0, features};
     py::gil_scoped_release release;
-    plug(a, at<const Real>(rows), at<const Real>(residual), at<Real>(out), threads);
+    plug(a, at<const Real>(rows), at<const Real>(residual), at<T>(out), threads);
 }
 
 template <class Real>
@@ -118,13 +120,14 @@ ModulateArgs modulate_args(uintptr_t cu, int batch, int64_t features, const Modu
     return {at<int>(cu), batch, features, m[0].second, m[1].second, m[2].second, eps, centred};
 }
 
-template <class Real>
+template <class T>
 void modulate_typed(uintptr_t cu, int batch, int64_t features, double eps, bool centred, uintptr_t x, uintptr_t y,
                     const Modulators& m, uintptr_t weight, uintptr_t sum, uintptr_t out, int threads) {
+    using Real = Wide<T>;
     py::gil_scoped_release release;
-    modulate(modulate_args(cu, batch, features, m, eps, centred), at<const Real>(x), at<const Real>(y),
+    modulate(modulate_args(cu, batch, features, m, eps, centred), at<const T>(x), at<const T>(y),
              at<const Real>(m[0].first), at<const Real>(m[1].first), at<const Real>(m[2].first), at<const Real>(weight),
-             at<Real>(sum), at<Real>(out), threads);
+             at<T>(sum), at<T>(out), threads);
 }
 
 template <class Real>
@@ -139,12 +142,13 @@ void modulate_backward_typed(uintptr_t cu, int batch, int64_t features, double e
 }
 
 // Addresses of x, weight, bias, cond, x_bias and out.
-template <class Real>
+template <class T>
 void group_norm_typed(int64_t batch, int64_t cells, int64_t channels, int64_t groups, int64_t cond_pitch, double eps,
                       const std::array<uintptr_t, 6>& t, int threads) {
+    using Real = Wide<T>;
     py::gil_scoped_release release;
-    group_norm_silu({batch, cells, channels, groups, cond_pitch, eps}, at<const Real>(t[0]), at<const Real>(t[1]),
-                    at<const Real>(t[2]), at<const Real>(t[3]), at<const Real>(t[4]), at<Real>(t[5]), threads);
+    group_norm_silu({batch, cells, channels, groups, cond_pitch, eps}, at<const T>(t[0]), at<const Real>(t[1]),
+                    at<const Real>(t[2]), at<const Real>(t[3]), at<const Real>(t[4]), at<T>(t[5]), threads);
 }
 
 // Addresses of ∂out, x, weight, bias, cond, x_bias, ∂x and the gradients by sample.
@@ -157,16 +161,18 @@ void group_norm_backward_typed(int64_t batch, int64_t cells, int64_t channels, i
                              at<const Real>(t[5]), at<Real>(t[6]), at<Real>(t[7]), threads);
 }
 
-// The CPU loops of one type, such as m.plug_float.
-template <class Real>
+// The CPU loops of one type, such as m.plug_float; of bfloat16 those of a forward that moves features.
+template <class T>
 void define_typed(py::module_& m, const std::string& type) {
-    m.def(("window_sum_" + type).c_str(), window_sum_typed<Real>);
-    m.def(("plug_" + type).c_str(), plug_typed<Real>);
-    m.def(("plug_backward_" + type).c_str(), plug_backward_typed<Real>);
-    m.def(("modulate_" + type).c_str(), modulate_typed<Real>);
-    m.def(("modulate_backward_" + type).c_str(), modulate_backward_typed<Real>);
-    m.def(("group_norm_silu_" + type).c_str(), group_norm_typed<Real>);
-    m.def(("group_norm_silu_backward_" + type).c_str(), group_norm_backward_typed<Real>);
+    m.def(("plug_" + type).c_str(), plug_typed<T>);
+    m.def(("modulate_" + type).c_str(), modulate_typed<T>);
+    m.def(("group_norm_silu_" + type).c_str(), group_norm_typed<T>);
+    if constexpr (std::is_same_v<T, Wide<T>>) {
+        m.def(("window_sum_" + type).c_str(), window_sum_typed<T>);
+        m.def(("plug_backward_" + type).c_str(), plug_backward_typed<T>);
+        m.def(("modulate_backward_" + type).c_str(), modulate_backward_typed<T>);
+        m.def(("group_norm_silu_backward_" + type).c_str(), group_norm_backward_typed<T>);
+    }
 }
 
 }  // namespace
@@ -174,12 +180,13 @@ void define_typed(py::module_& m, const std::string& type) {
 PYBIND11_MODULE(_C, m) {
     define_typed<float>(m, "float");
     define_typed<double>(m, "double");
+    define_typed<BFloat16>(m, "bfloat16");
     py::class_<Place>(m, "Place").def(py::init<bool, uintptr_t, int, int>()).def_readonly("threads", &Place::threads);
     m.def("plan_count", plan_count);
     m.def("plan_fill", plan_fill);
     m.def("move_rows", move_rows);
     m.def("scratch_ints", scratch_ints);
-    m.attr("interface") = 4;  // number of the functions' arguments; native.py compares it
+    m.attr("interface") = 5;  // number of the functions' arguments; extension.py compares it
     m.attr("digits") = kDigits;
     m.attr("cuda_archs") = DCDIT_CUDA_ARCHS;  // such as "80,90,100"; empty without CUDA
 #ifdef DCDIT_CUDA

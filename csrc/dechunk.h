@@ -1,4 +1,4 @@
-// The dechunk on the CPU, in float or double. Rows are contiguous; threads share runs of rows and no sum is shared.
+// The dechunk on the CPU, in float or double; its result also in bfloat16. Rows are contiguous; threads share runs of rows and no sum is shared.
 #pragma once
 
 #include <cstdint>
@@ -23,8 +23,8 @@ struct PlugArgs {
 };
 
 // out[c] = rows[nearest[c]] + residual[c]; either may be missing (nearest[c] < 0, residual null).
-template <class Real>
-void plug(const PlugArgs&, const Real* rows, const Real* residual, Real* out, int threads);
+template <class T, class Real>
+void plug(const PlugArgs&, const Real* rows, const Real* residual, T* out, int threads);
 
 // grad_rows[r] = Σ grad[c] and through[c] = grad[c]·rows[r] over the cells c that row r refills.
 template <class Real>

@@ -52,6 +52,19 @@ DCDIT_CLONES double take(const double* x, const double* y, int64_t width, double
     return add_and_dot(x, y, width, sum);
 }
 
+// to = row + rest.
+template <class T, class Real>
+DCDIT_INLINE void add_into(const Real* row, const Real* rest, int64_t width, T* __restrict to) {
+    for (int64_t d = 0; d < width; ++d) to[d] = row[d] + rest[d];
+}
+DCDIT_CLONES void add(const float* row, const float* rest, int64_t width, BFloat16* to) {
+    add_into(row, rest, width, to);
+}
+DCDIT_CLONES void add(const float* row, const float* rest, int64_t width, float* to) { add_into(row, rest, width, to); }
+DCDIT_CLONES void add(const double* row, const double* rest, int64_t width, double* to) {
+    add_into(row, rest, width, to);
+}
+
 constexpr int64_t kRun = 128;
 
 }  // namespace
@@ -94,19 +107,19 @@ void window_sum(const WindowArgs& a, const Real* x, const Real* weight, Real* ou
     });
 }
 
-template <class Real>
-void plug(const PlugArgs& a, const Real* rows, const Real* residual, Real* out, int threads) {
+template <class T, class Real>
+void plug(const PlugArgs& a, const Real* rows, const Real* residual, T* out, int threads) {
     share_runs(a.cells, kRun, threads, [&](int64_t first, int64_t last) {
         for (int64_t c = first; c < last; ++c) {
-            Real* to = out + c * a.features;
+            T* to = out + c * a.features;
             const Real* row = a.nearest[c] < 0 ? nullptr : rows + a.nearest[c] * a.features;
             const Real* rest = residual ? residual + c * a.features : nullptr;
             if (row && rest)
-                for (int64_t d = 0; d < a.features; ++d) to[d] = row[d] + rest[d];
+                add(row, rest, a.features, to);
             else if (row || rest)
                 std::copy(row ? row : rest, (row ? row : rest) + a.features, to);
             else
-                std::fill(to, to + a.features, Real(0));
+                std::fill(to, to + a.features, T(0));
         }
     });
 }
@@ -125,6 +138,7 @@ void plug_backward(const PlugArgs& a, const Real* grad, const Real* rows, Real* 
 
 template void window_sum(const WindowArgs&, const float*, const float*, float*, float*, int);
 template void window_sum(const WindowArgs&, const double*, const double*, double*, double*, int);
+template void plug(const PlugArgs&, const float*, const float*, BFloat16*, int);
 template void plug(const PlugArgs&, const float*, const float*, float*, int);
 template void plug(const PlugArgs&, const double*, const double*, double*, int);
 template void plug_backward(const PlugArgs&, const float*, const float*, float*, float*, int);

@@ -1,4 +1,4 @@
-// GroupNorm–SiLU on the CPU, in float or double. Features (B, cells, C) are contiguous: a picture's, channels last.
+// GroupNorm–SiLU on the CPU, in float or double; forward also of bfloat16 features, in float. Features (B, cells, C) are contiguous: a picture's, channels last.
 #pragma once
 
 #include <cstdint>
@@ -11,9 +11,9 @@ struct GroupNormArgs {
 };
 
 // out = SiLU(z), z = norm(x + cond_b + x_bias)·weight + bias; cond and x_bias may be null.
-template <class Real>
-void group_norm_silu(const GroupNormArgs&, const Real* x, const Real* weight, const Real* bias, const Real* cond,
-                     const Real* x_bias, Real* out, int threads);
+template <class T, class Real>
+void group_norm_silu(const GroupNormArgs&, const T* x, const Real* weight, const Real* bias, const Real* cond,
+                     const Real* x_bias, T* out, int threads);
 
 // From ∂out: ∂x, and by sample (B, 3, C) ∂weight, ∂bias and ∂cond, whose sums over samples are those of weight, bias and
 // x_bias.

@@ -4,7 +4,6 @@
 #include "group_norm.h"
 
 #include <cmath>
-#include <cstring>
 
 #include "host.h"
 
@@ -12,13 +11,6 @@ namespace dcdit {
 namespace {
 
 constexpr int64_t kChannels = 192, kRun = 256;
-
-template <class To, class From>
-DCDIT_INLINE To bits_as(From from) {
-    To to;
-    std::memcpy(&to, &from, sizeof to);
-    return to;
-}
 
 DCDIT_INLINE double exp_of(double z) { return std::exp(z); }
 
@@ -41,20 +33,21 @@ DCDIT_INLINE Real sigmoid(Real z) {
 }
 
 // One piece: `width` channels, a cell's to the next cell's `pitch` apart.
-template <class Real>
+template <class T, class Real = Wide<T>>
 struct Piece {
-    const Real *x, *grad;
-    Real *out;  // forward: the result; backward: ∂x
+    const T *x, *grad;
+    T *out;  // forward: the result; backward: ∂x
     const Real *shift, *centre, *factor, *bias, *rstd, *level, *along;  // by channel
     Real *first, *second;                                              // sums of a run, by channel
     int64_t cells, width, pitch;
 };
 
 // Σ (x − shift) and Σ (x − shift)².
-template <class Real>
-DCDIT_INLINE void add_moments(const Piece<Real>& p) {
+template <class T, class Real>
+DCDIT_INLINE void add_moments(const Piece<T, Real>& p) {
     Real *first = p.first, *second = p.second;
-    const Real *x = p.x, *shift = p.shift;
+    const T* x = p.x;
+    const Real* shift = p.shift;
     for (int64_t i = 0; i < p.cells; ++i, x += p.pitch)
 #pragma GCC ivdep
         for (int64_t c = 0; c < p.width; ++c) {
@@ -64,10 +57,11 @@ DCDIT_INLINE void add_moments(const Piece<Real>& p) {
         }
 }
 
-template <class Real>
-DCDIT_INLINE void write(const Piece<Real>& p) {
-    Real* out = p.out;
-    const Real *x = p.x, *centre = p.centre, *factor = p.factor, *bias = p.bias;
+template <class T, class Real>
+DCDIT_INLINE void write(const Piece<T, Real>& p) {
+    T* out = p.out;
+    const T* x = p.x;
+    const Real *centre = p.centre, *factor = p.factor, *bias = p.bias;
     for (int64_t i = 0; i < p.cells; ++i, x += p.pitch, out += p.pitch)
 #pragma GCC ivdep
         for (int64_t c = 0; c < p.width; ++c) {
@@ -106,27 +100,27 @@ DCDIT_INLINE void through_norm(const Piece<Real>& p) {
 }
 
 enum Pass { kMoments, kWrite, kThroughSilu, kThroughNorm };
-template <class Real>
-DCDIT_INLINE void run_pass(Pass pass, const Piece<Real>& p) {
-    switch (pass) {
-        case kMoments: return add_moments(p);
-        case kWrite: return write(p);
-        case kThroughSilu: return through_silu(p);
-        case kThroughNorm: return through_norm(p);
-    }
+template <class T>
+DCDIT_INLINE void run_pass(Pass pass, const Piece<T>& p) {
+    if (pass == kMoments) return add_moments(p);
+    if (pass == kWrite) return write(p);
+    if constexpr (std::is_same_v<T, Wide<T>>) return pass == kThroughSilu ? through_silu(p) : through_norm(p);
 }
+DCDIT_CLONES void run(Pass pass, const Piece<BFloat16>& p) { run_pass(pass, p); }
 DCDIT_CLONES void run(Pass pass, const Piece<float>& p) { run_pass(pass, p); }
 DCDIT_CLONES void run(Pass pass, const Piece<double>& p) { run_pass(pass, p); }
 
 // The numbers of one piece's channels, and the passes over its cells.
-template <class Real>
+template <class T>
 class Work {
+    using Real = Wide<T>;
+
    public:
     Work(const GroupNormArgs& a, int64_t sample, int64_t first_channel, int64_t width)
         : a_(a), width_(width), start_(sample * a.cells * a.channels + first_channel), reals_(9 * width), sums_(2 * width) {}
 
     // Statistics of the groups, and with them what every pass needs by channel.
-    void measure(const Real* x, const Real* weight, const Real* bias, const Real* cond, const Real* x_bias) {
+    void measure(const T* x, const Real* weight, const Real* bias, const Real* cond, const Real* x_bias) {
         x_ = x + start_;
         std::copy(x_, x_ + width_, row(kShift));
         sweep(kMoments);
@@ -154,7 +148,7 @@ class Work {
         }
     }
 
-    void forward(Real* out) {
+    void forward(T* out) {
         out_ = out + start_;
         sweep(kWrite);
     }
@@ -192,7 +186,7 @@ class Work {
         for (int64_t i = 0; i < a_.cells; i += kRun) {
             std::fill(row(kFirst), row(kFirst) + 2 * width_, Real(0));
             const int64_t by = i * a_.channels;
-            run(pass, Piece<Real>{x_ + by, grad_ ? grad_ + by : nullptr, out_ ? out_ + by : nullptr, row(kShift),
+            run(pass, Piece<T>{x_ + by, grad_ ? grad_ + by : nullptr, out_ ? out_ + by : nullptr, row(kShift),
                                   row(kCentre), row(kFactor), row(kBias), row(kRstd), row(kLevel), row(kAlong),
                                   row(kFirst), row(kSecond), std::min(kRun, a_.cells - i), width_, a_.channels});
             for (int64_t c = 0; c < 2 * width_; ++c) sums_[c] += row(kFirst)[c];
@@ -201,30 +195,30 @@ class Work {
 
     const GroupNormArgs& a_;
     int64_t width_, start_;
-    const Real *x_ = nullptr, *grad_ = nullptr;
-    Real* out_ = nullptr;
+    const T *x_ = nullptr, *grad_ = nullptr;
+    T* out_ = nullptr;
     std::vector<Real> reals_;
     std::vector<double> sums_, mean_, added_;
 };
 
 // f(work, sample, first channel) for every piece.
-template <class Real, class F>
+template <class T, class F>
 void share_pieces(const GroupNormArgs& a, int threads, F f) {
     const int64_t size = a.channels / a.groups, share = (kChannels + size - 1) / size * size;
     const int64_t pieces = (a.channels + share - 1) / share;
     share_items(a.batch * pieces, threads, [&](int64_t i, int) {
         const int64_t first = i % pieces * share;
-        Work<Real> work(a, i / pieces, first, std::min(share, a.channels - first));
+        Work<T> work(a, i / pieces, first, std::min(share, a.channels - first));
         f(work, i / pieces, first);
     });
 }
 
 }  // namespace
 
-template <class Real>
-void group_norm_silu(const GroupNormArgs& a, const Real* x, const Real* weight, const Real* bias, const Real* cond,
-                     const Real* x_bias, Real* out, int threads) {
-    share_pieces<Real>(a, threads, [&](Work<Real>& work, int64_t sample, int64_t c) {
+template <class T, class Real>
+void group_norm_silu(const GroupNormArgs& a, const T* x, const Real* weight, const Real* bias, const Real* cond,
+                     const Real* x_bias, T* out, int threads) {
+    share_pieces<T>(a, threads, [&](Work<T>& work, int64_t sample, int64_t c) {
         work.measure(x, weight + c, bias + c, offset(cond, sample * a.cond_pitch + c), offset(x_bias, c));
         work.forward(out);
     });
@@ -241,12 +235,15 @@ void group_norm_silu_backward(const GroupNormArgs& a, const Real* grad, const Re
     });
 }
 
+#define DCDIT_FORWARD(T)                                                                                             \
+    template void group_norm_silu(const GroupNormArgs&, const T*, const Wide<T>*, const Wide<T>*, const Wide<T>*,    \
+                                  const Wide<T>*, T*, int);
 #define DCDIT_INSTANCES(Real)                                                                                           \
-    template void group_norm_silu(const GroupNormArgs&, const Real*, const Real*, const Real*, const Real*, const Real*, \
-                                  Real*, int);                                                                          \
+    DCDIT_FORWARD(Real)                                                                                                 \
     template void group_norm_silu_backward(const GroupNormArgs&, const Real*, const Real*, const Real*, const Real*,    \
                                            const Real*, const Real*, Real*, Real*, int);
 DCDIT_INSTANCES(float)
 DCDIT_INSTANCES(double)
+DCDIT_FORWARD(BFloat16)
 
 }  // namespace dcdit

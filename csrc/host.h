@@ -6,7 +6,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 // Such a function is compiled for AVX2 with FMA as well, and the loader picks.
@@ -18,6 +20,28 @@
 #define DCDIT_INLINE inline __attribute__((always_inline))
 
 namespace dcdit {
+
+template <class To, class From>
+DCDIT_INLINE To bits_as(From from) {
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+// A number in memory; loops compute in float, and round to the nearest, ties to even, where they write.
+struct BFloat16 {
+    uint16_t bits;
+    BFloat16() = default;
+    DCDIT_INLINE BFloat16(float x) {
+        const uint32_t wide = bits_as<uint32_t>(x), rounded = wide + 0x7FFF + ((wide >> 16) & 1);
+        bits = uint16_t(((wide & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC00000 : rounded) >> 16);  // NaN stays one
+    }
+    DCDIT_INLINE operator float() const { return bits_as<float>(uint32_t(bits) << 16); }
+};
+
+// What numbers of type T are computed in.
+template <class T>
+using Wide = std::conditional_t<std::is_same_v<T, BFloat16>, float, T>;
 
 // Σ_d f(d), in sixteen partial sums so that it vectorises without reordering anything.
 template <class Real, class F>

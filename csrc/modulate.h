@@ -1,4 +1,4 @@
-// Varlen adaLN on the CPU, in float or double. Rows (T, D) are contiguous; a modulator's rows (B, D) may lie apart.
+// Varlen adaLN on the CPU, in float or double; forward also of bfloat16 rows, in float. Rows (T, D) are contiguous; a modulator's rows (B, D) may lie apart.
 #pragma once
 
 #include <cstdint>
@@ -15,9 +15,9 @@ struct ModulateArgs {
 
 // sum = x + gate_b·y, and out = norm(sum)·weight·(1 + scale_b) + shift_b, where a missing weight (D,) is 1. Without y, sum
 // is x; without out, sum alone.
-template <class Real>
-void modulate(const ModulateArgs&, const Real* x, const Real* y, const Real* gate, const Real* shift, const Real* scale,
-              const Real* weight, Real* sum, Real* out, int threads);
+template <class T, class Real>
+void modulate(const ModulateArgs&, const T* x, const T* y, const Real* gate, const Real* shift, const Real* scale,
+              const Real* weight, T* sum, T* out, int threads);
 
 // From grad_sum and grad_out (either may be null): ∂x and ∂y by row; by sample (B, D) ∂gate, ∂shift and Σ ∂out·norm(sum),
 // which is ∂scale / weight.

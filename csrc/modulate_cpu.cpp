@@ -19,27 +19,43 @@ DCDIT_INLINE Moments<Real> moments(const Real* x, int64_t width, double eps, boo
     return {mean, Real(1) / std::sqrt(square / Real(width) + Real(eps))};
 }
 
-template <class Real>
+template <class T, class Real = Wide<T>>
 struct Row {
-    const Real *x, *y, *gate, *shift, *factor;
-    Real *sum, *out;
+    const T *x, *y;
+    const Real *gate, *shift, *factor;
+    T *sum, *out;
+    Real* wide;  // room for the row in Real, where T is another type
     int64_t width;
     double eps;
     bool centred;
 };
+// The row of sums in Real.
 template <class Real>
-DCDIT_INLINE void forward(const Row<Real>& r) {
-    const Real* x = r.x;
+DCDIT_INLINE const Real* add(const Row<Real>& r) {
+    if (!r.y) return r.x;
+    Real* __restrict sum = r.sum;
+    for (int64_t d = 0; d < r.width; ++d) sum[d] = r.x[d] + r.gate[d] * r.y[d];
+    return sum;
+}
+DCDIT_INLINE const float* add(const Row<BFloat16>& r) {
+    float* __restrict wide = r.wide;
     if (r.y) {
-        Real* __restrict sum = r.sum;
-        for (int64_t d = 0; d < r.width; ++d) sum[d] = r.x[d] + r.gate[d] * r.y[d];
-        x = sum;
+        BFloat16* __restrict sum = r.sum;
+        for (int64_t d = 0; d < r.width; ++d) sum[d] = wide[d] = r.x[d] + r.gate[d] * r.y[d];
+    } else {
+        std::copy(r.x, r.x + r.width, wide);
     }
+    return wide;
+}
+template <class T, class Real>
+DCDIT_INLINE void forward(const Row<T, Real>& r) {
+    const Real* x = add(r);
     if (!r.out) return;
     const Moments<Real> m = moments(x, r.width, r.eps, r.centred);
-    Real* __restrict out = r.out;
+    T* __restrict out = r.out;
     for (int64_t d = 0; d < r.width; ++d) out[d] = (x[d] - m.mean) * m.rstd * r.factor[d] + r.shift[d];
 }
+DCDIT_CLONES void forward_row(const Row<BFloat16>& r) { forward(r); }
 DCDIT_CLONES void forward_row(const Row<float>& r) { forward(r); }
 DCDIT_CLONES void forward_row(const Row<double>& r) { forward(r); }
 
@@ -116,18 +132,19 @@ class Factors {
 
 }  // namespace
 
-template <class Real>
-void modulate(const ModulateArgs& a, const Real* x, const Real* y, const Real* gate, const Real* shift, const Real* scale,
-              const Real* weight, Real* sum, Real* out, int threads) {
+template <class T, class Real>
+void modulate(const ModulateArgs& a, const T* x, const T* y, const Real* gate, const Real* shift, const Real* scale,
+              const Real* weight, T* sum, T* out, int threads) {
     const std::vector<Run> runs = runs_of(a);
     Factors<Real> factors(scale, weight, a.scale_pitch, a.features, threads);
+    std::vector<Real> wide(threads * a.features);
     share_items(runs.size(), threads, [&](int64_t i, int worker) {
         const Run run = runs[i];
         const Real* factor = factors.of(run.sample, worker);
         for (int64_t at = run.first * a.features; at < run.last * a.features; at += a.features)
-            forward_row(Row<Real>{x + at, offset(y, at), offset(gate, run.sample * a.gate_pitch),
-                                  offset(shift, run.sample * a.shift_pitch), factor, offset(sum, at), offset(out, at),
-                                  a.features, a.eps, a.centred});
+            forward_row(Row<T>{x + at, offset(y, at), offset(gate, run.sample * a.gate_pitch),
+                               offset(shift, run.sample * a.shift_pitch), factor, offset(sum, at), offset(out, at),
+                               wide.data() + worker * a.features, a.features, a.eps, a.centred});
     });
 }
 
@@ -158,12 +175,15 @@ void modulate_backward(const ModulateArgs& a, const Real* sum, const Real* y, co
     }
 }
 
+#define DCDIT_FORWARD(T)                                                                                            \
+    template void modulate(const ModulateArgs&, const T*, const T*, const Wide<T>*, const Wide<T>*, const Wide<T>*, \
+                           const Wide<T>*, T*, T*, int);
 #define DCDIT_INSTANCES(Real)                                                                                          \
-    template void modulate(const ModulateArgs&, const Real*, const Real*, const Real*, const Real*, const Real*,       \
-                           const Real*, Real*, Real*, int);                                                            \
+    DCDIT_FORWARD(Real)                                                                                                \
     template void modulate_backward(const ModulateArgs&, const Real*, const Real*, const Real*, const Real*,           \
                                     const Real*, const Real*, const Real*, Real*, Real*, Real*, Real*, Real*, int);
 DCDIT_INSTANCES(float)
 DCDIT_INSTANCES(double)
+DCDIT_FORWARD(BFloat16)
 
 }  // namespace dcdit

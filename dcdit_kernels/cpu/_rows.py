@@ -9,6 +9,8 @@ import torch
 from .. import extension
 from ..packing import Packing
 
+TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
+
 
 def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """Reason why the CPU back-end cannot take tensors like these: they lie elsewhere, or its C++ is not built."""
@@ -29,8 +31,8 @@ def with_tail(live_rows: torch.Tensor, capacity: int) -> torch.Tensor:
 
 
 def kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
-    """The C++ loop of this name in float or double."""
-    return getattr(extension._C, f"{name}_{'double' if dtype == torch.float64 else 'float'}")
+    """The C++ loop of this name on numbers of this dtype: float32, float64, for some forwards bfloat16."""
+    return getattr(extension._C, f"{name}_{TYPES[dtype]}")
 
 
 def address(tensor: torch.Tensor | None) -> int:

@@ -14,7 +14,7 @@ from .._autograd import KernelFunction, first_order
 from ..chunk_plan import ChunkPlan
 from ..reference._packed import accumulate_dtype
 from ..reference.ema import ema_smooth
-from ._rows import kernel, live_count, with_tail
+from ._rows import TYPES, kernel, live_count, with_tail
 
 
 def dechunk(
@@ -36,7 +36,8 @@ def dechunk(
         rows = ema_smooth(with_tail(rows, plan.capacity), prob, plan)[:live]
     if residual is not None:
         residual = residual.to(dtype)
-    return PlugBack.apply(rows, prob, residual, plan).to(x.dtype)
+    kept = x.dtype if x.dtype in TYPES else dtype
+    return PlugBack.apply(rows, prob, residual, plan, kept).to(x.dtype)
 
 
 class Smooth(KernelFunction):
@@ -74,16 +75,17 @@ class Smooth(KernelFunction):
 
 
 class PlugBack(KernelFunction):
-    """Each cell takes the row that refills it, plus the residual; the gradient goes back through the inverse map."""
+    """Each cell takes the row that refills it, plus the residual, in `dtype`; the gradient goes back through the
+    inverse map."""
 
     @staticmethod
-    def forward(ctx, rows, prob, residual, plan):
+    def forward(ctx, rows, prob, residual, plan, dtype):
         rows = rows.contiguous()
         ctx.save_for_backward(rows, prob)
         ctx.plan, ctx.has_residual = plan, residual is not None
         residual = None if residual is None else residual.contiguous()
-        out = rows.new_empty(plan.batch_size, plan.cells, rows.shape[1])
-        kernel("plug", rows.dtype)(
+        out = rows.new_empty(plan.batch_size, plan.cells, rows.shape[1], dtype=dtype)
+        kernel("plug", dtype)(
             plan.nearest.data_ptr(), plan.nearest.numel(), rows.shape[1],
             rows.data_ptr(), 0 if residual is None else residual.data_ptr(), out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
@@ -94,14 +96,15 @@ class PlugBack(KernelFunction):
     def backward(ctx, grad):
         rows, prob = ctx.saved_tensors
         plan = ctx.plan
-        dense = grad.contiguous()
+        dense = grad.to(rows.dtype).contiguous()
         grad_rows, through = torch.empty_like(rows), prob.new_zeros(prob.shape)  # contiguous, whatever p is
         kernel("plug_backward", rows.dtype)(
             plan.member_offsets.data_ptr(), plan.member_index.data_ptr(), *rows.shape,
             dense.data_ptr(), rows.data_ptr(), grad_rows.data_ptr(), through.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         # STE: 1 forward; s = max(p, 1 - p) gets Σ_D (∂y · plugged), nothing where p = 1/2.
-        return grad_rows, through * torch.sign(2 * prob - 1), grad if ctx.has_residual else None, None
+        through *= torch.sign(2 * prob - 1)
+        return grad_rows, through, dense if ctx.has_residual else None, None, None
 
 
 def window_sum(

@@ -48,7 +48,10 @@ def gate_residual_modulate(
 
 def _run(plan, x, y, gate, shift, scale, weight, norm) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(x', modulated x') in the shape and dtype of x; without y no x', without scale nothing modulated."""
-    dtype = accumulate_dtype(x) if y is None else accumulate_dtype(x, y)
+    features = [x] if y is None else [x, y]
+    dtype = total = accumulate_dtype(*features)
+    if not _graph(*features, gate, shift, scale, weight) and all(part.dtype is torch.bfloat16 for part in features):
+        dtype = torch.bfloat16  # widened as it is read
     if plan is None:
         cu_seqlens = torch.arange(x.shape[0] + 1, dtype=torch.int32, device="cpu") * x.shape[1]
         live = slice(None)
@@ -60,9 +63,9 @@ def _run(plan, x, y, gate, shift, scale, weight, norm) -> tuple[torch.Tensor | N
     # Modulators keep the distance of their rows: they are views of one (B, 6·D) tensor.
     modulators = (
         part if part is None or part.stride(1) == 1 else part.contiguous()
-        for part in (None if part is None else part.to(dtype) for part in (gate, shift, scale))
+        for part in (None if part is None else part.to(total) for part in (gate, shift, scale))
     )
-    weight = None if weight is None else weight.to(dtype).contiguous()
+    weight = None if weight is None else weight.to(total).contiguous()
     outputs = AdaLN.apply(rows, rows_y, *modulators, weight, cu_seqlens, norm)
     if plan is None:
         return tuple(part if part is None else part.view(x.shape).to(x.dtype) for part in outputs)
@@ -110,6 +113,11 @@ class AdaLN(KernelFunction):
             return grad_x, grad_y, grad_gate, grad_shift, grad_normed, None, None, None
         grad_weight = ((1 + scale) * grad_normed).sum(0)
         return grad_x, grad_y, grad_gate, grad_shift, grad_normed * weight, grad_weight, None, None
+
+
+def _graph(*parts: torch.Tensor | None) -> bool:
+    """Whether a gradient of one of them is wanted, which takes the rows in the dtype of the sums."""
+    return torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts)
 
 
 def _sizes(x: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[int, int, int]:
