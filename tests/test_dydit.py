@@ -204,6 +204,9 @@ def test_bad_input(model):
         load_dydit(load_file(DATA / "sparse_a.state-1of2.safetensors"), num_heads=4)
     with pytest.raises(ConfigError, match="num_heads, 5"):
         load_dydit(load_file(DATA / "dydit_a.state.safetensors"), num_heads=5)
+    for share in (0, 1.5, float("nan")):
+        with pytest.raises(ConfigError, match=rf"the share of open gates must be in \(0, 1\], got {share}"):
+            model.tabulate([5], share)
     with pytest.raises(ConfigError, match="has 2 blocks, the DiT to start from has 3"):
         DyDiT.from_dit(PlainDiT(DyDiTConfig(**TINY | {"depth": 3})), DyDiTConfig(**TINY))
     x, t, y = torch.zeros(1, 4, 16, 16), torch.tensor([7]), torch.tensor([0])

@@ -234,8 +234,9 @@ def test_bad_input(tmp_path):
         with pytest.raises(ConfigError, match=words):
             PatchDiTConfig(**SIZES | sizes)
     model = patched()
-    with pytest.raises(ConfigError, match="scale must be one of 1, 2, 4, got 3"):
-        model(*batch(), 3)
+    for scale in (3, 2.0, "2", None):
+        with pytest.raises(ConfigError, match=f"scale must be one of 1, 2, 4, got {scale}"):
+            model(*batch(), scale)
     with pytest.raises(ConfigError, match="blocks 2, the DiT to start from has 3"):
         patched(dit(depth=3))
     for net, text, words in (

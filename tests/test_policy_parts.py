@@ -192,9 +192,14 @@ def test_bad_input(net):
         (net, "budget=9", {"tokens": 3}, "the policy has budget already"),
         (net, "guidance=1:2", {"guidance_interval": (0, 500)}, "the policy has guidance already"),
         (net, "budget=99", {}, "tokens of a step must be whole numbers from 2 to 36, got 99"),
-        (net, "teacache=0.1", {"gflops_per_image": 1.0}, "gflops_per_image is for a DC-DiT without a policy"),
+        (
+            net,
+            "teacache=0.1",
+            {"gflops_per_image": 1.0},
+            "gflops_per_image is for a DC-DiT without a policy, got a DCDiT",
+        ),
         (net, "gates=0.5", {}, "gates are of a DyDiT, this model is a DCDiT"),
-        (plain, "rho=0.2", {}, "drop_fraction is of a model with a router, this one is a PlainDiT"),
+        (plain, "rho=0.2", {}, "rho is of a model with a router, this one is a PlainDiT"),
         (plain, "budget=9", {}, "a budget of tokens is for a model with a router, got a PlainDiT"),
     ):
         with pytest.raises(ConfigError, match=words):

@@ -18,6 +18,8 @@ from dcdit.cli import main
 from dcdit.errors import CheckpointError, ConfigError
 from dcdit.model.config import DCDiTConfig
 from dcdit.model.dcdit import DCDiT
+from dcdit.model.dydit_main import DyDCDiT
+from dcdit.model.plain_dit import PlainDiT
 
 
 @pytest.mark.parametrize("case", ["full", "drop30", "per_sample"])
@@ -104,13 +106,16 @@ def test_stored_values_that_are_none(tmp_path, name, value, message):
         load_release(save(tmp_path, {**content(), "config": config}))
 
 
-def test_keys_map_one_to_one():
+def test_keys_map_one_to_one(tmp_path):
     state = DCDiT(TINY).state_dict()
     assert list(from_release(to_release(state))) == list(state)
     theirs = content()["model"]
     assert to_release(from_release(theirs)).keys() == theirs.keys()
     with pytest.raises(CheckpointError, match=r"the public release has no place for cond_norm\.weight"):
         to_release({"cond_norm.weight": torch.ones(1)})
+    for model in (DyDCDiT(TINY), PlainDiT(TINY)):
+        with pytest.raises(CheckpointError, match=f"no place for a {type(model).__name__}, expected a DC-DiT"):
+            save_release(tmp_path / "out.pt", model)
     for key, system in {"blocks.0.attn_rate.router.weight": "DyDiT", "x_embedder.proj.weight": "a plain DiT"}.items():
         with pytest.raises(
             CheckpointError, match=f"expected DC-DiT's public release, these weights look like {system}"

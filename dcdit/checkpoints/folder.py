@@ -275,6 +275,8 @@ def save_release(path: str | Path, model: DCDiT, extra: dict[str, Any] | None = 
     path = Path(path).expanduser()
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder, expected the name of a .pt file")
+    if not isinstance(model, DCDiT) or system_of(model):
+        raise CheckpointError(f"the public release has no place for a {type(model).__name__}, expected a DC-DiT")
     extra = getattr(model, "use", {}) if extra is None else extra
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

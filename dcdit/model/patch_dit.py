@@ -54,7 +54,7 @@ class PatchDiT(PlainDiT):
         """
         if scale == 1:
             return super().forward(x, t, y)
-        if scale not in self.config.scales:
+        if type(scale) is not int or scale not in self.config.scales:
             raise ConfigError(f"scale must be one of {', '.join(map(str, self.config.scales))}, got {scale}")
         self.check(x, t, y)
         patches: CoarsePatches = self.coarse[str(scale)]  # type: ignore[assignment]

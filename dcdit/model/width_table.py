@@ -9,6 +9,7 @@ from torch import nn
 
 from dcdit_kernels import Packing
 
+from ..errors import ConfigError
 from .blocks import Stream
 from .dydit_block import narrow, skip_tokens
 from .gates import Gates, first_on
@@ -20,7 +21,7 @@ class WidthTable(nn.Module):
     Both depend on the time alone. The weights are copied once for each choice that occurs; later changes of the
     blocks' own are not seen. `time_embed` is the model's. With a `share` in (0, 1] so many of all blocks' heads, and of
     their groups, are on at each time: the first of each block, then those of the largest logits. At 1 all gates are
-    left out, those of tokens as well.
+    left out, those of tokens as well. Raises ConfigError for another share.
     """
 
     @torch.no_grad()
@@ -31,6 +32,8 @@ class WidthTable(nn.Module):
         timesteps: Sequence[float] | torch.Tensor,
         share: float | None = None,
     ) -> None:
+        if share is not None and not 0 < share <= 1:
+            raise ConfigError(f"the share of open gates must be in (0, 1], got {share}")
         super().__init__()
         self.blocks, self.complete = blocks, share == 1
         device = blocks[0].fc1.weight.device

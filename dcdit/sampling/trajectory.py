@@ -184,7 +184,7 @@ def _coarser(budget: torch.Tensor, coarse: CoarseStart, keep_grid: int) -> torch
 
 def _check_chunking(model: Any, what: str) -> None:
     if isinstance(model, Paced) or not isinstance(model, DCDiT | Graphed):
-        raise ConfigError(f"{what} is for a DC-DiT without a policy, got a {type(model).__name__}")
+        raise ConfigError(f"{what} is for a DC-DiT without a policy, got a {type(innermost(model)).__name__}")
 
 
 class Denoising:
