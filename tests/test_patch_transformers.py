@@ -182,6 +182,11 @@ def test_bad_input():
         add_dynamic_chunking(model)
     with pytest.raises(ConfigError, match=r"the model has adapters already \(patches\): fuse them first"):
         add_patch_scales(model)
+    for threshold in (-1, float("nan"), float("inf"), "0.1"):
+        with pytest.raises(ConfigError, match=f"patches must be a threshold of at least 0, got {threshold!r}"):
+            patches.threshold = threshold
+    with pytest.raises(ConfigError, match=r"scale must be one of 1, 2, 4, got 2\.0"), patches.at(2.0):
+        pass
     with pytest.raises(ConfigError, match="scale must be one of 1, 2, 4, got 3"), patches.at(3):
         pass
     with patches.at(4), pytest.raises(ConfigError, match="scale 4 does not divide the grid of 6×8 patches"):

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..model.patch_dit import resized_filters, resized_rows
-from ..sampling.patches import roughness
+from ..sampling.patches import checked_threshold, roughness
 from .attention import chunking_of
 
 ADAPTER = "patches"
@@ -43,10 +43,19 @@ class PatchScales(nn.Module):
         self.stems = nn.ModuleDict({str(s): self.embedding(first, s) for s in scales[1:]})
         self.heads = nn.ModuleDict({str(s): self.output(last, s) for s in scales[1:]})
 
+    @property
+    def threshold(self) -> float | None:
+        """τ; None: calls are at `scale`. Setting raises ConfigError for anything but a finite number of at least 0."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, value: float | None) -> None:
+        self._threshold = None if value is None else checked_threshold(value)
+
     @contextlib.contextmanager
     def at(self, scale: int) -> Iterator[None]:
         """Calls at one scale. Raises ConfigError for one that the model has not."""
-        if scale not in self.scales:
+        if type(scale) is not int or scale not in self.scales:
             raise ConfigError(f"scale must be one of {', '.join(map(str, self.scales))}, got {scale}")
         before = self.scale, self.threshold
         self.scale, self.threshold = scale, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -25,9 +26,7 @@ class PatchChoice(Paced):
         super().__init__(model)
         if not isinstance(model, PatchDiT):
             raise ConfigError(f"patches is of a PatchDiT, this model is a {type(model).__name__}")
-        if not 0 <= threshold < float("inf"):
-            raise ConfigError(f"patches must be a threshold of at least 0, got {threshold!r}")
-        self.threshold = threshold
+        self.threshold = checked_threshold(threshold)
 
     def begin(self, timesteps: torch.Tensor) -> None:
         self.history: list[torch.Tensor] = []
@@ -48,6 +47,13 @@ class PatchChoice(Paced):
         tokens = len(self.model.pos_embed)
         self.spent, self.decided = tokens / scale.float() ** 2, {"patches": self.config.patch * scale}
         return out, Routing.of(torch.ones(len(x), tokens, device=x.device), self.model.grid)
+
+
+def checked_threshold(threshold: Any) -> float:
+    """τ, as it is. Raises ConfigError for anything but a finite number of at least 0."""
+    if not isinstance(threshold, Real) or not 0 <= threshold < float("inf"):
+        raise ConfigError(f"patches must be a threshold of at least 0, got {threshold!r}")
+    return threshold
 
 
 def third_difference(history: list[torch.Tensor]) -> torch.Tensor:
