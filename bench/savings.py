@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -31,13 +32,24 @@ from .timing import captured, cpu_clock, gpu_wall_clock, interleave
 TIME = 500.0
 
 
-def half_open(model: DyDiT) -> DyDiT:
-    """The model with every second head and group on, and about half of the tokens."""
+def half_open(model: DyDiT, inputs: tuple[torch.Tensor, ...]) -> DyDiT:
+    """The model with every second head and group on, and at `inputs` half of the tokens in each block."""
+
+    def halve(tokens: torch.nn.Sequential, _: Any, logits: torch.Tensor) -> torch.Tensor:
+        middle = logits.float().median().to(logits.dtype)
+        tokens[2].bias.sub_(middle)
+        return logits - middle
+
+    hooks = []
     for block in model.blocks:
         for layer in (block.routers.heads, block.routers.groups):
             torch.nn.init.zeros_(layer.weight)
             layer.bias.copy_(torch.where(torch.arange(len(layer.bias)) % 2 == 0, -5.0, 5.0))
-        torch.nn.init.zeros_(block.routers.tokens[2].bias)
+        torch.nn.init.normal_(block.routers.tokens[2].weight)
+        hooks.append(block.routers.tokens.register_forward_hook(halve))
+    model.tabulate([TIME])(*inputs)  # block after block, each on what the ones before leave
+    for hook in hooks:
+        hook.remove()
     return model
 
 
@@ -50,7 +62,7 @@ def cases(name: str, batch: int, device: str = "cpu") -> tuple[dict[str, Callabl
         x = torch.randn(batch, 4, *config.input_size, dtype=dtype)
         inputs = x, torch.full((batch,), TIME), torch.zeros(batch, dtype=torch.long)
         plain, slim = PlainDiT(dynamic).to(dtype).eval(), SparseDiT(sparse).to(dtype).eval()
-        table = half_open(DyDiT(dynamic).to(dtype).eval()).tabulate([TIME])
+        table = half_open(DyDiT(dynamic).to(dtype).eval(), inputs).tabulate([TIME])
     gates: Gates = table(*inputs, return_gates=True)[1]
     rate = float(gate_rates(gates, dynamic.tokens, dynamic.hidden_size).mean())
     models = {"plain": plain, "sparse": slim, "dydit": table}

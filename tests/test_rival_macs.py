@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.savings import cases
+from bench.savings import cases, half_open
 from dcdit.checkpoints.folder import save_checkpoint
 from dcdit.cli import main
 from dcdit.errors import ConfigError
@@ -88,6 +88,17 @@ def test_savings_bench(batch):
     names = {"plain", "sparse", "dydit"}  # the digits have 7×7 patches
     assert forwards.keys() == macs.keys() == names and macs["dydit"] < macs["plain"]
     assert all(forward().shape == (batch, 4, 14, 14) for forward in forwards.values())
+
+
+@torch.no_grad()
+def test_savings_bench_opens_half():
+    """Every second head and group, and of each block's tokens one half."""
+    torch.manual_seed(0)
+    inputs = torch.randn(3, 4, 12, 8), torch.full((3,), 500.0), torch.zeros(3, dtype=torch.long)
+    config = DyDiTConfig(hidden_size=64, num_heads=4, num_classes=3, input_size=(12, 8), depth=3)
+    gates = half_open(DyDiT(config).eval(), inputs).tabulate([500.0])(*inputs, return_gates=True)[1]
+    assert (gates.heads == torch.tensor([1, 0, 1, 0.0])).all() and (gates.groups == gates.heads).all()
+    assert torch.allclose(gates.tokens.mean((0, 2)), torch.tensor(0.5), atol=0.02)
 
 
 def test_info(capsys):
