@@ -8,6 +8,7 @@ nothing is reported.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
@@ -58,6 +59,12 @@ def check_family(problem: Problem, family: Family, variants: dict[str, Variant])
 def one_line(error: Exception) -> str:
     """Kind and first line of an error."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def psnr(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Of two batches of latents or pictures, in dB over the range of `want`."""
+    error = (got.double() - want.double()).square().mean().sqrt()
+    return 20 * math.log10((want.max() - want.min()).item() / max(error.item(), 1e-30))
 
 
 @contextlib.contextmanager

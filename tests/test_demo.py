@@ -80,7 +80,7 @@ def test_plain_dit_costs_what_is_said(patch, tokens):
     assert out.shape == (1, 4, 14, 14)
     # The counter also sees the embedders; the formula counts 2×2 patches at the ends.
     assert dit_flops(config, tokens) == pytest.approx(counter.get_total_flops() / 1e9, rel=0.03)
-    seen, gflops, seconds, _ = demo.time_plain_dit(config, patch, 2, 10, 2, torch.device("cpu"), repeats=1)
+    seen, gflops, seconds, _ = demo.time_plain_dit(config, patch, 2, 10, 2, torch.empty(0), repeats=1)
     assert (seen, gflops) == (tokens, pytest.approx(20 * dit_flops(config, tokens))) and seconds > 0
 
 

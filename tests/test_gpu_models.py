@@ -1,13 +1,12 @@
 """On a GPU: models on every back-end, against the reference and float64. Elsewhere every test is skipped."""
 
 import copy
-import math
 
 import pytest
 import torch
 
 from bench.cases import Case
-from bench.gate import check, evaluate, full_float32
+from bench.gate import check, evaluate, full_float32, psnr
 from bench.measure import build
 from dcdit.model.layers import linear_gelu
 
@@ -16,12 +15,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: torch sees none"),
 ]
 DEVICE = "cuda"
-
-
-def psnr(got, want):
-    """In dB, over the range of `want`."""
-    error = (got.double() - want.double()).square().mean().sqrt()
-    return 20 * math.log10((want.max() - want.min()).item() / max(error.item(), 1e-30))
 
 
 @pytest.mark.parametrize(("dtype", "least"), [("float32", 50), ("bfloat16", 34)])

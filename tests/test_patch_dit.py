@@ -216,7 +216,7 @@ def test_training_and_calibration(tmp_path, capsys):
     assert after < 0.9 * before
     words = ["calibrate-patches", str(folder), "--speed", "1.5", "--steps", "8", "--classes", "0-1", "--cpu"]
     weights = (folder / "model.safetensors").read_bytes()
-    assert not main([*words, "--save", "--bf16"])
+    assert not main([*words, "--save", "--precision", "bfloat16"])
     assert (folder / "model.safetensors").read_bytes() == weights
     out = capsys.readouterr().out
     policy = json.loads((folder / "config.json").read_text())["policy"]

@@ -169,8 +169,8 @@ def test_pictures_are_not_kept_in_memory(checkpoint, tmp_path, monkeypatch):
 def test_the_launcher_asks_for_half_precision_by_an_option(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert main(words(checkpoint, tmp_path / "a")) == 2
-    assert "asks for mixed_precision=bf16; dcdit sample takes --bf16" in capsys.readouterr().err
-    assert main(words(checkpoint, tmp_path / "a", "--bf16")) == 0
+    assert "asks for mixed_precision=bf16; dcdit sample takes --precision bfloat16" in capsys.readouterr().err
+    assert main(words(checkpoint, tmp_path / "a", "--precision", "bfloat16")) == 0
 
 
 def test_one_run_at_a_time(checkpoint, tmp_path, capsys):

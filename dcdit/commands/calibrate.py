@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..model.config import PRESETS
+from .options import add_precision, in_precision
 
 
 def batch_sizes(text: str) -> list[int]:
@@ -25,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rounds", type=int, default=5, help="steps of each kind, whose median is taken (5)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the table (in the user's cache)")
-    parser.add_argument("--bf16", action="store_true", help="weights and features in bfloat16")
+    add_precision(parser)
     parser.add_argument("--training", action="store_true", help="forward and backward of training, in float32")
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
 
@@ -36,15 +37,14 @@ def run(args: argparse.Namespace) -> None:
 
     from ..checkpoints.folder import locate, store_use
     from ..model.dcdit import DCDiT
-    from ..model.precision import cast_weights
     from ..sampling.measuring import measure, measure_training, router_average
     from ..sampling.sampler import open_checkpoint
     from ..sampling.step_times import table_file
 
     if args.rounds < 1:
         raise ConfigError(f"rounds must be at least 1, got {args.rounds}")
-    if args.training and args.bf16:
-        raise ConfigError("--training is in float32: leave --bf16 out")
+    if args.training and args.precision == "bfloat16":
+        raise ConfigError("--training is in float32: leave --precision bfloat16 out")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     path = None
     if args.checkpoint in PRESETS and not Path(args.checkpoint).exists() and args.checkpoint != "digits":
@@ -60,11 +60,10 @@ def run(args: argparse.Namespace) -> None:
         print(
             f"{path / 'config.json'}: the router keeps {shares[-1]:.1%} of the cells at t = 1000, {shares[0]:.1%} at 0"
         )
-    if args.bf16:
-        cast_weights(model, torch.bfloat16)
     if args.training:
         table = measure_training(model.requires_grad_(), args.batch_sizes, rounds=args.rounds)
     else:  # with guidance both halves of an image are rows
+        in_precision(model, args.precision)
         rows = sorted({rows for size in args.batch_sizes for rows in (size, 2 * size)})
         table = measure(model, rows, rounds=args.rounds)
     file = table_file(table.of) if args.output is None else args.output

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import ConfigError
-from .options import output_path
+from .options import in_precision, output_path
 
 ASSETS = Path(__file__).parents[1] / "assets"
 DIGITS, PLAIN = ASSETS / "digits", ASSETS / "digits-dit.pt"
@@ -79,6 +79,7 @@ def run(args: argparse.Namespace) -> None:
     classifier = DigitClassifier()
     print(f"It recognises {classifier.accuracy:.1%} of 500 real digits that it has not seen.", flush=True)
     options = {"objective": objective, "steps": args.steps, "guidance": args.guidance, "seed": args.seed}
+    in_precision(model, "auto")
     config, classes = model.config, np.arange(args.samples) % 10
     halves = 1 if args.guidance == 1 else 2
 
@@ -95,8 +96,8 @@ def run(args: argparse.Namespace) -> None:
             dit, codec, classifier, classes, batch_size=args.batch_size, **options
         )
     else:
-        trained = time_plain_dit(config, 2, batch, args.steps, halves, device)
-    plain = [trained, time_plain_dit(config, 1, batch, args.steps, halves, device)]
+        trained = time_plain_dit(config, 2, batch, args.steps, halves, model.pos_embed)
+    plain = [trained, time_plain_dit(config, 1, batch, args.steps, halves, model.pos_embed)]
 
     with output_folder(args.output) as folder:
         digits, snapshots = record(model, range(10), 50, **options)

@@ -71,6 +71,7 @@ def print_budget(name: str, config: DCDiTConfig, tokens: int, batch: int, traini
 
     from ..errors import DataError
     from ..model.memory import peak_bytes
+    from ..model.precision import sampling_dtype
     from ..model.routing import least_tokens
     from ..sampling.step_times import load_times
 
@@ -87,11 +88,12 @@ def print_budget(name: str, config: DCDiTConfig, tokens: int, batch: int, traini
     print(f"  peak of {what:<22}{peak_bytes(config, batch, tokens, training) / 1e6:>12,.1f} MB, on a CPU")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        seconds = float(load_times(config, device, torch.float32, training=training).at(batch, tokens))
+        dtype = torch.float32 if training else sampling_dtype(config, device)
+        seconds = float(load_times(config, device, dtype, training=training).at(batch, tokens))
     except DataError as error:
         print(f"  time of a step: {error}")
     else:
-        said = "as dcdit calibrate measured on this machine"
+        said = "as dcdit calibrate measured on this machine" + " in bfloat16" * (dtype == torch.bfloat16)
         print(f"  time of a step                {1e3 * seconds:>12,.1f} ms, {said}")
 
 

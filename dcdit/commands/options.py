@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -112,25 +113,52 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1 (0)")
     parser.add_argument("--shift", type=float, default=1.0, help="of flow matching's times towards the noise (1: none)")
     parser.add_argument("--seed", type=int, default=0, help="image I draws its noise from (seed, I) (0)")
-    parser.add_argument("--bf16", action="store_true", help="weights and features in bfloat16")
+    add_precision(parser)
     parser.add_argument(
         "--cuda-graph", action="store_true", help="replay the model as CUDA graphs: small batches are faster"
     )
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
 
 
-def prepared(model, args: argparse.Namespace):
-    """A model that was opened for sampling, in the precision and as the graphs that the options ask for."""
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """--precision of every command that samples, for `in_precision`."""
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of weights and features; auto is bfloat16 where a CPU with AMX is faster so, else float32 (auto)",
+    )
+
+
+def in_precision(model, asked: str) -> str:
+    """Cast a model's weights to what --precision asks for; returns the precision.
+
+    A line says where bfloat16 was not asked for.
+    """
     import torch
 
+    from ..model.precision import cast_weights, sampling_dtype
+
+    dtype = getattr(torch, asked, None) or sampling_dtype(model.config, next(model.parameters()).device)
+    name = str(dtype).removeprefix("torch.")
+    if dtype == torch.bfloat16:
+        cast_weights(model, dtype)
+        if asked == "auto" and os.environ.get("RANK", "0") == "0":
+            print("In bfloat16, for which this CPU has AMX; --precision float32 is slower and exact.", flush=True)
+    return name
+
+
+def prepared(model, args: argparse.Namespace):
+    """A model that was opened for sampling, in the precision and as the graphs that the options ask for.
+
+    `args` then has the precision, and the checkpoint's policy where none was given.
+    """
     from ..model.dcdit import DCDiT
     from ..model.graphs import Graphed
-    from ..model.precision import cast_weights
 
     if args.policy is None:
         args.policy = model.use.get("policy")  # the policy of its training
-    if args.bf16:
-        cast_weights(model, torch.bfloat16)
+    args.precision = in_precision(model, args.precision)
     if not args.cuda_graph:
         return model
     device = next(model.parameters()).device
@@ -195,7 +223,7 @@ def settings_of(args: argparse.Namespace, checkpoint: Path, ids: list[int]) -> d
     from ..checkpoints.folder import weights_hash
 
     names = ("scheduler", "steps", "guidance", "guidance_channels", "eta", "shift")
-    names += ("drop_fraction", "uncond_drop_fraction", "seed", "bf16", "cuda_graph")
+    names += ("drop_fraction", "uncond_drop_fraction", "seed", "precision", "cuda_graph")
     values = {name: getattr(args, name) for name in names}
     # What is not asked for is None, so that a folder with it is another run's.
     budgets = {"gflops_per_image": args.gflops_per_image, "seconds_per_image": args.seconds_per_image}

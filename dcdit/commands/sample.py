@@ -62,8 +62,9 @@ def run(args: argparse.Namespace) -> None:
     from ..training.ranks import cpu_ranks
 
     wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if wanted not in ("no", "bf16" if args.bf16 else "no"):
-        raise ConfigError(f"accelerate launch asks for mixed_precision={wanted}; dcdit sample takes --bf16")
+    if wanted not in ("no", "bf16" if args.precision == "bfloat16" else "no"):
+        takes = "dcdit sample takes --precision bfloat16"
+        raise ConfigError(f"accelerate launch asks for mixed_precision={wanted}; {takes}")
     state = PartialState(cpu=args.cpu or cpu_ranks())
     output = check_output(args.output)
     checkpoint = locate(args.checkpoint)

@@ -18,7 +18,7 @@ __getattr__, __all__ = lazy(
         "graphs": "graphed",
         "patch_dit": "PatchDiT",
         "plain_dit": "PlainDiT",
-        "precision": "cast_weights float32_products",
+        "precision": "cast_weights float32_products sampling_dtype",
         "routers": "CosineRouter PredictabilityRouter",
         "routing": "Routing route",
         "sparse_dit": "SparseDiT",

@@ -84,15 +84,16 @@ def run_plain_dit(
 
 @torch.no_grad()
 def time_plain_dit(
-    config: DCDiTConfig, patch: int, images: int, steps: int, halves: int, device: torch.device, repeats: int = 5
+    config: DCDiTConfig, patch: int, images: int, steps: int, halves: int, like: torch.Tensor, repeats: int = 5
 ) -> Plain:
     """The row of a plain DiT with random weights over a whole trajectory, for its cost alone.
 
-    The median of `repeats` forwards on `halves` times `images`, times `steps`.
+    The median of `repeats` forwards on `halves` times `images`, times `steps`, in the dtype and on the device of
+    `like`.
     """
-    model = PlainDiT(config, patch).to(device).eval()
-    batch = images * halves
-    x = torch.randn(batch, config.in_channels, *config.input_size, device=device)
+    model = PlainDiT(config, patch).to(like).eval()
+    batch, device = images * halves, like.device
+    x = torch.randn(batch, config.in_channels, *config.input_size).to(like)
     t, y = torch.full((batch,), 500.0, device=device), torch.zeros(batch, dtype=torch.long, device=device)
     seconds = []
     for _ in range(1 + repeats):
