@@ -12,7 +12,6 @@ from .ranks import cpu_ranks
 
 # Ways of splitting a model that need its blocks wrapped: the trainer holds the whole model on every process.
 REFUSED = {
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
@@ -27,8 +26,9 @@ def make_accelerator(config: TrainConfig):
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
 
+    _check_fsdp(config)
     for name, words in REFUSED.items():
-        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
+        if _asked(name):
             raise ConfigError(
                 f"accelerate launch asks for {words}, which dcdit train does not support: use --multi_gpu"
             )
@@ -61,7 +61,25 @@ def make_accelerator(config: TrainConfig):
         os.environ.update({name: value for name, value in hidden.items() if value is not None})
 
 
-_OWN = ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND")
+# What accelerate must not do as well.
+_OWN = ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_USE_FSDP")
+
+
+def _asked(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
+
+
+def _check_fsdp(config: TrainConfig) -> None:
+    """Raise ConfigError where the launcher asks for FSDP and the configuration does not, or cannot."""
+    if not _asked("ACCELERATE_USE_FSDP"):
+        return
+    ours = getattr(config, "fsdp", None)
+    if ours is None:
+        raise ConfigError("accelerate launch asks for FSDP, which dcdit train does not support: use --multi_gpu")
+    if not ours:
+        raise ConfigError("accelerate launch asks for FSDP, the configuration has fsdp=False: set fsdp there")
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ConfigError("accelerate launch asks for FSDP 1: use --fsdp_version 2")
 
 
 def _check_trackers(names: tuple[str, ...]) -> None:

@@ -13,7 +13,7 @@ from .config import TrainConfig
 FREE_KEYS = (
     *("output", "log_every", "save_every", "snapshot_every", "max_minutes", "log_with", "validation"),
     *("data.path", "latents", "data.workers", "data.skip_broken"),  # the data's fingerprint is compared
-    *("accumulate", "checkpointing", "cuda_graph"),  # equal numbers, up to the order of sums
+    *("accumulate", "checkpointing", "cuda_graph", "fsdp"),  # equal numbers, up to the order of sums
 )
 Change = dict[str, Any]  # {"step", "key", "from", "to"}
 

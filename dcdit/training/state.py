@@ -34,18 +34,32 @@ class EMA:
 
 
 def save_state(
-    file: Path, header: dict[str, Any], model: nn.Module, emas: Sequence[EMA], optimizer: torch.optim.Optimizer
+    file: Path,
+    header: dict[str, Any],
+    model: nn.Module,
+    emas: Sequence[EMA],
+    optimizer: torch.optim.Optimizer,
+    write: bool = True,
 ) -> None:
-    """Write weights, EMAs and AdamW moments as one safetensors file; `header`, with a "step", is JSON in its header."""
+    """Write weights, EMAs and AdamW moments as one safetensors file; `header`, with a "step", is JSON in its header.
+
+    Of a model that FSDP2 has split all processes call, and one of them writes.
+    """
     from safetensors.torch import save
 
     tensors = {f"{_ema_key(i)}.{name}": v for i, ema in enumerate(emas) for name, v in ema.state_dict().items()}
     for name, p in model.named_parameters():
         tensors[f"model.{name}"] = p.detach()
         tensors |= {f"optim.{name}.{key}": value for key, value in optimizer.state[p].items()}
-    tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+    gathered = {}
+    for key, tensor in tensors.items():
+        tensor = whole(tensor)
+        if write:
+            gathered[key] = tensor.cpu().contiguous()
+    if not write:
+        return
     with replacing(file) as temporary:
-        temporary.write_bytes(save(tensors, metadata={"dcdit_training": json.dumps(header)}))
+        temporary.write_bytes(save(gathered, metadata={"dcdit_training": json.dumps(header)}))
 
 
 def read_header(file: Path) -> dict[str, Any]:
@@ -87,18 +101,32 @@ def load_state(file: Path, model: nn.Module, emas: Sequence[EMA], optimizer: tor
                 raise CheckpointError(f"{file}: {key}: expected shape {tuple(shape)}, found {tuple(found)}")
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(tensors[f"model.{name}"])
+            fill(p, tensors[f"model.{name}"])
             if p.requires_grad:
                 # Moments take their parameter's strides: fused AdamW walks through the memory of all tensors alike.
-                moments = {key: torch.empty_like(p).copy_(tensors[f"optim.{name}.{key}"]) for key in MOMENTS}
+                moments = {key: fill(torch.empty_like(p), tensors[f"optim.{name}.{key}"]) for key in MOMENTS}
                 optimizer.state[p] = moments | {"step": tensors[f"optim.{name}.step"].to(p.device)}
         for i, ema in enumerate(emas):
             for name, average in zip(ema.names, ema.values, strict=True):
-                average.copy_(tensors[f"{_ema_key(i)}.{name}"])
+                fill(average, tensors[f"{_ema_key(i)}.{name}"])
 
 
 def _ema_key(number: int) -> str:
     return f"ema{number}" if number else "ema"
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that FSDP2 has split, gathered from all processes, which must all call; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def fill(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Copy whole `values` into a tensor, split or not, and return it."""
+    if hasattr(tensor, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements)
+    return tensor.copy_(values)
 
 
 class Metrics:

@@ -30,7 +30,8 @@ class TransformerConfig:
     The router learns at `router_rate` times optim.lr. `guidance` is for models that have an embedding of it,
     `time_shift` that of `dcdit.training.objectives`. An empty optim.ema_decay makes no average; one decay may be given.
     With `lora`, a rank, adapters of the chunked blocks' linear layers and the router learn and all else is frozen;
-    `lora_targets` are ends of the names of the layers that have one, [] for all.
+    `lora_targets` are ends of the names of the layers that have one, [] for all. `fsdp` splits weights, gradients,
+    moments, averages and the teacher over the processes of `accelerate launch`, by block.
     """
 
     accumulate, compile = 1, False  # no fields: neither is supported, and the launcher's settings are held against them
@@ -53,6 +54,7 @@ class TransformerConfig:
     lora: tuple[int, ...] = ()
     lora_targets: tuple[str, ...] = ()
     checkpointing: bool = False
+    fsdp: bool = False
     precision: Literal["no", "bf16"] = "no"
     optim: OptimConfig = field(default_factory=OptimConfig)
     log_every: int = 10

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import diffusers
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -29,9 +30,10 @@ from ..launch import make_accelerator
 from ..objectives import FlowMatching
 from ..progress import Progress
 from ..resume import check_allowed, compare, describe_data, diverged
-from ..state import EMA, Metrics, load_state, read_header, save_state
+from ..state import EMA, Metrics, load_state, read_header, save_state, whole
 from .config import TransformerConfig
 from .lora import Learned, add_lora, merged, save_adapters
+from .sharding import shard
 from .student import Batch, Student, keep_a_share, read_source, save_model
 
 _NOISE, _BATCHES = 5, 6  # streams of random numbers, beside those of dcdit.training.batches
@@ -50,10 +52,13 @@ class TransformerUpcycler:
             raise ConfigError(f"batch_size must be a multiple of {self.ranks} processes, got {config.batch_size}")
         self.data = Conditioned(config.latents, self.velocity.pooled, self.velocity.ragged)
         self.objective, self.epochs = FlowMatching(config.time_shift), (-1, [])
-        self.net = read_source(config.source, self.velocity).to(self.device)
+        if config.fsdp and self.ranks == 1:
+            raise ConfigError("fsdp needs several processes, of accelerate launch --num_processes; got one")
+        self.net = read_source(config.source, self.velocity).to("cpu" if config.fsdp else self.device)
         for shapes, file in self.data.kinds.items():
             self.velocity.check(self.net.config, shapes, file)
-        shared = {id(p): p for p in self.net.parameters()} if config.lora else {}  # frozen in both
+        shares = config.lora and not config.fsdp  # what is frozen in both
+        shared = {id(p): p for p in self.net.parameters()} if shares else {}
         teacher = copy.deepcopy(self.net, shared).eval().requires_grad_(False)
         torch.manual_seed(config.seed)
         self.chunking = add_dynamic_chunking(self.net.train(), blocks=slice(*config.blocks))
@@ -64,6 +69,9 @@ class TransformerUpcycler:
         self.learning = Learned(self.net) if config.lora else self.net
         if config.checkpointing:
             self.net.enable_gradient_checkpointing()
+        if config.fsdp:
+            shard(self.net)
+            shard(teacher)
         self.student = Student(self.velocity, self.net, teacher, config.target_ratio)
         router = list(self.chunking.router.parameters())
         own = {id(p) for p in router}
@@ -89,12 +97,15 @@ class TransformerUpcycler:
         resumed, self.changes = self.last.exists(), []
         if not resumed:
             with torch.no_grad(), self.accelerator.autocast():
-                batch = self.batch(0, 0, config.batch_size // self.ranks)
+                batch = self._share(0)
                 try:
                     self.student(batch, distil=False, share=None)
                 except NaNError as error:
                     raise CheckpointError(f"{config.source} makes NaN of the first batch: {error}") from error
-                keep_a_share(self.chunking, config.target_ratio)
+                if config.fsdp:
+                    self.net.reshard()
+                scores = self.accelerator.gather(self.chunking.routing.boundary_prob.float())
+                keep_a_share(self.chunking, config.target_ratio, scores)
         self.emas = [EMA(self.learning, decay) for decay in config.optim.ema_decay]
         if resumed:
             header = read_header(self.last)
@@ -123,6 +134,12 @@ class TransformerUpcycler:
         if self.velocity.pooled:
             batch["pooled"] = torch.stack([sample["pooled"] for sample in samples]).to(self.device)
         return batch | ({"guidance": self.config.guidance} if self.config.family == "flux" else {})
+
+    def _share(self, step: int) -> Batch:
+        """This process's part of a step's batch."""
+        count = self.config.batch_size // self.ranks
+        first = count * self.accelerator.process_index
+        return self.batch(step, first, first + count)
 
     def _epoch(self, number: int) -> list:
         """The batches of an epoch."""
@@ -169,9 +186,7 @@ class TransformerUpcycler:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate"]
         rho = draw_drop_fraction(config.seed, self.step, config.drop_fractions, 0)
-        count = config.batch_size // self.ranks
-        first = count * self.accelerator.process_index
-        batch = self.batch(self.step, first, first + count)
+        batch = self._share(self.step)
         self.optimizer.zero_grad()
         try:
             with self.accelerator.autocast():
@@ -182,8 +197,8 @@ class TransformerUpcycler:
         for p in self.learned:  # all have moments, so that a run in its first stage can be resumed
             grad = torch.zeros_like(p) if p.grad is None else p.grad
             # Not by DDP: distillation leaves what is behind the chunked blocks without gradients.
-            p.grad = self.accelerator.reduce(grad, "mean") if self.ranks > 1 else grad
-        norm = nn.utils.clip_grad_norm_(self.learned, config.optim.grad_clip or math.inf)
+            p.grad = self.accelerator.reduce(grad, "mean") if self.ranks > 1 and not config.fsdp else grad
+        norm = whole(nn.utils.clip_grad_norm_(self.learned, config.optim.grad_clip or math.inf))
         self.updating = True  # until the step is counted
         self.optimizer.step()
         for ema in self.emas:
@@ -213,17 +228,30 @@ class TransformerUpcycler:
 
         With adapters OUTPUT/lora has them alone, and OUTPUT/model has them in its weights.
         """
-        if self.accelerator.is_main_process:
-            if not all(p.isfinite().all() for p in self.learned):
+        main = self.accelerator.is_main_process
+        if main or self.config.fsdp:
+            if not self._finite():
                 raise diverged("weights that are not finite", self.step, self.saved)
-            weights = self.net.state_dict() | (self.emas[0].state_dict() if self.emas else {})
-            weights = {name: value.cpu() for name, value in weights.items()}
-            self._write("model", lambda folder: save_model(self.net, merged(weights), folder))
-            if self.config.lora:
+            weights = {}
+            for name, value in (self.net.state_dict() | (self.emas[0].state_dict() if self.emas else {})).items():
+                value = whole(value)
+                if main:
+                    weights[name] = value.cpu()
+            if main:
+                kind = getattr(diffusers, self.velocity.name)
+                self._write("model", lambda folder: save_model(kind, self.net.config, merged(weights), folder))
+            if main and self.config.lora:
                 self._write("lora", lambda folder: save_adapters(weights, folder))
             header = {"step": self.step, "config": self.config.to_dict(), "data": self.described}
-            save_state(self.last, {**header, "changes": self.changes}, self.learning, self.emas, self.optimizer)
+            header["changes"] = self.changes
+            save_state(self.last, header, self.learning, self.emas, self.optimizer, write=main)
         self.saved = self.step
+
+    def _finite(self) -> bool:
+        """Whether all weights that learn are finite, on all processes that hold parts of them."""
+        parts = (p.to_local() if self.config.fsdp else p for p in self.learned)
+        finite = torch.tensor(float(all(part.isfinite().all() for part in parts)), device=self.device)
+        return bool(self.accelerator.reduce(finite, "mean") == 1) if self.config.fsdp else bool(finite)
 
     def _write(self, name: str, write: Callable[[Path], None]) -> None:
         """OUTPUT/name, whole or as it was."""
@@ -249,7 +277,7 @@ def train_transformer(config: TransformerConfig, allow: Sequence[str] = ()) -> P
         try:
             return run.run()
         except (KeyboardInterrupt, DataError):  # what came before a sample that cannot be read is not lost
-            if run.saved != run.step and not run.updating:
+            if run.saved != run.step and not run.updating and not config.fsdp:  # split weights need every process
                 run.save()
             raise
         finally:

@@ -15,6 +15,7 @@ from ...integrations.distillation import distillation_loss
 from ...integrations.reading import read_config, read_untouched
 from ...integrations.velocities import Velocity
 from ..objectives import ratio_loss
+from ..state import fill, whole
 
 Batch = dict[str, Any]  # x and target (B, C, …), sigma (B,), texts, and what else the family takes
 
@@ -33,24 +34,25 @@ def read_source(folder: str, velocity: Velocity) -> nn.Module:
     return read_untouched(place, velocity.name)
 
 
-def keep_a_share(chunking: nn.Module, n: float) -> None:
-    """Move a fresh router's bias so that it would have kept 1/n of the cells of its last call.
+def keep_a_share(chunking: nn.Module, n: float, boundary_prob: torch.Tensor | None = None) -> None:
+    """Move a fresh router's bias so that it would have kept 1/n of the cells of these scores, or of its last call.
 
     A predictability router always keeps the first and the last cell; they count.
     """
-    scores = chunking.routing.boundary_prob.float().logit().flatten()
+    scores = (chunking.routing.boundary_prob if boundary_prob is None else boundary_prob).float().logit().flatten()
     free = scores[scores.isfinite()]
     wanted = len(scores) / n - (len(scores) - len(free))
     if len(free):
-        chunking.router.score.bias -= free.quantile(min(1.0, 1 - wanted / len(free)))
+        bias = chunking.router.score.bias
+        fill(bias, whole(bias) - free.quantile(min(1.0, 1 - wanted / len(free))))
 
 
-def save_model(net: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """A wrapped model as save_pretrained writes it, with these weights in the place of its own."""
-    config = dict(net.config)
+def save_model(kind: type[nn.Module], config: dict[str, Any], weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """A wrapped model of diffusers' class `kind`, as save_pretrained writes it."""
+    config = dict(config)
     blocks = config.pop("dynamic_chunking")["blocks"]
     with torch.device("meta"):
-        shell = type(net).from_config(config)
+        shell = kind.from_config(config)
         add_dynamic_chunking(shell, blocks=slice(*blocks))
     shell.load_state_dict(weights, assign=True)
     shell.save_pretrained(folder)
