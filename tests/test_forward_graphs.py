@@ -39,6 +39,27 @@ def test_replayed_with_the_bits_of_the_model(family, enable):
 
 
 @every_family
+def test_a_drop_fraction_has_room_for_the_last_call_and_some_more(family, enable):
+    """The bits of a forward with equal rows; too few rows and the model's own forward computes the call again."""
+    # On a CPU the values of a tensor ρ are looked at.
+    model, own, other, chunking, graph = both(family, enable, contextlib.nullcontext)
+    for rho, replayed in ((0.7, False), (0.7, True), (0.8, True), (0.1, False), (0.1, True)):
+        own.drop_fraction, chunking.drop_fraction = (torch.full((2,), rho) for _ in range(2))
+        inputs, before = family.inputs(), graph.replays
+        got, want = run(other, inputs), run(model, inputs)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        plan = chunking.routing.plan
+        assert plan.lengths.tolist() == own.routing.plan.lengths.tolist()
+        assert graph.replays == before + replayed, graph.summary()
+        if replayed:
+            assert rho < 0.5 or plan.capacity < plan.cells
+            own.capacity, own.max_seqlen = plan.capacity, plan.max_seqlen
+            assert torch.equal(got, run(model, inputs))
+            own.capacity = own.max_seqlen = None
+    assert graph.eager == {"first call of its kind": 1, "more tokens than there was room for": 1}
+
+
+@every_family
 def test_an_untouched_model_is_replayed(family, enable):
     model = make(family)
     other = copy.deepcopy(model)
@@ -92,9 +113,13 @@ def test_two_stacks_in_a_model_of_ones_own(enable):
         assert torch.equal(other(h, scale=scale)["h"], model(h, scale=scale)["h"])
         assert [stack.routing.plan.capacity for stack in other.stacks] == [17, 18]
     assert (graph.captures, graph.replays, graph.eager) == (3, 4, {}), graph.summary()
-    other.stacks[0].budget = None
-    other(torch.randn(2, 24, 32))
-    assert graph.eager == {"stacks.0 has no number for budget_per_sample, budget or capacity": 1}
+    for net in (model, other):
+        net.stacks[0].budget = net.stacks[1].budget_per_sample = None
+    for both_run in (False, False, True, True):
+        h = torch.randn(2, 24, 32)
+        assert torch.allclose(other(h, both=both_run)["h"], model(h, both=both_run)["h"], atol=1e-6)
+        assert (other.stacks[1].routing is None) is not both_run or both_run
+    assert (graph.captures, graph.replays, graph.eager) == (5, 6, {"first call of its kind": 2}), graph.summary()
 
 
 def test_grids_of_equally_many_tokens(enable):
@@ -181,7 +206,7 @@ def test_reasons(enable):
     model, own, other, chunking, graph = both(family, enable)
     inputs = family.inputs()
     cases = {
-        "transformer_blocks has no number for budget_per_sample, budget or capacity": {},
+        "first call of its kind": {},
         "a gradient is needed": {"hidden_states": inputs["hidden_states"].clone().requires_grad_()},
         "under autocast, which casts weights outside of the graph": {},
         "transformer_blocks.0.ff has forward hooks": {},
@@ -284,3 +309,20 @@ def test_on_a_gpu(family):
         want = graph.own(**second)
         assert all(map(torch.equal, tree.tree_leaves(got), tree.tree_leaves(want)))
         assert (graph.captures, graph.replays, graph.eager) == (1, 2, {}), graph.summary()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: torch sees none")
+@every_family
+@torch.no_grad()
+def test_a_drop_fraction_on_a_gpu(family):
+    """The first call is the module's own, the others are replays with room for its tokens and some more."""
+    model = make(family).to("cuda").requires_grad_(False)
+    given = tree.tree_map_only(torch.Tensor, torch.Tensor.cuda, family.inputs())
+    add_dynamic_chunking(model).drop_fraction = 0.5
+    graph = dcdit.enable_cuda_graph(model)
+    for _ in range(3):
+        got, want = model(**given), graph.own(**given)
+        for one, other in zip(tree.tree_leaves(got), tree.tree_leaves(want), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    assert (graph.captures, graph.replays, graph.eager) == (1, 2, {"first call of its kind": 1}), graph.summary()

@@ -15,7 +15,8 @@ from torch.utils import _pytree as tree
 
 from ..errors import ConfigError
 from .dynamic_chunking import DynamicChunking
-from .replay import Capture, CudaCapture, GraphCache, Replaying
+from .graphs import report, room
+from .replay import Capture, CudaCapture, Graph, GraphCache, Replaying, kind_of
 from .routing import Routing
 
 
@@ -23,12 +24,17 @@ class GraphedForward(Replaying):
     """A module's forward, replayed as a CUDA graph where a call is of a kind that came before.
 
     A call copies its tensors into those of a graph, starts the graph, and copies the outputs: they are the caller's.
-    The first call of a kind captures it. Shapes make a kind, and so does every argument that is no tensor. Each
-    `DynamicChunking` inside needs a number for `budget_per_sample`, `budget` or `capacity`. Its settings and its
-    router's count as arguments, and `routing` is set by each replay. Hooks on the module itself run in every call.
+    The first call of a kind captures it. Shapes make a kind, and so does every argument that is no tensor. The settings
+    of each `DynamicChunking` inside and of its router count as arguments, and `routing` is set by each replay. Hooks on
+    the module itself run in every call.
 
-    The module's own forward runs on a CPU, with inputs apart from the weights, without such a budget, under autocast,
-    with hooks on modules inside, where a gradient is needed, and where the capture failed; `eager` counts the reasons.
+    A chunking without a number for `budget_per_sample`, `budget` or `capacity` has rows for the tokens of the last call
+    of its kind and some more (`graphs.room`). One copy to the host tells the true number. If there are too few rows,
+    the module's own forward computes the call again: no token is lost.
+
+    That forward also runs in the first call of such a kind, on a CPU, with inputs apart from the weights, under
+    autocast, with hooks on modules inside, where a gradient is needed, and where the capture failed; `eager` counts the
+    reasons.
 
     Weights may change in place or move; modules may be exchanged, wrapped and adapted, also LoRA's scales. Call
     `reset()` where another value changes that a module keeps and the forward reads on the host. One object serves one
@@ -44,27 +50,58 @@ class GraphedForward(Replaying):
     def reset(self) -> None:
         """Forget the graphs."""
         super().reset()
+        self._rooms: dict[tuple, dict[int, dict[str, int | None]]] = {}
         self._chunkings = {name: m for name, m in self.model.named_modules() if isinstance(m, DynamicChunking)}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's own forward."""
         self._reset_if_changed()
-        values, form = tree.tree_flatten((args, kwargs, self._settings()))
-        tensors = tuple(value for value in values if isinstance(value, torch.Tensor))
-        plain = tuple(None if isinstance(value, torch.Tensor) else (type(value), value) for value in values)
+        settings = self._settings()
+        tensors, form, plain = _flat((args, kwargs, settings))
         graph = self._why_not(args, kwargs, tensors, plain)
+        loose = [place for place, chunking in enumerate(self._chunkings.values()) if not chunking.fixed]
+        kind = (form, plain, self.model.training, *kind_of(tensors)) if loose and graph is None else None
+        if kind in self._rooms:
+            for place, rows in self._rooms[kind].items():
+                settings[2 * place] |= rows
+            tensors, form, plain = _flat((args, kwargs, settings))
+        elif kind is not None:
+            graph = "first call of its kind"
         if graph is None:
             limits = {"form": form, "plain": plain, "training": self.model.training}
             graph = self.cache.get(tensors, limits, self._run)
-        if isinstance(graph, str):
-            self.eager[graph] += 1
+        if isinstance(graph, Graph):
+            out, routings = graph.replay(tensors)
+            if kind is None or self._fit(kind, {place: routings[place] for place in loose}):
+                self.replays += 1
+                for chunking, routing in zip(self._chunkings.values(), routings, strict=True):
+                    if routing is not None:  # a stack that this forward does not run has none
+                        chunking.routing = Routing(routing.boundary_prob.clone(), routing.plan.clone())
+                return tree.tree_map_only(torch.Tensor, torch.clone, out)
+            graph = "more tokens than there was room for"
+        self.eager[graph] += 1
+        if kind is None:
             return self.own(*args, **kwargs)
-        self.replays += 1
-        out, routings = graph.replay(tensors)
-        for chunking, routing in zip(self._chunkings.values(), routings, strict=True):
-            if routing is not None:  # a stack that this forward does not run has none
-                chunking.routing = Routing(routing.boundary_prob.clone(), routing.plan.clone())
-        return tree.tree_map_only(torch.Tensor, torch.clone, out)
+        chunkings = list(self._chunkings.values())
+        for place in loose:
+            chunkings[place].routing = None
+        out = self.own(*args, **kwargs)
+        self._fit(kind, {place: chunkings[place].routing for place in loose})
+        return out
+
+    def _fit(self, kind: tuple, routings: dict[int, Routing | None]) -> bool:
+        """Whether there was room for the tokens of these stacks. If so the next call of this kind has some more."""
+        rooms = {}
+        for place, routing in routings.items():
+            if routing is None:
+                rooms[place] = {"capacity": 0}  # any number: the stack does not run
+                continue
+            *lengths, overflow, improper = report(routing).tolist()
+            if overflow or improper:  # improper probabilities make the own forward raise
+                return False
+            rooms[place] = room(sum(lengths), max(lengths), len(lengths), routing.plan.cells)
+        self._rooms[kind] = rooms
+        return True
 
     def _owners(self) -> list[nn.Module]:
         return [part for chunking in self._chunkings.values() for part in (chunking, chunking.router)]
@@ -103,9 +140,6 @@ class GraphedForward(Replaying):
         device = next((tensor.device for tensor in (*self._weights, *tensors)), torch.device("cpu"))
         if isinstance(self.cache.capture, CudaCapture) and device.type != "cuda":
             return f"needs a GPU, got {device}"
-        for name, chunking in self._chunkings.items():
-            if not chunking.fixed:
-                return f"{name} has no number for budget_per_sample, budget or capacity"
         if any(tensor.device != device for tensor in tensors):
             leaves, _ = tree.tree_flatten_with_path((args, kwargs, self._settings()))
             path, other = next((p, v) for p, v in leaves if isinstance(v, torch.Tensor) and v.device != device)
@@ -124,6 +158,13 @@ class GraphedForward(Replaying):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.model, self.own, self.replays = state["model"], state["own"], 0
         self.cache, self.eager = GraphCache(state["max_graphs"], CudaCapture()), collections.Counter()
+
+
+def _flat(values: Any) -> tuple[tuple[torch.Tensor, ...], tree.TreeSpec, tuple]:
+    """The tensors of nested values, their form, and what else is in them by type and value, None for a tensor."""
+    leaves, form = tree.tree_flatten(values)
+    plain = tuple(None if isinstance(leaf, torch.Tensor) else (type(leaf), leaf) for leaf in leaves)
+    return tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)), form, plain
 
 
 class Filled(TorchFunctionMode):
