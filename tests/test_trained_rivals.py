@@ -48,6 +48,22 @@ def test_euler_is_that_of_diffusers(monkeypatch):
     assert torch.allclose(have.latents, want.latents, atol=1e-5) and have.latents.std() > 0.5
 
 
+@torch.no_grad()
+def test_finer():
+    """Cells that are alike in each patch have the patch's token, and tokens alike in it predict its mean."""
+    torch.manual_seed(0)
+    coarse = PlainDiT(dydit_on(SIZES))
+    fine = parts.finer(coarse)
+    means = torch.randn(2, 4, 7, 7)
+    tokens = coarse.stem(means.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    blocks = fine.stem(means.repeat_interleave(2, 2).repeat_interleave(2, 3)).unfold(2, 2, 2).unfold(3, 2, 2)
+    torch.testing.assert_close(blocks, tokens[..., None, None].expand_as(blocks))
+    h = torch.randn(2, 1, SIZES.hidden_size)
+    want = coarse.head(h).unflatten(2, (4, 4)).mean(3)
+    torch.testing.assert_close(fine.head(h), want)
+    assert fine.pos_embed.shape == (196, 96) and torch.equal(fine.blocks[0].qkv.weight, coarse.blocks[0].qkv.weight)
+
+
 def test_costs():
     """The plain DiT by the formula of its release; a DC-DiT with the parts that the paper leaves out."""
     ask = {"objective": "flow", "steps": 2, "guidance": 2.0}

@@ -63,7 +63,7 @@ def main_table(lines: list[dict]) -> str:
             cells += [f"{line['gflop']:.2f}", f"{line['recognised']:.1%}"]
             free = line.get("free")
             cells += [
-                format(free[key], how) if free else "–"
+                format(free[key], how) if free and key in free else "–"
                 for key, how in (("gflop", ".2f"), ("cpu_seconds", ".3f"), ("recognised", ".1%"), ("frechet", ".1f"))
             ]
             rows.append(f"| {' | '.join(cells)} |")
