@@ -20,7 +20,8 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 ARCHS = ("80", "90", "100")
-SOURCES = ["bindings.cpp", "plan_cpu.cpp", "dechunk_cpu.cpp", "modulate_cpu.cpp", "group_norm_cpu.cpp"]
+CPU_LOOPS = ("chunk", "cosine", "dechunk", "group_norm", "modulate", "plan")
+SOURCES = ["bindings.cpp", *(f"{name}_cpu.cpp" for name in CPU_LOOPS)]
 CUDA_SOURCES = ["plan_cuda.cu", "rows_cuda.cu"]
 Step = tuple[str, list[Path], Path]  # command with $in and $out, inputs, output
 

@@ -126,7 +126,7 @@ def chunk_problem(case: Case, device: str, compiled: bool) -> Problem:
         lambda h: baselines.segment_means(h, plan.nearest, plan.capacity) + pos.to(h.dtype)[plan.cell_index],
         family="mean",
     )
-    for backend in ("reference", "triton"):
+    for backend in OURS:
         if backend in problem.variants:
             run = functools.partial(K.chunk, plan=plan, reduce="mean", backend=backend)
             problem.variants[f"{backend} mean"] = Variant(

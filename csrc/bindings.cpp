@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "chunk.h"
+#include "cosine.h"
 #include "dechunk.h"
 #include "fill.h"
 #include "group_norm.h"
@@ -87,6 +89,22 @@ void move_rows([[maybe_unused]] const char* op, uintptr_t x, int64_t x_pitch, ui
 #endif
 }
 
+template <class T>
+void chunk_typed(bool mean, uintptr_t token, uintptr_t offsets, uintptr_t member, int64_t rows, int64_t cells,
+                 int64_t features, uintptr_t h, uintptr_t pos, uintptr_t out, int threads) {
+    ChunkArgs a{at<int>(token), at<int>(offsets), at<int>(member), rows, cells, features};
+    py::gil_scoped_release release;
+    (mean ? chunk_mean<T> : chunk<T>)(a, at<const T>(h), at<const T>(pos), at<T>(out), threads);
+}
+
+template <class Real>
+void cosine_typed(const std::array<int64_t, 4>& sizes, uintptr_t q, uintptr_t k, uintptr_t weight, uintptr_t out,
+                  int threads) {
+    py::gil_scoped_release release;
+    boundary_cosine({sizes[0], sizes[1], sizes[2], sizes[3]}, at<const Real>(q), at<const Real>(k),
+                    at<const Real>(weight), at<Real>(out), threads);
+}
+
 template <class Real>
 void window_sum_typed(uintptr_t token, uintptr_t sample, uintptr_t cu, int64_t rows, int64_t features,
                       std::array<int, 3> dim, int radius, double sigma, uintptr_t x, uintptr_t weight, uintptr_t out,
@@ -164,10 +182,12 @@ void group_norm_backward_typed(int64_t batch, int64_t cells, int64_t channels, i
 // The CPU loops of one type, such as m.plug_float; of bfloat16 those of a forward that moves features.
 template <class T>
 void define_typed(py::module_& m, const std::string& type) {
+    m.def(("chunk_" + type).c_str(), chunk_typed<T>);
     m.def(("plug_" + type).c_str(), plug_typed<T>);
     m.def(("modulate_" + type).c_str(), modulate_typed<T>);
     m.def(("group_norm_silu_" + type).c_str(), group_norm_typed<T>);
     if constexpr (std::is_same_v<T, Wide<T>>) {
+        m.def(("boundary_cosine_" + type).c_str(), cosine_typed<T>);
         m.def(("window_sum_" + type).c_str(), window_sum_typed<T>);
         m.def(("plug_backward_" + type).c_str(), plug_backward_typed<T>);
         m.def(("modulate_backward_" + type).c_str(), modulate_backward_typed<T>);
@@ -186,7 +206,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("plan_fill", plan_fill);
     m.def("move_rows", move_rows);
     m.def("scratch_ints", scratch_ints);
-    m.attr("interface") = 5;  // number of the functions' arguments; extension.py compares it
+    m.attr("interface") = 6;  // number of the functions' arguments; extension.py compares it
     m.attr("digits") = kDigits;
     m.attr("cuda_archs") = DCDIT_CUDA_ARCHS;  // such as "80,90,100"; empty without CUDA
 #ifdef DCDIT_CUDA

@@ -10,6 +10,7 @@ import torch
 from . import _triton_support
 from ._check import all_tensors, offsets, require, shaped
 from ._ops import Backend, Differentiable
+from .cpu import _rows
 
 
 def _score_of(x: torch.Tensor, *shape: int) -> torch.Tensor:
@@ -28,6 +29,7 @@ BOUNDARY_COSINE = Differentiable(
     lambda q, k, **_: _score_of(q if q.dtype == torch.float64 else k, *q.shape[:-1]),
     plan=False,
     integers=("cu_seqlens",),
+    native=Backend("dcdit_kernels.cpu.boundary:boundary_cosine", _rows.why_not),
     triton=Backend("dcdit_kernels.triton.boundary_cosine:BoundaryCosine", _triton_support.why_not),
 )
 BOUNDARY_PREDICTABILITY = Differentiable(

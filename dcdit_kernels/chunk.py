@@ -8,6 +8,7 @@ from . import _triton_support
 from ._check import CHUNK_PLAN, no_plan, shaped
 from ._ops import Backend, Differentiable
 from .chunk_plan import ChunkPlan
+from .cpu import _rows
 
 REDUCTIONS = ("own", "mean")
 
@@ -17,6 +18,7 @@ OPERATOR = Differentiable(
     "str reduce",
     lambda h, pos_embed, plan, reduce: h.new_empty(plan.capacity, h.shape[2]),
     unread=("h",),
+    native=Backend("dcdit_kernels.cpu.chunk:Chunk", _rows.why_not),
     triton=Backend("dcdit_kernels.triton.chunk:Chunk", _triton_support.why_not),
 )
 

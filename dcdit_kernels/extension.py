@@ -20,7 +20,7 @@ try:
     load_error: str | None = None
 except ImportError as error:
     _C, load_error = None, str(error)
-INTERFACE = 5  # counts changes of C++ arguments, so that a build of other sources is not called
+INTERFACE = 6  # counts changes of C++ arguments, so that a build of other sources is not called
 if _C is not None and getattr(_C, "interface", 1) != INTERFACE:
     _C, load_error = None, "it was built from other sources"
 

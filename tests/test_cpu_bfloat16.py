@@ -52,6 +52,15 @@ def test_group_norm_and_refilled_cells_are_the_float32_ones_rounded_once():
         assert same(got, want)
 
 
+def test_chunk_rounds_once():
+    """A cell's own row as the reference has it; the mean of a segment and its position are rounded together."""
+    scene = make_scene((9, 30), 100, share=0.3)
+    h, pos = scene.dense().bfloat16(), scene.table(270, 100)
+    want = K.chunk(h, scene.plan, pos, backend="reference")
+    assert torch.equal(K.chunk(h, scene.plan, pos), want) and want.dtype == torch.bfloat16
+    assert same(K.chunk(h, scene.plan, pos, "mean"), K.chunk(h.float(), scene.plan, pos.bfloat16().float(), "mean"))
+
+
 def test_gradients_are_taken_in_float32():
     """A gradient wants the sums that are not rounded; rows in bfloat16 have no backward."""
     scene = make_scene((6, 7), 24)

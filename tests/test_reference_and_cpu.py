@@ -215,10 +215,11 @@ def test_varlen_attention(backend):
 
 
 @pytest.mark.parametrize("share", SHARES)
-def test_chunk(share):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chunk(backend, share):
     _, plan = make((7, 9), share, spare=4)
     h, pos = torch.randn(3, 63, 8, dtype=torch.float64), torch.randn(63, 8, dtype=torch.float64)
-    out, grad, _ = gradients(lambda h, pos: K.chunk(h, plan, pos), h, pos)
+    out, grad, grad_pos = gradients(lambda h, pos: K.chunk(h, plan, pos, backend=backend), h, pos)
     weight = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape)
     want, want_grad = torch.zeros_like(out), torch.zeros_like(h)
     for row, cell in enumerate(plan.token_index.tolist()):
@@ -226,17 +227,20 @@ def test_chunk(share):
             want[row] = h.view(-1, 8)[cell] + pos[cell % 63]
             want_grad.view(-1, 8)[cell] = weight[row]
     assert torch.equal(out, want) and torch.equal(grad, want_grad)
+    torch.testing.assert_close(grad_pos, want_grad.sum(0), rtol=1e-13, atol=1e-13)
+    assert torch.equal(K.chunk(h, plan, backend=backend), K.chunk(h, plan, torch.zeros_like(pos)))
 
 
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("nearest", ["2d", "previous"])
-def test_chunk_means(share, nearest):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chunk_means(backend, share, nearest):
     """Cell by cell; cells that no row refills hold NaN, and neither give nor get anything."""
     prob, plan = make((7, 9), share, spare=4)
     plan = K.plan_chunks(prob, (7, 9), nearest=nearest, capacity=plan.capacity, backend="reference")
     h, pos = torch.randn(3, 63, 8, dtype=torch.float64), torch.randn(63, 8, dtype=torch.float64)
     h.view(-1, 8)[plan.nearest < 0] = math.nan
-    out, grad, grad_pos = gradients(lambda h, pos: K.chunk(h, plan, pos, "mean"), h, pos)
+    out, grad, grad_pos = gradients(lambda h, pos: K.chunk(h, plan, pos, "mean", backend=backend), h, pos)
     weight = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape)
     want, want_grad, want_pos = torch.zeros_like(out), torch.zeros_like(h), torch.zeros_like(pos)
     for row, cell in enumerate(plan.token_index.tolist()):
@@ -264,11 +268,14 @@ def test_boundary_cosine_1d_and_packed():
     torch.testing.assert_close(packed, torch.cat([prob.flatten(), prob.new_zeros(3)]))
 
 
-def test_boundary_cosine_2d():
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("width", [4, 23])
+def test_boundary_cosine_2d(width, backend):
     torch.manual_seed(0)
-    q, k = torch.randn(2, 1, 12, 4, dtype=torch.float64)
-    kernel = torch.rand(4, 3, 3, dtype=torch.float64)
-    prob = K.boundary_cosine(q, k, kernel, (3, 4))
+    q, k = torch.randn(2, 1, 12, width, dtype=torch.float64)
+    kernel = torch.rand(width, 3, 3, dtype=torch.float64)
+    prob = K.boundary_cosine(q, k, kernel, (3, 4), backend=backend)
+    assert (prob[:, [0, -1]] == 1).all()
     unit_q, unit_k = (x / x.norm(dim=-1, keepdim=True) for x in (q[0], k[0]))
     for cell in range(1, 11):
         row, column = divmod(cell, 4)

@@ -98,8 +98,10 @@ CASES = [
     if backend != "native" or DEVICE == "cpu"  # native operators on features are for CPUs
 ]
 
-# PyTorch's own operators choose the order of their sums by sizes. The native dechunk's EMA is theirs.
-PYTORCHS = [(name, "reference") for name in OPERATORS] + [("dechunk, ema", "native")]
+# PyTorch's own operators choose the order of their sums by sizes. The native dechunk's EMA is theirs, and so is the
+# native cosine score where a gradient is wanted.
+COSINES = [name for name in OPERATORS if name.startswith("boundary_cosine")]
+PYTORCHS = [(name, "reference") for name in OPERATORS] + [(name, "native") for name in ("dechunk, ema", *COSINES)]
 
 
 @pytest.fixture(autouse=True)
@@ -148,6 +150,15 @@ def test_a_sample_alone_has_the_bits_it_has_in_a_batch(operator, backend, small_
     for b in range(len(SHARES)):
         (alone,) = run(operator, backend, {name: t[b : b + 1] for name, t in tensors.items()})
         assert same(alone, together[b]), f"sample {b}"
+
+
+def test_the_native_cosine_score_of_a_sample_alone():
+    q, k, weight = torch.randn(3, 35, WIDTH), torch.randn(3, 35, WIDTH), vectors(WIDTH, 3, 3).cpu()
+    together = K.boundary_cosine(q, k, weight, TILED, backend="native")
+    for b in range(3):
+        assert torch.equal(
+            K.boundary_cosine(q[b : b + 1], k[b : b + 1], weight, TILED, backend="native")[0], together[b]
+        )
 
 
 @pytest.mark.parametrize("grid", [None, (3, 7)])
