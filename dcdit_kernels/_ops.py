@@ -162,20 +162,14 @@ class Differentiable(Operator):
         if traced(tensors[0]):
             self._check(inputs)
             return _library.call(self, self.choose(backend, *tensors), inputs)
-        key: list[Any] = [self.name, backend, current.eager]
-        graph = False
+        plan = inputs["plan"] if self.plan else None
+        key: list[Any] = [self.name, backend, current.eager, plan and plan.cu_seqlens.device]
         try:
             for tensor in tensors:
-                if tensor is None:
-                    key.append(None)
-                else:
-                    key += (type(tensor), tensor.dtype, tensor.device, tensor.layout)
-                    graph = graph or tensor.requires_grad
+                key += (None,) if tensor is None else (type(tensor), tensor.dtype, tensor.device, tensor.layout)
         except AttributeError:  # of what is no tensor, which the check names
             self._check(inputs)
             raise
-        plan = inputs["plan"] if self.plan else None
-        key.append(plan and plan.cu_seqlens.device)
         known = tuple(key)
         found = _known.get(known)
         if found is None:
@@ -190,7 +184,8 @@ class Differentiable(Operator):
             raise BackendError(f"{self.name}: {TRANSFORMS}")
         if not own_backward:
             return _full_precision(implementation, tensors[0].device, **inputs)
-        if (graph and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
+        graph = torch.is_grad_enabled() and any([tensor is not None and tensor.requires_grad for tensor in tensors])
+        if graph or forward_ad._current_level >= 0:
             return _Node.apply(self, implementation, inputs, *tensors)
         if elsewhere(tensors[0]):
             return on_device(implementation.forward, tensors[0], **inputs)

@@ -80,6 +80,7 @@ def varlen_attention(
     alike = cu_seqlens_k is cu_seqlens_q and rows_q == rows_k
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k)
     call = {"causal": causal, "uneven": not alike}
+    known = False  # whether the lengths are those of a packing, which has been checked
     if traced(q):  # by operators of PyTorch; a graph depends on no length
         name, library = _choose(backend, call | {"gradients": True, "long": True}, *tensors)
     else:
@@ -90,14 +91,17 @@ def varlen_attention(
         if key not in _chosen:
             _chosen[key] = _choose(backend, call, *tensors)
         name, library = _chosen[key]
+        if packing is not None and alike and cu_seqlens_q is packing.cu_seqlens:
+            known = max_seqlen_q is max_seqlen_k is packing.max_seqlen and rows_q[0] == packing.capacity
     if rows_v != rows_k:
         shaped("varlen_attention", "v", v, *k.shape)
     if not one_batch:
         shapes = f"cu_seqlens_q {tuple(cu_seqlens_q.shape)} and cu_seqlens_k {tuple(cu_seqlens_k.shape)}"
         raise ValueError(f"varlen_attention: {shapes} must describe one batch")
-    _lengths("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-    if not alike or max_seqlen_k != max_seqlen_q:
-        _lengths("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    if not known:
+        _lengths("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+        if not alike or max_seqlen_k != max_seqlen_q:
+            _lengths("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and (library is None or not library.grouped):
         k, v = (part.repeat_interleave(groups, dim=1) for part in (k, v))

@@ -11,7 +11,7 @@ import torch
 
 from ._autograd import KernelFunction
 from ._plan_input import check_values
-from ._triton_support import assume_constant, capability
+from ._triton_support import assume_constant, capability, elsewhere
 from .chunk_plan import ChunkPlan
 
 _C: Any
@@ -72,13 +72,13 @@ def why_not(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None
 def place(device: torch.device, items: int, block: int = 1) -> Any:
     """Where a call runs: the current stream of a GPU, or CPU threads, no more than `items` are worth."""
     if device.type == "cuda":
-        return _C.Place(True, torch.cuda.current_stream(device).cuda_stream, 0, 0)
+        return _C.Place(True, torch._C._cuda_getCurrentRawStream(device.index), 0, 0)
     return _C.Place(False, 0, max(1, min(torch.get_num_threads(), items)), block)
 
 
 def device_of(tensor: torch.Tensor) -> Any:
     """Guard under which a tensor's GPU is the current one."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    return torch.cuda.device(tensor.device) if elsewhere(tensor) else contextlib.nullcontext()
 
 
 def plan_chunks(

@@ -38,7 +38,9 @@ def attend(
     Gradients agree bit for bit between runs under torch.use_deterministic_algorithms(True); faster without.
     """
     call = CALLS[library.keywords]
-    lengths = (cu_seqlens_q.int(), cu_seqlens_k.int(), max_seqlen_q, max_seqlen_k)
+    if cu_seqlens_q.dtype != torch.int32 or cu_seqlens_k.dtype != torch.int32:
+        cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.int(), cu_seqlens_k.int()
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if exact or (packing is not None and not gradients and not library.reads_past):
         return call(library, q, k, v, lengths, softmax_scale, causal)
@@ -128,8 +130,7 @@ def _aten_efficient(library, q, k, v, lengths: Lengths, softmax_scale, causal):
 
 def _triton(library, q, k, v, lengths: Lengths, softmax_scale, causal):
     function, _ = flash.found(library)
-    q, k, v = (_dense_heads(x) for x in (q, k, v))
-    return on_device(function, q, q, k, v, *lengths, softmax_scale)
+    return on_device(function, q, _dense_heads(q), _dense_heads(k), _dense_heads(v), *lengths, softmax_scale)
 
 
 CALLS: dict[tuple[str, ...], Callable[..., Any]] = {

@@ -5,6 +5,7 @@ environment. A process of its own, as compile_kernels is. Prints a JSON object.
 """
 
 import ctypes
+import functools
 import json
 import os
 import sys
@@ -17,13 +18,15 @@ import triton
 from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 
 import dcdit_kernels as K
+from dcdit import DCDiT, DCDiTConfig
+from dcdit.model import PredictabilityRouter
 from dcdit_kernels import _triton_support, flash
 from dcdit_kernels.triton import _launch
 from dcdit_kernels.triton.chunk import chunk_forward
 
 STUB = ctypes.CDLL(Path(os.environ["TRITON_LIBCUDA_PATH"], "libcuda.so.1"))
 SIZES = {"i32": 4, "fp32": 4}  # others are of 8 bytes
-own_launch = _launch.Kernel.launch
+own_launch = _launch.Kernel.__getitem__
 same = 0
 
 
@@ -47,10 +50,10 @@ def taken():
 
 
 def compare(self, grid, *args, **constants):
-    """In place of Kernel.launch: Triton's launch, one that is new here and one that is kept."""
+    """In place of a Kernel's launch: Triton's launch, one that is new here and one that is kept."""
     global same
     if constants:
-        own_launch(self, grid, *args, **constants)
+        compare(self.bind(**constants), grid, *args)
         return
     STUB.stub_expect(0, None)
     compiled = self.function[grid](*args, **self.constants)
@@ -58,7 +61,7 @@ def compare(self, grid, *args, **constants):
     sizes = [SIZES.get(kind, 8) for kind in types] + [8, 8]  # and Triton's two scratch buffers
     STUB.stub_expect(len(sizes), (ctypes.c_int * len(sizes))(*sizes))
     launches = []
-    for launch in (lambda: self.function[grid](*args, **self.constants), *[lambda: own_launch(self, grid, *args)] * 2):
+    for launch in (lambda: self.function[grid](*args, **self.constants), *[lambda: own_launch(self, grid)(*args)] * 2):
         launch()
         launches.append(taken())
     assert launches[0] == launches[1] == launches[2], f"{self.function.__name__}: {launches}"
@@ -131,17 +134,38 @@ def operators():
     }
 
 
+class FixedRouter(PredictabilityRouter):
+    """Runs the router, whose kernels launch nothing, and keeps every other cell."""
+
+    def forward(self, h, c=None, *, grid=None):
+        super().forward(h, c, grid=grid)
+        return torch.tensor([0.9, 0.1]).repeat(h.shape[0], h.shape[1] // 2)
+
+
+def forward_calls():
+    """Functions that a forward of a DC-DiT calls outside of its blocks, and in each block."""
+    counts = []
+    for depth in (1, 2):
+        config = DCDiTConfig(input_size=(4, 4), hidden_size=64, depth=depth, num_heads=2, encoder_width=32)
+        net = DCDiT(config, router=FixedRouter(config)).bfloat16().requires_grad_(False)
+        inputs = torch.zeros(1, 4, 4, 4, dtype=torch.bfloat16), torch.ones(1), torch.ones(1, dtype=torch.int64)
+        counts.append(functions_called(lambda: net(*inputs)))  # noqa: B023
+    return {"DC-DiT outside of blocks": 2 * counts[0] - counts[1], "DC-DiT block": counts[1] - counts[0]}
+
+
 if __name__ == "__main__":
     use_stub()
-    _launch.Kernel.launch = compare
+    _launch.Kernel.__getitem__ = lambda self, grid: functools.partial(compare, self, grid)
     # The kernels of test_aot_kernels, which may be in Triton's cache.
     for dtype, grid, width, batch in ((torch.bfloat16, (32, 32), 1152, 5), (torch.float32, (7, 9), 72, 1)):
         compile_kernels.launch_everything(dtype, grid, width, 0.3, batch)
     awkward()
-    _launch.Kernel.launch = own_launch
+    _launch.Kernel.__getitem__ = own_launch
     STUB.stub_expect(0, None)
     _triton_support._interpreted = lambda: True  # a CPU's tensors pass for a GPU's
     flash._refuses_device, flash.LIBRARIES = lambda *_: None, [x for x in flash.LIBRARIES if x.keywords == flash.TRITON]
     with K.use_backend("triton"):
         calls = {name: functions_called(call) for name, call in operators().items()}
+        _triton_support.INTERPRETED_WRONGLY = ()
+        calls |= forward_calls()
     print(json.dumps({"same": same, "hooked": hooked(), "calls": calls}))

@@ -41,20 +41,24 @@ def _hooked() -> bool:
     """Whether somebody watches launches; a chain of hooks is empty where nobody does."""
     runtime = triton.knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+    try:
+        return bool(enter.calls or leave.calls)
+    except AttributeError:
+        return bool(enter or leave)
 
 
 class Kernel:
-    """A jitted function with its launches: `kernel[grid](*arguments, **constants)`, as Triton writes them."""
+    """A jitted function with its launches: `kernel[grid](*arguments, **constants)`, as Triton writes them.
+
+    Of the parameters, tensors are named `…_ptr` and come first, then numbers, then constants.
+    """
 
     def __init__(self, function: Any, **constants: Any) -> None:
         self.function, self.constants = function, constants
         self.bound: dict[tuple[Any, ...], Kernel] = {}
-        self.kept: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-        self.direct = KNOWN and isinstance(function, JITFunction)  # the interpreter's is another
-        if self.direct:
-            # Of each parameter: whether integers are specialised on; None for a constant, which is by its value.
-            self.special = [None if p.is_constexpr else not p.do_not_specialize for p in function.params]
+        if KNOWN and isinstance(function, JITFunction):  # the interpreter's is another
+            if all([p.name in constants for p in function.params if p.is_constexpr]):
+                self.launch = _direct(function, constants)  # type: ignore[method-assign]
 
     def bind(self, **constants: Any) -> Kernel:
         """This kernel with more constants. A caller that keeps it spares each launch a look-up of the constants."""
@@ -71,39 +75,61 @@ class Kernel:
             if bound is None:
                 bound = self.bound[key] = self.bind(**constants)
             bound.launch(grid, *args)
-            return
-        if not self.direct or _hooked():
+        else:
             self.function[grid](*args, **self.constants)
-            return
-        active = driver.active
-        device = active.get_current_device()
-        kinds: list[Any] = [device]
-        passed = []
-        for value, special in zip(args, self.special, strict=False):
-            kind = type(value)
-            if kind is int:
-                if value >= 2**31:
-                    self.function[grid](*args, **self.constants)
-                    return
-                kinds.append(value if special is None else special and (not value & 15 or (value == 1 and "1")))
-            elif value is None or kind is float:
-                kinds.append(kind)
-            else:
-                kinds.append(value.dtype)
-                value = value.data_ptr()
-                kinds.append(not value & 15)
-            passed.append(value)
-        known = tuple(kinds)
-        kept = self.kept.get(known)
-        if kept is None:
-            compiled = self.function[grid](*args, **self.constants)
-            if isinstance(compiled, CompiledKernel):
-                rest = [self.constants[name] for name in self.function.arg_names[len(args) :]]
-                self.kept[known] = (compiled.run, compiled.function, compiled.packed_metadata, rest)
-            return
-        run, function, metadata, rest = kept
-        x, y, z = (*grid, 1, 1)[:3]
-        run(x, y, z, active.get_current_stream(device), function, metadata, None, None, None, *passed, *rest)
+
+
+# `Kernel.launch` written out for a kernel's own parameters, as Triton writes its binder: a loop over them would take
+# the host longer than all the rest.
+DIRECT = """
+def launch(grid, {arguments}):
+    if hooked() or {beyond}:
+        return function[grid]({arguments}, **constants)
+    active = driver.active
+    device = active.get_current_device()
+    {addresses}
+    key = device, {kinds}, not ({together}) & 15 or ({apart})
+    try:
+        run, handle, metadata = kept[key]
+    except KeyError:
+        compiled = function[grid]({arguments}, **constants)
+        if isinstance(compiled, CompiledKernel):
+            kept[key] = compiled.run, compiled.function, compiled.packed_metadata
+        return
+    x, y, z = (*grid, 1, 1)[:3]
+    run(x, y, z, active.get_current_stream(device), handle, metadata, None, None, None, {passed}, *rest)
+"""
+
+
+def _direct(function: Any, constants: dict[str, Any]) -> Callable[..., None]:
+    """`Kernel.launch` of a kernel that has all its constants."""
+    names = {"function": function, "constants": constants, "kept": {}, "driver": driver, "hooked": _hooked}
+    names |= {"rest": [constants[p.name] for p in function.params if p.is_constexpr], "CompiledKernel": CompiledKernel}
+    exec(_code(function), names)
+    return names["launch"]
+
+
+@functools.cache
+def _code(function: Any) -> Any:
+    given = [p for p in function.params if not p.is_constexpr]
+    tensors = [p.name for p in given if p.name.endswith("_ptr")]
+    numbers = [p for p in given if not p.name.endswith("_ptr")]
+    assert [*tensors, *(p.name for p in numbers)] == [p.name for p in given], function
+    kinds = [f"None if {name} is None else {name}.dtype" for name in tensors]
+    for p in numbers:
+        special = f"not {p.name} & 15 or {p.name} == 1 and '1'"
+        kind = f"{p.name}.__class__"
+        kinds.append(kind if p.do_not_specialize else f"({special}) if {kind} is int else {kind}")
+    source = DIRECT.format(
+        arguments=", ".join(p.name for p in given),
+        beyond=" or ".join(f"{p.name} >= {2**31}" for p in numbers) or "False",
+        addresses="; ".join(f"at_{name} = 0 if {name} is None else {name}.data_ptr()" for name in tensors),
+        kinds=", ".join(kinds),
+        together=" | ".join(f"at_{name}" for name in tensors),
+        apart=", ".join(f"at_{name} & 15" for name in tensors) + ",",
+        passed=", ".join([*(f"at_{name}" for name in tensors), *(p.name for p in numbers)]),
+    )
+    return compile(source, f"<launch of {function.__name__}>", "exec")
 
 
 def jit_kernel(**options: Any) -> Callable[[Callable[..., Any]], Kernel]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -81,6 +82,13 @@ def write_zeros(ptr, first, capacity, step, ROWS: tl.constexpr, WIDTH: tl.conste
         row = start + tl.arange(0, ROWS)
         for column in range(0, WIDTH, COLUMNS):
             store_rows(ptr, row, column + tl.arange(0, COLUMNS), zero, row < capacity, WIDTH)
+
+
+@functools.cache
+def tiled(kernel: Any, width: int) -> tuple[RowTile, Any]:
+    """`row_tile` of this width, and the kernel for it."""
+    tile = row_tile(width)
+    return tile, kernel.bind(**tile.launch)
 
 
 @dataclass(frozen=True)

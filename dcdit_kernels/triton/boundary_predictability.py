@@ -7,6 +7,8 @@ second reading goes through the samples backwards, so that the last ones of the 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -18,8 +20,8 @@ from .group_norm import sigmoid
 
 @jit_kernel()
 def group_statistics(
-    x_ptr, mean_ptr, rstd_ptr, x_batch, x_channel, x_cell, channels, SIZE: tl.constexpr, cells, eps,
-    BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
+    x_ptr, mean_ptr, rstd_ptr, x_batch, x_channel, x_cell, channels, cells, eps,
+    SIZE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """Mean and 1/deviation of one group of one sample, block after block (Chan's update), in one reading."""
     groups = channels // SIZE
@@ -77,8 +79,8 @@ def channel_values(ptr, channel, channels):
 @jit_kernel()
 def predictability_score(
     x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, score_ptr, score_bias_ptr, grad_ptr, out_ptr,
-    x_batch, x_channel, x_cell, channels, SIZE: tl.constexpr, cells,
-    BACKWARD: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
+    x_batch, x_channel, x_cell, channels, cells,
+    SIZE: tl.constexpr, BACKWARD: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """p of some cells of one sample; with BACKWARD the gradient of the logit instead."""
     blocks = tl.cdiv(cells, BLOCK_L)
@@ -106,8 +108,8 @@ def predictability_score(
 @jit_kernel()
 def channel_sums(
     x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, score_ptr, logit_ptr, sums_ptr,
-    x_batch, x_channel, x_cell, channels, SIZE: tl.constexpr, cells,
-    BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
+    x_batch, x_channel, x_cell, channels, cells,
+    SIZE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """Sums over one sample's cells for some channels: gradients of norm_weight, norm_bias and score_weight."""
     blocks = tl.cdiv(channels, BLOCK_C)
@@ -141,8 +143,8 @@ def channel_sums(
 @jit_kernel()
 def predictability_backward(
     x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, score_ptr, logit_ptr, projection_ptr, level_ptr, out_ptr,
-    x_batch, x_channel, x_cell, channels, SIZE: tl.constexpr, cells, out_batch, out_channel, out_cell,
-    BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
+    x_batch, x_channel, x_cell, channels, cells, out_batch, out_channel, out_cell,
+    SIZE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """dx = rstd·(dx̂ - mean(dx̂) - x̂·mean(dx̂·x̂)), the means of each group given."""
     blocks = tl.cdiv(channels, BLOCK_C)
@@ -177,23 +179,31 @@ def _statistics(x, groups, eps):
     """Mean and 1/deviation, each (B, groups)."""
     batch, channels, cells = x.shape
     size = channels // groups
-    mean, rstd = (torch.empty(batch, groups, dtype=torch.float32, device=x.device) for _ in range(2))
-    block = min(next_power_of_2(size), 64)
-    group_statistics[(batch * groups,)](
-        x, mean, rstd, *x.stride(), channels, size, cells, eps, BLOCK_C=block, BLOCK_L=8192 // block, num_warps=8
-    )
+    mean = torch.empty(batch, groups, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    _statistics_kernel(size)[(batch * groups,)](x, mean, rstd, *x.stride(), channels, cells, eps)
     return mean, rstd
+
+
+@functools.cache
+def _statistics_kernel(size):
+    block = min(next_power_of_2(size), 64)
+    return group_statistics.bind(SIZE=size, BLOCK_C=block, BLOCK_L=8192 // block, num_warps=8)
 
 
 def _scores(x, statistics, parameters, grad, groups):
     """p (B, L), or with the gradient of p the logit's gradient."""
     batch, channels, cells = x.shape
     out = torch.empty(batch, cells, dtype=torch.float32, device=x.device)
-    predictability_score[(batch * cdiv(cells, 32),)](
-        x, *statistics, *parameters, grad, out, *x.stride(), channels, channels // groups, cells,
-        BACKWARD=grad is not None, BLOCK_C=64, BLOCK_L=32, num_warps=8,
-    )  # fmt: skip
+    _score_kernel(channels // groups, grad is not None)[(batch * cdiv(cells, 32),)](
+        x, *statistics, *parameters, grad, out, *x.stride(), channels, cells
+    )
     return out
+
+
+@functools.cache
+def _score_kernel(size, backward):
+    return predictability_score.bind(SIZE=size, BACKWARD=backward, BLOCK_C=64, BLOCK_L=32, num_warps=8)
 
 
 class BoundaryPredictability:
@@ -213,19 +223,19 @@ class BoundaryPredictability:
             return tuple(torch.zeros_like(t) for t in inputs)
         x, strides, parameters = _flat(*inputs)
         batch, channels, cells = x.shape
-        shape = (*strides, channels, channels // groups, cells)
+        shape, size = (*strides, channels, cells), channels // groups
         statistics = _statistics(x, groups, eps)
         logit = _scores(x, statistics, parameters, grad.contiguous(), groups)
         sums = torch.empty(3, batch, channels, dtype=torch.float32, device=x.device)
         common = (x, *statistics, *parameters[:3], logit)
         channel_sums[(batch * cdiv(channels, 16),)](
-            *common, sums, *shape, BLOCK_C=16, BLOCK_L=64, num_warps=4
+            *common, sums, *shape, SIZE=size, BLOCK_C=16, BLOCK_L=64, num_warps=4
         )  # fmt: skip
-        means = (sums[:2] * parameters[0].float()).view(2, batch, groups, -1).sum(-1) / (channels // groups * cells)
+        means = (sums[:2] * parameters[0].float()).view(2, batch, groups, -1).sum(-1) / (size * cells)
         last = features.is_contiguous(memory_format=torch.channels_last)  # as the convolution before takes it
         grad_x = torch.empty_like(features, memory_format=(torch.contiguous_format, torch.channels_last)[last])
         predictability_backward[(batch * cdiv(channels, 16) * cdiv(cells, 64),)](
-            *common, *means, grad_x, *shape, *grad_x.flatten(2).stride(), BLOCK_C=16, BLOCK_L=64, num_warps=4
+            *common, *means, grad_x, *shape, *grad_x.flatten(2).stride(), SIZE=size, BLOCK_C=16, BLOCK_L=64, num_warps=4
         )  # fmt: skip
         shared = (*(part.sum(0) for part in sums), logit.sum().view(score_bias.shape))
         return grad_x, *(g.to(t.dtype) for g, t in zip(shared, inputs[1:], strict=True))

@@ -10,7 +10,17 @@ import torch
 import triton.language as tl
 
 from ._launch import jit_kernel
-from ._rows import cdiv, load_columns, load_rows, next_power_of_2, pointer_rows, row_tile, store_rows, strided_rows
+from ._rows import (
+    cdiv,
+    load_columns,
+    load_rows,
+    next_power_of_2,
+    pointer_rows,
+    row_tile,
+    store_rows,
+    strided_rows,
+    tiled,
+)
 
 
 @jit_kernel(do_not_specialize=["capacity"])
@@ -100,11 +110,10 @@ class Chunk:
                     plan.cells, width, COLUMNS=columns, num_warps=1,
                 )  # fmt: skip
                 return out
-            tile = row_tile(width)
-            chunk_forward[tile.grid(plan.capacity)](
-                h, pos_embed, plan.token_index, out, h_stride, pos_stride, plan.cells, plan.capacity, width,
-                **tile.launch,
-            )  # fmt: skip
+            tile, kernel = tiled(chunk_forward, width)
+            kernel[tile.grid(plan.capacity)](
+                h, pos_embed, plan.token_index, out, h_stride, pos_stride, plan.cells, plan.capacity, width
+            )
         return out
 
     @staticmethod

@@ -15,7 +15,7 @@ import torch
 import triton.language as tl
 
 from ._launch import jit_kernel
-from ._rows import cdiv, load_columns, load_rows, next_power_of_2, pointer_rows, row_tile, store_rows
+from ._rows import cdiv, load_columns, load_rows, next_power_of_2, pointer_rows, store_rows, tiled
 from .confidence import clamp_confidence, prob_gradient
 from .ema import scan, scan_backward
 from .smooth import Smoothing
@@ -176,10 +176,11 @@ def _scratch(x, plan, buffers):
 
 def _plug(rows, residual, plan, out, first, samples, cu_seqlens):
     """Cells of some samples; with `cu_seqlens` their rows begin at the first of `rows`."""
-    tile = row_tile(out.shape[2])
-    plug_forward[tile.grid(samples * plan.cells)](
+    tile, kernel = tiled(plug_forward, out.shape[2])
+    cells = out.shape[1]
+    kernel[tile.grid(samples * cells)](
         rows, residual, plan.nearest, cu_seqlens, out, rows.stride(0), 0 if residual is None else residual.stride(0),
-        first, plan.cells, (first + samples) * plan.cells, out.shape[2], **tile.launch,
+        first, cells, (first + samples) * cells, out.shape[2],
     )  # fmt: skip
 
 

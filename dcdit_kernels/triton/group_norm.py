@@ -258,7 +258,7 @@ class GroupNormSiLU:
         out = torch.empty_like(x, memory_format=torch.channels_last)
         if x.numel() == 0:
             return out
-        weight, bias, cond, x_bias = (_unit_stride(t) for t in (weight, bias, cond, x_bias))
+        weight, bias, cond, x_bias = _unit_strides(weight, bias, cond, x_bias)
         make_moments, kernel, _, _ = _kernels(x.shape[1], groups, CELLS, STEP)
         moments, cells, slab_cells, beside = _moments(x, make_moments)
         stride = 0 if cond is None else cond.stride(0)
@@ -273,7 +273,7 @@ class GroupNormSiLU:
         if x.numel() == 0:
             return tuple(None if t is None else torch.zeros_like(t) for t in (x, *rest))
         grad = grad.contiguous(memory_format=torch.channels_last)
-        weight, bias, cond, x_bias = (_unit_stride(t) for t in rest)
+        weight, bias, cond, x_bias = _unit_strides(*rest)
         make_moments, _, make_sums, kernel = _kernels(x.shape[1], groups, CELLS, STEP)
         moments, cells, slab_cells, beside = _moments(x, make_moments)
         statistics, sums = torch.empty_like(moments[..., 0]), torch.empty_like(moments)
@@ -291,6 +291,6 @@ class GroupNormSiLU:
         return grad_x, *(None if t is None else g.to(t.dtype) for g, t in zip(grads, rest, strict=True))
 
 
-def _unit_stride(values):
-    """A vector, or rows, with unit stride inside; None stays None."""
-    return values if values is None or values.stride(-1) == 1 else values.contiguous()
+def _unit_strides(*tensors):
+    """Vectors, or rows, with unit stride inside; None stays None."""
+    return [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors]

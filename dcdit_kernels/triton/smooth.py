@@ -250,7 +250,7 @@ class Smoothing:
     def forward(self, x, out, first_sample, samples, a=None):
         """Writes the smoothed rows of some samples to `out` (rows, D) in float32, beginning at its first row; with `a`
         (capacity,) s in their place, and a."""
-        kernel = _forward_kernel(len(self.points) - 1, x.shape[1], x.dtype, a is not None)
+        kernel = _forward_kernel(self.points.shape[0] - 1, x.shape[1], x.dtype, a is not None)
         kernel[(samples * self.blocks, self.parts(x.shape[1]))](
             x, self.points, self.windows, self.plan.cu_seqlens, out, a, x.stride(0), first_sample, self.blocks,
             self._falloff, *x.shape,
@@ -260,7 +260,7 @@ class Smoothing:
         """Writes dx (capacity, D) and parts of dp̃ of some samples, and with the last of them the zeros of the rows past
         the last live one. `grad` (rows, D) is G in float32, beginning at the first row of `first_sample`;
         `q` (parts, capacity) are parts of G·s; as many first parts of dp̃ hold (1 + a) G·(x - s) already."""
-        launch = _launch(len(self.points) - 1, x.shape[1], grad.dtype)
+        launch = _launch(self.points.shape[0] - 1, x.shape[1], grad.dtype)
         tail = not self.plan.exact and first_sample + samples == self.plan.batch_size
         smooth_backward[((samples + tail) * self.blocks, len(partial) - len(q))](
             grad, a, q, x, self.points, self.windows, self.plan.cu_seqlens, grad_x, partial, x.stride(0), first_sample,
