@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcdit import DCDiT, DCDiTConfig, preset
+from dcdit.model import embedders
 from dcdit.model.layers import Conv3x3
 from dcdit_kernels import _triton_support, use_backend
 
@@ -78,6 +79,8 @@ class Counter(TorchDispatchMode):
         """2 per multiply-add."""
         if name in ("addmm", "mm"):
             return 2 * outs[0].numel() * args[-2].shape[1]
+        if name == "_linear_pointwise":  # with GELU, as `_addmm_activation` is on a GPU
+            return 2 * outs[0].numel() * args[1].shape[1]
         if name == "convolution":
             return 2 * outs[0].numel() * args[1][0].numel()
         if name == "varlen_attention":
@@ -93,13 +96,14 @@ def count(config: DCDiTConfig, batch: int, tokens: int, dtype: torch.dtype = tor
     with patch.object(Conv3x3, "channels_last_on", ("cpu",)):  # as they are on a GPU
         net = cast_net(DCDiT(config), dtype).eval()
     net._check = lambda *args: None  # it looks at values
-    counter = Counter(tokens)
+    counter, table = Counter(tokens), torch.empty(128)
     net.main.register_forward_pre_hook(lambda *_: setattr(counter, "part", "main"))
     net.main.register_forward_hook(lambda *_: setattr(counter, "part", "scaffold"))
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         # One kernel on a GPU; a LayerNorm, which PyTorch does not take apart on a CPU, moves the same bytes.
         patch.object(F, "rms_norm", lambda x, shape, weight, eps: F.layer_norm(x, shape, weight, None, eps)),
+        patch.object(embedders, "frequencies", lambda like: table),  # kept since the first call
         patch.object(_triton_support, "INTERPRETED_WRONGLY", ()),
         patch.object(_triton_support, "_interpreted", lambda: True),
         use_backend("triton"),

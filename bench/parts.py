@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 from dcdit_kernels import chunk, dechunk, plan_chunks
 
@@ -37,6 +38,7 @@ def training_parts(case: Case, device: str, step_s: float, rounds: int = 5) -> d
     prob = routed_prob(case, device).clone().requires_grad_()
     plan = plan_chunks(prob, grid, case.drop_fraction)
     capacity = plan.capacity if device == "cuda" else None
+    active = F.silu(c)
     tokens, image = draw(plan.capacity, width, dtype=case.torch_dtype), h.transpose(1, 2).unflatten(2, grid)
 
     @torch.autocast(device, enabled=False)
@@ -44,13 +46,13 @@ def training_parts(case: Case, device: str, step_s: float, rounds: int = 5) -> d
         return net.router.inner(wide, c), net.residual_proj(wide)
 
     parts = {
-        "encoder": lambda: net.encoder(net.stem(x), c),
+        "encoder": lambda: net.encoder(net.stem(x), active),
         "router": score,
         "plan": lambda: plan_chunks(prob, grid, case.drop_fraction, capacity=capacity),
         "chunk": lambda: chunk(h, plan, net.pos_embed),
         "main": lambda: net.main(tokens, c, plan),
         "dechunk": lambda: dechunk(tokens, prob, plan, wide, config.sigma),
-        "decoder": lambda: net.final(net.decoder(image, c), c),
+        "decoder": lambda: net.final(net.decoder(image, active), active),
     }
     leaves = [*net.parameters(), c, x, h, wide, prob, tokens]
     mixed = case.torch_dtype != torch.float32

@@ -9,7 +9,7 @@ from dcdit.model.flops import dcdit_flops
 CONFIG = DCDiTConfig(input_size=(8, 8), hidden_size=128, depth=2, num_heads=2, encoder_width=32, num_classes=5)
 
 
-@pytest.mark.parametrize(("stride", "outside"), [(1, 80), (2, 84)])
+@pytest.mark.parametrize(("stride", "outside"), [(1, 74), (2, 78)])
 def test_counts(stride, outside):
     config = DCDiTConfig(**{**CONFIG.to_dict(), "encoder_stride": stride})
     parts, flops = count(config, 3, 16), dcdit_flops(config, 16)
@@ -19,7 +19,7 @@ def test_counts(stride, outside):
     rest = flops["total"] - main_flops - flops["dechunk"] + flops["uncounted"]
     assert parts["scaffold"].flops == pytest.approx(3e9 * rest, rel=0.01)
     assert parts["scaffold"].launches <= outside
-    # silu, RMSNorm and the last gated residual; per block 9.
+    # silu, RMSNorm and the last gated residual; per block 9, or 8 with GELU in a product.
     assert parts["main"].launches <= 4 + 9 * 2
 
 

@@ -35,8 +35,9 @@ def dcdit_forward(
     `pad` its attention is the padded one."""
     grid = net.config.input_size
     c = net.time_embed(t) + net.class_embed(y)
+    active = F.silu(c)
     with use_backend("reference"):  # GroupNorm and SiLU one after the other
-        h = net.encoder(net.stem(x), c)
+        h = net.encoder(net.stem(x), active)
     with torch.autocast(x.device.type, enabled=False):
         wide = h.to(torch.promote_types(h.dtype, torch.float32))
         residual = net.residual_proj(wide)
@@ -53,7 +54,7 @@ def dcdit_forward(
     with torch.autocast(x.device.type, enabled=False):
         refilled = dechunk(pad_rows(rows, valid, place), prob, padded, residual, grid, net.config.sigma)
     with use_backend("reference"):
-        out = net.decoder(refilled.transpose(1, 2).unflatten(2, grid), c)
+        out = net.decoder(refilled.transpose(1, 2).unflatten(2, grid), active)
     shift, scale = net.final.adaln(c)[:, None].chunk(2, dim=2)
     out = net.final.linear(F.layer_norm(out, out.shape[-1:], eps=1e-6) * (1 + scale) + shift)
     stride = net.config.encoder_stride

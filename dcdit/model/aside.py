@@ -13,9 +13,12 @@ T = TypeVar("T")
 
 def captured(like: torch.Tensor) -> bool:
     """Whether a CUDA graph is being captured on the device of `like`, without gradients and torch.compile."""
-    if not like.is_cuda or torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return False
-    return torch.cuda.is_current_stream_capturing()
+    return not torch.compiler.is_compiling() and not torch.is_grad_enabled() and capturing(like)
+
+
+def capturing(like: torch.Tensor) -> bool:
+    """Whether a CUDA graph is being captured on the device of `like`, outside of torch.compile."""
+    return like.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def aside(compute: Callable[[], T], like: torch.Tensor) -> Callable[[], T]:

@@ -44,7 +44,7 @@ class ResidualConvBlock(nn.Module):
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         """x (B, in, H, W) channels-last, c (B, D) → (B, out, H, W) channels-last.
 
-        c comes through the SiLU of `cond` already, which `ConvStack` computes once for all blocks.
+        c comes through the SiLU of `cond` already, which `DCDiT.condition` computes once for all blocks.
         """
         h = self.norm2(*self.conv1(self.norm1(x)), self.cond[1](c))
         if isinstance(self.conv2, BiasApartConv3x3):  # the product of the skip adds both biases
@@ -65,10 +65,10 @@ class ConvStack(nn.Module):
         self.norm = RMSNorm(widths[-1], eps=1e-5)
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        """x (B, C, H, W), c (B, D) → (B, H·W, width)."""
-        x, active = x.contiguous(memory_format=torch.channels_last), F.silu(c)
+        """x (B, C, H, W), c (B, D) through SiLU → (B, H·W, width)."""
+        x = x.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
-            x = block(x, active)
+            x = block(x, c)
         return self.norm(x.flatten(2).transpose(1, 2))
 
 
@@ -98,10 +98,10 @@ class CoarseEncoder(nn.Module):
         self.norm = RMSNorm(width, eps=1e-5)
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        """x (B, e, H/stride, W/stride), c (B, D) → h (B, H·W, D), cells in raster order."""
-        x, active = x.contiguous(memory_format=torch.channels_last), F.silu(c)
+        """x (B, e, H/stride, W/stride), c (B, D) through SiLU → h (B, H·W, D), cells in raster order."""
+        x = x.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
-            x = block(x, active)
+            x = block(x, c)
         cells = self.spread(x.movedim(1, -1)).unflatten(3, (self.stride, self.stride, -1))
         return self.norm(cells.transpose(2, 3).flatten(1, 4))
 
@@ -117,12 +117,12 @@ class CoarseDecoder(nn.Module):
         self.norm = RMSNorm(narrow, eps=1e-5)
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        """x (B, D, H, W), c (B, D) → (B, blocks of cells, e)."""
+        """x (B, D, H, W), c (B, D) through SiLU → (B, blocks of cells, e)."""
         height, width = (side // self.stride for side in x.shape[2:])
         cells = x.movedim(1, -1).unflatten(2, (width, self.stride)).unflatten(1, (height, self.stride))
-        x, active = self.gather(cells.transpose(2, 3).flatten(3)).movedim(-1, 1), F.silu(c)
+        x = self.gather(cells.transpose(2, 3).flatten(3)).movedim(-1, 1)
         for block in self.blocks:
-            x = block(x, active)
+            x = block(x, c)
         return self.norm(x.flatten(2).transpose(1, 2))
 
 

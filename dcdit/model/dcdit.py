@@ -168,9 +168,9 @@ class DCDiT(nn.Module):
         return (out, routing) if return_routing else out
 
     def condition(self, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """t, y (B,) → the conditioning (B, D) of the backbone, and of encoder and decoder."""
+        """t, y (B,) → the conditioning (B, D) of the backbone, and of encoder and decoder, through their SiLU."""
         c = self.time_embed(t) + self.class_embed(y)
-        return c, self.cond_norm(c)
+        return c, F.silu(self.cond_norm(c))
 
     def encode(self, x: torch.Tensor, outer: torch.Tensor) -> torch.Tensor:
         """x (B, C, H, W), outer (B, D) → h (B, L, D), a feature of each cell in raster order."""
@@ -222,10 +222,12 @@ class DCDiT(nn.Module):
 
     def decode(self, tokens: torch.Tensor, h: torch.Tensor, routing: Routing, outer: torch.Tensor) -> torch.Tensor:
         """Tokens (capacity, D) back on the grid, with h (B, L, D) beside them → the prediction (B, C or 2C, H, W)."""
-        grid, stride = routing.plan.grid, self.config.encoder_stride
+        (height, width), stride = routing.plan.grid, self.config.encoder_stride
         refilled = routing.dechunk(tokens, self.residual_proj(h), self.config.sigma)
-        out = self.decoder(refilled.transpose(1, 2).unflatten(2, grid), outer)
-        out = self.final(out, outer).transpose(1, 2).unflatten(2, [side // stride for side in grid])
+        batch, _, features = refilled.shape
+        out = self.decoder(refilled.view(batch, height, width, features).permute(0, 3, 1, 2), outer)
+        out = self.final(out, outer)
+        out = out.view(batch, height // stride, width // stride, out.shape[2]).permute(0, 3, 1, 2)
         return out if stride == 1 else F.pixel_shuffle(out, stride)
 
     def _begun(self, c: torch.Tensor, inputs: dict[str, Any]) -> dict[str, Any]:

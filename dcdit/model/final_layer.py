@@ -17,6 +17,6 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, channels)
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        """x (B, L, width), c (B, width_cond) → (B, L, channels)."""
-        shift, scale = self.adaln(c).chunk(2, dim=1)
+        """x (B, L, width), c (B, width_cond) through the SiLU of `adaln` already → (B, L, channels)."""
+        shift, scale = self.adaln[1](c).chunk(2, dim=1)
         return self.linear(adaln_modulate(x, shift, scale))

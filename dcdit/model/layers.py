@@ -75,10 +75,10 @@ class PointwiseConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor, further_bias: torch.Tensor | None = None) -> torch.Tensor:
         """(B, in, H, W), best channels-last, → (B, out, H, W) channels-last; `further_bias` (out,) is added as well."""
-        cells = x.movedim(1, -1)
+        batch, _, height, width = x.shape
         bias = self.bias if further_bias is None else self.bias + further_bias
-        out = F.linear(cells.flatten(0, -2), self.weight.flatten(1), bias)
-        return out.unflatten(0, cells.shape[:-1]).movedim(-1, 1)
+        out = F.linear(x.permute(0, 2, 3, 1).flatten(0, 2), self.weight.flatten(1), bias)
+        return out.view(batch, height, width, self.out_channels).permute(0, 3, 1, 2)
 
 
 class WidePointwiseConv2d(PointwiseConv2d):
@@ -109,7 +109,7 @@ def linear_gelu(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
             if not x.is_cuda:
                 return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "gelu", [], "tanh")
             hidden = torch.ops.aten._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
-            return hidden.unflatten(0, x.shape[:-1])
+            return hidden.view(*x.shape[:-1], hidden.shape[1])
     return gelu_tanh(layer(x), layer)
 
 

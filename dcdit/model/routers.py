@@ -45,9 +45,8 @@ class PredictabilityRouter(nn.Module):
         `grid` is the configuration's where None. The frames of a video (F, H, W) are separate planes, a
         sequence (L,) is one row.
         """
-        plane = (1, *(grid or self.grid))[-2:]
-        planes = h.reshape(-1, math.prod(plane), h.shape[2])
-        z = self.proj(planes.transpose(1, 2).unflatten(2, plane))
+        height, width = (1, *(grid or self.grid))[-2:]
+        z = self.proj(h.reshape(-1, height, width, h.shape[2]).permute(0, 3, 1, 2))
         return self.score(self.scorer(z - self.context(z)), *self.norm()).view(h.shape[:2])
 
     def macs(self, cells: int) -> float:
