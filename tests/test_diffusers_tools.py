@@ -290,6 +290,7 @@ def test_every_field_of_the_configuration_reaches_the_diffusers_model():
         "norm_groups": 16,
         "segment_mean": True,
         "keep_grid": 3,
+        "direct_init": True,
     }
     config = DCDiTConfig(**fields, learn_sigma=False, cond_norm=True)
     default = DCDiTConfig()

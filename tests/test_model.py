@@ -72,6 +72,27 @@ def test_segment_means_and_norm_groups():
         assert int((grad[0].abs().sum(1) > 0).sum()) == (net.config.cells if name == "mean" else int(prob.sum()))
 
 
+@pytest.mark.parametrize("meta", [False, True])
+def test_a_direct_start(meta):
+    """Each cell reaches the decoder from the first step, as strong as nine taps would make it."""
+    config = DCDiTConfig.from_dict({**TINY.to_dict(), "direct_init": True})
+    torch.manual_seed(0)
+    with torch.device("meta" if meta else "cpu"):
+        direct = DCDiT(config)
+    if meta:
+        direct.to_empty(device="cpu").init_weights()
+    torch.manual_seed(0)
+    usual, x = DCDiT(TINY), torch.randn(8, config.in_channels, *config.input_size)
+    apart = x.clone()
+    apart[..., 0, 0] += 1
+    changed = (direct.stem(apart) - direct.stem(x)).detach().abs().amax((0, 1)) > 1e-6
+    assert changed[0, 0] and changed.sum() == 1
+    h = torch.randn(2, config.hidden_size)
+    torch.testing.assert_close(direct.residual_proj(h), h)
+    ratio = direct.stem(x).var() / usual.stem(x).var()
+    assert 0.5 < ratio < 2 and not usual.residual_proj.weight.any()
+
+
 def test_a_regular_grid_is_kept():
     """Besides the router's cells and the caller's, but for banned cells; a drop takes none of the grid."""
     torch.manual_seed(0)
@@ -249,6 +270,7 @@ def test_bad_input(model, change, message):
         ({"target_ratio": 1}, "target_ratio N must be greater than 1"),
         ({"norm_groups": 64}, "must be multiples of norm_groups 64, got 384 and 96"),
         ({"keep_grid": -1}, "keep_grid must be an integer of at least 0, got -1"),
+        ({"direct_init": 1}, "direct_init must be true or false, got 1"),
         ({"segment_mean": 1}, "segment_mean must be true or false, got 1"),
     ],
 )

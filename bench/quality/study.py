@@ -53,11 +53,13 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "kept-grid": ("learned", ["model.keep_grid=4"]),
     "groups": ("learned", ["model.norm_groups=8"]),
     "mended": ("learned", ["model.preset=digits-best"]),
+    "direct": ("learned", ["model.preset=digits-best", "model.direct_init=true"]),
     "coarse": ("learned", ["model.encoder_stride=2"]),
     "random": ("random", []),
     "random-mended": ("random", ["model.preset=digits-best"]),
     "grid": ("grid", []),
     "grid-mended": ("grid", ["model.segment_mean=true", "model.norm_groups=8"]),
+    "grid-direct": ("grid", ["model.segment_mean=true", "model.norm_groups=8", "model.direct_init=true"]),
     "plain": ("plain", []),
 }
 # Width → the sizes of the model, and the depth of a plain DiT of about as many FLOPs.

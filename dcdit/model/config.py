@@ -23,7 +23,8 @@ class DCDiTConfig:
     away the time and class just added to it. The paper's `encoder_stride` is 1; 2 runs encoder and decoder on blocks of
     2×2 cells, at a fifth of their FLOPs. With `segment_mean` a token is the mean of the cells that it will refill; the
     paper's is its own cell. `keep_grid` k > 0 keeps every k-th cell of every k-th row besides the router's; they count
-    towards 1/N.
+    towards 1/N. `direct_init` starts the stem with its centre tap alone and the residual path as the identity, so that
+    cells reach the decoder from the first step; the paper's start with nine taps and zeros.
     Raises ConfigError when the sizes do not fit together.
     """
 
@@ -44,6 +45,7 @@ class DCDiTConfig:
     cond_norm: bool = False
     segment_mean: bool = False
     keep_grid: int = 0
+    direct_init: bool = False
 
     def __post_init__(self) -> None:
         size = self.input_size
@@ -72,7 +74,7 @@ class DCDiTConfig:
         for name in ("mlp_ratio", "target_ratio", "sigma"):
             if not isinstance(getattr(self, name), int | float):
                 raise ConfigError(f"{name} must be a number, got {getattr(self, name)!r}")
-        for name in ("learn_sigma", "cond_norm", "segment_mean"):
+        for name in ("learn_sigma", "cond_norm", "segment_mean", "direct_init"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.hidden_size % self.num_heads:

@@ -78,10 +78,15 @@ class DCDiT(nn.Module):
         self._init_linears()
 
     def _init_linears(self) -> None:
-        """Xavier linears, zero adaLN and output (DiT), zero residual projection (H-Net)."""
+        """Xavier linears, zero adaLN and output (DiT), zero residual projection (H-Net) or, if configured, identity."""
         skipped = ("router", "main") if "backbone" in self.own_parts else ("router",)
         init_linears(self, ("adaln.1", "final.linear", "residual_proj"), skipped)
         nn.init.normal_(self.class_embed.weight, std=0.02)
+        if self.config.direct_init:
+            nn.init.eye_(self.residual_proj.weight)
+            with torch.no_grad():
+                centre = 3 * self.stem.weight[..., 1, 1]  # as much variance as of nine taps
+                self.stem.weight.zero_()[..., 1, 1] = centre
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options: Any) -> DCDiT:
