@@ -24,7 +24,7 @@ from dcdit.training.transformers import TransformerConfig, train_transformer
 ALL = ["target_ratio=1.0001", "ratio_weight=0", "distill_steps=0"]
 CASES = {
     "copied": [],
-    "split": ["fsdp=true"],
+    "split": ["fsdp=true", "checkpointing=true"],
     "all": ["fsdp=true", *ALL],
     "lora": ["fsdp=true", "lora=2", *ALL],
 }
