@@ -33,7 +33,6 @@ from ..resume import check_allowed, compare, describe_data, diverged
 from ..state import EMA, Metrics, load_state, read_header, save_state, whole
 from .config import TransformerConfig
 from .lora import Learned, add_lora, merged, save_adapters
-from .sharding import shard
 from .student import Batch, Student, keep_a_share, read_source, save_model
 
 _NOISE, _BATCHES = 5, 6  # streams of random numbers, beside those of dcdit.training.batches
@@ -70,6 +69,8 @@ class TransformerUpcycler:
         if config.checkpointing:
             self.net.enable_gradient_checkpointing()
         if config.fsdp:
+            from .sharding import shard  # not every build of torch has it
+
             shard(self.net)
             shard(teacher)
         self.student = Student(self.velocity, self.net, teacher, config.target_ratio)
