@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..extension import unpack_rows
 from ..reference._packed import accumulate_dtype, take_rows
 from ._rows import TYPES, address, kernel, threads
 
@@ -27,9 +28,7 @@ class Chunk:
         shape = plan.batch_size, plan.cells, h.shape[2]
         own = grad_h = None
         if reduce == "own" or needs[1]:
-            live = plan.token_index >= 0
-            own = grad_h = grad.new_zeros(shape[0] * shape[1], shape[2])
-            own.index_copy_(0, plan.token_index[live].long(), grad[live])
+            own = grad_h = unpack_rows(grad, plan.token_index, shape[0] * shape[1])
         if reduce == "mean" and needs[0]:
             counts = plan.member_offsets.diff().clamp(min=1)[:, None]
             grad_h = take_rows(grad.to(accumulate_dtype(grad)) / counts, plan.nearest).to(grad.dtype)
