@@ -18,8 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcdit import DCDiT, DCDiTConfig, preset
-from dcdit.model import embedders
-from dcdit.model.layers import Conv3x3
+from dcdit.model import embedders, layers
 from dcdit_kernels import _triton_support, use_backend
 
 from .models import cast_net
@@ -93,7 +92,7 @@ def count(config: DCDiTConfig, batch: int, tokens: int, dtype: torch.dtype = tor
 
     `tokens` are the retained tokens of each sample. Weights and features are in `dtype`; what is always float32 stays.
     """
-    with patch.object(Conv3x3, "channels_last_on", ("cpu",)):  # as they are on a GPU
+    with patch.object(layers.Conv3x3, "channels_last_on", ("cpu",)):  # as they are on a GPU
         net = cast_net(DCDiT(config), dtype).eval()
     net._check = lambda *args: None  # it looks at values
     counter, table = Counter(tokens), torch.empty(128)
@@ -104,6 +103,7 @@ def count(config: DCDiTConfig, batch: int, tokens: int, dtype: torch.dtype = tor
         # One kernel on a GPU; a LayerNorm, which PyTorch does not take apart on a CPU, moves the same bytes.
         patch.object(F, "rms_norm", lambda x, shape, weight, eps: F.layer_norm(x, shape, weight, None, eps)),
         patch.object(embedders, "frequencies", lambda like: table),  # kept since the first call
+        patch.object(layers, "onednn_takes", lambda x: False),  # the same count on every CPU
         patch.object(_triton_support, "INTERPRETED_WRONGLY", ()),
         patch.object(_triton_support, "_interpreted", lambda: True),
         use_backend("triton"),

@@ -4,6 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 import dcdit_kernels as K
 from dcdit.model import layers
@@ -93,8 +94,11 @@ def test_gelu_is_in_the_product_where_onednn_takes_bfloat16(monkeypatch):
         hook = layer.register_forward_hook(lambda *_: None)
         layers.linear_gelu(layer, x)
         hook.remove()
+        wrapped = torch.nn.Linear(48, 96).bfloat16()  # as torchao's quantised weights are
+        wrapped.weight = torch.nn.Parameter(TwoTensor(layer.weight.data, layer.weight.data))
+        layers.linear_gelu(wrapped, x)
         with mock.patch.object(torch.backends.mkldnn, "is_available", lambda: False):
             layers.linear_gelu(layer, x)
     layers.linear_gelu(layer, x).sum().backward()
     layers.linear_gelu(layer.float(), x.float())
-    assert len(apart) == 5 and layer.weight.grad is not None
+    assert len(apart) == 6 and layer.weight.grad is not None

@@ -122,8 +122,13 @@ def onednn_takes(x: torch.Tensor) -> bool:
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether layer(x) is a linear map or convolution and nothing more: no adapter, quantisation, offload or hook."""
+    if type(layer) not in (nn.Linear, Conv3x3, BiasApartConv3x3) or "forward" in layer.__dict__:
+        return False
     watched = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or hooks._global_forward_hooks
-    return type(layer) in (nn.Linear, Conv3x3, BiasApartConv3x3) and "forward" not in layer.__dict__ and not watched
+    return not watched and type(layer.weight) in (
+        nn.Parameter,
+        torch.Tensor,
+    )  # a quantised weight is a class of its own
 
 
 def may_overwrite(x: torch.Tensor, source: nn.Module | None) -> bool:
