@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
 from dcdit_kernels import chunk, dechunk, plan_chunks
 
@@ -33,12 +32,12 @@ def training_parts(case: Case, device: str, step_s: float, rounds: int = 5) -> d
         return torch.randn(*shape, device=device, dtype=dtype, requires_grad=True)
 
     # In the dtypes that they have in a step: autocast leaves the router and the residual path in float32.
-    c, x = draw(case.batch, width), draw(case.batch, config.in_channels, *grid)
+    c, active = draw(case.batch, width), draw(case.batch, width)
+    x = draw(case.batch, config.in_channels, *grid)
     h, wide = draw(case.batch, cells, width, dtype=case.torch_dtype), draw(case.batch, cells, width)
     prob = routed_prob(case, device).clone().requires_grad_()
     plan = plan_chunks(prob, grid, case.drop_fraction)
     capacity = plan.capacity if device == "cuda" else None
-    active = F.silu(c)
     tokens, image = draw(plan.capacity, width, dtype=case.torch_dtype), h.transpose(1, 2).unflatten(2, grid)
 
     @torch.autocast(device, enabled=False)
@@ -54,7 +53,7 @@ def training_parts(case: Case, device: str, step_s: float, rounds: int = 5) -> d
         "dechunk": lambda: dechunk(tokens, prob, plan, wide, config.sigma),
         "decoder": lambda: net.final(net.decoder(image, active), active),
     }
-    leaves = [*net.parameters(), c, x, h, wide, prob, tokens]
+    leaves = [*net.parameters(), c, active, x, h, wide, prob, tokens]
     mixed = case.torch_dtype != torch.float32
 
     launching: dict[Callable, float] = {}
