@@ -103,7 +103,7 @@ def scaffold_problem(case: Case, device: str, compiled: bool) -> Problem:
             x = F.conv2d(silu(block.norm2, h), block.conv2.weight, block.conv2.bias, padding=1) + skip
         return stack.norm(x.flatten(2).transpose(1, 2))
 
-    variants = {"dcdit": Variant(functools.partial(chain, Nets(master), lambda stack, x, c: stack(x, c)))}
+    variants = {"dcdit": Variant(functools.partial(chain, Nets(master), lambda stack, x, c: stack(x, F.silu(c))))}
     for name, layout in (("plain", torch.contiguous_format), ("plain channels-last", torch.channels_last)):
         nets = Nets(master, lambda net, layout=layout: net.to(memory_format=layout))
         variants[name] = Variant(functools.partial(chain, nets, functools.partial(plain, layout)))
