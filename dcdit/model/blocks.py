@@ -84,7 +84,8 @@ class DiTBlock(nn.Module):
 
     def mix(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
         """(T, D) → (T, heads, D/heads): the output of each head."""
-        q, k, v = self.qkv(x).view(-1, 3, self.heads, x.shape[1] // self.heads).unbind(1)
+        qkv = self.qkv(x)
+        q, k, v = qkv.view(qkv.shape[0], 3, self.heads, qkv.shape[1] // (3 * self.heads)).unbind(1)
         lengths = (packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen)
         return varlen_attention(q, k, v, *lengths, packing=packing)
 
