@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as hooks
 
 
@@ -125,10 +126,8 @@ def is_plain(layer: nn.Module) -> bool:
     if type(layer) not in (nn.Linear, Conv3x3, BiasApartConv3x3) or "forward" in layer.__dict__:
         return False
     watched = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or hooks._global_forward_hooks
-    return not watched and type(layer.weight) in (
-        nn.Parameter,
-        torch.Tensor,
-    )  # a quantised weight is a class of its own
+    # A quantised weight is a class of its own; so is the stand-in of a mode that counts memory.
+    return not watched and type(layer.weight) in (nn.Parameter, torch.Tensor, FakeTensor)
 
 
 def may_overwrite(x: torch.Tensor, source: nn.Module | None) -> bool:
