@@ -78,8 +78,6 @@ class Counter(TorchDispatchMode):
         """2 per multiply-add."""
         if name in ("addmm", "mm"):
             return 2 * outs[0].numel() * args[-2].shape[1]
-        if name == "_linear_pointwise":  # with GELU, as `_addmm_activation` is on a GPU
-            return 2 * outs[0].numel() * args[1].shape[1]
         if name == "convolution":
             return 2 * outs[0].numel() * args[1][0].numel()
         if name == "varlen_attention":
