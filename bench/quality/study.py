@@ -57,6 +57,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "coarse": ("learned", ["model.encoder_stride=2"]),
     "random": ("random", []),
     "random-mended": ("random", ["model.preset=digits-best"]),
+    "random-direct": ("random", ["model.preset=digits-best", "model.direct_init=true"]),
     "grid": ("grid", []),
     "grid-mended": ("grid", ["model.segment_mean=true", "model.norm_groups=8"]),
     "grid-direct": ("grid", ["model.segment_mean=true", "model.norm_groups=8", "model.direct_init=true"]),
