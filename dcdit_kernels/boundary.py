@@ -10,6 +10,7 @@ import torch
 from . import _triton_support
 from ._check import all_tensors, offsets, require, shaped
 from ._ops import Backend, Differentiable
+from ._plan_input import SIZES
 from .cpu import _rows
 
 
@@ -79,7 +80,8 @@ def boundary_cosine(
         if cu_seqlens is not None or not isinstance(grid, Sequence):
             raise ValueError(f"boundary_cosine: kernel needs grid=(H, W) and dense q, k, got grid={grid}")
         shaped("boundary_cosine", "kernel", kernel, q.shape[-1], 3, 3)
-        fits = len(grid) == 2 and min(grid) >= 1 and grid[0] * grid[1] == q.shape[1]
+        sides = len(grid) == 2 and all([isinstance(n, SIZES) and n >= 1 for n in grid])
+        fits = sides and grid[0] * grid[1] == q.shape[1]
         require(fits, "boundary_cosine: grid must be (H, W) with H·W = L = {}, got {}", q.shape[1], grid)
     return BOUNDARY_COSINE(backend, q=q, k=k, kernel=kernel, cu_seqlens=cu_seqlens, grid=grid)
 

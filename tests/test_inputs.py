@@ -267,6 +267,10 @@ def predictability(prob, norm_bias=None, **options):
             lambda prob, plan: K.boundary_cosine(*[prob[None].mT] * 2, torch.ones(2, 3, 3), (4, 4, 1)),
             r"boundary_cosine: grid must be \(H, W\) with H·W = L = 16, got \(4, 4, 1\)",
         ),
+        (
+            lambda prob, plan: K.boundary_cosine(*[prob[None].mT] * 2, torch.ones(2, 3, 3), (4.0, 4.0)),
+            r"boundary_cosine: grid must be \(H, W\) with H·W = L = 16, got \(4\.0, 4\.0\)",
+        ),
         (lambda prob, plan: predictability(prob, groups=0), "16 channels do not fit 0 groups"),
         (lambda prob, plan: predictability(prob, eps=-1.0), "predictability: eps must not be negative, got -1.0"),
         (lambda prob, plan: predictability(prob, norm_bias=prob[0].int()), "norm_bias must be float16, .* got .*int32"),

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from dcdit.checkpoints.folder import load_checkpoint
 from dcdit.errors import CheckpointError
 from dcdit.model.dcdit import DCDiT
+from dcdit.model.precision import cast_weights
 
 
 def test_options_that_no_download_has(tmp_path):
@@ -69,9 +70,10 @@ def test_sizes_are_compared_before_anything_is_allocated(sizes, message, tmp_pat
         load_checkpoint(tmp_path / "a")
 
 
-def test_a_table_of_another_grid_is_named(tmp_path):
-    """Grids of as many cells have tables of one shape."""
-    DCDiT(dataclasses.replace(TINY, input_size=(4, 9))).save_pretrained(tmp_path / "a")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_table_of_another_grid_is_named(dtype, tmp_path):
+    """Grids of as many cells have tables of one shape. A model that samples in bfloat16 can be saved."""
+    cast_weights(DCDiT(dataclasses.replace(TINY, input_size=(4, 9))), dtype).save_pretrained(tmp_path / "a")
     config = json.loads((tmp_path / "a/config.json").read_text())
     load_checkpoint(tmp_path / "a")
     config["model"]["input_size"] = [6, 6]

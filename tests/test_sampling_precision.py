@@ -10,8 +10,12 @@ from bench.gate import cast, evaluate, psnr
 from bench.measure import build
 from dcdit import DCDiT, DCDiTConfig, preset
 from dcdit.checkpoints.folder import save_checkpoint
+from dcdit.checkpoints.systems_folder import SYSTEMS
 from dcdit.cli import main
 from dcdit.model import precision
+from dcdit.model.dit_config import SparseDiTConfig
+from dcdit.model.patch_dit import PatchDiT
+from dcdit.model.plain_dit import PlainDiT
 from dcdit.training.config import load_config
 from dcdit.training.run import train
 
@@ -75,7 +79,21 @@ def test_the_command_says_what_it_chose_and_is_overridden(checkpoint, tmp_path, 
     _, asked, said = run("d", "--precision", "bfloat16")
     assert asked == half and "AMX" not in said.out
     status, _, said = run("a")
-    assert status == 2 and "precision" in said.err  # a folder has the pictures of one precision
+    assert status == 2 and "precision=bfloat16, this call asks for float32" in said.err
+
+
+@pytest.mark.parametrize("kind", [PlainDiT, *(kind for kind, _ in SYSTEMS.values())])
+def test_an_input_of_another_precision_is_named(kind):
+    """By the DiTs as by a DC-DiT, PatchDiT's coarse scales included."""
+    config = dict(SYSTEMS.values()).get(kind, DCDiTConfig)
+    sizes = {"input_size": (8, 8), "hidden_size": 64, "num_heads": 4}
+    sizes |= {"sparse_size": (2, 2)} if config is SparseDiTConfig else {"depth": 1}
+    sizes |= {"encoder_width": 32} if config is DCDiTConfig else {}
+    model = precision.cast_weights(kind(config(**sizes)), torch.bfloat16)
+    y = torch.zeros(1, dtype=torch.long)
+    for options in ({}, {"scale": 2}) if kind is PatchDiT else ({},):
+        with pytest.raises(ValueError, match=r"x must be torch\.bfloat16 as the model is, got torch\.float32"):
+            model(torch.zeros(1, 4, 8, 8), torch.zeros(1), y, **options)
 
 
 def test_training_is_not_touched(tmp_path, amx):

@@ -35,8 +35,8 @@ def check_grid(table: torch.Tensor, config: DCDiTConfig, path: Path) -> None:
     cells, width = config.cells, config.hidden_size
     grids = [config.input_size, *((h, cells // h) for h in range(1, cells + 1) if cells % h == 0)]
     for grid in grids:
-        # In units of cells, or of the patches of a DiT that the model comes from.
-        if any(torch.allclose(table, sincos_2d(width, grid, patch), atol=1e-4) for patch in (1, 2)):
+        # In units of cells, or of the patches of a DiT that the model comes from; rounded as the table is.
+        if any(torch.allclose(table, sincos_2d(width, grid, patch).to(table), atol=1e-4) for patch in (1, 2)):
             if grid != config.input_size:
                 ours, theirs = ("×".join(map(str, size)) for size in (config.input_size, grid))
                 raise CheckpointError(

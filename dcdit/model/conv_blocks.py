@@ -14,7 +14,7 @@ from torch import nn
 from dcdit_kernels import group_norm_silu
 
 from .config import DCDiTConfig
-from .layers import BiasApartConv3x3, Conv3x3, PointwiseConv2d, RMSNorm, may_overwrite
+from .layers import BiasApartConv3x3, Conv3x3, PointwiseConv2d, RMSNorm, check_dtype, may_overwrite
 
 
 class GroupNormSiLU(nn.GroupNorm):
@@ -81,9 +81,7 @@ class Stem(Conv3x3):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, C, H, W) → (B, width, H/stride, W/stride). Raises ValueError for another dtype than the model's."""
-        wanted = self.weight.dtype
-        if not x.is_floating_point() or (x.dtype != wanted and not torch.is_autocast_enabled(x.device.type)):
-            raise ValueError(f"x must be {wanted} as the model is, got {x.dtype}")
+        check_dtype(x, self.weight)
         return super().forward(x if self.unshuffle == 1 else F.pixel_unshuffle(x, self.unshuffle))
 
 

@@ -12,6 +12,7 @@ from dcdit_kernels import Packing, adaln_modulate
 
 from .blocks import Stream
 from .embedders import TimestepEmbedding, positions_of, sincos_2d
+from .layers import check_dtype
 
 
 class DiTShell(nn.Module):
@@ -42,8 +43,10 @@ class DiTShell(nn.Module):
         return tuple(side // self.patch for side in x.shape[2:])
 
     def patches(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, C, H, W) → tokens (B, N, D), their positions added."""
+        """x (B, C, H, W) → tokens (B, N, D), their positions added. Raises ValueError for another dtype than the
+        model's."""
         # Token after token in memory: the transposed view would make each pass over h in every block a strided one.
+        check_dtype(x, self.stem.weight)
         tokens = self.stem(x).flatten(2).transpose(1, 2).contiguous()
         grid = self.grid_of(x)
         return tokens + (self.pos_embed if grid == self.grid else positions_of(self.pos_embed, grid))

@@ -11,6 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as hooks
 
 
+def check_dtype(x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Raise ValueError where a model's input x is not floating point, or without autocast not of its weight's dtype."""
+    if not x.is_floating_point() or (x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)):
+        raise ValueError(f"x must be {weight.dtype} as the model is, got {x.dtype}")
+
+
 class RMSNorm(nn.RMSNorm):
     """In its input's dtype: under autocast the weight is wider, and PyTorch's fused kernel takes one dtype only."""
 

@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import ConfigError
 from .dit_config import PatchDiTConfig
 from .embedders import sincos_2d
-from .layers import gelu_tanh
+from .layers import check_dtype, gelu_tanh
 from .plain_dit import PlainBlock, PlainDiT
 
 
@@ -83,6 +83,7 @@ class CoarsePatches(nn.Module):
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, C, H, W) → tokens (B, M, D)."""
+        check_dtype(x, self.stem.weight)
         return self.stem(x).flatten(2).transpose(1, 2).contiguous() + (self.pos_embed + self.vector)
 
     def pixels(self, h: torch.Tensor) -> torch.Tensor:
