@@ -65,7 +65,6 @@ def main(argv: list[str] | None = None, begin: float | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("bench.gpu: this Python's torch sees no GPU", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running stages are ended too
     FOLDER.mkdir(parents=True, exist_ok=True)
     earlier = json.loads(RESULT.read_text()) if args.call == "second" and RESULT.exists() else None
     result = earlier or {**describe(args.device), "stages": [], "rates": None, "current": None, "cases": []}
@@ -317,4 +316,5 @@ def report(call: str, stages: list[dict], seconds: float) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running stages are ended too
     sys.exit(main(begin=BEGIN))

@@ -184,7 +184,9 @@ def _coarser(budget: torch.Tensor, coarse: CoarseStart, keep_grid: int) -> torch
 
 def _check_chunking(model: Any, what: str) -> None:
     if isinstance(model, Paced) or not isinstance(model, DCDiT | Graphed):
-        raise ConfigError(f"{what} is for a DC-DiT without a policy, got a {type(innermost(model)).__name__}")
+        inner = innermost(model)  # a policy's name says less where it is around another system
+        got = type(model if isinstance(inner, DCDiT) else inner).__name__
+        raise ConfigError(f"{what} is for a DC-DiT without a policy, got a {got}")
 
 
 class Denoising:
