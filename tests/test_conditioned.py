@@ -112,9 +112,9 @@ def test_bad_shards(message, tmp_path):
 
 
 def test_a_truncated_shard(tmp_path):
-    shard(tmp_path / "0.tar", in_parts(0))
+    shard(tmp_path / "0.tar", in_parts(0) | in_parts(1))
     data = (tmp_path / "0.tar").read_bytes()
-    for length in (700, 100):
+    for length in (700, 100, data.index(b"train/0001") + 100):
         (tmp_path / "0.tar").write_bytes(data[:length])
         with pytest.raises(DataError, match=r"0\.tar is not a tar that can be read"):
             Conditioned(str(tmp_path))

@@ -103,6 +103,8 @@ def _members(shard: Path, names: tuple[str, ...]) -> list[tuple[str, dict[str, S
     ends = {"safetensors", "npz", *(f"{name}.npy" for name in names)}
     found: dict[str, dict[str, Span]] = {}
     try:
+        if shard.stat().st_size % tarfile.BLOCKSIZE:  # within a header tarfile takes it for the end
+            raise tarfile.ReadError(f"truncated, its size is no multiple of {tarfile.BLOCKSIZE} bytes")
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
                 path = PurePosixPath(member.name)
