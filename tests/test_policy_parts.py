@@ -196,7 +196,7 @@ def test_bad_input(net):
             net,
             "teacache=0.1",
             {"gflops_per_image": 1.0},
-            "gflops_per_image is for a DC-DiT without a policy, got a DCDiT",
+            "gflops_per_image is for a DC-DiT without a policy, got a TeaCache",
         ),
         (net, "gates=0.5", {}, "gates are of a DyDiT, this model is a DCDiT"),
         (plain, "rho=0.2", {}, "rho is of a model with a router, this one is a PlainDiT"),
