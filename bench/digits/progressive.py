@@ -66,7 +66,7 @@ def teach(model: DCDiT, codec, data: Digits | Idx, steps: int, batch: int, lr: f
 
 
 def recogniser(data: Path | None, runs: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """A classifier of grey pictures uint8 (N, H, W): the digits', or that of `bench.judge` for idx files."""
+    """A classifier of grey pictures uint8 (N, H, W): the digits', or that of `bench.quality.judge` for idx files."""
     if data is None:
         from dcdit.pictures.classifier import DigitClassifier
 
