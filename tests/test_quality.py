@@ -22,6 +22,7 @@ from bench.euler import make_euler
 from bench.quality import collect, curves, farm, judge, lockstep, maps, pictures, places, sets, study, tables, where
 from bench.quality.rivals import GridRouter, RandomRouter, RivalTrainer, make_rival
 from dcdit.model.config import DCDiTConfig
+from dcdit.model.flops import dcdit_flops, dit_flops
 from dcdit.model.routing import Routing
 from dcdit.sampling import trajectory
 from dcdit.sampling.sampler import sample
@@ -82,6 +83,15 @@ def data(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize("scale", study.DEPTHS)
+def test_the_plain_dit_has_about_as_many_flops(scale, data):
+    args = argparse.Namespace(data=data, runs=data, steps=1, seed=0, device="cpu")
+    args.width, args.ratio, args.cell = scale
+    ours, plain = (study.configuration(name, args).model for name in ("direct", "plain"))
+    least = dcdit_flops(ours, ours.cells / args.ratio)["total"]
+    assert least < dit_flops(plain, plain.cells / 4) < 1.1 * least
+
+
 def test_a_run_has_one_line(data, tmp_path, monkeypatch, capsys):
     results, page = tmp_path / "quality.jsonl", tmp_path / "quality.md"
     key = f"mended --steps 2 --data {data} --runs {tmp_path}/runs".split()
@@ -119,6 +129,7 @@ def test_a_run_has_one_line(data, tmp_path, monkeypatch, capsys):
     assert "old" not in text and text.startswith("before") and "\nbetween\n" in text and text.endswith("after\n")
     assert text.count("| mended | 2 | 0 | 10 | ") == 4 and "at guidance" not in text
     (joined,) = tables.joined([line], list(again.values()))
+    assert "_at_" not in str(tables.joined([{**line, "ratio": 16}], list(again.values())))
     assert {key: joined[key] for key in joined if "_at_" in key} == {
         "frechet_at_1": again[0.0, 1.0]["frechet"],
         "frechet_at_1.5": again[0.0, 1.5]["frechet"],
@@ -156,9 +167,12 @@ def test_a_coloured_set(tmp_path, monkeypatch):
     study.main()
     (line,) = map(json.loads, results.read_text().splitlines())
     assert line["set"] == "set" and all(np.isfinite(line[key]) for key in ("frechet", "frechet_patches", "recognised"))
-    args = argparse.Namespace(data=data, runs=tmp_path / "runs", width=96, steps=2, seed=0, device="cpu")
+    args = argparse.Namespace(data=data, runs=tmp_path / "runs", width=96, steps=2, seed=0, device="cpu", **sets.SCALE)
     config = study.configuration("mended", args)
     assert (config.model.in_channels, config.model.input_size, config.model.num_classes) == (12, (8, 8), 2)
+    fine = study.configuration("direct-free", argparse.Namespace(**{**vars(args), "ratio": 16, "cell": 1}))
+    assert (fine.model.in_channels, fine.model.input_size, fine.model.target_ratio) == (3, (16, 16), 16)
+    assert fine.output.endswith("-n16-c1") and fine.codec.factor == 1 and fine.model.keep_grid == 0
     patches = judge.Patches(3)(torch.arange(3 * 64, dtype=torch.uint8).view(1, 3, 8, 8))
     assert patches.shape == (4, 48) and (patches[1] * 255).round().tolist()[15:18] == [31, 68, 69]
 
@@ -321,17 +335,18 @@ for name in names:
         assert {"runs/0/set/b/metrics.jsonl", "runs/4.log", "probe/2.log"} <= set(archive.getnames())
 
 
+@pytest.mark.parametrize("cell", [1, 2])
 @pytest.mark.parametrize("colours", [1, 3])
-def test_where_tokens_and_errors_are(colours):
+def test_where_tokens_and_errors_are(colours, cell):
     """Two pictures of a striped and a plain half, and a model that keeps the striped cells and predicts nothing."""
     striped = torch.full((2, colours, 12, 16), -1.0 if colours == 1 else 1.0)
     striped[:, -1, :, 8::2] *= -1
 
     def model(x, t, y, return_routing):
-        prob = torch.zeros(2, 6, 8)
-        prob[..., 4:] = 1.0
-        return torch.zeros_like(x), Routing.of(prob.flatten(1), (6, 8))
+        prob = torch.zeros(2, *x.shape[2:])
+        prob[..., x.shape[3] // 2 :] = 1.0
+        return torch.zeros_like(x), Routing.of(prob.flatten(1), tuple(x.shape[2:]))
 
-    for t, loss, front, back, front_loss, back_loss in places.lines(model, striped, torch.zeros(2)):
+    for t, loss, front, back, front_loss, back_loss in places.lines(model, striped, torch.zeros(2), cell):
         assert (front, back) == (1.0, 0.0)
         assert loss == pytest.approx((front_loss + back_loss) / 2, abs=1e-5) and 1.5 < loss < 2.5, t

@@ -9,7 +9,7 @@ import numpy as np
 from dcdit.data.picture_sets import PictureSet, open_set
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
-FACTOR = 2  # pixels of a cell's side, as in bench/quality/study.yaml
+SCALE = {"ratio": 4, "cell": 2}  # N and the pixels of a cell's side, where a run's line does not say them
 
 
 def path_of(data: Path, half: str) -> Path:
@@ -35,14 +35,24 @@ def side_of(data: Path) -> int:
         return picture.width
 
 
-def changes(data: Path) -> list[str]:
-    """The changes to bench/quality/study.yaml that train on the set."""
+def scale(run: dict) -> str:
+    """What the name of a run says of its N and cells: nothing where they are SCALE."""
+    own = {key: run.get(key, usual) for key, usual in SCALE.items()}
+    return "" if own == SCALE else "-n{ratio}-c{cell}".format(**own)
+
+
+def changes(data: Path, cell: int) -> list[str]:
+    """The changes to bench/quality/study.yaml that train on the set, with cells of `cell` pixels a side.
+
+    Coloured sets and cells of one pixel have batches of 16, for a CPU's time.
+    """
+    first = next(open_half(data, "test").batches())[0]
+    side, colours, classes = len(first), 3 if is_folder(data) else 1, len(set(open_half(data, "test").labels))
     paths = [f"data.path={path_of(data, 'train')}", f"validation.path={path_of(data, 'test')}"]
-    if not is_folder(data):
-        return paths
-    side, classes = side_of(data), len(set(open_half(data, "test").labels))
-    model = [f"in_channels={3 * FACTOR**2}", f"input_size={side // FACTOR}", f"num_classes={classes}"]
-    return [*paths, "batch_size=16", "data.kind=folder", f"data.size={side}", *(f"model.{change}" for change in model)]
+    model = [f"in_channels={colours * cell**2}", f"input_size={side // cell}", f"num_classes={classes}"]
+    kind = ["data.kind=folder", f"data.size={side}"] if is_folder(data) else []
+    batch = ["batch_size=16"] if is_folder(data) or cell == 1 else []
+    return [*paths, *kind, *batch, f"codec.factor={cell}", *(f"model.{change}" for change in model)]
 
 
 def classes_to_draw(data: Path, count: int) -> np.ndarray:

@@ -41,36 +41,41 @@ from . import judge, sets
 from .lockstep import train_together
 from .places import where
 from .rivals import RivalTrainer, make_rival
+from .sets import SCALE
 
 CONFIG = Path(__file__).with_name("study.yaml")
 RESULTS = Path(__file__).parents[1] / "results" / "quality.jsonl"
 DRAWN = "quality_drawn.jsonl"  # beside RESULTS
 
+# The changes of digits-best; its kept grid has a quarter of the tokens at any N.
+FIXED = ["model.segment_mean=true", "model.norm_groups=8"]
+MENDED = [*FIXED, "model.keep_grid={kept}"]
+DIRECT = "model.direct_init=true"
 # Name → the kind of rival, and its changes to bench/quality/study.yaml.
 VARIANTS: dict[str, tuple[str, list[str]]] = {
     "learned": ("learned", []),
     "means": ("learned", ["model.segment_mean=true"]),
-    "kept-grid": ("learned", ["model.keep_grid=4"]),
+    "kept-grid": ("learned", ["model.keep_grid={kept}"]),
     "groups": ("learned", ["model.norm_groups=8"]),
-    "mended": ("learned", ["model.preset=digits-best"]),
-    "direct": ("learned", ["model.preset=digits-best", "model.direct_init=true"]),
+    "mended": ("learned", MENDED),
+    "direct": ("learned", [*MENDED, DIRECT]),
+    "direct-free": ("learned", [*FIXED, DIRECT]),
     "coarse": ("learned", ["model.encoder_stride=2"]),
     "random": ("random", []),
-    "random-mended": ("random", ["model.preset=digits-best"]),
-    "random-direct": ("random", ["model.preset=digits-best", "model.direct_init=true"]),
+    "random-mended": ("random", MENDED),
+    "random-direct": ("random", [*MENDED, DIRECT]),
     "grid": ("grid", []),
-    "grid-mended": ("grid", ["model.segment_mean=true", "model.norm_groups=8"]),
-    "grid-direct": ("grid", ["model.segment_mean=true", "model.norm_groups=8", "model.direct_init=true"]),
+    "grid-mended": ("grid", FIXED),
+    "grid-direct": ("grid", [*FIXED, DIRECT]),
     "plain": ("plain", []),
 }
-# Width → the sizes of the model, and the depth of a plain DiT of about as many FLOPs.
-WIDTHS: dict[int, tuple[list[str], int]] = {
-    96: ([], 11),
-    192: (
-        ["model.hidden_size=192", "model.num_heads=6", "model.encoder_width=64", "model.depth=8", "optim.lr=1.0e-3"],
-        13,
-    ),
+# Width → the sizes of the model.
+WIDTHS: dict[int, list[str]] = {
+    96: [],
+    192: ["model.hidden_size=192", "model.num_heads=6", "model.encoder_width=64", "model.depth=8", "optim.lr=1.0e-3"],
 }
+# Width, N and pixels of a cell's side → the depth of a plain DiT of about as many FLOPs, on 2×2 cells a token.
+DEPTHS = {(96, 4, 2): 11, (96, 16, 2): 6, (96, 4, 1): 10, (96, 16, 1): 5, (192, 4, 2): 13}
 ON_GPU = ["cuda_graph=true", "batch_size=64", "data.workers=2", "log_every=10", "save_every=1000000"]
 SAMPLES = {"steps": 30, "guidance": 1.5, "seed": 0}
 
@@ -97,16 +102,17 @@ class StudyTrainer(RivalTrainer):
 
 def folder_of(name: str, args: argparse.Namespace) -> Path:
     """The folder of a run."""
-    return args.runs / args.data.name / f"{name}-{args.width}-{args.steps}-{args.seed}"
+    return args.runs / args.data.name / f"{name}-{args.width}-{args.steps}-{args.seed}{sets.scale(vars(args))}"
 
 
 def configuration(name: str, args: argparse.Namespace) -> TrainConfig:
     """A variant's configuration."""
     kind, changes = VARIANTS[name]
-    sizes, depth = WIDTHS[args.width]
-    changes = [*changes, *sizes, *([f"model.depth={depth}"] if kind == "plain" else [])]
+    changes = [change.format(kept=2 * math.isqrt(args.ratio)) for change in changes] + WIDTHS[args.width]
+    if kind == "plain":
+        changes.append(f"model.depth={DEPTHS[args.width, args.ratio, args.cell]}")
     changes += [f"output={folder_of(name, args)}", f"steps={args.steps}", f"seed={args.seed}"]
-    changes += sets.changes(args.data)
+    changes += [f"model.target_ratio={args.ratio}", *sets.changes(args.data, args.cell)]
     return load_config(CONFIG, changes + (ON_GPU if args.device == "cuda" else []))
 
 
@@ -130,7 +136,7 @@ def run(names: list[str], args: argparse.Namespace) -> Iterator[dict]:
         for (trainer, name), spent in zip(trainers.items(), seconds, strict=True):
             model = average(trainer, trainer.emas[0]).to(trainer.device).eval()
             line = {"variant": name, "steps": trainer.step, "together": len(names), f"train_{clock}_seconds": spent}
-            line |= {**numbers(model, trainer), "where": where(model, args.data), **facts}
+            line |= {**numbers(model, trainer), "where": where(model, args.data, args.cell), **facts}
             verdict = None
             if args.samples:
                 sheet, labels, trace = pictures(model, trainer.config, args, **SAMPLES)
@@ -210,6 +216,8 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=1300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--width", type=int, default=96, choices=WIDTHS)
+    parser.add_argument("--ratio", type=int, default=4, choices=[4, 16], help="N: 1/N of the cells are kept")
+    parser.add_argument("--cell", type=int, default=2, choices=[1, 2], help="pixels of a cell's side")
     parser.add_argument("--data", type=Path, default=sets.FASHION, help="idx files, or a folder of classes")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder for the runs")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
@@ -233,7 +241,7 @@ def main() -> None:
     else:
         torch.set_float32_matmul_precision("high")  # TF32, as PyTorch's convolutions have by default
     key = {"set": args.data.name, "width": args.width, "seed": args.seed, "samples": args.samples}
-    key |= {"device": args.device, "steps": args.steps}
+    key |= {"device": args.device, "steps": args.steps, "ratio": args.ratio, "cell": args.cell}
     if args.drop_fractions or args.guidances:
         pairs = product(args.drop_fractions or [0.0], args.guidances or [SAMPLES["guidance"]])
         drawn = args.results.with_name(DRAWN)
@@ -263,7 +271,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 def found(key: dict, results: Path) -> bool:
     """Whether the results have a line with this key."""
-    return results.exists() and any(key.items() <= line.items() for line in machine.read_lines(results))
+    return results.exists() and any(key.items() <= {**SCALE, **line}.items() for line in machine.read_lines(results))
 
 
 def write(line: dict, results: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..machine import read_lines
+from .sets import SCALE
 from .study import DRAWN, RESULTS, VARIANTS
 
 PAGE = Path(__file__).parents[2] / "docs" / "quality.md"
@@ -36,19 +37,21 @@ DRAWN_COLUMNS = {"ρ": ("drop_fraction", "g", 1), "guidance": ("guidance", "g", 
 
 
 def tables(results: list[dict]) -> str:
-    """A table for each set, width, number of steps and of pictures, and device, the longest runs first.
+    """A table for each set, N, size of cells, width, number of steps and of pictures, and device; long runs first.
 
     It has means and ranges over the seeds. Of the distances at other guidances it has those that all of its runs have.
     """
     order = list(VARIANTS)
-    by_run = lambda r: (r["set"], r["width"], -r["steps"], r["samples"], r["device"])  # noqa: E731
+    by_run = lambda r: (r["set"], r["ratio"], r["cell"], r["width"], -r["steps"], r["samples"], r["device"])  # noqa: E731
     parts = []
-    for (name, width, less, samples, device), runs in groupby(sorted(results, key=by_run), by_run):
+    results = [{**SCALE, **run} for run in results]
+    for (name, ratio, cell, width, less, samples, device), runs in groupby(sorted(results, key=by_run), by_run):
         runs = sorted(runs, key=lambda r: order.index(r["variant"]))
         shown = {key: (all if "_at_" in key else any)(key in run for run in runs) for key, *_ in COLUMNS.values()}
         used = [(title, *column) for title, column in COLUMNS.items() if shown[column[0]]]
         lines = [
-            f"### {name}, D {width}, {-less} steps, {samples} pictures drawn, {device.upper().replace('CUDA', 'GPU')}",
+            f"### {name}, N {ratio}, cells of {cell}×{cell} pixels, D {width}, {-less} steps, "
+            f"{samples} pictures drawn, {device.upper().replace('CUDA', 'GPU')}",
             "| | " + " | ".join(title for title, *_ in used) + " | seeds |",
         ]
         lines.append("|---" * (len(used) + 2) + "|")
@@ -64,7 +67,8 @@ def tables(results: list[dict]) -> str:
 
 def joined(results: list[dict], drawn: list[dict]) -> list[dict]:
     """The results with the Fréchet distances of their models drawn again without tail drop, by guidance."""
-    run_of = lambda r: tuple(r[key] for key in ("set", "variant", "width", "steps", "seed", "samples"))  # noqa: E731
+    names = ("set", "variant", "ratio", "cell", "width", "steps", "seed", "samples")
+    run_of = lambda r: tuple({**SCALE, **r}[key] for key in names)  # noqa: E731
     again: dict[tuple, dict] = {}
     for line in drawn:
         if not line["drop_fraction"]:

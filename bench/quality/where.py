@@ -6,14 +6,16 @@ The tables come from the lines of bench/results/quality.jsonl; `bench.quality.pl
 from __future__ import annotations
 
 from ..machine import read_lines
+from .sets import SCALE
 from .study import RESULTS, arguments
 
 
 def main() -> None:
     """Print a table for each variant."""
     args = arguments(__doc__).parse_args()
-    results = read_lines(RESULTS)
+    results = [{**SCALE, **result} for result in read_lines(RESULTS)]
     key = {"set": args.data.name, "width": args.width, "steps": args.steps, "seed": args.seed}
+    key |= {"ratio": args.ratio, "cell": args.cell}
     for name in args.variants:
         for result in results:
             if "where" in result and {**key, "variant": name}.items() <= result.items():
