@@ -79,7 +79,17 @@ def test_positionals_on_both_sides_of_an_option(good, tmp_path, capsys):
 
 
 def test_unknown_preset_names_the_nearest(capsys):
-    rejected(capsys, ["info", "DC-DiT-XS/N4"], "DC-DiT-XS/N4", "did you mean 'DC-DiT-S/N4'")
+    for name in ("DC-DiT-XS/N4", "DC-DiT-S/2", "DC-DiT-S"):
+        rejected(capsys, ["info", name], f"unknown preset name {name!r}", "did you mean 'DC-DiT-S/N4'")
+    rejected(capsys, ["calibrate", "DC-DiT-S/N5"], "did you mean 'DC-DiT-S/N4'")
+
+
+@pytest.mark.parametrize("name", ["DiT-XL/2", "SiT-xl/2", "DCDiT-XL/N4", "SparseDiT-XL"])
+def test_names_of_sizes_are_no_repositories(name, capsys, monkeypatch):
+    """Without asking the Hub."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    rejected(capsys, ["info", name], f"{name} is no preset; dcdit info DC-DiT-XL/N4 has a plain DiT")
+    rejected(capsys, ["sample", name, "--cpu"], f"{name} names a size, which has no weights; digits ships with dcdit")
 
 
 @pytest.mark.parametrize(
@@ -335,5 +345,14 @@ def test_images_of_two_runs_are_not_mixed(good, tmp_path, capsys, before, status
     assert len(list((tmp_path / "out").glob("*.png"))) == max(int(before), 4)
     most = str(max(int(before), 4))
     rejected(capsys, [*words, most, "--seed", "1"], "images of another run, with seed=0, this call asks for 1")
-    (tmp_path / "out" / "sampling.json").unlink()
+    file = tmp_path / "out" / "sampling.json"
+    settings = json.loads(file.read_text())
+    older = {key: value for key, value in settings.items() if key not in ("precision", "cuda_graph", "policy", "size")}
+    file.write_text(json.dumps({**older, "bf16": False}))
+    assert main([*words, most]) == 0
+    file.write_text(json.dumps({**older, "bf16": True}))
+    rejected(capsys, [*words, most], "another run, with precision=bfloat16, this call asks for float32")
+    file.write_text(json.dumps(older))
+    rejected(capsys, [*words, most], "another run, whose sampling.json does not say its precision, this call asks for")
+    file.unlink()
     rejected(capsys, [*words, most], "holds images and no sampling.json")

@@ -1,5 +1,6 @@
 """Runs that go on: permitted changes, starting from weights, snapshots, averages, validation, signals, the launcher."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,13 +19,13 @@ from dcdit.checkpoints.folder import load_checkpoint, load_release, save_checkpo
 from dcdit.cli import main
 from dcdit.data.sources import Digits
 from dcdit.files import locked
-from dcdit.model.config import DCDiTConfig
+from dcdit.model.config import PRESETS, DCDiTConfig
 from dcdit.model.dcdit import DCDiT
 from dcdit.training.batches import TrainingStream
 from dcdit.training.config import load_config
 from dcdit.training.objectives import FlowMatching
 from dcdit.training.progress import Progress
-from dcdit.training.resume import compare
+from dcdit.training.resume import SHAPING, compare
 from dcdit.training.trainer import Trainer
 
 TINY = {
@@ -112,6 +113,36 @@ def test_allowed_changes_are_recorded_with_their_step(tiny, tmp_path, capsys):
     assert load_checkpoint(tmp_path / "a" / "model")[1]["changes"] == changes
     assert run(tiny, tmp_path / "a", *words, "--allow", "optim.rl")[0] == 2
     assert "--allow optim.rl: there is no such key" in capsys.readouterr().err
+
+
+def test_keys_that_shape_weights_are_refused_at_once(tiny, tmp_path, capsys, monkeypatch):
+    """Whatever is allowed, and before a model is made; of the keys of a model the others may be allowed."""
+    run(tiny, tmp_path / "a", "steps=1")
+    assert run(tiny, tmp_path / "a", "model.target_ratio=5", "model.sigma=2", "--allow", "model", "steps=2")[0] == 0
+    monkeypatch.setattr(Trainer, "make_net", None)
+    capsys.readouterr()
+    for key, value in (("model.depth", "2"), ("model.hidden_size", "64"), ("kind", "dydit")):
+        assert run(tiny, tmp_path / "a", f"{key}={value}", "--allow", key.split(".")[0])[0] == 2
+        error = capsys.readouterr().err
+        assert f"the run at step 2 has weights for {key}=" in error and f"this run asks for {value}; give" in error
+        assert error.count("\n") == 1
+
+
+def test_keys_that_shape_weights():
+    """Of the model's keys exactly those that change a shape, and num_heads, of which the weights' meaning depends."""
+    values = {"input_size": 28, "in_channels": 3, "num_classes": 5, "hidden_size": 192, "depth": 2, "num_heads": 4}
+    values |= {"encoder_width": 64, "encoder_stride": 2, "norm_groups": 16, "mlp_ratio": 2.0, "target_ratio": 5.0}
+    values |= {"router": "cosine", "sigma": 2.0, "learn_sigma": True, "cond_norm": True, "segment_mean": True}
+    values |= {"keep_grid": 2, "direct_init": True}
+    base = PRESETS["digits"]
+    assert values.keys() == base.to_dict().keys()
+
+    def shapes(config):
+        with torch.device("meta"):
+            return {name: p.shape for name, p in DCDiT(config).named_parameters()}
+
+    changed = {key for key in values if shapes(dataclasses.replace(base, **{key: values[key]})) != shapes(base)}
+    assert {f"model.{key}" for key in changed | {"num_heads"}} == {key for key in SHAPING if key.startswith("model.")}
 
 
 def test_steps_are_free_at_a_constant_rate_only(tiny):

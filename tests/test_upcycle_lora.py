@@ -14,6 +14,9 @@ from dcdit.errors import ConfigError
 from dcdit.integrations.attention import add_dynamic_chunking, chunking_of, load_dynamic_chunking
 from dcdit.integrations.reading import read_untouched
 from dcdit.integrations.velocities import VELOCITIES
+from dcdit.training.config import load_config
+from dcdit.training.resume import compare
+from dcdit.training.transformers import TransformerConfig
 
 
 @pytest.mark.parametrize("family", VELOCITIES)
@@ -62,6 +65,23 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
         assert ours.keys() == want.keys() and all(torch.equal(ours[key], want[key]) for key in want)
     learned = {key.split(".", 1)[1] for key in ours if key.startswith("model.")}
     assert all(".lora_" in name or ".router." in name for name in learned)
+
+
+def test_another_rank_is_refused_before_the_source_is_read(tmp_path, monkeypatch):
+    """Allowed or not. A run of a version without the key had its default, and an average may begin later."""
+    command = configuration(tmp_path, lora=2)
+    main([*command, "steps=1", "distill_steps=1", "optim.ema_decay=[]"])
+    allow = ["steps", "distill_steps", "lora", "blocks", "lora_targets", "optim"]
+    trainer(tmp_path, allow, lora=2, steps=2, optim={"ema_decay": 0.9}).held.close()
+    monkeypatch.setattr("dcdit.training.transformers.run.read_source", None)
+    for options, found in (({"lora": 4}, r"lora=\[2\]"), ({"lora": 2, "blocks": [0, 1]}, r"blocks=\[")):
+        with pytest.raises(ConfigError, match=rf"the run at step 1 has weights for {found}.*; give another output"):
+            trainer(tmp_path, allow, **options)
+    new = load_config(command[5], ["source=a", "latents=b"], TransformerConfig).to_dict()
+    old = {key: value for key, value in new.items() if key not in ("lora", "drop_fractions")}
+    with pytest.raises(ConfigError, match=r"the run at step 1 has weights for lora=\[\], this run asks for \[2\]"):
+        compare(1, old, new, [], kind=TransformerConfig)
+    assert compare(1, old | {"lora": [2]}, new | {"drop_fractions": [0.0, 0.3, 0.6]}, [], kind=TransformerConfig) == []
 
 
 def test_targets_choose_layers(tmp_path):

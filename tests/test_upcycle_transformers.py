@@ -48,10 +48,10 @@ def configuration(tmp_path, family="flux", **options):
     return ["upcycle", "--from", str(tmp_path / "source"), "--family", family, str(tmp_path / "config.yaml")]
 
 
-def trainer(tmp_path, **options):
+def trainer(tmp_path, allow=(), **options):
     command = configuration(tmp_path, **options)
     overrides = [f"source={command[2]}", f"family={command[4]}"]
-    return TransformerUpcycler(load_config(command[5], overrides, TransformerConfig))
+    return TransformerUpcycler(load_config(command[5], overrides, TransformerConfig), allow)
 
 
 def lines(tmp_path):

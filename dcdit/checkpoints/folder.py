@@ -20,7 +20,7 @@ from torch import nn
 
 from ..errors import CheckpointError, ConfigError, first_line
 from ..files import replacing, sync
-from ..model.config import DCDiTConfig
+from ..model.config import DCDiTConfig, preset_of_size
 from ..model.dcdit import DCDiT
 from .release_keys import from_release, infer_config, release_content, stored_use
 from .release_keys import release_key as release_key
@@ -187,6 +187,8 @@ def locate(name: str | Path, **hub: Any) -> Path:
         return path
     if str(name) in SHIPPED:
         return ASSETS / str(name)
+    if preset_of_size(str(name)):
+        raise CheckpointError(f"{name} names a size, which has no weights; {', '.join(SHIPPED)} ships with dcdit")
     if not re.fullmatch(r"[\w][\w.-]*/[\w.-]+", str(name)) or path.parent.exists():
         raise CheckpointError(f"no checkpoint at {name}; {', '.join(SHIPPED)} ships with dcdit")
     try:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..model.config import PRESETS
+from ..model.config import PRESETS, preset
 from .options import add_precision, in_precision
 
 
@@ -47,8 +47,9 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("--training is in float32: leave --precision bfloat16 out")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     path = None
-    if args.checkpoint in PRESETS and not Path(args.checkpoint).exists() and args.checkpoint != "digits":
-        model = DCDiT(PRESETS[args.checkpoint]).to(device).eval()
+    sizes = args.checkpoint in PRESETS or args.checkpoint.startswith("DC-DiT-")
+    if sizes and not Path(args.checkpoint).exists() and args.checkpoint != "digits":
+        model = DCDiT(preset(args.checkpoint)).to(device).eval()
     else:
         path = locate(args.checkpoint)
         model, objective, _ = open_checkpoint(path, device)

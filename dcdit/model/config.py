@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,6 +164,12 @@ def preset(name: str) -> DCDiTConfig:
     """A preset by name: DC-DiT-{S,B,L,XL}/N{4,16} at 256 px, with -512 at 512 px, digits and digits-best."""
     check_keys([name], PRESETS, "preset")
     return PRESETS[name]
+
+
+def preset_of_size(name: str) -> str | None:
+    """The preset of the backbone that a name such as DiT-XL/2 or DC-DiT-S/N4 means, None for names of other forms."""
+    match = re.fullmatch(r"[\w-]*it-(s|b|l|xl)(/[\w-]*)?", name, re.ASCII | re.IGNORECASE)
+    return match and f"DC-DiT-{match[1].upper()}/N4"
 
 
 def check_keys(given, known, what: str) -> None:

@@ -93,8 +93,9 @@ class PictureRun:
             )
         for key, value in self.settings.items():
             if present and known.get(key) != value:
+                found = f"with {key}={known[key]}" if key in known else f"whose {SETTINGS} does not say its {key}"
                 raise DataError(
-                    f"cannot write {self.folder}: it holds images of another run, with {key}={known.get(key)}, "
+                    f"cannot write {self.folder}: it holds images of another run, {found}, "
                     f"this call asks for {value}; give another output or remove it"
                 )
 
@@ -113,7 +114,11 @@ class PictureRun:
             return None
         except (ValueError, RecursionError):
             return {}
-        return values if isinstance(values, dict) else {}
+        if not isinstance(values, dict):
+            return {}
+        if "bf16" in values:  # as it was before there was --precision, and at first without CUDA graphs
+            return {"precision": "bfloat16" if values["bf16"] else "float32", "cuda_graph": False, **values}
+        return values
 
     def _write(self, values: dict[str, Any]) -> None:
         with self._writing(), replacing(self.folder / SETTINGS, durable=False) as temporary:

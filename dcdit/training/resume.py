@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DCDiTError
 from .config import TrainConfig
+from .state import read_header
 
 # Keys of a configuration, or groups of keys, that change no number of the steps that were made.
 FREE_KEYS = (
@@ -15,7 +17,29 @@ FREE_KEYS = (
     *("data.path", "latents", "data.workers", "data.skip_broken"),  # the data's fingerprint is compared
     *("accumulate", "checkpointing", "cuda_graph", "fsdp"),  # equal numbers, up to the order of sums
 )
+# Keys by which weights have their shapes or their meaning: those of a run fit no others, whatever is allowed.
+SHAPING = (
+    *("kind", "family", "lora", "lora_targets", "spend.patch", "spend.scales"),
+    *("model.in_channels", "model.num_classes", "model.hidden_size", "model.depth", "model.num_heads"),
+    *("model.encoder_width", "model.encoder_stride", "model.mlp_ratio", "model.router"),
+    *("model.learn_sigma", "model.cond_norm"),
+)
 Change = dict[str, Any]  # {"step", "key", "from", "to"}
+
+
+def saved_run(
+    file: Path, config: Any, allow: Sequence[str], data: dict[str, Any]
+) -> tuple[dict[str, Any], list[Change]] | None:
+    """The header of the run that a checkpoint holds, and all its changes; None where there is no file.
+
+    `data` describes this run's. Raises ConfigError where its configuration is another, CheckpointError.
+    """
+    if not file.exists():
+        return None
+    header = read_header(file)
+    old, old_data = header["config"], header.get("data")
+    new = compare(header["step"], old, config.to_dict(), allow, old_data, data, type(config))
+    return header, [*header.get("changes", []), *new]
 
 
 def compare(
@@ -25,13 +49,19 @@ def compare(
     allow: Sequence[str],
     old_data: dict[str, Any] | None = None,
     new_data: dict[str, Any] | None = None,
+    kind: type = TrainConfig,
 ) -> list[Change]:
     """The differences that `allow` lets pass, each with the step from which it holds.
 
-    `old` and `new` are configurations as `TrainConfig.to_dict` gives them, the data descriptions as
+    `old` and `new` are configurations as the `to_dict` of `kind` gives them, the data descriptions as
     `describe_data` does. Raises ConfigError that names every other difference.
     """
-    differences = [(key, a, b) for key, a, b in _differences(old, new) if not _free(key, new)]
+    differences = [(key, a, b) for key, a, b in _differences(old, new, kind) if not _free(key, new)]
+    for key, a, b in differences:
+        if key in SHAPING or (key == "blocks" and new["lora"]):
+            raise ConfigError(
+                f"the run at step {step} has weights for {key}={a}, this run asks for {b}; give another output"
+            )
     if old_data and new_data and old_data["fingerprint"] != new_data["fingerprint"]:
         key = next(key for key in ("class_names", "items", "fingerprint") if old_data[key] != new_data[key])
         differences.append(("data", f"{key} {old_data[key]}", f"{key} {new_data[key]}"))
@@ -70,10 +100,10 @@ def _free(key: str, new: dict[str, Any]) -> bool:
     return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS) or (key == "steps" and constant)
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def _differences(old: dict[str, Any], new: dict[str, Any], kind: type) -> Iterator[tuple[str, Any, Any]]:
     """Differing values by dotted key. A run of a version without a key had its default; keys that went are skipped."""
     before, after = dict(_values(old)), dict(_values(new))
-    defaults = dict(_values(_defaults(TrainConfig)))
+    defaults = dict(_values(_defaults(kind)))
     for key, b in sorted(after.items()):
         a = before.get(key, defaults.get(key, b))
         if b not in (a, [a]):  # several values where there was one

@@ -86,7 +86,7 @@ def load_state(file: Path, model: nn.Module, emas: Sequence[EMA], optimizer: tor
             tensors = {key: stream.get_tensor(key) for key in stream.keys()}
     except SafetensorError as error:
         raise CheckpointError(f"{file} is truncated or not a training checkpoint: {error}") from error
-    for i in range(1, len(emas)):
+    for i in range(len(emas)):
         if not any(key.startswith(f"{_ema_key(i)}.") for key in tensors):
             tensors |= {f"{_ema_key(i)}.{name}": tensors.get(f"model.{name}") for name in emas[i].names}
     for name, p in model.named_parameters():

@@ -30,9 +30,9 @@ from .launch import make_accelerator
 from .objectives import SUB_BATCH, make_objective, ratio_loss
 from .parts import in_parts, moved, weights_of
 from .progress import Progress
-from .resume import Change, check_allowed, compare, describe_data, diverged
+from .resume import Change, check_allowed, describe_data, diverged, saved_run
 from .run_output import average, look, place, use
-from .state import EMA, Metrics, load_state, read_header, save_state
+from .state import EMA, Metrics, load_state, save_state
 from .step_graphs import StepGraphs
 from .validation import Validation
 from .warm_start import start_from
@@ -69,6 +69,8 @@ class Trainer:
         )
         check_tokens(self.stream, self.ranks * config.accumulate)
         check_latents(self.stream[0], self.codec)
+        self.last, self.data = self.output / "last.safetensors", describe_data(self.source)
+        saved_run(self.last, config, allow, self.data)  # refused before the model is made
         self.validation = None
         if config.validation.every:
             self.validation = Validation(config, self.objective, self.codec, self.source.class_names, self.stream.unit)
@@ -114,13 +116,12 @@ class Trainer:
     def _resume(self, allow: Sequence[str]) -> None:
         """Load what the output holds, and open the metrics. Raises ConfigError for a run of another configuration."""
         config = self.config
-        self.last, self.step = self.output / "last.safetensors", 0
-        self.data, self.changes = describe_data(self.source), list[Change]()
-        if self.last.exists():
-            header = read_header(self.last)
-            new = compare(header["step"], header["config"], config.to_dict(), allow, header.get("data"), self.data)
+        self.step, self.changes = 0, list[Change]()
+        saved = saved_run(self.last, config, allow, self.data)
+        if saved is not None:
+            header, self.changes = saved
             load_state(self.last, self.net, self.emas, self.optimizer)
-            self.step, self.changes = header["step"], [*header.get("changes", []), *new]
+            self.step = header["step"]
             if self.graphs:
                 self.graphs.rows = header.get("rows", {})
         self.saved, self.updating = self.step, False

@@ -29,8 +29,8 @@ from ..config import learning_rate
 from ..launch import make_accelerator
 from ..objectives import FlowMatching
 from ..progress import Progress
-from ..resume import check_allowed, compare, describe_data, diverged
-from ..state import EMA, Metrics, load_state, read_header, save_state, whole
+from ..resume import check_allowed, describe_data, diverged, saved_run
+from ..state import EMA, Metrics, load_state, save_state, whole
 from .config import TransformerConfig
 from .lora import Learned, add_lora, merged, save_adapters
 from .student import Batch, Student, keep_a_share, read_source, save_model
@@ -50,6 +50,8 @@ class TransformerUpcycler:
         if config.batch_size % self.ranks:
             raise ConfigError(f"batch_size must be a multiple of {self.ranks} processes, got {config.batch_size}")
         self.data = Conditioned(config.latents, self.velocity.pooled, self.velocity.ragged)
+        self.last, self.described = self.output / "last.safetensors", describe_data(self.data)
+        saved_run(self.last, config, allow, self.described)  # refused before the source is read
         self.objective, self.epochs = FlowMatching(config.time_shift), (-1, [])
         if config.fsdp and self.ranks == 1:
             raise ConfigError("fsdp needs several processes, of accelerate launch --num_processes; got one")
@@ -82,7 +84,7 @@ class TransformerUpcycler:
         self.optimizer = torch.optim.AdamW(
             groups, lr=optim.lr, betas=(0.9, optim.beta2), weight_decay=optim.weight_decay, fused=True
         )
-        self.last, self.step, self.held = self.output / "last.safetensors", 0, contextlib.ExitStack()
+        self.step, self.held = 0, contextlib.ExitStack()
         if self.accelerator.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)
             self.held.enter_context(locked(self.output))
@@ -94,9 +96,9 @@ class TransformerUpcycler:
 
     def _start(self, allow: Sequence[str]) -> None:
         """Resume, or let the fresh router keep 1/N of the first batch."""
-        config, described = self.config, describe_data(self.data)
-        resumed, self.changes = self.last.exists(), []
-        if not resumed:
+        config, self.changes = self.config, []
+        saved = saved_run(self.last, config, allow, self.described)
+        if saved is None:
             with torch.no_grad(), self.accelerator.autocast():
                 batch = self._share(0)
                 try:
@@ -108,12 +110,11 @@ class TransformerUpcycler:
                 scores = self.accelerator.gather(self.chunking.routing.boundary_prob.float())
                 keep_a_share(self.chunking, config.target_ratio, scores)
         self.emas = [EMA(self.learning, decay) for decay in config.optim.ema_decay]
-        if resumed:
-            header = read_header(self.last)
-            new = compare(header["step"], header["config"], config.to_dict(), allow, header.get("data"), described)
+        if saved is not None:
+            header, self.changes = saved
             load_state(self.last, self.learning, self.emas, self.optimizer)
-            self.step, self.changes = header["step"], [*header.get("changes", []), *new]
-        self.described, self.saved, self.updating = described, self.step, False
+            self.step = header["step"]
+        self.saved, self.updating = self.step, False
         self.metrics = Metrics(self.output, self.step) if self.accelerator.is_main_process else None
         if config.log_with:
             self.accelerator.init_trackers("dcdit")
