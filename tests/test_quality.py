@@ -16,6 +16,8 @@ from graph_stand_in import run_again
 from PIL import Image
 from safetensors.torch import load_file
 from test_idx import IMAGES, LABELS, content
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import dcdit.training.trainer
 from bench.euler import make_euler
@@ -42,7 +44,7 @@ TINY = DCDiTConfig(
 )
 
 
-@pytest.mark.parametrize("kind", ["random", "grid", "plain"])
+@pytest.mark.parametrize("kind", ["random", "grid", "latents", "plain"])
 def test_rivals_keep_as_many_and_learn(kind, monkeypatch):
     """1/N of the cells for each sample; an output of zero at first, gradients everywhere once that has moved."""
     net = make_rival(TINY, kind)
@@ -90,6 +92,27 @@ def test_the_plain_dit_has_about_as_many_flops(scale, data):
     ours, plain = (study.configuration(name, args).model for name in ("direct", "plain"))
     least = dcdit_flops(ours, ours.cells / args.ratio)["total"]
     assert least < dit_flops(plain, plain.cells / 4) < 1.1 * least
+    if args.cell == 2:
+        latents = study.configuration("latents", args).model
+        router = make_rival(latents, "latents").router
+        assert least < dcdit_flops(latents, latents.cells / args.ratio, router)["total"] < 1.15 * least
+
+
+def test_latents_read_all_cells_and_all_cells_read_them():
+    """The products are as many as the router says; the order of the latents is nothing, where cells lie something."""
+    net = make_rival(TINY, "latents")
+    h, prob = torch.randn(2, 48, 32), net.router(torch.randn(2, 48, 32), None)
+    routing, outer = Routing.of(prob, (6, 8)), torch.randn(2, 32)
+    torch.nn.init.normal_(net.final.linear.weight)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        tokens = net.gather(h, routing)
+        net.write(h, tokens.unflatten(0, (2, 12)))
+    assert counter.get_total_flops() == 2 * 2 * net.router.macs(48)
+    out = net.decode(tokens, h, routing, outer)
+    order = torch.randperm(12)
+    shuffled = net.decode(tokens.unflatten(0, (2, 12))[:, order].flatten(0, 1), h, routing, outer)
+    assert (out - shuffled).abs().max() < 1e-4 * out.abs().max()
+    assert (net.gather(h.flip(1), routing) - tokens).abs().max() > 1e-3
 
 
 def test_a_run_has_one_line(data, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""The rivals of DC-DiT in its own trainer and sampler: other boundaries, and the plain DiT."""
+"""The rivals of DC-DiT in its own trainer and sampler: other boundaries, learned latents, and the plain DiT."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from dcdit.model.layers import init_linears
 from dcdit.model.plain_dit import PlainDiT
 from dcdit.model.routing import Routing, regular_cells
 from dcdit.training.trainer import Trainer
+
+CPU = torch.device("cpu")
 
 
 class RandomRouter(nn.Module):
@@ -42,14 +44,66 @@ class GridRouter(nn.Module):
     def __init__(self, config: DCDiTConfig) -> None:
         super().__init__()
         self.stride, self.grid = math.isqrt(int(config.target_ratio)), config.input_size
+        self.width = config.hidden_size
 
     def forward(self, h: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         """h (B, L, D) → boundary_prob (B, L), alike for all samples."""
-        return regular_cells(self.grid, self.stride, h.device).to(h.dtype).expand(h.shape[:2])
+        return self.cells(h.device).to(h.dtype).expand(h.shape[:2])
+
+    def cells(self, device: torch.device = CPU) -> torch.Tensor:
+        """The cells of the grid, bool (L,)."""
+        return regular_cells(self.grid, self.stride, device)
 
     def macs(self, cells: int) -> float:
         """Multiply-adds of one image."""
         return 0.0
+
+
+class LatentRouter(GridRouter):
+    """A regular grid, for as many tokens as there are latents; its cost is Read's and Write's."""
+
+    def macs(self, cells: int) -> float:
+        """Multiply-adds of one image: projections of latents and of cells in both, scores, and weighted sums."""
+        latents = cells / self.stride**2
+        return 4 * self.width * (self.width * (latents + cells) + latents * cells)
+
+
+class LatentRival(DCDiT):
+    """L/N learned latents in place of chosen cells, after ELIT (arXiv 2603.12245) with a fixed number: they read all
+    cells by cross-attention, the blocks run on them, and each cell reads them where DC-DiT refills."""
+
+    def __init__(self, config: DCDiTConfig) -> None:
+        super().__init__(config, router=LatentRouter(config))
+        width, count = config.hidden_size, int(self.router.cells().sum())
+        self.latents = nn.Parameter(torch.randn(count, width))
+        self.read, self.write = (Read(width, config.num_heads) for _ in range(2))
+
+    def gather(self, h: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """h (B, L, D) → the latents after Read, (B·L/N, D)."""
+        cells = h + self.positions(routing.plan.grid)
+        return (self.latents + self.read(self.latents.expand(len(h), -1, -1), cells)).flatten(0, 1)
+
+    def decode(self, tokens: torch.Tensor, h: torch.Tensor, routing: Routing, outer: torch.Tensor) -> torch.Tensor:
+        """As DCDiT's, with Write in place of dechunk."""
+        height, width = routing.plan.grid
+        asked = h + self.positions(routing.plan.grid)
+        refilled = self.residual_proj(h) + self.write(asked, tokens.unflatten(0, (len(h), -1)))
+        out = self.decoder(refilled.transpose(1, 2).unflatten(2, (height, width)), outer)
+        return self.final(out, outer).permute(0, 2, 1).unflatten(2, (height, width))
+
+
+class Read(nn.Module):
+    """What queries read of other tokens by cross-attention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.attend = nn.MultiheadAttention(width, heads, batch_first=True)
+
+    def forward(self, queries: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """queries (B, Q, D), others (B, K, D) → (B, Q, D)."""
+        asked, told = (norm(part) for norm, part in zip(self.norms, (queries, others), strict=True))
+        return self.attend(asked, told, told, need_weights=False)[0]
 
 
 class PlainRival(PlainDiT):
@@ -73,12 +127,13 @@ class PlainRival(PlainDiT):
 
 
 ROUTERS = {"random": RandomRouter, "grid": GridRouter}
+OTHERS = {"latents": LatentRival, "plain": PlainRival}
 
 
 def make_rival(config: DCDiTConfig, kind: str) -> nn.Module:
-    """`kind` learned, random, grid or plain."""
-    if kind == "plain":
-        return PlainRival(config)
+    """`kind` learned, random, grid, latents or plain."""
+    if kind in OTHERS:
+        return OTHERS[kind](config)
     return DCDiT(config, router=ROUTERS[kind](config) if kind in ROUTERS else None)
 
 
