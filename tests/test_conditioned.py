@@ -100,7 +100,10 @@ BROKEN = {
     r"0.tar:a cannot be read: .*magic": {"a.latents.npy": b"no array at all"},
     r"0.tar:a cannot be read: it is no safetensors file": {"a.safetensors": b"\xff" * 20},
     r"0.tar:a cannot be read: File is not a zip file": {"a.npz": b"PK"},
-    r"must be a folder of safetensors, npz or tar files with latents, text; it has none": {"a.jpg": b"", "a.txt": b""},
+    r"must be a folder of safetensors, npz, tar or parquet files with latents, text; it has none": {
+        "a.jpg": b"",
+        "a.txt": b"",
+    },
 }
 
 
@@ -118,3 +121,10 @@ def test_a_truncated_shard(tmp_path):
         (tmp_path / "0.tar").write_bytes(data[:length])
         with pytest.raises(DataError, match=r"0\.tar is not a tar that can be read"):
             Conditioned(str(tmp_path))
+
+
+def test_an_npy_whose_header_has_no_end(tmp_path):
+    broken = npy(torch.ones(3, 5)).replace(b"}", b" ")
+    shard(tmp_path / "0.tar", {"a.latents.npy": broken})
+    with pytest.raises(DataError, match=r"0\.tar:a cannot be read: its npy header is broken"):
+        Conditioned(str(tmp_path))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..errors import DataError
+from .parquet import Row
 from .sample_files import SampleFile, find_samples
 
 Sample = dict[str, torch.Tensor]
@@ -30,7 +31,7 @@ class Conditioned:
         self.names = ("latents", "text", *(["pooled"] if pooled else []))
         self.files = find_samples(Path(folder).expanduser(), self.names)
         if not self.files:
-            wanted = f"safetensors, npz or tar files with {', '.join(self.names)}"
+            wanted = f"safetensors, npz, tar or parquet files with {', '.join(self.names)}"
             raise DataError(f"{folder} must be a folder of {wanted}; it has none")
         self.buckets: dict[tuple, list[int]] = defaultdict(list)
         self.kinds: dict[tuple[tuple[int, ...], ...], str] = {}
@@ -39,7 +40,7 @@ class Conditioned:
             self.kinds.setdefault(tuple(shapes.values()), file.name)
             self.buckets[shapes["latents"], () if ragged else shapes["text"]].append(index)
 
-    def _shapes(self, file: SampleFile) -> dict[str, tuple[int, ...]]:
+    def _shapes(self, file: SampleFile | Row) -> dict[str, tuple[int, ...]]:
         """From the file's header."""
         found = file.header(self.names)
         for name in self.names:

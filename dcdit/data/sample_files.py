@@ -1,4 +1,5 @@
-"""Samples of tensors on disk: a safetensors or npz file each, or members of a tar shard as WebDataset has them."""
+"""Samples of tensors on disk: a safetensors or npz file each, members of a tar shard as WebDataset has them, or rows of
+parquet."""
 
 from __future__ import annotations
 
@@ -15,12 +16,8 @@ import numpy as np
 import torch
 
 from ..errors import DataError
-
-Header = dict[str, tuple[tuple[int, ...], str]]  # of each tensor its shape, and its dtype as safetensors calls it
-NPY_HEADERS: dict[tuple[int, int], Callable] = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
+from .npy import Header, read_header, read_tensor
+from .parquet import Groups, Row, find_rows
 
 
 @dataclass(frozen=True)
@@ -62,12 +59,12 @@ class SampleFile:
     def header(self, names: tuple[str, ...]) -> Header:
         """Of those tensors that are there; their data is not read."""
         return self._each(
-            names, _safetensors_header, _npz_header, lambda span: _npy_header(io.BytesIO(span.read(0, 4096)))
+            names, _safetensors_header, _npz_header, lambda span: read_header(io.BytesIO(span.read(0, 4096)))
         )
 
     def load(self, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
         """Those tensors, as they are."""
-        return self._each(names, _load_safetensors, _load_npz, lambda span: _array(span.stream()))
+        return self._each(names, _load_safetensors, _load_npz, lambda span: read_tensor(span.stream()))
 
     def _each(self, names: tuple[str, ...], safetensors: Callable, npz: Callable, npy: Callable) -> dict[str, Any]:
         from safetensors import SafetensorError
@@ -82,13 +79,14 @@ class SampleFile:
             raise DataError(f"{self.name} cannot be read: {error}") from error
 
 
-def find_samples(folder: Path, names: tuple[str, ...]) -> list[SampleFile]:
-    """All samples below a folder, files in the order of their paths and members in the order of their shard.
+def find_samples(folder: Path, names: tuple[str, ...]) -> list[SampleFile | Row]:
+    """All samples below a folder, files in the order of their paths, members and rows in the order of their shard.
 
     Members whose names are equal up to the first dot make a sample. Other files and members are left out. Raises
-    DataError for a shard that is no tar.
+    DataError for a shard that is no tar or no parquet file, and ConfigError for parquet without pyarrow.
     """
-    samples = []
+    samples: list[SampleFile | Row] = []
+    groups = Groups()
     for file in sorted(folder.rglob("*")):
         place = file.relative_to(folder).as_posix()
         if file.suffix in (".safetensors", ".npz"):
@@ -96,6 +94,8 @@ def find_samples(folder: Path, names: tuple[str, ...]) -> list[SampleFile]:
             samples.append(SampleFile(str(file), place, {file.suffix[1:]: part}))
         elif file.suffix == ".tar":
             samples += [SampleFile(f"{file}:{key}", f"{place}:{key}", parts) for key, parts in _members(file, names)]
+        elif file.suffix == ".parquet":
+            samples += find_rows(file, place, groups)
     return samples
 
 
@@ -138,23 +138,10 @@ def _npz_header(span: Span, names: tuple[str, ...]) -> Header:
         for name in names:
             if f"{name}.npy" in archive.namelist():
                 with archive.open(f"{name}.npy") as member:
-                    found[name] = _npy_header(member)
+                    found[name] = read_header(member)
     return found
 
 
 def _load_npz(span: Span, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
     with span.stream() as stream, np.load(stream, allow_pickle=False) as arrays:
         return {name: torch.from_numpy(arrays[name]) for name in names if name in arrays}
-
-
-def _npy_header(stream: Any) -> tuple[tuple[int, ...], str]:
-    version = np.lib.format.read_magic(stream)
-    if version not in NPY_HEADERS:
-        raise ValueError(f"its npy format is {version}, expected 1.0 or 2.0")
-    shape, _, dtype = NPY_HEADERS[version](stream)
-    return shape, f"F{8 * dtype.itemsize}" if dtype.kind == "f" else dtype.name
-
-
-def _array(stream: BinaryIO) -> torch.Tensor:
-    with stream:
-        return torch.from_numpy(np.lib.format.read_array(stream, allow_pickle=False))
