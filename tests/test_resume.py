@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from dcdit.checkpoints.folder import load_checkpoint, load_release, save_checkpoint
 from dcdit.cli import main
 from dcdit.data.sources import Digits
+from dcdit.errors import ConfigError
 from dcdit.files import locked
 from dcdit.model.config import PRESETS, DCDiTConfig
 from dcdit.model.dcdit import DCDiT
 from dcdit.training.batches import TrainingStream
-from dcdit.training.config import load_config
+from dcdit.training.config import TrainConfig, load_config
 from dcdit.training.objectives import FlowMatching
 from dcdit.training.progress import Progress
 from dcdit.training.resume import SHAPING, compare
@@ -92,6 +93,30 @@ def test_other_data_is_refused_and_allowed(tiny, tmp_path, capsys):
     assert error.endswith("go on with --allow data")
     assert run(tiny, tmp_path / "a", *words, "steps=5", "--allow", "data")[0] == 0
     assert load_checkpoint(tmp_path / "a" / "model")[1]["changes"][0]["key"] == "data"
+
+
+@pytest.mark.parametrize("key", ["init", "upcycle.source", "codec.pretrained"])
+def test_a_folder_of_weights_may_have_another_name(key, tmp_path, monkeypatch):
+    """Relative, absolute, by a link; other folders and none are another's."""
+
+    def config(place):
+        group, _, name = key.rpartition(".")
+        values = TrainConfig().to_dict()
+        (values[group] if group else values)[name] = place
+        return values
+
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "link").symlink_to("weights")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("./weights", "link", "~/weights", str(tmp_path / "link" / "..") + "/weights"):
+        assert not compare(1, config("weights"), config(name), (), None, None, TrainConfig)
+        assert not compare(1, config(name), config("weights"), (), None, None, TrainConfig)
+    for other in ("", "weights2", "../weights"):
+        with pytest.raises(ConfigError, match=key):
+            compare(1, config("weights"), config(other), (), None, None, TrainConfig)
+    with pytest.raises(ConfigError, match=key):
+        compare(1, config(""), config("."), (), None, None, TrainConfig)
 
 
 def test_allowed_changes_are_recorded_with_their_step(tiny, tmp_path, capsys):

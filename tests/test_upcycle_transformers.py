@@ -235,6 +235,16 @@ def test_samples_may_move_and_may_not_change(tmp_path, capsys):
     assert main([*moved, "--allow", "data"]) == 0
 
 
+def test_the_source_may_be_named_in_another_way(tmp_path, monkeypatch, capsys):
+    command = configuration(tmp_path)
+    assert main(command) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main([*command[:2], "source", *command[3:]]) == 0
+    (tmp_path / "source").rename(tmp_path / "other")
+    assert main([*command[:2], "other", *command[3:]]) == 2
+    assert "this run asks for other; give another output, or go on with --allow source" in capsys.readouterr().err
+
+
 def test_a_full_disk_leaves_what_was_saved(tmp_path, capsys, monkeypatch):
     """The model and the state of an earlier step stay, and the run goes on from them to the same bits."""
     command = configuration(tmp_path)

@@ -24,6 +24,7 @@ SHAPING = (
     *("model.encoder_width", "model.encoder_stride", "model.mlp_ratio", "model.router"),
     *("model.learn_sigma", "model.cond_norm"),
 )
+PLACES = ("source", "upcycle.source", "init", "codec.pretrained")  # folders of weights, which have several names
 Change = dict[str, Any]  # {"step", "key", "from", "to"}
 
 
@@ -106,8 +107,13 @@ def _differences(old: dict[str, Any], new: dict[str, Any], kind: type) -> Iterat
     defaults = dict(_values(_defaults(kind)))
     for key, b in sorted(after.items()):
         a = before.get(key, defaults.get(key, b))
-        if b not in (a, [a]):  # several values where there was one
+        same_place = key in PLACES and a and b and _resolved(a) == _resolved(b)
+        if b not in (a, [a]) and not same_place:  # several values where there was one
             yield key, a, b
+
+
+def _resolved(place: str) -> Path:
+    return Path(place).expanduser().resolve()
 
 
 def _values(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
