@@ -76,17 +76,25 @@ def savings(axes, entries: list[dict], run: dict) -> bool:
             style = "o--" if end else "o-"
             axes.plot(*zip(*sorted(points), strict=True), style, color=f"C{number}", label=label + end, markersize=4)
     axes.axhline(1, color="0.6", linewidth=1)
-    axes.set(xscale="log", xlabel="batch size", ylabel="time saved / FLOPs saved", xlim=(0.8, 80))
+    axes.axhline(0, color="0.6", linewidth=1, linestyle=":")
+    axes.set(
+        xscale="log",
+        xlabel="batch size",
+        ylabel="time saved / FLOPs saved\n(below 0: slower than DiT/2)",
+        xlim=(0.8, 80),
+    )
     axes.set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
     axes.minorticks_off()
     if lines:
-        axes.figure.legend(fontsize=7, ncols=3, loc="outside lower center")
+        axes.figure.legend(fontsize=7, ncols=3, loc="outside lower center", handlelength=4)
     return bool(lines)
 
 
 def components(axes, entries: list[dict], run: dict) -> bool:
     """Share of each part."""
     rows = [entry for entry in entries if entry["case"]["group"] == "forward" and entry.get("components_s")]
+    sizes = ("digits", "S", "B", "L", "XL")
+    rows.sort(key=lambda e: (sizes.index(e["case"]["size"]), e["case"]["side"], e["case"]["batch"]))
     cases = [entry["case"] for entry in rows]
     labels = [f"{c['size']} {c['side']}², B {c['batch']}, ρ {c['drop_fraction']:g}" for c in cases]
     left = [0.0] * len(rows)

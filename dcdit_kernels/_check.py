@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 PROXY, PRE_DISPATCH = torch._C._TorchDispatchModeKey.PROXY, torch._C.DispatchKey.PreDispatch
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+SIZES = (int, torch.SymInt, Integral)  # cheapest first
 CHUNK_PLAN = "ChunkPlan, as plan_chunks makes it"  # where no other packing will do
 
 
@@ -71,18 +73,51 @@ def floating(op: str, **tensors: torch.Tensor | None) -> None:
 
 
 def all_tensors(op: str, **given: object) -> None:
-    """Raise TypeError for the first that is no tensor. An operator asks where one lacked an attribute, and else not."""
+    """Raise TypeError for the first that is no tensor, or a nested one.
+
+    An operator asks where one lacked an attribute, or its sizes, and else not.
+    """
     for name, value in given.items():
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}") from None
+        if not isinstance(value, torch.Tensor) or value.is_nested:
+            kind = "a nested one" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise TypeError(f"{op}: {name} must be a tensor, got {kind}") from None
+
+
+def not_negative(op: str, name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is a number of 0 or more."""
+    number = isinstance(value, (float, Real))
+    require(number and value >= 0, "{}: {} must not be negative, got {!r}", op, name, value)
+
+
+def grouped(op: str, channels: int, groups: Any) -> None:
+    """Raise ValueError unless so many channels fall into so many groups."""
+    number = isinstance(groups, SIZES)
+    require(
+        number and groups >= 1 and channels % groups == 0,
+        "{}: {} channels do not fit {!r} groups",
+        op,
+        channels,
+        groups,
+    )
+
+
+def indices(op: str, name: str, index: torch.Tensor, rows: int) -> None:
+    """Raise unless `index` is of integers in [-1, rows); values are looked at on a CPU alone."""
+    if index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: {name} must be int32 or int64, got {index.dtype}")
+    if not traced(index) and index.device.type == "cpu" and index.numel():
+        low, high = (int(bound) for bound in index.aminmax())
+        if low < -1 or high >= rows:
+            raise IndexError(f"{op}: {name} must be in [-1, {rows}), got {low if low < -1 else high}")
 
 
 def shaped(op: str, name: str, tensor: torch.Tensor, *shape: int | None) -> None:
     """`tensor` must have this shape; None matches any size."""
     try:
         sizes = tensor.shape
-    except AttributeError:
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor)}") from None
+    except (AttributeError, RuntimeError):
+        all_tensors(op, **{name: tensor})
+        raise
     fits = len(sizes) == len(shape)
     for want, have in zip(shape, sizes, strict=False):  # a generator would take three times as long
         fits = fits and (want is None or want == have)

@@ -27,7 +27,7 @@ from torch.autograd import forward_ad
 
 from . import _library
 from ._autograd import TRANSFORMS, KernelFunction, connect
-from ._check import dense, floating, one_device, traced, with_memory
+from ._check import all_tensors, dense, floating, one_device, traced, with_memory
 from ._dispatch import BACKENDS, BackendError, current, requested_backend
 from ._triton_support import assume_constant, elsewhere
 
@@ -154,6 +154,7 @@ class Differentiable(Operator):
         self.tensors, self.constants = (
             tuple(part.split()[-1] for part in schema.split(",") if part) for schema in (tensors, constants)
         )
+        self.required = tuple(part.split()[-1] for part in tensors.split(",") if "?" not in part)
         _library.define(self, tensors, constants)
 
     def __call__(self, backend: str | None, /, **inputs: Any) -> Any:
@@ -192,8 +193,9 @@ class Differentiable(Operator):
         return implementation.forward(**inputs)
 
     def _check(self, inputs: dict[str, Any]) -> None:
-        """Raise unless all tensors are of dtypes that operators take, and on one device."""
+        """Raise unless all tensors are there, of dtypes that operators take, and on one device."""
         named = {name: inputs[name] for name in self.tensors}
+        all_tensors(self.name, **{name: named[name] for name in self.required})
         floating(self.name, **{name: tensor for name, tensor in named.items() if name not in self.integers})
         plan = inputs["plan"] if self.plan else None
         one_device(self.name, named[self.tensors[0]], named if plan is None else {**named, "plan": plan.cu_seqlens})

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch
 
-from ._check import require, shaped
-
-SIZES = (int, torch.SymInt, Integral)  # cheapest first
+from ._check import SIZES, require, shaped
 
 
 class NaNError(ValueError):

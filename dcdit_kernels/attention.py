@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -72,7 +74,7 @@ def varlen_attention(
         kind = q.device.type
         rows_q, rows_k, rows_v = q.shape[:1], k.shape[:1], v.shape[:1]
         one_batch = cu_seqlens_q.shape == cu_seqlens_k.shape
-    except AttributeError:
+    except (AttributeError, RuntimeError):
         all_tensors("varlen_attention", q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
         raise
     if torch.is_autocast_enabled(kind) and torch.float64 not in (q.dtype, k.dtype, v.dtype):
@@ -93,6 +95,9 @@ def varlen_attention(
         name, library = _chosen[key]
         if packing is not None and alike and cu_seqlens_q is packing.cu_seqlens:
             known = max_seqlen_q is max_seqlen_k is packing.max_seqlen and rows_q[0] == packing.capacity
+    if softmax_scale is not None:
+        fits = isinstance(softmax_scale, (float, Real, torch.SymFloat)) and -math.inf < softmax_scale < math.inf
+        require(fits, "varlen_attention: softmax_scale must be a finite number, got {!r}", softmax_scale)
     if rows_v != rows_k:
         shaped("varlen_attention", "v", v, *k.shape)
     if not one_batch:
@@ -137,6 +142,8 @@ def _choose(
 ) -> tuple[str, flash.Library | None]:
     """The back-end, and on native the library. Raises for dtypes, devices, heads and widths that do not fit."""
     floating("varlen_attention", q=q, k=k, v=v)
+    causal = call["causal"]
+    require(isinstance(causal, bool), "varlen_attention: causal must be True or False, got {!r}", causal)
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"varlen_attention: q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     shaped("varlen_attention", "q", q, None, None, None)

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from . import _triton_support
-from ._check import all_tensors, offsets, require, shaped
+from ._check import SIZES, all_tensors, grouped, not_negative, offsets, require, shaped
 from ._ops import Backend, Differentiable
-from ._plan_input import SIZES
 from .cpu import _rows
 
 
@@ -70,8 +69,8 @@ def boundary_cosine(
         alike, axes = q.shape == k.shape, q.dim()
         if cu_seqlens is not None:
             offsets("boundary_cosine", "cu_seqlens", cu_seqlens, q.shape[0])
-    except AttributeError:
-        all_tensors("boundary_cosine", q=q, k=k, cu_seqlens=cu_seqlens)
+    except (AttributeError, RuntimeError):
+        all_tensors("boundary_cosine", q=q, k=k, **({} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}))
         raise
     require(alike, "boundary_cosine: q and k must have one shape, got {}, {}", tuple(q.shape), tuple(k.shape))
     wanted = "(B, L, D)" if cu_seqlens is None else "(T, D) with cu_seqlens"
@@ -113,13 +112,14 @@ def boundary_predictability(
     channels = features.shape[1]
     for name, tensor in vectors.items():
         shaped("boundary_predictability", name, tensor, channels)
-    require(
-        score_bias.numel() == 1,
-        f"boundary_predictability: score_bias must hold one number, got {score_bias.shape}",
-    )
-    fits = groups >= 1 and channels % groups == 0
-    require(fits, "boundary_predictability: {} channels do not fit {} groups", channels, groups)
-    require(eps >= 0, "boundary_predictability: eps must not be negative, got {}", eps)
+    try:
+        one, shape = score_bias.numel() == 1, score_bias.shape
+    except (AttributeError, RuntimeError):
+        all_tensors("boundary_predictability", score_bias=score_bias)
+        raise
+    require(one, "boundary_predictability: score_bias must hold one number, got {}", shape)
+    grouped("boundary_predictability", channels, groups)
+    not_negative("boundary_predictability", "eps", eps)
     return BOUNDARY_PREDICTABILITY(
         backend,
         features=features,

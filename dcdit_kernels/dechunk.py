@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 
@@ -57,6 +58,7 @@ def dechunk(
     if residual is not None:
         shaped("dechunk", "residual", residual, plan.batch_size, cells, x.shape[1])
     require(smoothing in SMOOTHING, "dechunk: smoothing must be one of {}, got {!r}", SMOOTHING, smoothing)
-    require(0 < sigma < math.inf, "dechunk: sigma must be positive and finite, got {}", sigma)
+    fits = isinstance(sigma, (float, Real, torch.Tensor)) and 0 < sigma < math.inf
+    require(fits, "dechunk: sigma must be positive and finite, got {}", sigma)
     inputs = {"x": x, "boundary_prob": boundary_prob, "residual": residual}
     return OPERATOR(backend, **inputs, plan=plan, sigma=sigma, smoothing=smoothing)

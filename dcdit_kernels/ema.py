@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import _triton_support
-from ._check import packed, shaped
+from ._check import all_tensors, packed, shaped
 from ._ops import Backend, Differentiable
 from .chunk_plan import ChunkPlan
 from .packing import Packing
@@ -33,7 +33,12 @@ def ema_smooth(
     H-Net, arXiv 2507.07955 eq. 5.
     """
     packed("ema_smooth", "x", x, plan)
-    if isinstance(plan, ChunkPlan) and len(getattr(boundary_prob, "shape", ())) == 2:
+    try:
+        by_cell = len(boundary_prob.shape) == 2
+    except (AttributeError, RuntimeError):
+        all_tensors("ema_smooth", boundary_prob=boundary_prob)
+        raise
+    if isinstance(plan, ChunkPlan) and by_cell:
         shaped("ema_smooth", "boundary_prob", boundary_prob, plan.batch_size, plan.cells)
     else:
         shaped("ema_smooth", "boundary_prob", boundary_prob, plan.capacity)

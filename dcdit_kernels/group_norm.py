@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from . import _triton_support
-from ._check import all_tensors, require, shaped
+from ._check import all_tensors, dense, grouped, not_negative, shaped
 from ._ops import Backend, Differentiable
 from .cpu import _rows
 
@@ -51,18 +51,19 @@ def group_norm_silu(
     """
     try:
         shape = x.shape
-    except AttributeError:
-        all_tensors("group_norm_silu", x=x)
+        if len(shape) != 4:
+            shaped("group_norm_silu", "x", x, None, None, None, None)
+        channels = shape[1:2]
+        vectors = (("weight", weight, channels), ("bias", bias, channels), ("cond", cond, shape[:2]))
+        for name, tensor, wanted in (*vectors, ("x_bias", x_bias, channels)):
+            if tensor is not None and tensor.shape != wanted:
+                shaped("group_norm_silu", name, tensor, *wanted)
+        grouped("group_norm_silu", shape[1], groups)
+        not_negative("group_norm_silu", "eps", eps)
+        x = x.contiguous(memory_format=torch.channels_last)
+    except (AttributeError, RuntimeError):
+        given = {"x": x, "weight": weight, "bias": bias, "cond": cond, "x_bias": x_bias}
+        all_tensors("group_norm_silu", **{name: t for name, t in given.items() if t is not None or name == "x"})
+        dense("group_norm_silu", x=x)
         raise
-    if len(shape) != 4:
-        shaped("group_norm_silu", "x", x, None, None, None, None)
-    channels = shape[1:2]
-    vectors = (("weight", weight, channels), ("bias", bias, channels), ("cond", cond, shape[:2]))
-    for name, tensor, wanted in (*vectors, ("x_bias", x_bias, channels)):
-        if tensor is not None and tensor.shape != wanted:
-            shaped("group_norm_silu", name, tensor, *wanted)
-    fits = groups >= 1 and shape[1] % groups == 0
-    require(fits, "group_norm_silu: {} channels do not fit {} groups", shape[1], groups)
-    require(eps >= 0, "group_norm_silu: eps must not be negative, got {}", eps)
-    x = x.contiguous(memory_format=torch.channels_last)
     return OPERATOR(backend, x=x, weight=weight, bias=bias, cond=cond, x_bias=x_bias, groups=groups, eps=eps)

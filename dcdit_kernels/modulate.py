@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from . import _triton_support
-from ._check import no_plan, require, shaped
+from ._check import all_tensors, no_plan, not_negative, require, shaped
 from ._ops import Backend, Differentiable
 from .cpu import _rows
 from .packing import Packing
@@ -125,30 +125,33 @@ def _check(
         capacity = None if plan is None else plan.capacity
     except AttributeError:
         raise no_plan(op, plan) from None
+    vectors = (("gate", gate), ("shift", shift), ("scale", scale))
     try:
         shape = x.shape
-    except AttributeError:
-        raise TypeError(f"{op}: x must be a tensor, got {type(x)}") from None
-    if plan is None:
-        if len(shape) == 2:
-            raise ValueError(
-                f"{op}: x must have shape (B, L, D) without a plan, got {tuple(shape)}: packed rows need theirs"
-            )
-        shaped(op, "x", x, None, None, None)
-        modulators = (shape[0], shape[2])
-    else:
-        if len(shape) != 2 or shape[0] != capacity:
-            shaped(op, "x", x, capacity, None)
-        modulators = (plan.batch_size, shape[1])
-    for name, tensor in (("gate", gate), ("shift", shift), ("scale", scale)):
-        if tensor is not None and tensor.shape != modulators:
-            shaped(op, name, tensor, *modulators)
-    if y is not None and y.shape != shape:
-        raise ValueError(f"{op}: y must have x's shape {tuple(shape)}, got {tuple(y.shape)}")
+        if plan is None:
+            if len(shape) == 2:
+                raise ValueError(
+                    f"{op}: x must have shape (B, L, D) without a plan, got {tuple(shape)}: packed rows need theirs"
+                )
+            shaped(op, "x", x, None, None, None)
+            modulators = (shape[0], shape[2])
+        else:
+            if len(shape) != 2 or shape[0] != capacity:
+                shaped(op, "x", x, capacity, None)
+            modulators = (plan.batch_size, shape[1])
+        for name, tensor in vectors:
+            if tensor is not None and tensor.shape != modulators:
+                shaped(op, name, tensor, *modulators)
+        if y is not None and y.shape != shape:
+            raise ValueError(f"{op}: y must have x's shape {tuple(shape)}, got {tuple(y.shape)}")
+    except (AttributeError, RuntimeError):
+        others = {name: tensor for name, tensor in (("y", y), *vectors) if tensor is not None}
+        all_tensors(op, x=x, **others)
+        raise
 
 
 def _check_norm(op: str, x: torch.Tensor, eps: float, norm: str, weight: torch.Tensor | None) -> None:
-    require(eps >= 0, "{}: eps must not be negative, got {}", op, eps)
+    not_negative(op, "eps", eps)
     require(norm in NORMS, "{}: norm must be one of {}, got {!r}", op, NORMS, norm)
     if weight is not None:
         shaped(op, "norm_weight", weight, x.shape[-1])

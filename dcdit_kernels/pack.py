@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from . import extension, reference
-from ._check import all_tensors, require, shaped, traced
+from ._check import all_tensors, indices, require, shaped, traced
 from ._ops import Backend, Operator
 
 PACK_ROWS, UNPACK_ROWS = (
@@ -68,10 +68,5 @@ def _check(op: str, x: torch.Tensor, index: torch.Tensor, rows: int | None = Non
     require(x.dim() >= 1, "{}: x must have rows, got a scalar", op)
     rows = x.shape[0] if rows is None else rows
     shaped(op, "index", index, None)
-    if index.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: index must be int32 or int64, got {index.dtype}")
     require(index.device == x.device, "{}: x is on {} and index on {}", op, x.device, index.device)
-    if not traced(index) and index.device.type == "cpu" and index.numel():
-        low, high = (int(bound) for bound in index.aminmax())
-        if low < -1 or high >= rows:
-            raise IndexError(f"{op}: index must be in [-1, {rows}), got {low if low < -1 else high}")
+    indices(op, "index", index, rows)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ._check import offsets, require, shaped, traced
+from ._check import no_plan, offsets, require, shaped, traced
 from ._rules import Rule, check_rules, check_tensors, has_values
 
 if TYPE_CHECKING:
@@ -116,8 +116,10 @@ class Packing:
     def join(self, other: Packing) -> JoinedPacking:
         """Both streams as one: of each sample the rows of self, then those of other. Waits for no device.
 
-        Raises ValueError where the two have not one number of samples.
+        Raises ValueError where the two have not one number of samples, TypeError where `other` is no packing.
         """
+        if not isinstance(other, Packing):
+            raise no_plan("join", other)
         sizes = self.batch_size, other.batch_size
         require(sizes[0] == sizes[1], "join: both packings must have one number of samples, got {} and {}", *sizes)
         with kept_for_backward():

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from numbers import Real
 
 import torch
 
 from . import _library, extension
-from ._check import dense, floating, require, shaped, traced
+from ._check import SIZES, dense, floating, require, shaped, traced
 from ._ops import Backend, Operator
-from ._plan_input import SIZES, check_budget, check_masks, rows_of_budget
+from ._plan_input import check_budget, check_masks, rows_of_budget
 from .chunk_plan import ChunkPlan
 from .packing import kept_for_backward
 
@@ -70,7 +71,7 @@ def plan_chunks(
     number of rows probabilities, masks and tensors of budgets are not looked at), TypeError for a wrong dtype,
     BackendError where `backend` cannot run.
     """
-    require(not isinstance(grid, SIZES), "plan_chunks: grid must be (L,), (H, W) or (F, H, W), got {}", grid)
+    require(isinstance(grid, Iterable), "plan_chunks: grid must be (L,), (H, W) or (F, H, W), got {}", grid)
     grid = tuple(grid)
     require(nearest in NEAREST, "plan_chunks: nearest must be one of {}, got {!r}", NEAREST, nearest)
     fits = len(grid) in (1, 2, 3) and all([isinstance(n, SIZES) and n >= 1 for n in grid])
@@ -86,7 +87,8 @@ def plan_chunks(
     if valid is not None:
         ban = ~valid if ban is None else ban | ~valid
     for name, rows in (("capacity", capacity), ("max_seqlen", max_seqlen)):
-        fits = rows is None or (isinstance(rows, int | torch.SymInt) and rows >= 0)
+        fits = rows is None or (isinstance(rows, int) and 0 <= rows < 2**31)
+        fits = fits or (isinstance(rows, torch.SymInt) and rows >= 0)
         require(fits, "plan_chunks: {} must be a number of rows, 0 or more, got {!r}", name, rows)
     compiling = traced(boundary_prob)
     if not compiling:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from . import _triton_support
-from ._check import no_plan, one_device, require, shaped
+from ._check import indices, no_plan, not_negative, one_device, require, shaped
 from ._ops import Backend, Differentiable
 from .packing import JoinedPacking, Packing
 
@@ -99,7 +99,7 @@ def _check(tensors: dict[str, torch.Tensor | None], plan: Packing | None, eps: f
     op = "qk_norm_rope"
     require(norm in NORMS, "{}: norm must be one of {}, got {!r}", op, NORMS, norm)
     require(pairing in PAIRINGS, "{}: pairing must be one of {}, got {!r}", op, PAIRINGS, pairing)
-    require(eps >= 0, "{}: eps must not be negative, got {}", op, eps)
+    not_negative(op, "eps", eps)
     q, k = tensors["q"], tensors["k"]
     for name, tensor in (("q", q), ("k", k)):
         if not isinstance(tensor, torch.Tensor):
@@ -138,8 +138,6 @@ def _check_tables(op: str, tensors: dict[str, torch.Tensor | None], rows: int, p
     require((cos is None) == (sin is None), "{}: cos and sin must be given together", op)
     if position is not None:
         shaped(op, "position", position, rows)
-        if position.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{op}: position must be int32 or int64, got {position.dtype}")
         require(cos is not None, "{}: position needs cos and sin", op)
     if cos is None or sin is None:
         return
@@ -150,5 +148,7 @@ def _check_tables(op: str, tensors: dict[str, torch.Tensor | None], rows: int, p
             raise TypeError(f"{op}: {name} must be float32 or float64, got {table.dtype}")
         require(not table.requires_grad, "{}: {} gets no gradient; detach it", op, name)
         require(table.is_contiguous(), "{}: {} must be contiguous, got strides {}", op, name, table.stride())
-    if position is None:
+    if position is not None:
+        indices(op, "position", position, cos.shape[0])
+    else:
         require(cos.shape[0] >= rows, "{}: cos must have a row for each of {} rows, got {}", op, rows, cos.shape[0])

@@ -133,6 +133,7 @@ def test_demo_command(model, tmp_path, capsys):
     pictures = {"digits.png", "trajectory.png", "maps.png", "budgets.png", "curves.png", "digits.gif"}
     assert names == {*pictures, "table.txt", "index.html"}
     page = (out / "index.html").read_text(encoding="utf-8")
+    assert re.search(r"are \d+% of this model&#x27;s FLOPs at 1/N, and 10% of DC-DiT-XL&#x27;s", page)
     assert set(re.findall(r'<img src="([^"]+)"', page)) == pictures
     assert html.escape((out / "table.txt").read_text(encoding="utf-8").strip()) in page
     with Image.open(out / "digits.gif") as animation:

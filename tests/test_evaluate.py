@@ -91,11 +91,17 @@ def test_what_is_wrong_is_said(tmp_path):
     with pytest.raises(DataError, match="expected a folder of pictures"):
         open_set(tmp_path / "nothing")
     save_png(tmp_path / "grid.png", np.zeros((99, 99, 3), np.uint8))
-    with pytest.raises(DataError, match="holds no pictures of dcdit sample"):
+    with pytest.raises(DataError, match=r"has no pictures of dcdit sample .* and is no folder of class folders: "):
         open_set(tmp_path)
     np.savez(tmp_path / "grey.npz", np.zeros((2, 8, 8), np.uint8))
     with pytest.raises(DataError, match=r"expected arr_0 of uint8 \(N, H, W, 3\), found uint8 \(2, 8, 8\)"):
         open_set(tmp_path / "grey.npz")
+    np.savez(tmp_path / "none.npz", np.zeros((0, 8, 8, 3), np.uint8))
+    with pytest.raises(DataError, match=r"none\.npz: arr_0 holds no pictures"):
+        open_set(tmp_path / "none.npz")
+    (tmp_path / "real" / "cat").mkdir(parents=True)
+    save_png(tmp_path / "real" / "cat" / "0.png", np.zeros((9, 8, 3), np.uint8))
+    assert next(open_set(tmp_path / "real").batches()).shape == (1, 8, 8, 3)  # the lesser side of the first picture
     (tmp_path / "broken.npz").write_bytes(b"PK")
     with pytest.raises(DataError, match=r"broken\.npz is not an \.npz"):
         open_set(tmp_path / "broken.npz")

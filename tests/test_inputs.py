@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dcdit_kernels as K
+from dcdit_kernels.testing import EXAMPLES, make_scene
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +30,19 @@ OPERATORS = {
 }
 
 
-def attend(q, k, v, plan):
+def attend(q, k, v, plan, **options):
     q, k, v = (part.unflatten(1, (2, -1)) for part in (q, k, v))
-    return K.varlen_attention(q, k, v, plan.cu_seqlens, plan.cu_seqlens, plan.max_seqlen, plan.max_seqlen)
+    lengths = plan.cu_seqlens, plan.cu_seqlens, plan.max_seqlen, plan.max_seqlen
+    return K.varlen_attention(q, k, v, *lengths, **options)
+
+
+def packed_ones(plan):
+    return torch.ones(plan.capacity, 8)
+
+
+def rotated(position):
+    table = torch.ones(4, 4)
+    return K.qk_norm_rope(ROWS, ROWS, table, table, torch.tensor([0, 1, -1, position]))
 
 
 def case(capacity=None, batch=2, **options):
@@ -112,6 +123,22 @@ NO_TENSORS = {
 def test_what_is_no_tensor_is_named(name):
     with pytest.raises(TypeError, match=rf"\w+: {name} must be a tensor, got .*NoneType"):
         NO_TENSORS[name]()
+
+
+OPTIONAL = {"pos_embed", "residual", "kernel", "cond", "q_weight", "k_weight"}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_every_tensor_of_an_operator_is_one(name):
+    """A kernel that is handed no address, or that of something else, ends its process."""
+    example = EXAMPLES[name](make_scene((4, 6)))
+    for key, tensor in example.tensors.items():
+        others = [1.0, [1.0], tensor.numpy(), torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])]
+        for other in others + [None] * (key not in OPTIONAL):
+            tensors = {**example.tensors, key: other}
+            with pytest.raises(TypeError, match=rf"\w+: {key} must be (a (dense )?tensor.*|float16.*float64), got "):
+                example.function(None, *tensors.values())
 
 
 @pytest.mark.parametrize("backend", ["reference", "native", "triton"])
@@ -272,6 +299,22 @@ def predictability(prob, norm_bias=None, **options):
             r"boundary_cosine: grid must be \(H, W\) with H·W = L = 16, got \(4\.0, 4\.0\)",
         ),
         (lambda prob, plan: predictability(prob, groups=0), "16 channels do not fit 0 groups"),
+        (lambda prob, plan: predictability(prob, groups=2.0), "16 channels do not fit 2.0 groups"),
+        (lambda prob, plan: predictability(prob, eps="a"), "predictability: eps must not be negative, got 'a'"),
+        (lambda prob, plan: K.plan_chunks(prob, None), "grid must be .*, got None"),
+        (lambda prob, plan: K.plan_chunks(prob, (4, 4), capacity=2**31), "capacity must be a number of rows"),
+        (lambda prob, plan: plan.join(3), "join: plan must be a Packing or ChunkPlan, got int"),
+        (lambda prob, plan: K.dechunk(packed_ones(plan), prob, plan, sigma="1"), "sigma must be positive .* got 1"),
+        (
+            lambda prob, plan: attend(*[packed_ones(plan)] * 3, plan, causal="no"),
+            "causal must be True or False, got 'no",
+        ),
+        (
+            lambda prob, plan: attend(*[packed_ones(plan)] * 3, plan, softmax_scale=math.nan),
+            "softmax_scale must be a finite number, got nan",
+        ),
+        (lambda prob, plan: rotated(4), r"qk_norm_rope: position must be in \[-1, 4\), got 4"),
+        (lambda prob, plan: rotated(-2), r"qk_norm_rope: position must be in \[-1, 4\), got -2"),
         (lambda prob, plan: predictability(prob, eps=-1.0), "predictability: eps must not be negative, got -1.0"),
         (lambda prob, plan: predictability(prob, norm_bias=prob[0].int()), "norm_bias must be float16, .* got .*int32"),
         (
@@ -286,5 +329,5 @@ def predictability(prob, norm_bias=None, **options):
 )
 def test_bad_arguments_are_named(call, message):
     tensors, plan = case()
-    with pytest.raises((TypeError, ValueError, K.BackendError), match=message):
+    with pytest.raises((TypeError, ValueError, IndexError, K.BackendError), match=message):
         call(tensors["prob"], plan)

@@ -82,7 +82,7 @@ def test_a_table_of_another_grid_is_named(dtype, tmp_path):
         load_checkpoint(tmp_path / "a")
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
 def test_weights_are_floating_point(dtype, tmp_path):
     from safetensors.torch import save_file
 
@@ -97,6 +97,9 @@ def test_deep_json_is_no_traceback(tmp_path):
     DCDiT(TINY).save_pretrained(tmp_path / "a")
     (tmp_path / "a/config.json").write_text("[" * 200_000)
     with pytest.raises(CheckpointError, match=r"config\.json is not a dcdit config"):
+        load_checkpoint(tmp_path / "a")
+    (tmp_path / "a/config.json").write_text("{}", encoding="utf-16")
+    with pytest.raises(CheckpointError, match=r"not a dcdit config: 'utf-8' codec can't decode byte 0xff in pos"):
         load_checkpoint(tmp_path / "a")
 
 

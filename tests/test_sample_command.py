@@ -224,6 +224,8 @@ def test_options_are_checked_before_the_output_is_touched(more, message, checkpo
     [
         ("class_names", 3, "class_names must be a list of text, got 3"),
         ("class_names", [1, 2], "class_names must be a list of text"),
+        ("class_names", ["a", "a"], "class_names must be 4 different names at most, got ['a', 'a']"),
+        ("class_names", list("abcde"), "class_names must be 4 different names at most, got ['a', 'b',"),
         ("guidance_channels", "a", "guidance_channels must be an integer, got 'a'"),
         ("codec", None, "does not say the model's codec"),
         ("objective", "x", "unknown objective key 'x'"),

@@ -125,7 +125,7 @@ def load_checkpoint(
     try:
         extra = json.loads(config_file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{config_file} is not a dcdit config: {error!r}") from error
+        raise CheckpointError(f"{config_file} is not a dcdit config: {error}") from error
     if not isinstance(extra, dict) or not isinstance(extra.get("model"), dict):
         raise CheckpointError(f"{config_file} is not a dcdit config: expected a mapping with the mapping 'model'")
     try:
@@ -137,7 +137,7 @@ def load_checkpoint(
     except ConfigError as error:
         raise CheckpointError(f"{config_file}: {error}") from error
     except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{config_file} is not a dcdit config: {error!r}") from error
+        raise CheckpointError(f"{config_file} is not a dcdit config: {error}") from error
     parts = {"router": router, "backbone": backbone}
     for name, kind in own_parts.items():
         if parts.get(name) is None:

@@ -70,7 +70,8 @@ def read_pickle(path: str | Path) -> Any:
         # torch puts the advice to load without its protection in place of why it refused, raised "from None".
         hidden = isinstance(error, pickle.UnpicklingError) and error.__suppress_context__
         text = str(error.__context__ if hidden else error)
-        reason = text.splitlines()[0] if text else type(error).__name__
+        # Its first sentence: torch goes on to say where to report the error.
+        reason = re.split(r"\.\s", text.splitlines()[0])[0] if text else type(error).__name__
         raise CheckpointError(f"{path} is truncated, tampered with or not a checkpoint: {reason}") from error
 
 

@@ -14,6 +14,8 @@ from ..model.config import DCDiTConfig
 from ..model.dcdit import DCDiT
 from ..model.embedders import sincos_2d
 
+FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors names them; those of 8 bits need a scale
+
 
 def shapes_of(model: DCDiT) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor of the model's state."""
@@ -54,8 +56,12 @@ def header_shapes(weights: Path) -> dict[str, tuple[int, ...]]:
         for key in file.keys():
             part = file.get_slice(key)
             shapes[key] = tuple(part.get_shape())
-            if not part.get_dtype().startswith(("F", "BF")):
-                raise CheckpointError(f"{weights}: {key}: expected floating-point weights, found {part.get_dtype()}")
+            dtype = part.get_dtype()
+            if dtype not in FLOATS:
+                known = ", ".join(FLOATS)
+                raise CheckpointError(
+                    f"{weights}: {key}: expected floating-point weights, found {dtype}; known: {known}"
+                )
     return shapes
 
 

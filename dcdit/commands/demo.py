@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..model.config import DCDiTConfig, preset
 from .options import in_precision, output_path
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -108,7 +109,8 @@ def run(args: argparse.Namespace) -> None:
         maps = {f"ρ = {rho:g}": chunk_maps(some, shots[-1], codec, 84) for rho, (some, shots) in drawn.items()}
         draw_budgets(folder / "maps.png", maps)
         draw_budgets(folder / "budgets.png", rows)
-        draw_curves(folder / "curves.png", {f"ρ = {b.drop_fraction:g}": b.samples.trace for b in budgets}, config)
+        traces = {f"ρ = {b.drop_fraction:g}": b.samples.trace for b in budgets}
+        draw_curves(folder / "curves.png", traces, config, plain_s=trained[2])
         draw_animation(folder / "digits.gif", digits, snapshots, codec)
         text = table(budgets, plain, config.cells)
         (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
@@ -119,7 +121,17 @@ def run(args: argparse.Namespace) -> None:
             f"At ρ = {first.drop_fraction:g} a share of {first.share:.1%} is kept over the trajectory, 1/N is "
             f"{1 / config.target_ratio:.1%}; in the last {1 - LATE:.0%} of the steps {first.ink:.1%} of the cells with "
             f"ink and {first.blank:.1%} of the blank ones{times}.",
+            f"Encoder, router and decoder are {outside(config):.0%} of this model's FLOPs at 1/N, and "
+            f"{outside(preset('DC-DiT-XL/N4')):.0%} of DC-DiT-XL's: large models save more (docs/gpu.md).",
         ]
         write_page(folder / "index.html", "Digits by a Dynamic Chunking DiT", said, text, FIGURES)
 
     print(f"\n{text}\n", *said, f"A page with all pictures: {args.output}/index.html", sep="\n")
+
+
+def outside(config: DCDiTConfig) -> float:
+    """The share of the FLOPs, with 1/N of the cells kept, that is outside of the main network."""
+    from ..model.flops import dcdit_flops
+
+    flops = dcdit_flops(config, config.cells / config.target_ratio)
+    return 1 - flops["main"] / flops["total"]

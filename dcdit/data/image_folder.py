@@ -100,7 +100,7 @@ class ImageFolder:
             self.skipped[_kind(file)] += 1
             return False
         if not file.is_file():
-            self.skipped["link to nothing"] += 1
+            self.skipped["link to nothing" if file.is_symlink() else "no regular file"] += 1
             return False
         return True
 

@@ -16,6 +16,7 @@ import numpy as np
 from ..errors import DataError
 from .idx import IMAGES, Idx
 from .image_folder import ImageFolder
+from .picture_files import read_picture
 
 BATCH = 250
 SAMPLE = re.compile(r"\d{6,}_class(\d+)\.png")  # as `dcdit sample` names them
@@ -41,7 +42,8 @@ class PictureSet:
 
 def open_set(path: str | Path, size: int | None = None) -> PictureSet:
     """The pictures at `path`: a folder of `dcdit sample`, of class folders, an `.npz` of ADM's layout, or idx files by
-    their path (see `Idx`). Pictures in class folders are cropped and resized to `size` pixels. Raises DataError.
+    their path (see `Idx`). Pictures in class folders are cropped and resized to `size` pixels, None: the lesser side of
+    the first. Raises DataError.
 
     A folder's sheet of pictures, grid.png, is none of its pictures.
     """
@@ -60,9 +62,13 @@ def open_set(path: str | Path, size: int | None = None) -> PictureSet:
         return PictureSet(str(path), len(files), labels, _read(files))
     if (path / "samples.npz").is_file():
         return _from_npz(path / "samples.npz")
-    if size is None:
-        raise DataError(f"{path} holds no pictures of dcdit sample (NNNNNN_classC.png) and no samples.npz")
-    folder = ImageFolder(path, size)
+    try:
+        if size is None:
+            size = min(read_picture(ImageFolder(path, 1).files[0][0]).size)
+        folder = ImageFolder(path, size)
+    except DataError as error:
+        ours = "no pictures of dcdit sample (NNNNNN_classC.png) and no samples.npz"
+        raise DataError(f"{path} has {ours}, and is no folder of class folders: {error}") from error
     return PictureSet(str(path), len(folder), np.array([label for _, label in folder.files]), _resized(folder))
 
 
@@ -75,6 +81,8 @@ def _from_npz(path: Path) -> PictureSet:
         raise DataError(f"{path} is not an .npz with pictures arr_0: {error}") from error
     if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or order:
         raise DataError(f"{path}: expected arr_0 of uint8 (N, H, W, 3), found {dtype} {shape}")
+    if not shape[0]:
+        raise DataError(f"{path}: arr_0 holds no pictures")
     if labels is not None and labels.shape != shape[:1]:
         raise DataError(f"{path}: expected a label in arr_1 for each of {shape[0]} pictures, found {labels.shape}")
     return PictureSet(str(path), shape[0], labels, _stream(path))
@@ -96,8 +104,6 @@ def _stream(path: Path) -> Iterator[np.ndarray]:
 
 
 def _read(files: list[Path]) -> Iterator[np.ndarray]:
-    from .picture_files import read_picture
-
     for first in range(0, len(files), BATCH):
         pictures = [np.asarray(read_picture(file)) for file in files[first : first + BATCH]]
         odd = next((i for i, picture in enumerate(pictures) if picture.shape != pictures[0].shape), None)

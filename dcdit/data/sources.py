@@ -212,7 +212,7 @@ def _read_dataset(root: Path) -> tuple[list[str] | None, dict[str, Any] | None]:
         values = json.loads(file.read_text(encoding="utf-8"))
         names, codec, finished = list(map(str, values["class_names"])), dict(values["codec"]), values["finished"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{file} is not what dcdit data encode writes: {error!r}") from error
+        raise DataError(f"{file} is not what dcdit data encode writes: {type(error).__name__}: {error}") from error
     if not finished:
         raise DataError(f"the encoding of {root} is unfinished: run the same dcdit data encode again")
     return names, codec

@@ -28,7 +28,7 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not JSON: {error!r}") from error
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{folder} must be a folder of diffusers with config.json: {error}") from error
     name = config.get("_class_name") if isinstance(config, dict) else None

@@ -14,13 +14,14 @@ from torch import nn
 
 from dcdit_kernels import Packing
 
+from ..errors import ConfigError
 from .blocks import MainNetwork
 from .config import DCDiTConfig
 from .conv_blocks import Stem, make_decoder, make_encoder
 from .embedders import TimestepEmbedding, positions_of, sincos_2d
 from .final_layer import FinalLayer
 from .layers import WideLinear, init_linears
-from .mixed import MixedRouting, check_samples, forward_mixed
+from .mixed import MixedRouting, check_inputs, forward_mixed
 from .routers import make_router
 from .routing import Routing, regular_cells, route
 
@@ -45,6 +46,11 @@ class DCDiT(nn.Module):
         self, config: DCDiTConfig, *, router: nn.Module | None = None, backbone: nn.Module | None = None
     ) -> None:
         super().__init__()
+        if not isinstance(config, DCDiTConfig):
+            raise ConfigError(
+                f"config must be a DCDiTConfig, got {config!r}: DCDiTConfig.from_dict makes one, and "
+                "DCDiT.from_pretrained reads a checkpoint"
+            )
         self.config = config
         width, narrow = config.hidden_size, config.encoder_width
         self.stem = Stem(config.in_channels, narrow, config.encoder_stride)
@@ -157,9 +163,9 @@ class DCDiT(nn.Module):
             outs, mixed = forward_mixed(self, x, *self.condition(t, y), limits, routing, backbone_inputs)
             return (outs, mixed) if return_routing else outs
         grid = tuple(x.shape[2:])
-        if isinstance(routing, MixedRouting):
-            raise ValueError("routing must be a Routing for a batch of one size, got a MixedRouting")
         if routing is not None:
+            if not isinstance(routing, Routing):
+                raise ValueError(f"routing must be a Routing for a batch of one size, got a {type(routing).__name__}")
             routing.check(x.shape[0], grid, limits)
         c, outer = self.condition(t, y)
         backbone_inputs |= self._begun(c, backbone_inputs)
@@ -243,28 +249,10 @@ class DCDiT(nn.Module):
     def _check(self, x: Any, t: torch.Tensor, y: torch.Tensor) -> None:
         if torch.jit.is_tracing():
             raise RuntimeError("torch.jit.trace cannot follow a number of tokens that changes; use torch.export")
-        channels, stride = self.config.in_channels, self.config.encoder_stride
-        batch = isinstance(x, torch.Tensor)
-        if isinstance(x, torch.Tensor):
-            size, parts = x.shape[0], [("x", x)]  # torch.export takes a tensor's len for a constant
-        else:
-            check_samples(x)
-            size, parts = len(x), [(f"x[{i}]", part) for i, part in enumerate(x)]
-        shape = ("B, " if batch else "") + f"{channels}, H, W"
-        for name, part in parts:
-            if part.dim() != 3 + batch or part.shape[-3] != channels or 0 in part.shape[-2:]:
-                raise ValueError(f"{name} must have shape ({shape}), got {tuple(part.shape)}")
+        check_inputs(x, t, y, self.config.in_channels, self.config.num_classes)
+        stride = self.config.encoder_stride
+        parts = {"x": x} if isinstance(x, torch.Tensor) else {f"x[{i}]": part for i, part in enumerate(x)}
+        for name, part in parts.items():
             if part.shape[-2] % stride or part.shape[-1] % stride:
                 sides = tuple(part.shape[-2:])
                 raise ValueError(f"{name} must have sides that encoder_stride {stride} divides, got {sides}")
-        for name, tensor in (("t", t), ("y", y)):
-            if tuple(tensor.shape) != (size,):
-                raise ValueError(f"{name} must have shape ({size},), got {tuple(tensor.shape)}")
-        if y.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"y must hold integer class ids, got {y.dtype}")
-        # On a GPU this look would be a synchronisation; there the embedding's own assert speaks.
-        on_cpu = y.device.type == "cpu" and not torch.compiler.is_compiling()
-        if on_cpu and y.numel() and not 0 <= int(y.min()) <= int(y.max()) <= self.config.num_classes:
-            raise ValueError(
-                f"class ids must be in [0, {self.config.num_classes}], got {int(y.min())} to {int(y.max())}"
-            )

@@ -13,6 +13,7 @@ from dcdit_kernels import Packing, adaln_modulate
 from .blocks import Stream
 from .embedders import TimestepEmbedding, positions_of, sincos_2d
 from .layers import check_dtype
+from .mixed import check_inputs
 
 
 class DiTShell(nn.Module):
@@ -59,16 +60,15 @@ class DiTShell(nn.Module):
         """The last blocks' Stream of (B·N, D), and the conditioning (B, D) through its SiLU → the prediction."""
         shift, scale = self.adaln[1](active).chunk(2, dim=1)
         out = self.head(adaln_modulate(stream.hidden(packing), shift, scale, packing))
-        return self.pixels(out.unflatten(0, (packing.batch_size, -1)))
+        return self.pixels(out.unflatten(0, (packing.batch_size, len(self.pos_embed))))
 
     def check(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> None:
         """Raise ValueError where the inputs are not x (B, C, H, W) of the configured grid, and t and y (B,)."""
         shape = (self.stem.in_channels, *(side * self.patch for side in self.grid))
-        if x.dim() != 4 or tuple(x.shape[1:]) != shape:
-            raise ValueError(f"x must have shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
-        for name, tensor in (("t", t), ("y", y)):
-            if tuple(tensor.shape) != x.shape[:1]:
-                raise ValueError(f"{name} must have shape ({x.shape[0]},), got {tuple(tensor.shape)}")
+        if not isinstance(x, torch.Tensor) or x.dim() != 4 or tuple(x.shape[1:]) != shape:
+            came = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+            raise ValueError(f"x must have shape (B, {', '.join(map(str, shape))}), got {came}")
+        check_inputs(x, t, y, shape[0], self.class_embed.num_embeddings - 1)
 
 
 def dense_packing(batch: int, tokens: int, device: torch.device) -> Packing:

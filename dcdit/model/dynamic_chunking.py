@@ -81,6 +81,8 @@ class DynamicChunking(nn.Module):
         self.ban: torch.Tensor | None = None
         self.valid: torch.Tensor | None = None
         self.routing: Routing | None = None
+        if router is not None and not isinstance(router, nn.Module):
+            raise ValueError(f"router must be a module, called as router(h), got a {type(router).__name__}")
         self.router = router or _keep_all_router(width, self.grid)
         self._asked: tuple[type, tuple[inspect.Parameter, ...]] | None = None
 
@@ -132,8 +134,9 @@ class DynamicChunking(nn.Module):
         given = _counted(tokens)
         result = self.run(self.blocks, given, routing.plan, *args, **kwargs)
         out, *rest = result if isinstance(result, tuple) else (result,)
-        if out.shape != tokens.shape:
-            raise ValueError(f"run must return tokens of shape {tuple(tokens.shape)}, got {tuple(out.shape)}")
+        if not isinstance(out, torch.Tensor) or out.shape != tokens.shape:
+            came = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+            raise ValueError(f"run must return tokens of shape {tuple(tokens.shape)}, got {came}")
         if given is tokens and tokens._version:  # blocks that work in place have overwritten them
             tokens = routing.chunk(h)
         y = routing.dechunk(out - tokens, h, self.sigma)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..errors import ConfigError
 from .dcdit import DCDiT
 from .replay import Capture, CudaCapture, Graph, Replaying, kind_of
 from .routing import Routing, rows_known
@@ -153,7 +154,12 @@ class Graphed(Replaying):
 
 
 def graphed(model: DCDiT, max_graphs: int = 8) -> Graphed:
-    """The model, replayed as a CUDA graph wherever it can be; see `Graphed`. `max_graphs` are kept."""
+    """The model, replayed as a CUDA graph wherever it can be; see `Graphed`. `max_graphs` are kept.
+
+    Raises ConfigError for what is no DCDiT.
+    """
+    if not isinstance(model, DCDiT):
+        raise ConfigError(f"graphed takes a DCDiT, got a {type(model).__name__}; enable_cuda_graph takes transformers")
     return Graphed(model, max_graphs)
 
 

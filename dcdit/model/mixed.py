@@ -102,6 +102,33 @@ def by_size(function: Callable[..., torch.Tensor], samples: Any, *others: Any) -
     return unsorted([function(*args) for args in stacked], indices)
 
 
+def check_inputs(x: Any, t: Any, y: Any, channels: int, classes: int) -> None:
+    """Raise ValueError unless a model of so many channels and classes can take these.
+
+    x is a batch (B, C, H, W) or a list of B samples (C, H, W); t and y are (B,), y class ids, or `classes` for none.
+    """
+    batch = isinstance(x, torch.Tensor)
+    if isinstance(x, torch.Tensor):
+        size, parts = x.shape[:1], [("x", x)]  # torch.export takes a tensor's len for a constant
+    else:
+        check_samples(x)
+        size, parts = torch.Size([len(x)]), [(f"x[{i}]", part) for i, part in enumerate(x)]
+    shape = ("B, " if batch else "") + f"{channels}, H, W"
+    for name, part in parts:
+        if part.dim() != 3 + batch or part.shape[-3] != channels or 0 in part.shape[-2:]:
+            raise ValueError(f"{name} must have shape ({shape}), got {tuple(part.shape)}")
+    for name, tensor in (("t", t), ("y", y)):
+        if not isinstance(tensor, torch.Tensor) or tensor.shape != size:
+            came = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else repr(tensor)
+            raise ValueError(f"{name} must have shape ({size[0]},), got {came}")
+    if y.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"y must hold integer class ids, got {y.dtype}")
+    # On a GPU this look would be a synchronisation; there the embedding's own assert speaks.
+    on_cpu = y.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and y.numel() and not 0 <= int(y.min()) <= int(y.max()) <= classes:
+        raise ValueError(f"class ids must be in [0, {classes}], got {int(y.min())} to {int(y.max())}")
+
+
 def check_samples(samples: Any) -> None:
     """Raise ValueError unless `samples` are tensors, at least one, of one dtype on one device."""
     if not isinstance(samples, list | tuple) or not samples or not all(isinstance(x, torch.Tensor) for x in samples):

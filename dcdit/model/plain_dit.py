@@ -13,7 +13,7 @@ from .blocks import DiTBlock
 from .config import DCDiTConfig
 from .dit_config import DiTConfig
 from .dit_shell import DiTShell
-from .mixed import Samples, by_size, check_samples
+from .mixed import Samples, by_size, check_inputs
 
 
 class PlainDiT(DiTShell):
@@ -33,8 +33,7 @@ class PlainDiT(DiTShell):
         A list of B samples (C, H, W) of different sizes gives a list; the blocks run once for each size. Raises
         ValueError where `patch` does not divide the sides.
         """
-        if not isinstance(x, torch.Tensor):
-            check_samples(x)
+        check_inputs(x, t, y, self.stem.in_channels, self.class_embed.num_embeddings - 1)
         return by_size(self._predict, x, self.time_embed(t) + self.class_embed(y))
 
     def _predict(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:

@@ -45,6 +45,8 @@ class PredictabilityRouter(nn.Module):
         `grid` is the configuration's where None. The frames of a video (F, H, W) are separate planes, a
         sequence (L,) is one row.
         """
+        if h.shape[-1] != self.proj.in_channels:
+            raise ValueError(f"h must have the router's {self.proj.in_channels} channels, got {h.shape[-1]}")
         height, width = (1, *(grid or self.grid))[-2:]
         z = self.proj(h.reshape(-1, height, width, h.shape[2]).permute(0, 3, 1, 2))
         return self.score(self.scorer(z - self.context(z)), *self.norm()).view(h.shape[:2])

@@ -159,8 +159,11 @@ def draw_budgets(file: Path, images: dict[str, np.ndarray]) -> None:
     figure.savefig(file, dpi=130)
 
 
-def draw_curves(file: Path, traces: dict[str, Trace], config: DCDiTConfig) -> None:
-    """Tokens kept, GFLOP and milliseconds of each step, from noise to image, one colour for each named trace."""
+def draw_curves(file: Path, traces: dict[str, Trace], config: DCDiTConfig, plain_s: float | None = None) -> None:
+    """Tokens kept, GFLOP and milliseconds of each step, from noise to image, one colour for each named trace.
+
+    `plain_s` are the seconds of an image by the plain DiT, all its steps together.
+    """
     figure = Figure(figsize=(13, 3.5), facecolor=PAPER, layout="constrained")
     kept, flops, seconds = figure.subplots(1, 3)
     halves = 1
@@ -178,8 +181,11 @@ def draw_curves(file: Path, traces: dict[str, Trace], config: DCDiTConfig) -> No
         flops.plot(way, trace.gflops(config), color=colour)
         seconds.plot(way, 1000 * trace.seconds / trace.tokens.shape[1], color=colour)
     target, plain = 100 / config.target_ratio, halves * dit_flops(config, config.cells / 4)
-    _level(kept, target, f"1/N = {target:.0f} %")
-    _level(flops, plain, "plain DiT, 2×2 patches")
+    _level(kept, target, f"1/N = {target:.0f} %", "bottom")
+    _level(flops, plain, "plain DiT, 2×2 patches", "top")
+    if plain_s is not None:
+        steps = len(next(iter(traces.values())).timesteps)
+        _level(seconds, 1000 * plain_s / steps, "plain DiT, 2×2 patches", "top")
     titles = ("Tokens kept, % of cells", "GFLOP per step and image", "Milliseconds per step and image")
     for axis, title in zip((kept, flops, seconds), titles, strict=True):
         axis.set_title(title, loc="left", fontsize=11, color=INK)
@@ -195,6 +201,8 @@ def draw_curves(file: Path, traces: dict[str, Trace], config: DCDiTConfig) -> No
     figure.savefig(file, dpi=130)
 
 
-def _level(axis, value: float, text: str) -> None:
+def _level(axis, value: float, text: str, side: str) -> None:
+    """A level and its name, at the right, above ("bottom") or below ("top") it; on a ground of its own."""
     axis.axhline(value, color=MUTED, linestyle="--", linewidth=1)
-    axis.text(1, value, text, ha="left", va="top", fontsize=8.5, color=MUTED)
+    ground = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
+    axis.text(98, value, text, ha="right", va=side, fontsize=8.5, color=MUTED, bbox=ground)

@@ -191,7 +191,8 @@ def class_ids(classes: Sequence[int] | torch.Tensor, num_classes: int) -> torch.
         raise ConfigError(f"classes must be a list of class ids, got {classes!r}") from error
     real = classes.is_floating_point() or classes.dtype is torch.bool
     if classes.dim() != 1 or real or len(classes) == 0:
-        raise ConfigError(f"classes must be a list of class ids, got {classes.dtype} of shape {tuple(classes.shape)}")
+        came = f"{classes.dtype} of shape {tuple(classes.shape)}" if classes.numel() else "none"
+        raise ConfigError(f"classes must be a list of class ids, got {came}")
     low, high = int(classes.min()), int(classes.max())
     if low < 0 or high >= num_classes:
         wrong = low if low < 0 else high
@@ -233,6 +234,11 @@ def open_checkpoint(path: str | Path, device: str | torch.device = "cpu"):
     names, channels = extra.get("class_names"), extra.get("guidance_channels")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise CheckpointError(f"{path / 'config.json'}: class_names must be a list of text, got {names!r}")
+    if names and (len(names) > model.config.num_classes or len(set(names)) < len(names)):
+        most = model.config.num_classes
+        raise CheckpointError(
+            f"{path / 'config.json'}: class_names must be {most} different names at most, got {names}"
+        )
     if channels is not None and type(channels) is not int:
         raise CheckpointError(f"{path / 'config.json'}: guidance_channels must be an integer, got {channels!r}")
     codec = make_codec(**extra["codec"])

@@ -95,7 +95,7 @@ def plan_trajectory(
     if not 0 <= seed < 2**32:
         raise ConfigError(f"seed must be in [0, 2**32), got {seed}")
     if not isinstance(guidance, int | float) or not 0 <= guidance < float("inf"):
-        raise ConfigError(f"guidance must be a number of at least 0, got {guidance}")
+        raise ConfigError(f"guidance must be a number of at least 0, got {guidance!r}")
     whole = isinstance(guidance_channels, int | np.integer)
     if guidance_channels is not None and not (whole and 1 <= guidance_channels <= config.in_channels):
         raise ConfigError(f"guidance_channels must be in [1, {config.in_channels}], got {guidance_channels!r}")
