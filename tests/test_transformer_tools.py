@@ -158,7 +158,14 @@ def test_bad_input_of_ltx():
         run(model, {**inputs, "height": None})
     with pytest.raises(ConfigError, match="one timestep a sample, got one for each token"):
         run(model, {**inputs, "timestep": torch.rand(2, 35)})
-    model.transformer_blocks[0].blocks[1].attn2.set_processor(object())
+    with pytest.raises(ConfigError, match=r"num_frames, height and width must be one grid of 35 tokens, .* got 5×1×6"):
+        run(model, {**inputs, "width": 6})
+    for shape in ((2, 5), (1, 6)):
+        with pytest.raises(
+            ConfigError, match=rf"encoder_attention_mask must be \(2, 6\), .* got \({shape[0]}, {shape[1]}\)"
+        ):
+            run(model, {**inputs, "encoder_attention_mask": torch.ones(shape)})
+    model.transformer_blocks[1].attn2.set_processor(object())
     with pytest.raises(ConfigError, match="need LTXVideoAttnProcessor with projections apart, got object"):
         run(model, inputs)
 
@@ -241,6 +248,8 @@ def test_bad_input_of_flux():
     for change, words in (
         ({"controlnet_block_samples": [torch.zeros(1)]}, "do not support controlnet_block_samples"),
         ({"img_ids": ids[:-1], "hidden_states": inputs["hidden_states"][:, :-1]}, "img_ids must be one grid of tokens"),
+        ({"img_ids": ids.roll(1, 0)}, "img_ids must be one grid of tokens, row by row, got 5×7 in another order"),
+        ({"img_ids": family.inputs((6, 7))["img_ids"]}, "img_ids must be one grid of 35 tokens, .* got 6×7"),
         ({"joint_attention_kwargs": {"attention_mask": mask}}, r"attention_mask must be bool \(2, 1, 1, 41\)"),
         ({"joint_attention_kwargs": {"ip_hidden_states": mask}}, "take no joint_attention_kwargs but attention_mask"),
     ):
@@ -264,6 +273,10 @@ def test_caches_are_refused_until_the_chunking_is_gone(config):
     """MagCache and TaylorSeer would find no block and say nothing; without chunking they skip blocks as ever."""
     family = FAMILIES["flux"]
     model, runs = make(family), []
+    model.enable_cache(config)
+    with pytest.raises(ConfigError, match=r"model has a cache of diffusers.*disable_cache\(\) first"):
+        add_dynamic_chunking(model)
+    model.disable_cache()
     add_dynamic_chunking(model)
     with pytest.raises(ConfigError, match=f"a cache of diffusers.*got {type(config).__name__}; remove"):
         model.enable_cache(config)

@@ -61,26 +61,32 @@ class FluxBlocks(JointBlocks):
         theirs.FluxTransformerBlock: FluxTransformerBlock,
         theirs.FluxSingleTransformerBlock: FluxSingleTransformerBlock,
     }
+    GRID: ClassVar = "img_ids"
     REFUSED: ClassVar = ("controlnet_block_samples", "controlnet_single_block_samples")
 
     def __init__(self, model: theirs.FluxTransformer2DModel, **options: Any) -> None:
         super().__init__(model, model.inner_dim, run=self.run_rows, **options)
         self.seen: deque[tuple[torch.Tensor, tuple[int, ...]]] = deque(maxlen=32)
 
-    def grid_of(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, ...]:
+    def grid_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[int, ...]:
         """(H, W) of img_ids, which are (L, 3): 0, row, column.
 
         The host waits for a GPU once for each tensor, of which the last 32 are known: canvases may alternate.
         """
-        ids = kwargs.get("img_ids", args[4] if len(args) > 4 else None)
+        ids = inputs.get("img_ids")
         if ids is None:
             raise ConfigError("chunked blocks take the grid from img_ids, got none")
         grid = next((grid for tensor, grid in self.seen if tensor is ids), None)
         if grid is None:
             places = (ids[0] if ids.dim() == 3 else ids)[:, -2:]
-            grid = tuple(int(n) + 1 for n in (places.amax(0) - places.amin(0)).tolist())
+            places = places - places.amin(0)
+            grid = tuple(int(n) + 1 for n in places.amax(0).tolist())
+            sides = f"{grid[0]}×{grid[1]}"
             if grid[0] * grid[1] != len(places):
-                raise ConfigError(f"img_ids must be one grid of tokens, got {len(places)} for {grid[0]}×{grid[1]}")
+                raise ConfigError(f"img_ids must be one grid of tokens, got {len(places)} for {sides}")
+            in_turn = torch.cartesian_prod(*(torch.arange(n, device=ids.device) for n in grid))
+            if not torch.equal(places, in_turn.to(places.dtype)):
+                raise ConfigError(f"img_ids must be one grid of tokens, row by row, got {sides} in another order")
             self.seen.append((ids, grid))
         return grid
 

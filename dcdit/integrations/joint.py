@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -73,19 +74,17 @@ class PackedText:
 
 
 class Unchunked(nn.ModuleList):
-    """A list of blocks of which the model's own loop sees those alone that no stack before it has run."""
+    """A list of blocks of which the model's own loop sees those alone that no stack before it has run.
 
-    run = 0
+    Length, indices and slices are those of all blocks: LoRA and offloading look for a block by its number.
+    """
 
-    def __init__(self, blocks: nn.ModuleList, run: int) -> None:
+    def __init__(self, blocks: Iterable[nn.Module], run: int = 0) -> None:
         super().__init__(blocks)
         self.run = run
 
     def __iter__(self) -> Iterator[nn.Module]:
         return iter(list(self._modules.values())[self.run :])
-
-    def __len__(self) -> int:
-        return len(self._modules) - self.run
 
 
 class WeightOf(nn.Module):
@@ -108,7 +107,8 @@ NORMS = {nn.RMSNorm: WeightOfRMSNorm, RMSNorm: WeightOfDiffusersRMSNorm}
 
 
 class JointBlocks(DynamicChunking):
-    """The chunked blocks of a model, standing in its list of blocks as one of them.
+    """The chunked blocks of a model, standing in its list of blocks as one of them where the model's loop goes through
+    it. Its length and its indices are those of the whole list: LoRA looks for a block by its number.
 
     Args:
         model: one of the family, which is changed in place.
@@ -125,9 +125,12 @@ class JointBlocks(DynamicChunking):
     CLASSES: ClassVar[dict[type[nn.Module], type[nn.Module]]]
     WEIGHTS: ClassVar[tuple[str, ...]] = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")  # of RMSNorms, by kernels
     SETTINGS: ClassVar[tuple[str, ...]] = (*DynamicChunking.SETTINGS, "uncond", "passing")
+    GRID: ClassVar[str] = ""  # the arguments that name the grid
     REFUSED: ClassVar[tuple[str, ...]] = ()  # arguments of the model's forward that chunked blocks cannot serve
 
     def __init__(self, model: nn.Module, width: int, blocks: slice = slice(None), **options: Any) -> None:
+        if getattr(model, "is_cache_enabled", False):
+            raise ConfigError("model has a cache of diffusers, which chunked blocks do not take: disable_cache() first")
         lists = [getattr(model, name) for name in self.LISTS]
         every = [block for blocks_of_one in lists for block in blocks_of_one]
         if not isinstance(blocks, slice) or blocks.step not in (None, 1):
@@ -140,6 +143,8 @@ class JointBlocks(DynamicChunking):
             if type(block) not in self.CLASSES:
                 names = ", ".join(kind.__name__ for kind in self.CLASSES)
                 raise ConfigError(f"blocks must be {names}, got {type(block).__name__}")
+            if getattr(vars(block).get("forward"), "__func__", None) is type(block).forward:
+                del block.forward  # what a hook leaves that has gone
             if "forward" in vars(block):
                 raise ConfigError("hooks on blocks must come after add_dynamic_chunking, got a block that has one")
         ends = list(itertools.accumulate(len(own) for own in lists))
@@ -178,10 +183,10 @@ class JointBlocks(DynamicChunking):
         return iter([*own[: self.first], self, *own[self.own :]])
 
     def __len__(self) -> int:
-        return self.depth - (self.own - self.first) + 1
+        return self.depth
 
     def __getitem__(self, index: int) -> nn.Module:
-        return list(self)[index]
+        return super().blocks[index]
 
     @contextlib.contextmanager
     def named_pass(self, own: Callable[..., contextlib.AbstractContextManager], name: str, **rest: Any) -> Iterator:
@@ -202,14 +207,19 @@ class JointBlocks(DynamicChunking):
 
     def see(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Note what the blocks are not told: the grid of the model's input. A hook on the model."""
+        named = list(inspect.signature(type(model).forward).parameters)[1:] if args else []
+        inputs = dict(zip(named, args, strict=False)) | kwargs
         for name in self.REFUSED:
-            if kwargs.get(name) is not None:
+            if inputs.get(name) is not None:
                 raise ConfigError(f"chunked blocks do not support {name}; remove_dynamic_chunking, or leave it out")
         self.checkpointing = getattr(model, "gradient_checkpointing", False)
-        self.grid = self.grid_of(model, args, kwargs)
+        self.grid = self.grid_of(model, inputs)
+        if self.GRID and inputs["hidden_states"].shape[1] != math.prod(self.grid):
+            tokens, sides = inputs["hidden_states"].shape[1], "×".join(map(str, self.grid))
+            raise ConfigError(f"{self.GRID} must be one grid of {tokens} tokens, as hidden_states has, got {sides}")
 
-    def grid_of(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, ...]:
-        """The grid of image tokens of a call of the model."""
+    def grid_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[int, ...]:
+        """The grid of image tokens of a call of the model, from its arguments by name."""
         raise NotImplementedError
 
     def call(self, block: nn.Module, *args: Any) -> Any:
@@ -308,8 +318,11 @@ def kept_text(text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The tokens of text (B, S, D) that are no padding, bool (B, S). `mask` (B, S) is 1 for text and 0 for
     padding, or it is the bias (B, 1, S) that diffusers makes of that.
 
-    A sample that is all padding keeps it, as it does in diffusers.
+    A sample that is all padding keeps it, as it does in diffusers. Raises ConfigError for a mask of another shape.
     """
+    given, wanted = (mask.shape[0], mask.shape[-1]), tuple(text.shape[:2])
+    if given != wanted:
+        raise ConfigError(f"encoder_attention_mask must be {wanted}, one value for each text token, got {given}")
     keep = mask[:, 0] > -1 if mask.dim() == 3 else mask.bool()  # in a bias 0 keeps and -10000 hides
     return keep | ~keep.any(1, keepdim=True)  # diffusers' bias hides nothing where it is the same for all
 

@@ -52,6 +52,7 @@ class LTXBlocks(JointBlocks):
     """The blocks of LTX-Video; text is masked as the model is told."""
 
     LISTS: ClassVar = ("transformer_blocks",)
+    GRID: ClassVar = "num_frames, height and width"
     CLASSES: ClassVar = {theirs.LTXVideoTransformerBlock: LTXVideoTransformerBlock}
 
     def __init__(self, model: theirs.LTXVideoTransformer3DModel, **options: Any) -> None:
@@ -62,9 +63,9 @@ class LTXBlocks(JointBlocks):
         """The norms whose weights kernels apply; the attention to the text computes its norms itself."""
         return [block.norm1, block.norm2, block.attn1.norm_q, block.attn1.norm_k]
 
-    def grid_of(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, ...]:
+    def grid_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[int, ...]:
         """(num_frames, height, width) of the latents' patches."""
-        given = [kwargs.get(name, *args[i : i + 1]) for i, name in enumerate(("num_frames", "height", "width"), 4)]
+        given = [inputs.get(name) for name in ("num_frames", "height", "width")]
         if None in given:
             raise ConfigError(f"chunked blocks need num_frames, height and width, got {given}")
         return tuple(given)

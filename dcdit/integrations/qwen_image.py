@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import torch
@@ -44,6 +43,7 @@ class QwenImageBlocks(JointBlocks):
 
     LISTS: ClassVar = ("transformer_blocks",)
     CLASSES: ClassVar = {theirs.QwenImageTransformerBlock: QwenImageTransformerBlock}
+    GRID: ClassVar = "img_shapes"
     REFUSED: ClassVar = ("controlnet_block_samples",)
 
     def __init__(self, model: theirs.QwenImageTransformer2DModel, **options: Any) -> None:
@@ -51,9 +51,9 @@ class QwenImageBlocks(JointBlocks):
             raise ConfigError("chunked blocks need a model without zero_cond_t, which modulates each token apart")
         super().__init__(model, model.inner_dim, run=self.run_rows, **options)
 
-    def grid_of(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, ...]:
+    def grid_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[int, ...]:
         """(H, W), or (F, H, W) where there are frames, of img_shapes: one shape for all samples."""
-        shapes = kwargs.get("img_shapes", args[4] if len(args) > 4 else None)
+        shapes = inputs.get("img_shapes")
         alone = [tuple(shape[0]) if isinstance(shape, list) else tuple(shape) for shape in shapes or ()]
         single = all(len(shape) == 1 for shape in shapes or () if isinstance(shape, list))
         if len(set(alone)) != 1 or not single:
@@ -74,9 +74,6 @@ class QwenImageBlocks(JointBlocks):
         """As one of Qwen-Image's blocks: (B, L, D) and text (B, S, D) → (text, image)."""
         if joint_attention_kwargs:
             raise ConfigError(f"chunked blocks take no attention_kwargs, got {list(joint_attention_kwargs)}")
-        if math.prod(self.grid) != hidden_states.shape[1]:
-            tokens = hidden_states.shape[1]
-            raise ConfigError(f"img_shapes must be one grid of {tokens} tokens, got {self.grid}")
         text = PackedText(encoder_hidden_states, encoder_hidden_states_mask, self.fixed)
         image, rows = super().forward(hidden_states, text=text, c=temb, freqs=image_rotary_emb)
         return text.back(rows), image

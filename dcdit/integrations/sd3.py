@@ -82,10 +82,9 @@ class SD3Blocks(JointBlocks):
     def __init__(self, model: nn.Module, **options: Any) -> None:
         super().__init__(model, model.inner_dim, run=self.run_rows, **options)
 
-    def grid_of(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, ...]:
+    def grid_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[int, ...]:
         """(H, W) in patches of the latents (B, C, height, width)."""
-        latents = kwargs.get("hidden_states", args[0] if args else None)
-        return tuple(n // model.config.patch_size for n in latents.shape[2:])
+        return tuple(n // model.config.patch_size for n in inputs["hidden_states"].shape[2:])
 
     def forward(
         self,
@@ -103,7 +102,7 @@ class SD3Blocks(JointBlocks):
         mask = options.pop("attention_mask", None)
         if options:
             raise ConfigError(f"chunked blocks take no joint_attention_kwargs but attention_mask, got {list(options)}")
-        if mask is not None and len(self) > 1:
+        if mask is not None and len(self.stack) < len(self):
             raise ConfigError("attention_mask needs all blocks chunked: SD3's own attention reads none")
         keep = kept_by(mask, encoder_hidden_states, hidden_states.shape[1])
         text = PackedText(encoder_hidden_states, keep, self.fixed)

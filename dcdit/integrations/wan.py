@@ -59,10 +59,10 @@ class WanBlocks(JointBlocks):
         width = model.config.num_attention_heads * model.config.attention_head_dim
         super().__init__(model, width, run=self.run_rows, **options)
 
-    def grid_of(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, ...]:
+    def grid_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[int, ...]:
         """(F, H, W) in patches of the latents (B, C, frames, height, width)."""
-        latents = kwargs.get("hidden_states", args[0] if args else None)
-        return tuple(n // side for n, side in zip(latents.shape[2:], model.config.patch_size, strict=True))
+        sides = inputs["hidden_states"].shape[2:]
+        return tuple(n // side for n, side in zip(sides, model.config.patch_size, strict=True))
 
     def forward(
         self,
@@ -81,7 +81,8 @@ class WanBlocks(JointBlocks):
         self, blocks: list[nn.Module], x: torch.Tensor, plan: ChunkPlan, text: PackedText, c: torch.Tensor, rotary
     ) -> torch.Tensor:
         """Rows → rows."""
-        cos, sin = rotary[0][0, :, 0, ::2].contiguous(), rotary[1][0, :, 0, 1::2].contiguous()
+        wide = torch.promote_types(rotary[0].dtype, torch.float32)  # a model cast whole has them in half precision
+        cos, sin = (table[0, :, 0, i::2].to(wide).contiguous() for i, table in enumerate(rotary))
         for block in blocks:
             x = self.call(block, x, text, c, cos, sin, plan)
         return x

@@ -58,16 +58,16 @@ class ZImageBlocks(JointBlocks):
     def __init__(self, model: theirs.ZImageTransformer2DModel, **options: Any) -> None:
         super().__init__(model, model.dim, run=self.run_rows, **options)
 
-    def grid_of(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, ...]:
+    def grid_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[int, ...]:
         """(H, W), or (F, H, W) where there are frames, in patches of the latents, a list of (C, F, height, width)."""
-        latents = kwargs.get("x", args[0] if args else None)
+        latents = inputs["x"]
         if isinstance(latents[0], list):
             raise ConfigError("chunked blocks take one picture a sample, got lists of them")
         sizes = {tuple(latent.shape[1:]) for latent in latents}
         if len(sizes) > 1:
             raise ConfigError(f"chunked blocks need latents of one size in a batch, got {sorted(sizes)}")
         frames, height, width = sizes.pop()
-        side, depth = kwargs.get("patch_size", 2), kwargs.get("f_patch_size", 1)
+        side, depth = inputs.get("patch_size", 2), inputs.get("f_patch_size", 1)
         grid = (frames // depth, height // side, width // side)
         return grid if grid[0] > 1 else grid[1:]
 

@@ -76,7 +76,7 @@ class Student(nn.Module):
         """
         x, target, more = batch["x"], batch["target"], {k: v for k, v in batch.items() if k not in ("x", "target")}
         inputs, chunking = self.velocity.inputs(self.model, x, **more), chunking_of(self.model)
-        cells = math.prod(chunking.grid_of(self.model, (), inputs))
+        cells = math.prod(chunking.grid_of(self.model, inputs))
         chunking.budget = None if share is None else max(len(x) * min(2, cells), round(share * len(x) * cells))
         if distil:
             loss = distillation_loss(self.model, *self.teacher, **inputs)
