@@ -49,6 +49,12 @@ def test_rivals_keep_as_many_and_learn(kind, monkeypatch):
     assert kept == [0.25] * 3 and (latents - known.latents).abs().max() < 1e-5 * latents.abs().max()
 
 
+def test_the_plain_dit_keeps_its_own_tokens():
+    net = make_rival(dataclasses.replace(TINY, target_ratio=16.0), "plain")
+    routing = net(torch.randn(2, 4, 6, 8), torch.zeros(2), torch.zeros(2).long(), return_routing=True)[1]
+    assert routing.plan.lengths.tolist() == [12, 12]
+
+
 def test_boundaries():
     h = torch.randn(3, 48, 32)
     prob = GridRouter(TINY)(h, None).view(3, 6, 8)

@@ -122,8 +122,8 @@ class PlainRival(PlainDiT):
         out = super().forward(x, t, y)
         if not return_routing:
             return out
-        prob = GridRouter(self.config)(x.flatten(1)[:, : self.config.cells, None], t)
-        return out, Routing.of(prob, self.config.input_size, **limits)
+        own = regular_cells(self.config.input_size, self.patch, x.device).float().expand(len(x), -1)
+        return out, Routing.of(own, self.config.input_size, **limits)
 
 
 ROUTERS = {"random": RandomRouter, "grid": GridRouter}
