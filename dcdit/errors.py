@@ -1,5 +1,7 @@
 """Errors that a user can mend. The command line prints them as one line and exits with status 2."""
 
+import re
+
 
 class DCDiTError(ValueError):
     """Something in the input is wrong; the message names the expected value and the value that came."""
@@ -15,6 +17,11 @@ class CheckpointError(DCDiTError):
 
 class DataError(DCDiTError):
     """A data set or a picture folder that cannot be used."""
+
+
+def first_sentence(error: BaseException) -> str:
+    """Of an error's first line: torch goes on to say where to report it."""
+    return re.split(r"\.\s", first_line(error))[0]
 
 
 def first_line(error: BaseException) -> str:

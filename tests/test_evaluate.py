@@ -1,6 +1,7 @@
 """Distances of sets of pictures: two routes agree, and sets of every kind are read batch by batch."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -111,6 +112,21 @@ def test_what_is_wrong_is_said(tmp_path):
         list(open_set(drawn).batches())
 
 
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        (lambda x: x[:, 0, :2, 0] * math.nan, "finite features, it gave NaN or infinity"),
+        (lambda x: x, r"features \(N, F\) of N = 4 pictures, it gave \(4, 3, 8, 8\)"),
+        (lambda x: (x, x), "it gave tuple"),
+        (lambda x: x.flatten(1) @ torch.ones(3, 3), "cannot take pictures of 8×8 pixels: .*shapes|cannot take .*dtype"),
+    ],
+)
+def test_features_that_are_none_are_refused(network, words):
+    """NaN ends the process in the linear algebra of the Fréchet distance."""
+    with pytest.raises(DataError, match=words):
+        Features(network, [pictures(4, 0)])
+
+
 def test_the_command(tmp_path, capsys):
     np.savez(tmp_path / "real.npz", pictures(40, 1), np.arange(40) % 2)
     drawn = folder_of(tmp_path / "drawn", pictures(20, 0), np.arange(20) % 2)
@@ -122,5 +138,7 @@ def test_the_command(tmp_path, capsys):
     assert main([*words, "--features", str(tmp_path / "corners.pt")]) == 0
     out = capsys.readouterr().out
     assert "samples   20 pictures" in out and out.count("frechet") == 2
+    assert main([*words, "--output", str(tmp_path / "none" / "numbers.json")]) == 2
+    assert "--output must be a file in a folder that is there" in capsys.readouterr().err
     assert main([*words, "--features", str(tmp_path / "real.npz")]) == 2
     assert "is not a TorchScript network" in capsys.readouterr().err

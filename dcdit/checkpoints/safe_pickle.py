@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, first_sentence
 
 # Pairs of their name and ours.
 Names = tuple[tuple[str, str], ...]
@@ -69,9 +69,7 @@ def read_pickle(path: str | Path) -> Any:
     except Exception as error:  # a broken pickle can raise anything
         # torch puts the advice to load without its protection in place of why it refused, raised "from None".
         hidden = isinstance(error, pickle.UnpicklingError) and error.__suppress_context__
-        text = str(error.__context__ if hidden else error)
-        # Its first sentence: torch goes on to say where to report the error.
-        reason = re.split(r"\.\s", text.splitlines()[0])[0] if text else type(error).__name__
+        reason = first_sentence(error.__context__ if hidden and error.__context__ else error)
         raise CheckpointError(f"{path} is truncated, tampered with or not a checkpoint: {reason}") from error
 
 

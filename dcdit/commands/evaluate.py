@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_sentence
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +28,8 @@ def run(args: argparse.Namespace) -> None:
     from ..data.picture_sets import open_set
     from ..pictures.evaluation import Features, agreement, compare
 
+    if args.output and (args.output.is_dir() or not args.output.absolute().parent.is_dir()):
+        raise ConfigError(f"--output must be a file in a folder that is there, got {args.output}")
     samples = open_set(args.samples)
     first = next(samples.batches())
     size = first.shape[1]
@@ -64,7 +66,7 @@ def _network(args, open_again):
         try:
             return torch.jit.load(str(args.features), map_location="cpu").eval(), None
         except (RuntimeError, ValueError) as error:
-            raise ConfigError(f"{args.features} is not a TorchScript network: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"{args.features} is not a TorchScript network: {first_sentence(error)}") from error
     source = open_again(args.fit or args.reference)
     if source.labels is None:
         raise ConfigError(f"{source.name} has no classes to fit a classifier to: give --features FILE")

@@ -30,10 +30,7 @@ class Features:
         self.first, self.count = torch.empty(0), 0
         self.moments: FrechetInceptionDistance | None = None
         for batch in batches:
-            with torch.no_grad():
-                rows = network(to_tensor(batch)).float()
-            if rows.dim() != 2:
-                raise DataError(f"the network must give features (N, F), it gave {tuple(rows.shape)}")
+            rows = features_of(network, batch)
             if self.moments is None:
                 given = nn.Identity()
                 given.num_features = rows.shape[1]
@@ -43,6 +40,24 @@ class Features:
             self.count += len(rows)
         if self.moments is None or self.count < 2:
             raise DataError(f"expected at least two pictures, found {self.count}")
+
+
+def features_of(network: nn.Module, batch: np.ndarray) -> torch.Tensor:
+    """float32 (N, F) of uint8 pictures (N, H, W, 3). Raises DataError for a network that gives anything else."""
+    try:
+        with torch.no_grad():
+            rows = network(to_tensor(batch))
+    except RuntimeError as error:  # of a TorchScript network the last line is the message
+        reason = str(error).strip().splitlines()[-1]
+        raise DataError(
+            f"the network cannot take pictures of {batch.shape[1]}×{batch.shape[2]} pixels: {reason}"
+        ) from error
+    if not isinstance(rows, torch.Tensor) or rows.dim() != 2 or len(rows) != len(batch):
+        came = tuple(rows.shape) if isinstance(rows, torch.Tensor) else type(rows).__name__
+        raise DataError(f"the network must give features (N, F) of N = {len(batch)} pictures, it gave {came}")
+    if not rows.isfinite().all():
+        raise DataError("the network must give finite features, it gave NaN or infinity")
+    return rows.float()
 
 
 def compare(samples: Features, reference: Features) -> dict[str, float]:

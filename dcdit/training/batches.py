@@ -137,7 +137,7 @@ class TrainingStream(Dataset):
                 return self.source.load(index, flip)
             except DataError as error:
                 if not self.skip_broken:
-                    raise
+                    raise DataError(f"{error}; data.skip_broken=true leaves out what cannot be read") from error
                 if index not in self.broken:
                     print(f"skipped: {error}", file=sys.stderr)
                 self.broken.add(index)

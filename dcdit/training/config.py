@@ -35,6 +35,7 @@ LIMITS = (
     ("drop_warmup snapshot_every codec.scale", lambda value: value >= 0, "not be negative"),
     ("upcycle.distill_steps upcycle.distill_weight", lambda value: value >= 0, "not be negative"),
     ("validation.every validation.items validation.samples", lambda value: value >= 0, "not be negative"),
+    ("validation.samples", lambda value: value <= 10_000, "be at most 10000"),
     ("validation.guidance", lambda value: value >= 0, "not be negative"),
     ("spend.warmup", lambda value: value >= 0, "not be negative"),
     ("spend.rate", lambda value: 0 < value <= 1, "be in (0, 1]"),
