@@ -4,6 +4,7 @@ import contextlib
 import copy
 import inspect
 
+import accelerate
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from peft.utils import get_peft_model_state_dict
 from transformer_families import FAMILIES, every_family, make, run
 
 from dcdit.errors import ConfigError
-from dcdit.integrations.attention import add_dynamic_chunking
+from dcdit.integrations.attention import add_dynamic_chunking, remove_dynamic_chunking
 
 REFUSED = {
     "flux": ("controlnet_block_samples", [torch.zeros(1)]),
@@ -78,6 +79,23 @@ def test_offloading_by_group_goes_through_both_lists_of_flux():
     model.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
     assert torch.equal(run(model, inputs), want)
     assert all(hasattr(block, "_diffusers_hook") for block in model.single_transformer_blocks[:])
+    with pytest.raises(ConfigError, match="hooks on blocks must go before remove_dynamic_chunking"):
+        remove_dynamic_chunking(model)
+    assert torch.equal(run(model, inputs), want)
+
+
+@every_family
+def test_offloading_by_layer_comes_after_the_wrapping(family):
+    model = make(family)
+    inputs = family.inputs()
+    want = run(model, inputs)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(ConfigError, match="hooks on blocks must come after add_dynamic_chunking"):
+        add_dynamic_chunking(model, blocks=slice(1, 3))
+    accelerate.hooks.remove_hook_from_submodules(model)
+    add_dynamic_chunking(model, blocks=slice(1, 3))
+    remove_dynamic_chunking(model)
+    assert run(model, inputs).shape == want.shape
 
 
 def test_wan_cast_whole_to_half_precision():

@@ -101,16 +101,19 @@ def chunking_of(model: nn.Module) -> ChunkedBlocks | JointBlocks | None:
 
 
 def remove_dynamic_chunking(model: nn.Module) -> None:
-    """Undo `add_dynamic_chunking`: the model's own blocks, norms and attention processors, in place."""
+    """Undo `add_dynamic_chunking`: the model's own blocks, norms and attention processors, in place.
+
+    Raises ConfigError for a model without it, and for one whose blocks have hooks.
+    """
     chunking = chunking_of(model)
     if chunking is None:
         raise ConfigError("model must be one that add_dynamic_chunking was called on")
-    for hook in getattr(chunking.router, "hooks", ()):
-        hook.remove()
     if isinstance(chunking, JointBlocks):
         chunking.restore(model)
     else:
         model.transformer_blocks = chunking.unwrap()
+    for hook in getattr(chunking.router, "hooks", ()):
+        hook.remove()
     if isinstance(model, ConfigMixin):
         model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "dynamic_chunking"})
 

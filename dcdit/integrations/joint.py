@@ -143,10 +143,7 @@ class JointBlocks(DynamicChunking):
             if type(block) not in self.CLASSES:
                 names = ", ".join(kind.__name__ for kind in self.CLASSES)
                 raise ConfigError(f"blocks must be {names}, got {type(block).__name__}")
-            if getattr(vars(block).get("forward"), "__func__", None) is type(block).forward:
-                del block.forward  # what a hook leaves that has gone
-            if "forward" in vars(block):
-                raise ConfigError("hooks on blocks must come after add_dynamic_chunking, got a block that has one")
+            check_hooks(block, self.norms_of(block), "come after add_dynamic_chunking")
         ends = list(itertools.accumulate(len(own) for own in lists))
         place = next(i for i, end in enumerate(ends) if self.start < end)
         before = ends[place] - len(lists[place])
@@ -229,7 +226,9 @@ class JointBlocks(DynamicChunking):
         return block(*args)
 
     def restore(self, model: nn.Module) -> None:
-        """The model as it was."""
+        """The model as it was. Raises ConfigError where a block has a hook, which holds on to the packed forward."""
+        for block in self.stack:
+            check_hooks(block, self.norms_of(block), "go before remove_dynamic_chunking")
         for block in self.stack:
             block.__class__ = type(block).__bases__[0]
             for norm in self.norms_of(block):
@@ -240,6 +239,16 @@ class JointBlocks(DynamicChunking):
         setattr(model, self.LISTS[self.place], nn.ModuleList(super().blocks))
         for name in self.LISTS[self.place + 1 :]:
             setattr(model, name, nn.ModuleList(getattr(model, name)._modules.values()))
+
+
+def check_hooks(block: nn.Module, norms: list[nn.Module], when: str) -> None:
+    """Raise ConfigError for a forward that a tool has put on a block or its norms, or a hook of accelerate inside."""
+    for module in (block, *norms):
+        if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+            del module.forward  # what a hook leaves that has gone
+    hooked = any("forward" in vars(module) for module in (block, *norms))
+    if hooked or any(hasattr(module, "_hf_hook") for module in block.modules()):
+        raise ConfigError(f"hooks on blocks must {when}, got a block that has one")
 
 
 def check_processor(attn: nn.Module, processor: type) -> None:
