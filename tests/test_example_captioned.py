@@ -68,7 +68,10 @@ def test_recognised_is_every_digit_in_order():
     assert recognised(lambda pictures: logits, torch.zeros(4), first, second).tolist() == [True, False, False, True]
 
 
-@pytest.mark.parametrize("name, millions", [("flux", 5.1), ("z_image", 5.1), ("flux_small", 0.8)])
+MILLIONS = {"flux": 5.1, "z_image": 5.1, "flux_small": 0.8, "flux_small_longer": 0.8, "z_image_small": 1.2}
+
+
+@pytest.mark.parametrize("name, millions", MILLIONS.items())
 def test_configurations_have_the_same_keys_and_the_documented_sizes(name, millions):
     config, pattern = (yaml.safe_load(Path(f"examples/captioned/{n}.yaml").read_text()) for n in (name, "flux"))
     for part in ("dense", "upcycle", "judge"):

@@ -53,12 +53,12 @@ class Flux:
 
 
 class ZImage:
-    """ZImageTransformer2DModel on pictures of one frame, in patches of 2×2 pixels."""
+    """ZImageTransformer2DModel on pictures of one frame, in patches of their options' first size, or 2×2 pixels."""
 
-    KIND, patch = diffusers.ZImageTransformer2DModel, 2
+    KIND = diffusers.ZImageTransformer2DModel
 
     def __init__(self, options: dict[str, Any]) -> None:
-        self.options = options
+        self.options, self.patch = options, options.get("all_patch_size", [2])[0]
 
     def model(self) -> nn.Module:
         """A model of random weights with closed gates and an output of zero."""
@@ -69,7 +69,7 @@ class ZImage:
 
     def inputs(self, x: torch.Tensor, t: torch.Tensor, captions: Captions) -> dict[str, Any]:
         """Keywords of the model's forward, of x (B, 1, H, W) at times t (B,) and captions."""
-        return {"x": list(x[:, :, None]), "t": t, "cap_feats": list(captions.text)}
+        return {"x": list(x[:, :, None]), "t": t, "cap_feats": list(captions.text), "patch_size": self.patch}
 
     def velocity(self, output: Any) -> torch.Tensor:
         """The velocity (B, 1, H, W) in the output for the last inputs."""
