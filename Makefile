@@ -27,7 +27,7 @@ lint: $(VENV)/installed-dev
 
 # Bytes of all kinds for every parser, ten minutes.
 fuzz: $(VENV)/installed-test
-	FUZZ=4000 $(PY) -m pytest tests/test_fuzz.py -q
+	FUZZ=4000 $(PY) -m pytest tests/test_fuzz.py -q -o faulthandler_timeout=0
 
 # Measure on this machine, then write docs/benchmarks.md; under 10 minutes on 2 cores.
 bench: $(VENV)/installed-test

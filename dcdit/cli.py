@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
+import os
 import signal
 import sys
 
@@ -85,6 +86,9 @@ def _run(argv: list[str]) -> int:
 
     try:
         return module.run(args) or 0
+    except BrokenPipeError:  # as of `dcdit info … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (DCDiTError, BackendError, OSError) as error:
         print(f"dcdit {args.command}: {_one_line(error)}", file=sys.stderr)
         return 2

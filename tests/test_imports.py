@@ -1,6 +1,8 @@
 """Modules import each other in one direction, also where an import stands inside a function."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -52,6 +54,12 @@ def test_no_cycle():
     with pytest.raises(CycleError):
         graph["dcdit.errors"].add("dcdit.cli")
         list(TopologicalSorter(graph).static_order())
+
+
+def test_info_needs_no_compiler():
+    """PyTorch's takes longer to import than all else."""
+    code = "import sys, dcdit.cli; dcdit.cli.main(['info', 'DC-DiT-S/N4']); assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
 def test_kernels_stand_alone():

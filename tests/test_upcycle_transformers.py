@@ -291,7 +291,7 @@ def test_samples_are_held_against_the_models_of_each_family(family, tmp_path):
 CASES = {
     "source=nowhere": (CheckpointError, "nowhere must be a folder of diffusers with config.json"),
     "family=sd3": (CheckpointError, "must have a SD3Transformer2DModel, got FluxTransformer2DModel"),
-    "latents=nowhere": (DataError, "must be a folder of safetensors, npz or tar files with latents, text, pooled"),
+    "latents=nowhere": (DataError, "nowhere must be a folder of safetensors, npz, tar or parquet files with latents"),
     "latents=source": (DataError, "must have latents of 3 dimensions, got none"),
     "latents=''": (ConfigError, "latents must be a folder"),
     "batch_size=0": (ConfigError, "batch_size must be at least 1, got 0"),
@@ -323,7 +323,7 @@ def test_what_a_run_does_not_go_on_from(tmp_path, capsys):
     """Its own result as a source; another configuration in the same output."""
     command = configuration(tmp_path)
     main(command)
-    assert "5 samples of 2 shapes\n1 processes on cpu, from step 0 of 6\n" in capsys.readouterr().out
+    assert "5 samples of 2 shapes\n1 process on cpu, from step 0 of 6\n" in capsys.readouterr().out
     again = TransformerConfig(source=str(tmp_path / "run/model"), latents=str(tmp_path / "latents"))
     with pytest.raises(CheckpointError, match="has dynamic chunking already"):
         TransformerUpcycler(again)

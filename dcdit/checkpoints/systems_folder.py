@@ -12,6 +12,7 @@ from ..model.config import DCDiTConfig, check_keys
 from ..model.dit_config import DyDiTConfig, PatchDiTConfig, SparseDiTConfig
 from ..model.dydit import DyDiT
 from ..model.dydit_main import DyDCDiT
+from ..model.meta import on_meta
 from ..model.patch_dit import PatchDiT
 from ..model.sparse_dit import SparseDiT
 
@@ -43,7 +44,7 @@ def empty_system(kind: str, sizes: dict[str, Any], shapes: dict[str, tuple[int, 
     if blocks != config.depth:
         raise CheckpointError(f"{path}: config.json says depth {config.depth}, the weights have {blocks} blocks")
     try:
-        with torch.device("meta"):
+        with on_meta():
             return cls(config)
     except (RuntimeError, OverflowError, MemoryError) as error:
         raise CheckpointError(f"{path}: config.json's sizes make no model: {str(error).splitlines()[0]}") from error

@@ -13,6 +13,7 @@ from ..errors import CheckpointError, first_line
 from ..model.config import DCDiTConfig
 from ..model.dcdit import DCDiT
 from ..model.embedders import sincos_2d
+from ..model.meta import on_meta
 
 FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors names them; those of 8 bits need a scale
 
@@ -75,7 +76,7 @@ def check_header(weights: Path, config: DCDiTConfig, parts: dict[str, nn.Module 
             f"{weights.parent}: config.json says depth {config.depth}, the weights have {blocks} blocks"
         )
     try:
-        with torch.device("meta"):
+        with on_meta():
             model = DCDiT(config if blocks else dataclasses.replace(config, depth=1), **parts)
     except (RuntimeError, OverflowError, MemoryError) as error:
         raise CheckpointError(f"{weights.parent}: config.json's sizes make no model: {first_line(error)}") from error

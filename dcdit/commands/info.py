@@ -110,13 +110,12 @@ def print_rivals(config: DCDiTConfig) -> None:
 
 def print_system(name: str, config: DiTConfig) -> None:
     """Parameters of a SparseDiT, DyDiT or PatchDiT, and its multiply-adds beside the plain DiT's."""
-    import torch
-
     from ..checkpoints.systems_folder import SYSTEMS
+    from ..model.meta import on_meta
     from ..model.rival_macs import dydit_macs, dydit_on
 
     kind = next(kind for kind, sizes in SYSTEMS.values() if sizes is type(config))
-    with torch.device("meta"):
+    with on_meta():
         count = sum(parameter.numel() for parameter in kind(config).parameters())
     (height, width), depth = config.grid, config.depth  # type: ignore[attr-defined]
     print(f"{name}: {kind.__name__}, {height}×{width} patches, width {config.hidden_size}, depth {depth}")
@@ -151,12 +150,11 @@ def _print_costs(config: DiTConfig) -> None:
 
 def count_parameters(config: DCDiTConfig, gated: bool = False) -> tuple[int, int]:
     """(trainable parameters, numbers in the position table) of a DC-DiT or a DyDCDiT, without allocating the model."""
-    import torch
-
     from ..model.dcdit import DCDiT
     from ..model.dydit_main import DyDCDiT
+    from ..model.meta import on_meta
 
-    with torch.device("meta"):
+    with on_meta():
         model = (DyDCDiT if gated else DCDiT)(config)
     return sum(p.numel() for p in model.parameters()), model.pos_embed.numel()
 

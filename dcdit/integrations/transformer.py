@@ -23,6 +23,7 @@ from ..model.blocks import Stream
 from ..model.config import DCDiTConfig
 from ..model.dcdit import DCDiT
 from ..model.graphs import Graphed
+from ..model.meta import on_meta
 from ..sampling.drop_fraction import DropFraction
 from ..sampling.policy import Policy
 from ..sampling.policy_run import PolicyRun
@@ -92,7 +93,7 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         """A model that shares this one's parameters and mode."""
         config = model.config.to_dict()
         size, learned = config.pop("input_size"), config.pop("learn_sigma")
-        with torch.device("meta"):
+        with on_meta():
             transformer = cls(
                 sample_size=size[0] if size[0] == size[1] else tuple(size),
                 out_channels=config["in_channels"] * (2 if learned else 1),

@@ -62,7 +62,10 @@ def sincos_2d(
 
     With `patch` a cell's position is counted in patches of patch×patch cells, from the middle of the first patch.
     """
-    exact = torch.float32 if device is not None and device.type == "mps" else torch.float64
+    device = device or torch.get_default_device()
+    if device.type == "meta":  # whose arithmetic is in Python, behind PyTorch's compiler
+        return torch.empty(math.prod(grid), width // 4 * 4, device=device)
+    exact = torch.float32 if device.type == "mps" else torch.float64
     frequency = 10000.0 ** -(torch.arange(width // 4, dtype=exact, device=device) / (width // 4))
     codes = []
     for side in grid:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 
-import torch
 from torch import nn
 
 from ..errors import ConfigError
 from .config import DCDiTConfig
+from .meta import on_meta
 from .routers import make_router
 
 
@@ -48,7 +48,7 @@ def dit_flops(config: DCDiTConfig, tokens: float) -> float:
 
 @functools.cache
 def _named_router(config: DCDiTConfig) -> float:
-    with torch.device("meta"):
+    with on_meta():
         return _macs(make_router(config), config.cells)
 
 

@@ -155,9 +155,9 @@ class TransformerUpcycler:
         config, main = self.config, self.accelerator.is_main_process
         since, images = time.monotonic(), 0
         count, shapes = sum(p.numel() for p in self.net.parameters()), len(self.data.buckets)
-        place = f"{self.ranks} processes on {self.device.type}, from step {self.step} of {config.steps}"
+        place = f"process{'es' * (self.ranks > 1)} on {self.device.type}, from step {self.step} of {config.steps}"
         self.accelerator.print(f"{config.family}, {count:,} parameters; {len(self.data)} samples of {shapes} shapes")
-        self.accelerator.print(place, flush=True)
+        self.accelerator.print(f"{self.ranks} {place}", flush=True)
         progress = Progress(self.step, config.steps, main)
         with contextlib.closing(progress), float32_products("high" if config.precision == "bf16" else None):
             while self.step < config.steps:
