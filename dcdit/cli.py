@@ -85,7 +85,9 @@ def _run(argv: list[str]) -> int:
     from dcdit_kernels import BackendError  # here, so that an option's error imports no torch
 
     try:
-        return module.run(args) or 0
+        status = module.run(args) or 0
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:  # as of `dcdit info … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

@@ -1,6 +1,7 @@
 """The command itself: its words before torch is there, in any locale, without docstrings, and out of memory."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -98,3 +99,12 @@ def test_ctrl_c_while_modules_load_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(importlib, "import_module", interrupted)
     assert main(["info", "digits"]) == 130
     assert capsys.readouterr().err == "dcdit info: interrupted\n"
+
+
+def test_a_reader_that_leaves_is_no_error():
+    """As of `dcdit info … | head`; what Python has not written yet is no complaint at exit."""
+    command = [sys.executable, "-m", "dcdit.cli", "info", "digits"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env={**os.environ, "PYTHONUNBUFFERED": ""}, **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(timeout=100) == 128 + signal.SIGPIPE
