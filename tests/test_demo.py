@@ -80,8 +80,20 @@ def test_plain_dit_costs_what_is_said(patch, tokens):
     assert out.shape == (1, 4, 14, 14)
     # The counter also sees the embedders; the formula counts 2×2 patches at the ends.
     assert dit_flops(config, tokens) == pytest.approx(counter.get_total_flops() / 1e9, rel=0.03)
-    seen, gflops, seconds, _ = demo.time_plain_dit(config, patch, 2, 10, 2, torch.empty(0), repeats=1)
-    assert (seen, gflops) == (tokens, pytest.approx(20 * dit_flops(config, tokens))) and seconds > 0
+    assert demo.plain_dit_cost(model, 20) == (tokens, pytest.approx(20 * dit_flops(config, tokens)))
+
+
+def test_seconds_are_medians_of_turns():
+    """Two draws of 4 and 2 images: the first one's turns take 8, 80 and 4 seconds, the second one's half of it."""
+    order, taken = [], iter([8.0, 4.0, 80.0, 40.0, 4.0, 2.0])
+
+    def draw(name, images, steps):
+        order.append((name, steps))
+        return Space(latents=torch.zeros(images, 1), trace=Space(seconds=torch.full((steps,), next(taken) / steps)))
+
+    draws = [lambda steps: draw("a", 4, steps), lambda steps: draw("b", 2, steps)]
+    assert demo.seconds_in_turns(draws, 50) == pytest.approx([10.0, 10.0])  # 8 s of 4 images, 10 of 50 steps
+    assert order == [("a", 10), ("b", 10)] * 3
 
 
 def test_a_budget_counts_ink_shares_and_hits(model, monkeypatch):
@@ -104,10 +116,11 @@ def test_a_budget_counts_ink_shares_and_hits(model, monkeypatch):
     codec = PixelUnshuffle(2)
     budget = demo.run_budget(model, codec, lambda images: np.array([1, 2, 3, 0]), 0.2, classes, steps=10)
     assert (budget.ink, budget.blank, budget.share, budget.recognised) == (1.0, 0.25, 0.25, 3)
-    assert budget.seconds == pytest.approx(1.0) and budget.images.shape == (4, 28, 28, 3)
-    text = demo.table([budget], [(49, 8.25, 0.5, "2 of 4"), (196, 33.0, 2.0, "–")], 196)
+    assert budget.images.shape == (4, 28, 28, 3)
+    text = demo.table([budget], [(49, 8.25, "2 of 4"), (196, 33.0, "–")], [1.0, 0.5, 2.0], 196)
     assert (
         "49.0 (25.0%)" in text
+        and [line.split()[-4] for line in text.splitlines()[1:3]] == ["1.000", "0.500"]
         and "3 of 4" in text
         and "2 of 4" in text
         and "2×2 patches" in text
@@ -120,7 +133,7 @@ def test_the_shipped_plain_dit_draws_digits():
     classes, options = np.arange(20) % 10, {"objective": "flow", "seed": 0, "batch_size": 20}
     row, images = demo.run_plain_dit(model, codec, DigitClassifier(), classes, 1.0, 8, **options)
     assert row[:2] == (49, pytest.approx(8 * dit_flops(model.config, 49))) and images.shape == (20, 28, 28, 3)
-    assert int(row[3].split()[0]) >= 16, row
+    assert int(row[2].split()[0]) >= 16, row
 
 
 def test_demo_command(model, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -45,7 +46,8 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from ..checkpoints.dit import load_dit
-    from ..pictures.demo import LATE, run_budget, run_plain_dit, table, time_plain_dit
+    from ..model.plain_dit import PlainDiT
+    from ..pictures.demo import LATE, TURNS, plain_dit_cost, run_budget, run_plain_dit, seconds_in_turns, table
     from ..pictures.images import check_output, output_folder
     from ..pictures.page import write_page
     from ..pictures.trajectory import (
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         record,
     )
     from ..sampling.drop_fraction import drop_table
-    from ..sampling.sampler import open_checkpoint
+    from ..sampling.sampler import open_checkpoint, sample
     from ..sampling.schedulers import make_scheduler
 
     check_output(args.output)
@@ -91,14 +93,18 @@ def run(args: argparse.Namespace) -> None:
     for rho in tqdm(args.drop_fractions, desc=f"{args.samples} digits at each ρ", unit="ρ", disable=None):
         budgets.append(run_budget(model, codec, classifier, rho, classes, batch_size=args.batch_size, **options))
     rows = {f"ρ = {b.drop_fraction:g}": b.images for b in budgets}
+    wide, small = (PlainDiT(config, patch).to(model.pos_embed).eval() for patch in (1, 2))
+    plain = [(*plain_dit_cost(dit, args.steps * halves), "–") for dit in (small, wide)]
     if args.checkpoint == str(DIGITS):  # a trained plain DiT of its backbone is shipped beside it
-        dit = load_dit(PLAIN, config).to(device)
-        trained, rows["plain DiT"] = run_plain_dit(
-            dit, codec, classifier, classes, batch_size=args.batch_size, **options
+        small = load_dit(PLAIN, config).to(device)
+        plain[0], rows["plain DiT"] = run_plain_dit(
+            small, codec, classifier, classes, batch_size=args.batch_size, **options
         )
-    else:
-        trained = time_plain_dit(config, 2, batch, args.steps, halves, model.pos_embed)
-    plain = [trained, time_plain_dit(config, 1, batch, args.steps, halves, model.pos_embed)]
+    print("Timing all of them in turns …", flush=True)
+    timed = {**options, "batch_size": batch}
+    draws = [partial(sample, model, classes[:batch], drop_fraction=b.drop_fraction, **timed) for b in budgets]
+    draws += [partial(sample, dit, classes[:batch], **timed) for dit in (small, wide)]
+    seconds = seconds_in_turns(draws, args.steps)
 
     with output_folder(args.output) as folder:
         digits, snapshots = record(model, range(10), 50, **options)
@@ -110,14 +116,15 @@ def run(args: argparse.Namespace) -> None:
         draw_budgets(folder / "maps.png", maps)
         draw_budgets(folder / "budgets.png", rows)
         traces = {f"ρ = {b.drop_fraction:g}": b.samples.trace for b in budgets}
-        draw_curves(folder / "curves.png", traces, config, plain_s=trained[2])
+        draw_curves(folder / "curves.png", traces, config, plain_s=seconds[len(budgets)])
         draw_animation(folder / "digits.gif", digits, snapshots, codec)
-        text = table(budgets, plain, config.cells)
+        text = table(budgets, plain, seconds, config.cells)
         (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
         first = budgets[0]
         times = f" ({first.ink / first.blank:.1f} times as often)" if first.blank > 0 else ""
         said = [
-            f"{args.steps} steps, guidance {args.guidance:g}, on {device.type}; GFLOPs as the paper counts them.",
+            f"{args.steps} steps, guidance {args.guidance:g}, on {device.type}; GFLOPs as the paper counts them. "
+            f"Seconds are medians of {TURNS} shorter draws, in which all rows took turns.",
             f"At ρ = {first.drop_fraction:g} a share of {first.share:.1%} is kept over the trajectory, 1/N is "
             f"{1 / config.target_ratio:.1%}; in the last {1 - LATE:.0%} of the steps {first.ink:.1%} of the cells with "
             f"ink and {first.blank:.1%} of the blank ones{times}.",

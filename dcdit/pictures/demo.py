@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from ..model.config import DCDiTConfig
 from ..model.dcdit import DCDiT
 from ..model.flops import dit_flops
 from ..model.plain_dit import PlainDiT
@@ -17,7 +16,8 @@ from ..sampling.trace import Samples, Step
 from .images import to_uint8
 
 LATE = 0.8  # of the way from noise to image
-Plain = tuple[int, float, float, str]  # of a plain DiT: tokens, GFLOP and seconds per image, how many are recognised
+TIMED, TURNS = 10, 3  # steps of a draw that is timed, and how many such draws each row of the table has
+Plain = tuple[int, float, str]  # of a plain DiT: tokens, GFLOP per image, how many are recognised
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,6 @@ class Budget:
     images: np.ndarray
     share: float
     gflops: float
-    seconds: float
     recognised: int
     ink: float
     blank: float
@@ -63,7 +62,6 @@ def run_budget(model: DCDiT, codec, classify, drop_fraction: float, classes: np.
         images=images,
         share=float(trace.tokens.mean()) / cells,
         gflops=float(trace.gflops(model.config).sum()),
-        seconds=float(trace.seconds.sum()) / len(classes),
         recognised=int((classify(images[..., 0]) == classes).sum()),
         ink=float(often[brightest > 0].mean()),
         blank=float(often[brightest < -0.8].mean()),
@@ -75,48 +73,43 @@ def run_plain_dit(
 ) -> tuple[Plain, np.ndarray]:
     """Sample `classes` (N,) by a trained plain DiT: its row of the table, and uint8 pictures (N, 28, 28, 3)."""
     result = sample(model, classes, guidance=guidance, steps=steps, **options)
-    images, tokens = to_uint8(codec.decode(result.latents)), model.grid[0] * model.grid[1]
-    gflops = dit_flops(model.config, tokens) * steps * (1 if guidance == 1 else 2)
-    seconds = float(result.trace.seconds.sum()) / len(classes)
+    images = to_uint8(codec.decode(result.latents))
     right = int((classify(images[..., 0]) == classes).sum())
-    return (tokens, gflops, seconds, f"{right} of {len(classes)}"), images
+    return (*plain_dit_cost(model, steps * (1 if guidance == 1 else 2)), f"{right} of {len(classes)}"), images
 
 
-@torch.no_grad()
-def time_plain_dit(
-    config: DCDiTConfig, patch: int, images: int, steps: int, halves: int, like: torch.Tensor, repeats: int = 5
-) -> Plain:
-    """The row of a plain DiT with random weights over a whole trajectory, for its cost alone.
-
-    The median of `repeats` forwards on `halves` times `images`, times `steps`, in the dtype and on the device of
-    `like`.
-    """
-    model = PlainDiT(config, patch).to(like).eval()
-    batch, device = images * halves, like.device
-    x = torch.randn(batch, config.in_channels, *config.input_size).to(like)
-    t, y = torch.full((batch,), 500.0, device=device), torch.zeros(batch, dtype=torch.long, device=device)
-    seconds = []
-    for _ in range(1 + repeats):
-        begin = time.perf_counter()
-        model(x, t, y)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - begin)
+def plain_dit_cost(model: PlainDiT, forwards: int) -> tuple[int, float]:
+    """Tokens, and GFLOP of `forwards` forward passes of one image."""
     tokens = model.grid[0] * model.grid[1]
-    return tokens, dit_flops(config, tokens) * steps * halves, float(np.median(seconds[1:])) * steps / images, "–"
+    return tokens, dit_flops(model.config, tokens) * forwards
 
 
-def table(budgets: list[Budget], plain: list[Plain], cells: int) -> str:
-    """The table as text, one row for each budget, then the plain DiTs."""
-    lines = [
-        f"{'':<22}{'tokens kept':>18}{'GFLOP/image':>14}{'s/image':>10}{'recognised':>14}",
-        *(
-            f"{f'DC-DiT  ρ = {b.drop_fraction:g}':<22}{f'{b.share * cells:.1f} ({b.share:.1%})':>18}{b.gflops:14.2f}"
-            f"{b.seconds:10.3f}{f'{b.recognised} of {len(b.images)}':>14}"
-            for b in budgets
-        ),
-    ]
-    for tokens, gflops, seconds, recognised in plain:
+def seconds_in_turns(draws: Sequence[Callable[..., Samples]], steps: int) -> list[float]:
+    """Seconds of an image's `steps` steps by each of `draws`, which draw some images in draw(steps=…).
+
+    They take turns, so that another load on the machine meets all of them alike; medians of TURNS, TIMED steps each.
+    """
+    timed = min(TIMED, steps)
+
+    def seconds(draw: Callable[..., Samples]) -> float:
+        samples = draw(steps=timed)
+        return float(samples.trace.seconds.sum()) / len(samples.latents)
+
+    turns = [[seconds(draw) for draw in draws] for _ in range(TURNS)]
+    return (np.median(turns, axis=0) * steps / timed).tolist()
+
+
+def table(budgets: list[Budget], plain: list[Plain], seconds: list[float], cells: int) -> str:
+    """The table as text, one row for each budget, then the plain DiTs; `seconds` of an image for each row."""
+    lines = [f"{'':<22}{'tokens kept':>18}{'GFLOP/image':>14}{'s/image':>10}{'recognised':>14}"]
+    rows = [
+        (f"DC-DiT  ρ = {b.drop_fraction:g}", f"{b.share * cells:.1f} ({b.share:.1%})", b.gflops,
+         f"{b.recognised} of {len(b.images)}")
+        for b in budgets
+    ]  # fmt: skip
+    for tokens, gflops, recognised in plain:
         name = f"plain DiT, {'2×2' if tokens < cells else '1×1'} patches"
-        lines.append(f"{name:<22}{f'{tokens} ({tokens / cells:.1%})':>18}{gflops:14.2f}{seconds:10.3f}{recognised:>14}")
+        rows.append((name, f"{tokens} ({tokens / cells:.1%})", gflops, recognised))
+    for (name, kept, gflops, recognised), spent in zip(rows, seconds, strict=True):
+        lines.append(f"{name:<22}{kept:>18}{gflops:14.2f}{spent:10.3f}{recognised:>14}")
     return "\n".join(lines)
