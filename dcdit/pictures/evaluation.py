@@ -43,7 +43,8 @@ class Features:
 
 
 def features_of(network: nn.Module, batch: np.ndarray) -> torch.Tensor:
-    """float32 (N, F) of uint8 pictures (N, H, W, 3). Raises DataError for a network that gives anything else."""
+    """float32 (N, F) of uint8 pictures (N, H, W, 3), or as many rows of each picture, as of patches. Raises DataError
+    for a network that gives anything else."""
     try:
         with torch.no_grad():
             rows = network(to_tensor(batch))
@@ -52,7 +53,7 @@ def features_of(network: nn.Module, batch: np.ndarray) -> torch.Tensor:
         raise DataError(
             f"the network cannot take pictures of {batch.shape[1]}×{batch.shape[2]} pixels: {reason}"
         ) from error
-    if not isinstance(rows, torch.Tensor) or rows.dim() != 2 or len(rows) != len(batch):
+    if not isinstance(rows, torch.Tensor) or rows.dim() != 2 or not len(rows) or len(rows) % len(batch):
         came = tuple(rows.shape) if isinstance(rows, torch.Tensor) else type(rows).__name__
         raise DataError(f"the network must give features (N, F) of N = {len(batch)} pictures, it gave {came}")
     if not rows.isfinite().all():
