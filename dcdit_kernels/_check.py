@@ -86,19 +86,15 @@ def all_tensors(op: str, **given: object) -> None:
 def not_negative(op: str, name: str, value: Any) -> None:
     """Raise ValueError unless `value` is a number of 0 or more."""
     number = isinstance(value, (float, Real))
-    require(number and value >= 0, "{}: {} must not be negative, got {!r}", op, name, value)
+    if not (number and value >= 0):
+        raise ValueError(f"{op}: {name} must not be negative, got {value!r}")
 
 
 def grouped(op: str, channels: int, groups: Any) -> None:
     """Raise ValueError unless so many channels fall into so many groups."""
     number = isinstance(groups, SIZES)
-    require(
-        number and groups >= 1 and channels % groups == 0,
-        "{}: {} channels do not fit {!r} groups",
-        op,
-        channels,
-        groups,
-    )
+    if not (number and groups >= 1 and channels % groups == 0):
+        raise ValueError(f"{op}: {channels} channels do not fit {groups!r} groups")
 
 
 def indices(op: str, name: str, index: torch.Tensor, rows: int) -> None:
