@@ -44,7 +44,7 @@ class Flux(nn.Module):
 
     @property
     def blocks(self):
-        return [*self.main.transformer_blocks[0].blocks, *self.main.single_transformer_blocks]
+        return [*self.chunking[0].blocks, *self.main.single_transformer_blocks]
 
     def forward(self, x, t, y, drop_fraction, return_routing):
         (chunking,) = self.chunking
