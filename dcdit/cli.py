@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 
-from .errors import DCDiTError
+from .errors import DCDiTError, one_line
 from .interrupts import raised
 
 COMMANDS = {
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         if not any(words in f"{type(error).__name__}: {error}" for words in NO_MEMORY):
             raise
         complaint = (
-            f"out of memory ({_one_line(error)[:120]}): take a smaller batch size; "
+            f"out of memory ({_message(error)[:120]}): take a smaller batch size; "
             "in training also a larger accumulate, or training.checkpointing"
         )
     print(f"{name}: {complaint}", file=sys.stderr)
@@ -92,14 +92,14 @@ def _run(argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (DCDiTError, BackendError, OSError) as error:
-        print(f"dcdit {args.command}: {_one_line(error)}", file=sys.stderr)
+        print(f"dcdit {args.command}: {_message(error)}", file=sys.stderr)
         return 2
 
 
-def _one_line(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
+    return one_line(error)
 
 
 if __name__ == "__main__":

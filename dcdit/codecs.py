@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .checkpoints.hub import hub_options
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, one_line
 from .model.config import check_keys
 
 
@@ -106,5 +106,5 @@ def _load_vae(pretrained: str):
             raise ValueError(f"{type(vae).__name__} is no autoencoder")
         return vae.eval().requires_grad_(False).float()
     except (OSError, ValueError, RuntimeError, AttributeError) as error:  # CheckpointError among them
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConfigError(f"codec.pretrained {pretrained!r} cannot be loaded: {reason}") from error

@@ -19,6 +19,11 @@ class DataError(DCDiTError):
     """A data set or a picture folder that cannot be used."""
 
 
+def one_line(error: BaseException) -> str:
+    """An error's message without its line breaks."""
+    return " ".join(str(error).split())
+
+
 def first_sentence(error: BaseException) -> str:
     """Of an error's first line: torch goes on to say where to report it."""
     return re.split(r"\.\s", first_line(error))[0]

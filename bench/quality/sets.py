@@ -24,15 +24,7 @@ def is_folder(data: Path) -> bool:
 
 def open_half(data: Path, half: str) -> PictureSet:
     """The pictures of `half`, train or test."""
-    return open_set(path_of(data, half), side_of(data) if is_folder(data) else None)
-
-
-def side_of(data: Path) -> int:
-    """Pixels of a side of the folder's first picture, which all have."""
-    from PIL import Image
-
-    with Image.open(next((data / "test").glob("*/*.png"))) as picture:
-        return picture.width
+    return open_set(path_of(data, half))
 
 
 def scale(run: dict) -> str:
@@ -46,8 +38,8 @@ def changes(data: Path, cell: int) -> list[str]:
 
     Coloured sets and cells of one pixel have batches of 16, for a CPU's time.
     """
-    first = next(open_half(data, "test").batches())[0]
-    side, colours, classes = len(first), 3 if is_folder(data) else 1, len(set(open_half(data, "test").labels))
+    test = open_half(data, "test")
+    side, colours, classes = len(next(test.batches())[0]), 3 if is_folder(data) else 1, len(set(test.labels))
     paths = [f"data.path={path_of(data, 'train')}", f"validation.path={path_of(data, 'test')}"]
     model = [f"in_channels={colours * cell**2}", f"input_size={side // cell}", f"num_classes={classes}"]
     kind = ["data.kind=folder", f"data.size={side}"] if is_folder(data) else []

@@ -93,10 +93,11 @@ def run(args: argparse.Namespace) -> None:
     for rho in tqdm(args.drop_fractions, desc=f"{args.samples} digits at each ρ", unit="ρ", disable=None):
         budgets.append(run_budget(model, codec, classifier, rho, classes, batch_size=args.batch_size, **options))
     rows = {f"ρ = {b.drop_fraction:g}": b.images for b in budgets}
-    wide, small = (PlainDiT(config, patch).to(model.pos_embed).eval() for patch in (1, 2))
+    shipped = args.checkpoint == str(DIGITS)  # a trained plain DiT of its backbone is beside it
+    small = load_dit(PLAIN, config).to(device) if shipped else PlainDiT(config, 2).to(model.pos_embed).eval()
+    wide = PlainDiT(config, 1).to(model.pos_embed).eval()
     plain = [(*plain_dit_cost(dit, args.steps * halves), "–") for dit in (small, wide)]
-    if args.checkpoint == str(DIGITS):  # a trained plain DiT of its backbone is shipped beside it
-        small = load_dit(PLAIN, config).to(device)
+    if shipped:
         plain[0], rows["plain DiT"] = run_plain_dit(
             small, codec, classifier, classes, batch_size=args.batch_size, **options
         )

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, one_line
 from .npy import Header, read_header, read_tensor
 
 
@@ -74,7 +74,7 @@ class Row:
             arrays = self.groups.read(self.file, self.group, names)
             cells = {name: _cell(name, array.slice(self.row, 1)) for name, array in arrays.items()}
         except (OSError, ValueError, TypeError, KeyError, EOFError, pa.ArrowException) as error:
-            raise DataError(f"{self.name} cannot be read: {_line(error)}") from error
+            raise DataError(f"{self.name} cannot be read: {one_line(error)}") from error
         return {name: cell for name, cell in cells.items() if cell}
 
 
@@ -88,7 +88,7 @@ def find_rows(file: Path, place: str, groups: Groups) -> list[Row]:
     try:
         footer = groups.footers[file] = pq.read_metadata(file)
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise DataError(f"{file} is not a parquet file that can be read: {_line(error)}") from error
+        raise DataError(f"{file} is not a parquet file that can be read: {one_line(error)}") from error
     rows: list[Row] = []
     for group in range(footer.num_row_groups):
         part = footer.row_group(group)
@@ -96,10 +96,6 @@ def find_rows(file: Path, place: str, groups: Groups) -> list[Row]:
             at = len(rows)
             rows.append(Row(f"{file}:{at}", f"{place}:{at}", part.total_byte_size, file, group, row, groups))
     return rows
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())  # Arrow's messages have several
 
 
 def _cell(name: str, array: Any) -> tuple[tuple[int, ...], str, np.ndarray | bytes] | None:
