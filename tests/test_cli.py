@@ -225,6 +225,9 @@ def test_checkpoints_that_cannot_be_used(checkpoint, tmp_path, capsys, command, 
         (["--drop-fraction", "nan"], ["[0, 1)", "got nan"]),
         (["--uncond-drop-fraction", "-0.5"], ["[0, 1)", "got -0.5"]),
         (["--guidance", "inf"], ["guidance", "inf"]),
+        (["--guidance", "1", "--uncond-drop-fraction", "0"], ["--uncond-drop-fraction is of guidance", "1 is none"]),
+        (["--guidance", "1", "--guidance-channels", "2"], ["--guidance-channels is of guidance", "1 is none"]),
+        (["--guidance", "1", "--guidance-interval", "0,1000"], ["--guidance-interval is of guidance", "1 is none"]),
         (["--steps", "0"], ["[1, 1000]", "got 0"]),
         (["--num", "0"], ["at least one", "0"]),
         (["--scheduler", "ddim"], ["ddim", "flow", "use flow-euler"]),
@@ -298,9 +301,10 @@ def test_sample_and_visualize_write(good, tmp_path, capsys):
     names = sorted(file.name for file in (tmp_path / "s").iterdir())
     assert names == [*(f"00000{i}_class{c}.png" for i, c in enumerate((1, 3, 1, 3))), "grid.png", "sampling.json"]
     assert "of 30 cells kept" in capsys.readouterr().out
-    # A budget of all steps, which the two steps that warm up do not know of.
-    budget = ["--gflops-per-image", "0.02", "--budget-schedule", "linear"]
-    assert main(["visualize", str(good), "--num", "2", "--times", "2", *budget, *words, str(tmp_path / "v")]) == 0
+    # Budgets of all steps, which two steps that warm up must not take for theirs.
+    words[words.index("2")] = "3"
+    for budget in (["--gflops-per-image", "0.03", "--budget-schedule", "linear"], ["--drop-fraction", "0.6,0.3,0"]):
+        assert main(["visualize", str(good), "--num", "2", "--times", "2", *budget, *words, str(tmp_path / "v")]) == 0
     assert {file.name for file in (tmp_path / "v").iterdir()} == {"curves.png", f"chunks-{good.parent.name}.png"}
 
 

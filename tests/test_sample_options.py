@@ -62,6 +62,10 @@ def flow():
         ({"classes": [True, False]}, "list of class ids, got torch.bool"),
         ({"guidance_interval": 5}, r"guidance_interval must be timesteps \(low, high\)"),
         ({"guidance_interval": (800, 200)}, r"low <= high, got \(800, 200\)"),
+        (
+            {"guidance": 2, "guidance_interval": (10, 300)},
+            r"one of the steps, at timesteps 1000 to 333.333, got \(10, 300\)",
+        ),
         ({"shift": "2"}, "shift must be a number, got '2'"),
         ({"gflops_per_image": "2"}, "gflops_per_image must be a number, got '2'"),
         ({"budget_schedule": "linear"}, "budget_schedule linear is of gflops_per_image or seconds_per_image"),
@@ -71,6 +75,13 @@ def flow():
 def test_bad_input_is_named(flow, arguments, words):
     with pytest.raises(ConfigError, match=words):
         sample(flow, **{"classes": [0, 1], "objective": "flow", "steps": 3, **arguments})
+
+
+def test_channels_that_the_checkpoint_names_may_be_idle(tmp_path, flow):
+    codec = {"kind": "pixel_unshuffle", "factor": 1}
+    save_checkpoint(tmp_path / "model", flow, {"objective": "flow", "codec": codec, "guidance_channels": 2})
+    words = ["sample", str(tmp_path / "model"), "--cpu", "--steps", "1", "--guidance", "1"]
+    assert main([*words, "--output", str(tmp_path / "a")]) == 0
 
 
 def test_parse_classes():

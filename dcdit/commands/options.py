@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
 from ..model.config import check_keys
 from ..sampling.schedulers import SCHEDULERS
+
+ALL_TIMES = (0.0, 1000.0)
 
 
 def output_path(text: str) -> str:
@@ -66,7 +70,6 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance-interval",
         type=interval,
-        default=(0.0, 1000.0),
         metavar="LOW,HIGH",
         help="timesteps, 0 (data) to 1000 (noise), between which it is applied (0,1000)",
     )
@@ -174,7 +177,11 @@ def sampling_arguments(args: argparse.Namespace, objective: str, codec, model) -
     from ..codecs import PixelUnshuffle
     from ..sampling.policy import Policy
 
-    uncond, channels = args.uncond_drop_fraction, args.guidance_channels
+    uncond, channels, interval = args.uncond_drop_fraction, args.guidance_channels, args.guidance_interval
+    given = {"--uncond-drop-fraction": uncond, "--guidance-channels": channels, "--guidance-interval": interval}
+    idle = [name for name, value in given.items() if args.guidance == 1 and value is not None]
+    if idle:
+        raise ConfigError(f"{idle[0]} is of guidance, and --guidance 1 is none: leave one of them out")
     training = model.use.get("training")
     if args.guidance != 1 and isinstance(training, dict) and training.get("label_drop") == 0:
         print(
@@ -188,7 +195,7 @@ def sampling_arguments(args: argparse.Namespace, objective: str, codec, model) -
         "steps": args.steps,
         "guidance": args.guidance,
         "guidance_channels": model.use.get("guidance_channels") if channels is None else channels,
-        "guidance_interval": args.guidance_interval,
+        "guidance_interval": interval or ALL_TIMES,
         "eta": args.eta,
         "shift": args.shift,
         "drop_fraction": parse_drop_fraction(args.drop_fraction),
@@ -202,6 +209,21 @@ def sampling_arguments(args: argparse.Namespace, objective: str, codec, model) -
         "clip": isinstance(codec, PixelUnshuffle),
         "edit": _edit(args, codec, model),
     }
+
+
+def try_out(model, labels: Sequence[int], options: dict[str, Any], forwards: int = 1) -> None:
+    """The first forwards of a run, whose pictures are left: `sample` has then checked its options."""
+    from ..sampling.sampler import sample
+
+    class Enough(Exception):
+        pass
+
+    def stop(step) -> None:
+        if step.number + 1 == forwards:
+            raise Enough
+
+    with contextlib.suppress(Enough):
+        sample(model, labels, callback=stop, batch_size=len(labels), **options)
 
 
 def _edit(args: argparse.Namespace, codec, model):
@@ -231,7 +253,7 @@ def settings_of(args: argparse.Namespace, checkpoint: Path, ids: list[int]) -> d
     values |= {**budgets, "budget_schedule": args.budget_schedule if budgeted else None}
     for name, file in (("image", args.image), ("edit_mask", args.edit_mask)):
         values[name] = None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
-    interval = list(args.guidance_interval)
+    interval = list(args.guidance_interval or ALL_TIMES)
     values["policy"] = args.policy or None
     values |= {"guidance_interval": interval, "size": list(args.size) if args.size else None}
     return {"weights": weights_hash(checkpoint), "classes": ids, **values}

@@ -17,6 +17,7 @@ from .options import (
     prepared,
     sampling_arguments,
     settings_of,
+    try_out,
 )
 
 FORMATS = ("grid", "png", "npz")
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
         if state.is_main_process:
             print(f"{count} images are in {output}/ already")
         return
-    try_out(model, ids[0], options)
+    try_out(model, ids[:1], options)
     with contextlib.ExitStack() as stack:
         if state.is_main_process:
             output.mkdir(exist_ok=True)
@@ -123,20 +124,6 @@ def run(args: argparse.Namespace) -> None:
             if args.table and costs.table:
                 print(costs.table)
             print(f"{count} images in {output}/: {costs.summary()}{graphs}")
-
-
-def try_out(model, label: int, options: dict) -> None:
-    """Run one forward for one image: `sample` checks its options, and the output is still untouched."""
-    from ..sampling.sampler import sample
-
-    class Enough(Exception):
-        pass
-
-    def stop(_) -> None:
-        raise Enough
-
-    with contextlib.suppress(Enough):
-        sample(model, [label], callback=stop, **options)
 
 
 class Rounds:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..model.config import DCDiTConfig
-from .options import add_sampling_options, output_path, parse_classes, prepared, sampling_arguments
+from .options import add_sampling_options, output_path, parse_classes, prepared, sampling_arguments, try_out
 
 # The cost of a forward and the levels in curves.png depend on these fields.
 SIZES = ("input_size", "hidden_size", "depth", "encoder_width", "encoder_stride", "mlp_ratio", "router", "target_ratio")
@@ -52,9 +52,7 @@ def run(args: argparse.Namespace) -> None:
             )
             model = prepared(model, args)
             options = sampling_arguments(args, objective, codec, model)
-            # The first steps also pay for imports and allocations. A budget is one of all steps.
-            plain = {"gflops_per_image": None, "seconds_per_image": None, "calibration": None}
-            record(model, labels, 1, **{**options, "steps": 2, **plain, "budget_schedule": "constant"})
+            try_out(model, labels, options, forwards=2)  # the first steps also pay for imports and allocations
             samples, snapshots = record(model, labels, args.times, **options)
             draw_chunk_maps(folder / f"chunks-{name}.png", samples, snapshots, codec)
             traces[f"{name} ({objective})"] = samples.trace

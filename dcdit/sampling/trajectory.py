@@ -131,6 +131,9 @@ def plan_trajectory(
     low, high = interval
     guidances = [guidance if low <= t <= high else 1.0 for t in timesteps.tolist()]
     guided = any(value != 1 for value in guidances)
+    if guidance != 1 and not guided:
+        span = f"{float(timesteps[0]):g} to {float(timesteps[-1]):g}"
+        raise ConfigError(f"guidance_interval must hold one of the steps, at timesteps {span}, got {interval}")
     drops = (drop_fraction, uncond_drop_fraction) if guided else (drop_fraction,)
     forms = {"tokens": tokens, **amounts}
     given = [name for name, value in forms.items() if value is not None]
