@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import DataError
+
+
+def read_text(file: Path) -> str:
+    """UTF-8 that a person may have written: some editors put a byte order mark in front, which is no text."""
+    return file.read_text(encoding="utf-8-sig")
+
+
+def read_json(file: Path) -> Any:
+    """The values of a JSON file. Raises ValueError where it is none, and OSError."""
+    try:
+        return json.loads(read_text(file))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
 from dcdit.errors import DataError
-from dcdit.files import replacing
+from dcdit.files import read_text, replacing
 
 KINDS = {".png", ".jpg", ".jpeg", ".webp"}
 
@@ -64,7 +64,7 @@ def encode_folder(pipe: Any, pictures: Path, samples: Path, side: int = 1024, em
             raise DataError(f"{file} must have a caption beside it, {text.name}")
         if target.exists():
             continue
-        caption = "" if empty and number % empty == empty - 1 else text.read_text(encoding="utf-8").strip()
+        caption = "" if empty and number % empty == empty - 1 else read_text(text).strip()
         with Image.open(file) as picture:
             latents = encode_picture(pipe, ImageOps.exif_transpose(picture).convert("RGB"), side)
         sample = {"latents": latents, **encode_text(pipe, caption)}

@@ -19,7 +19,7 @@ def folder(path):
     path.mkdir()
     for i, size in enumerate([(40, 24), (24, 40), (200, 100)]):
         Image.effect_noise(size, 80).convert("RGB").save(path / f"{i}.png")
-        (path / f"{i}.txt").write_text(f"picture {i}\n")
+        (path / f"{i}.txt").write_text(f"picture {i}\n", encoding="utf-8-sig")  # with a mark in front
     return path
 
 

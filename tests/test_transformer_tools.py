@@ -76,6 +76,16 @@ DAMAGED = {
 }
 
 
+def test_a_mark_in_front_of_the_config(tmp_path):
+    """As some editors leave it; diffusers itself refuses such a file."""
+    model = make(FAMILIES["flux"])
+    add_dynamic_chunking(model)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text(), encoding="utf-8-sig")
+    load_dynamic_chunking(tmp_path)
+
+
 @pytest.mark.parametrize("message", DAMAGED)
 def test_a_damaged_folder(message, tmp_path):
     model = make(FAMILIES["flux"])

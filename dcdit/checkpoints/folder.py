@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError, first_line
-from ..files import replacing, sync
+from ..files import read_json, replacing, sync
 from ..model.config import DCDiTConfig, preset_of_size
 from ..model.dcdit import DCDiT
 from .release_keys import from_release, infer_config, release_content, stored_use
@@ -91,7 +91,7 @@ def store_use(directory: Path, values: dict[str, Any]) -> None:
     """Add JSON values to a checkpoint's config.json. Raises CheckpointError where it cannot be written."""
     file = directory / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
         with replacing(file) as temporary:
             temporary.write_text(json.dumps({**config, **values}, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
@@ -123,8 +123,8 @@ def load_checkpoint(
             inner = f"; did you mean {path / 'model'}?" if (path / "model" / file.name).is_file() else ""
             raise CheckpointError(f"no checkpoint at {path}: {file.name} is missing{inner}")
     try:
-        extra = json.loads(config_file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        extra = read_json(config_file)
+    except ValueError as error:
         raise CheckpointError(f"{config_file} is not a dcdit config: {error}") from error
     if not isinstance(extra, dict) or not isinstance(extra.get("model"), dict):
         raise CheckpointError(f"{config_file} is not a dcdit config: expected a mapping with the mapping 'model'")

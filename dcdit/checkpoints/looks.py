@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from ..files import read_json
 from .systems_folder import SYSTEMS
 
 PLAIN, RELEASE = "a plain DiT", "DC-DiT's public release"
@@ -29,7 +29,7 @@ def looks_like(state: dict[str, Any]) -> str:
 def own_folder(path: Path) -> str | None:
     """The system of a folder that `save_checkpoint` wrote, in words; None of any other."""
     try:
-        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        values = read_json(path / "config.json")
     except (OSError, ValueError):
         return None
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):

@@ -12,7 +12,7 @@ import torch
 
 from ..codecs import AutoencoderKL
 from ..errors import DataError
-from ..files import replacing
+from ..files import read_json, replacing
 from ..model.mixed import by_size
 from .image_folder import ImageFolder
 from .sources import DATASET
@@ -74,8 +74,8 @@ def encode_folder(
 def _begin(file: Path, settings: dict[str, Any]) -> None:
     if file.exists():
         try:
-            before = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+            before = dict(read_json(file))
+        except (ValueError, TypeError) as error:
             raise DataError(f"{file} is not what dcdit data encode writes: {error}") from error
         for key, value in settings.items():
             if before.get(key, 0) != value:  # 0: buckets, in files of older versions

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from ..errors import ConfigError, DataError
+from ..files import read_json
 from ..model.config import DCDiTConfig
 from ..training.config import DataConfig
 from .grey import GreyPictures
@@ -209,9 +209,9 @@ def _read_dataset(root: Path) -> tuple[list[str] | None, dict[str, Any] | None]:
     if not file.is_file():
         return None, None
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         names, codec, finished = list(map(str, values["class_names"])), dict(values["codec"]), values["finished"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file} is not what dcdit data encode writes: {type(error).__name__}: {error}") from error
     if not finished:
         raise DataError(f"the encoding of {root} is unfinished: run the same dcdit data encode again")

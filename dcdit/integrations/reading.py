@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import diffusers
 from torch import nn
 
 from ..errors import CheckpointError, first_line
+from ..files import read_json
 
 
 class _Wrapped:
@@ -21,13 +21,18 @@ class _Wrapped:
         """diffusers' own, on the rest of the config."""
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "dynamic_chunking"}, **kwargs)
 
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike, *_: Any) -> dict[str, Any]:
+        """diffusers' own refuses a byte order mark."""
+        return read_json(Path(json_file))
+
 
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     """config.json of a model's folder. Raises CheckpointError where there is none of a class of diffusers."""
     file = Path(folder).expanduser() / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        config = read_json(file)
+    except ValueError as error:
         raise CheckpointError(f"{file} is not JSON: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{folder} must be a folder of diffusers with config.json: {error}") from error

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
-from ..files import replacing
+from ..files import read_json, replacing
 from ..pictures.images import enlarge, grid, save_png
 
 FORMATS = ("grid", "png", "npz")
@@ -109,10 +109,10 @@ class PictureRun:
 
     def _stored(self) -> dict[str, Any] | None:
         try:
-            values = json.loads((self.folder / SETTINGS).read_text(encoding="utf-8"))
+            values = read_json(self.folder / SETTINGS)
         except FileNotFoundError:
             return None
-        except (ValueError, RecursionError):
+        except ValueError:
             return {}
         if not isinstance(values, dict):
             return {}

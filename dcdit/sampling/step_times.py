@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..errors import ConfigError, DataError
-from ..files import replacing
+from ..files import read_json, replacing
 from ..model.config import DCDiTConfig
 
 
@@ -69,7 +69,7 @@ def load_times(
     name, given = name_of(config, device, dtype, training), file
     file = table_file(name) if given is None else given
     try:
-        table = StepTimes(**json.loads(file.read_text(encoding="utf-8")))
+        table = StepTimes(**read_json(file))
     except FileNotFoundError as error:
         if given is not None:
             raise DataError(f"calibration must be a table of dcdit calibrate, there is no file {given}") from error

@@ -24,6 +24,7 @@ import torch
 import yaml
 from torch import nn
 
+from dcdit.files import read_text
 from dcdit.integrations.attention import add_dynamic_chunking, load_dynamic_chunking
 from dcdit.interrupts import raised
 from dcdit.model.precision import float32_products
@@ -123,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, nargs=3, metavar=("DENSE", "UPCYCLE", "JUDGE"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    config = yaml.safe_load(args.config.read_text())
+    config = yaml.safe_load(read_text(args.config))
     if args.seconds:
         for stage, seconds in zip(STAGES, args.seconds, strict=True):
             config[stage]["seconds"] = seconds
