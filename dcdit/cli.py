@@ -54,6 +54,11 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     name = " ".join(["dcdit", *words[:1]])
     try:
+        os.getcwd()
+    except FileNotFoundError:  # torch's libraries end the process there
+        print(f"{name}: the working directory is deleted: change to one that is there", file=sys.stderr)
+        return 2
+    try:
         with raised():
             return _run(words)
     except ModuleNotFoundError as error:

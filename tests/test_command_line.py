@@ -108,3 +108,14 @@ def test_a_reader_that_leaves_is_no_error():
     with subprocess.Popen(command, env={**os.environ, "PYTHONUNBUFFERED": ""}, **pipes) as process:
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait(timeout=100) == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("words", [["info", "digits"], ["sample", "digits", "--cpu"], ["--version"]])
+def test_a_deleted_working_directory_is_one_line(words, tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(words) == 2
+    assert (
+        capsys.readouterr().err == f"dcdit {words[0]}: the working directory is deleted: change to one that is there\n"
+    )
