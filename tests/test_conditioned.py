@@ -128,3 +128,16 @@ def test_an_npy_whose_header_has_no_end(tmp_path):
     shard(tmp_path / "0.tar", {"a.latents.npy": broken})
     with pytest.raises(DataError, match=r"0\.tar:a cannot be read: its npy header is broken"):
         Conditioned(str(tmp_path))
+
+
+def test_linked_folders_are_read_once_and_hidden_files_not(tmp_path):
+    """A disk of samples may be linked into the folder; macOS leaves ._NAME beside a NAME on other systems' disks."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+        save_file({"latents": torch.zeros(2, 4, 4), "text": torch.zeros(3, 5)}, folder / "0.safetensors")
+    (here / "._0.safetensors").write_bytes(b"")
+    for link in ("more", "more again"):
+        (here / link).symlink_to(there, target_is_directory=True)
+    (there / "back").symlink_to(here, target_is_directory=True)
+    assert [file.place for file in Conditioned(str(here)).files] == ["0.safetensors", "more/0.safetensors"]

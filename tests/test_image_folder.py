@@ -118,6 +118,24 @@ def test_every_suffix_is_read_and_what_is_left_out_is_said(tmp_path):
         assert part in text
 
 
+def test_links_to_folders_above_are_no_classes(tmp_path):
+    """Nor do they bring the pictures of other classes; of two classes that are one folder the header tells."""
+    root = tmp_path / "set"
+    for name in ("cat/1.png", "dog/far/2.png"):
+        save(root / name, flat(0))
+    before = ImageFolder(root, 8)
+    (tmp_path / "way").symlink_to(root)
+    for link, target in (("all", root), ("cat/up", root), ("cat/two", tmp_path), ("dog/far/back", tmp_path / "way")):
+        (root / link).symlink_to(target, target_is_directory=True)
+    folder = ImageFolder(tmp_path / "way", 8)
+    assert [file.name for file, _ in folder.files] == ["1.png", "2.png"] and folder.class_names == ["cat", "dog"]
+    assert folder.fingerprint() == before.fingerprint()
+    assert "4 × link to a folder above" in folder.describe()
+    (root / "hound").symlink_to(root / "dog", target_is_directory=True)
+    folder = ImageFolder(root, 8)
+    assert len(folder) == 3 and f"; {root}/hound is in the class dog too; {root}/hound/far is in" in folder.describe()
+
+
 def test_a_root_of_splits_is_refused(tmp_path):
     for split in ("train", "val"):
         save(tmp_path / split / "cat" / "a.png", flat(0))

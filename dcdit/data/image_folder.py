@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from ..errors import DataError
 from .buckets import bucket_of
+from .folders import Place, place_of, walk
 from .picture_files import SUFFIXES, check_colour, read_fitted, upright_size
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
@@ -24,9 +24,10 @@ class ImageFolder:
     With `buckets` each picture keeps its aspect: (3, H, W) as `bucket_of` says for sides of multiples of that many
     pixels. The headers of all files are then read at once, for `shapes`: (H, W) of each picture.
 
-    Classes are numbered in the natural order of their names (2 before 10); links are followed. Names that begin with a
-    dot, such as .ipynb_checkpoints, count neither as classes nor as pictures. Other left-out files are counted in
-    `skipped`. Raises DataError where there is no picture, or where the sub-folders are splits such as train and val.
+    Classes are numbered in the natural order of their names (2 before 10); links are followed, but not to folders
+    above. Names that begin with a dot, such as .ipynb_checkpoints, count neither as classes nor as pictures. Other
+    left-out files and links are counted in `skipped`; `shared` has a line for a folder that links put into two classes.
+    Raises DataError where there is no picture, or where the sub-folders are splits such as train and val.
     """
 
     encoded = False
@@ -40,13 +41,17 @@ class ImageFolder:
         self.skipped: Counter[str] = Counter()
         self.class_names: list[str] = []
         self.files: list[tuple[Path, int]] = []
+        self.shared: list[str] = []
         entries = sorted((entry for entry in self.root.iterdir() if not entry.name.startswith(".")), key=_natural)
         folders = [entry for entry in entries if entry.is_dir()]
         if folders and {folder.name.lower() for folder in folders} <= SPLITS:
             names = ", ".join(folder.name for folder in folders)
             raise DataError(f"{self.root} holds splits, not classes: {names}; give one of them, such as {folders[0]}")
+        root = self.root.resolve()
+        above = {place_of(folder) for folder in (root, *root.parents)}
+        owners: dict[Place, str] = {}
         for folder in folders:
-            files = [file for file in _walk(folder) if self._is_picture(file)]
+            files = [file for file in self._below(folder, above, owners) if self._is_picture(file)]
             if not files:
                 self.skipped["folder without pictures"] += 1
                 continue
@@ -86,7 +91,8 @@ class ImageFolder:
             text += f" ({len(looked)} looked at)"
         if self.buckets:
             text += f"; {len(set(self.shapes))} buckets"
-        return text + (f"; left out: {self._left_out()}" if self.skipped else "")
+        text += f"; left out: {self._left_out()}" if self.skipped else ""
+        return "; ".join([text, *self.shared])
 
     def fingerprint(self) -> str:
         """A hash of the files' places inside the folder, their sizes in bytes and their classes."""
@@ -94,6 +100,17 @@ class ImageFolder:
         for file, label in self.files:
             digest.update(f"{file.relative_to(self.root).as_posix()}\0{file.stat().st_size}\0{label}\n".encode())
         return digest.hexdigest()[:16]
+
+    def _below(self, folder: Path, above: set[Place], owners: dict[Place, str]) -> list[Path]:
+        """Files of a class in natural order; `owners` are the classes in which folders were seen first."""
+        files: list[Path] = []
+        for where, place, inside in walk(folder, above):
+            files += inside
+            if place in above:
+                self.skipped["link to a folder above"] += 1
+            elif owners.setdefault(place, folder.name) != folder.name:
+                self.shared.append(f"{where} is in the class {owners[place]} too")
+        return sorted(files, key=lambda file: [_natural(part) for part in file.relative_to(folder).parts])
 
     def _is_picture(self, file: Path) -> bool:
         if file.suffix.lower() not in SUFFIXES:
@@ -123,25 +140,6 @@ def looks(files: list[Path]) -> str:
     shown = sorted(sizes, key=lambda size: size[0] * size[1])
     ends = " to ".join(f"{width}×{height}" for width, height in dict.fromkeys((shown[0], shown[-1]))) if shown else ""
     return ", ".join(filter(None, [ends, *(f"{count} {mode}" for mode, count in modes.most_common())]))
-
-
-def _walk(folder: Path) -> list[Path]:
-    """Files below a folder in natural order, through links, each folder once."""
-    files: list[Path] = []
-    seen: set[tuple[int, int]] = set()
-
-    def refuse(error: OSError) -> None:
-        raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
-
-    for where, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        status = os.stat(where)
-        if (status.st_dev, status.st_ino) in seen:  # a link to a folder above
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted((name for name in folders if not name.startswith(".")), key=_natural)
-        files += [Path(where, name) for name in names if not name.startswith(".")]
-    return sorted(files, key=lambda file: [_natural(part) for part in file.relative_to(folder).parts])
 
 
 def _natural(name: Path | str) -> tuple:

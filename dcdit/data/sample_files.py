@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ..errors import DataError
+from .folders import walk
 from .npy import Header, read_header, read_tensor
 from .parquet import Groups, Row, find_rows
 
@@ -80,14 +81,16 @@ class SampleFile:
 
 
 def find_samples(folder: Path, names: tuple[str, ...]) -> list[SampleFile | Row]:
-    """All samples below a folder, files in the order of their paths, members and rows in the order of their shard.
+    """All samples below a folder, through links: files in the order of their paths, members and rows in that of their
+    shard.
 
-    Members whose names are equal up to the first dot make a sample. Other files and members are left out. Raises
-    DataError for a shard that is no tar or no parquet file, and ConfigError for parquet without pyarrow.
+    Members whose names are equal up to the first dot make a sample. Other files and members are left out, and names
+    that begin with a dot. Raises DataError for a shard that is no tar or no parquet file, and ConfigError for parquet
+    without pyarrow.
     """
     samples: list[SampleFile | Row] = []
     groups = Groups()
-    for file in sorted(folder.rglob("*")):
+    for file in sorted(file for *_, files in walk(folder) for file in files):
         place = file.relative_to(folder).as_posix()
         if file.suffix in (".safetensors", ".npz"):
             part = Span(file, 0, file.stat().st_size)
