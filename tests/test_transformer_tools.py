@@ -1,6 +1,7 @@
 """Chunked transformers of diffusers in its pipelines and tools: saved, copied, adapted, offloaded; bad input."""
 
 import copy
+import inspect
 import json
 import logging
 
@@ -261,13 +262,47 @@ def test_bad_input_of_flux():
         ({"img_ids": ids.roll(1, 0)}, "img_ids must be one grid of tokens, row by row, got 5×7 in another order"),
         ({"img_ids": family.inputs((6, 7))["img_ids"]}, "img_ids must be one grid of 35 tokens, .* got 6×7"),
         ({"joint_attention_kwargs": {"attention_mask": mask}}, r"attention_mask must be bool \(2, 1, 1, 41\)"),
-        ({"joint_attention_kwargs": {"ip_hidden_states": mask}}, "take no joint_attention_kwargs but attention_mask"),
+        (
+            {"joint_attention_kwargs": {"ip_hidden_states": mask}},
+            "no joint_attention_kwargs but scale and attention_mask, got ip_h",
+        ),
     ):
         with pytest.raises(ConfigError, match=words):
             run(model, {**inputs, **change})
     model.set_attn_processor(transformer_flux.FluxIPAdapterAttnProcessor(64, 64))
     with pytest.raises(ConfigError, match=r"need FluxAttnProcessor .* got FluxIPAdapterAttnProcessor"):
         run(model, inputs)
+
+
+@every_family
+def test_options_of_attention_without_effect(family):
+    """LoRA's scale is one that the model reads; what it hands to blocks, or drops, is refused, by place as by name."""
+    model, inputs = make(family), family.inputs()
+    add_dynamic_chunking(model, blocks=slice(1, None))
+    name = next(name for name in inspect.signature(type(model).forward).parameters if name.endswith("attention_kwargs"))
+    close(run(model, {**inputs, name: {"scale": 1.0}}), run(model, inputs), 0)
+    for options in ({"ip_adapter_image_embeds": [torch.zeros(2, 1, 8)]}, {"scale": 1.0, "ip_hidden_states": None}):
+        with pytest.raises(ConfigError, match=rf"chunked blocks take no {name} but scale.*, got ip_"):
+            run(model, {**inputs, name: options})
+
+
+def test_the_grid_of_ltx_is_that_of_its_coordinates():
+    """A grid of as many cells with sides exchanged is one for the model too, where coordinates do not say otherwise."""
+    family = FAMILIES["ltx"]
+    model, inputs = make(family), family.inputs((4, 7))
+    want = run(model, inputs)
+    add_dynamic_chunking(model)
+    sides = {name: inputs[name] for name in ("num_frames", "height", "width")}
+    assert tuple(sides.values()) == (2, 2, 7)
+    places = torch.cartesian_prod(*(torch.arange(float(n)) for n in sides.values())).T.expand(2, -1, -1)
+    inputs["video_coords"] = places * torch.tensor(inputs.pop("rope_interpolation_scale"))[:, None]
+    close(run(model, inputs), want, 1e-5)
+    for changed in ({"height": 7, "width": 2}, {"num_frames": 7, "width": 2}, {"num_frames": 1, "height": 4}):
+        wrong = {**inputs, **changed, "video_coords": inputs["video_coords"].clone()}
+        with pytest.raises(
+            ConfigError, match="num_frames, height and width must be the grid of video_coords, row by row"
+        ):
+            run(model, wrong)
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,7 @@ class FluxBlocks(JointBlocks):
         theirs.FluxSingleTransformerBlock: FluxSingleTransformerBlock,
     }
     GRID: ClassVar = "img_ids"
+    OPTIONS: ClassVar = ("attention_mask",)
     REFUSED: ClassVar = ("controlnet_block_samples", "controlnet_single_block_samples")
 
     def __init__(self, model: theirs.FluxTransformer2DModel, **options: Any) -> None:
@@ -102,10 +103,7 @@ class FluxBlocks(JointBlocks):
 
         A bool `attention_mask` (B, 1, 1, S + L) among joint_attention_kwargs says which text is no padding.
         """
-        options = dict(joint_attention_kwargs or {})
-        mask = options.pop("attention_mask", None)
-        if options:
-            raise ConfigError(f"chunked blocks take no joint_attention_kwargs but attention_mask, got {list(options)}")
+        mask = (joint_attention_kwargs or {}).get("attention_mask")
         keep = kept_by(mask, encoder_hidden_states, hidden_states.shape[1])
         text = PackedText(encoder_hidden_states, keep, self.fixed)
         image, rows = super().forward(hidden_states, text=text, c=temb, rotary=image_rotary_emb)

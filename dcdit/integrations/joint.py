@@ -127,6 +127,7 @@ class JointBlocks(DynamicChunking):
     SETTINGS: ClassVar[tuple[str, ...]] = (*DynamicChunking.SETTINGS, "uncond", "passing")
     GRID: ClassVar[str] = ""  # the arguments that name the grid
     REFUSED: ClassVar[tuple[str, ...]] = ()  # arguments of the model's forward that chunked blocks cannot serve
+    OPTIONS: ClassVar[tuple[str, ...]] = ()  # of attention that they can; LoRA's scale is no block's
 
     def __init__(self, model: nn.Module, width: int, blocks: slice = slice(None), **options: Any) -> None:
         if getattr(model, "is_cache_enabled", False):
@@ -209,6 +210,11 @@ class JointBlocks(DynamicChunking):
         for name in self.REFUSED:
             if inputs.get(name) is not None:
                 raise ConfigError(f"chunked blocks do not support {name}; remove_dynamic_chunking, or leave it out")
+        for name in ("attention_kwargs", "joint_attention_kwargs"):
+            other = [option for option in inputs.get(name) or () if option not in ("scale", *self.OPTIONS)]
+            if other:
+                known = " and ".join(("scale", *self.OPTIONS))
+                raise ConfigError(f"chunked blocks take no {name} but {known}, got {', '.join(map(str, other))}")
         self.checkpointing = getattr(model, "gradient_checkpointing", False)
         self.grid = self.grid_of(model, inputs)
         if self.GRID and inputs["hidden_states"].shape[1] != math.prod(self.grid):

@@ -5,6 +5,7 @@ The grid is (frames, rows, columns), and a cell may be refilled from another fra
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -58,16 +59,30 @@ class LTXBlocks(JointBlocks):
     def __init__(self, model: theirs.LTXVideoTransformer3DModel, **options: Any) -> None:
         width = model.config.num_attention_heads * model.config.attention_head_dim
         super().__init__(model, width, run=self.run_rows, **options)
+        self.seen: torch.Tensor | None = None
 
     def norms_of(self, block: nn.Module) -> list[nn.Module]:
         """The norms whose weights kernels apply; the attention to the text computes its norms itself."""
         return [block.norm1, block.norm2, block.attn1.norm_q, block.attn1.norm_k]
 
     def grid_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[int, ...]:
-        """(num_frames, height, width) of the latents' patches."""
+        """(num_frames, height, width) of the latents' patches.
+
+        `video_coords` (B, 3, L) must change along these axes; the host waits for a GPU where such a tensor is new.
+        """
         given = [inputs.get(name) for name in ("num_frames", "height", "width")]
         if None in given:
             raise ConfigError(f"chunked blocks need num_frames, height and width, got {given}")
+        coords = inputs.get("video_coords")
+        if coords is not None and coords is not self.seen and coords.shape[2] == math.prod(given):
+            for axis, places in enumerate(coords.unflatten(2, given).unbind(1), start=1):
+                line = places
+                for other in {1, 2, 3} - {axis}:
+                    line = line.narrow(other, 0, 1)
+                if not torch.equal(places, line.expand_as(places)):
+                    sides = "×".join(map(str, given))
+                    raise ConfigError(f"{self.GRID} must be the grid of video_coords, row by row, got {sides}")
+            self.seen = coords
         return tuple(given)
 
     def forward(

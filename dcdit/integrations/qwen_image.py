@@ -72,8 +72,6 @@ class QwenImageBlocks(JointBlocks):
         modulate_index: None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As one of Qwen-Image's blocks: (B, L, D) and text (B, S, D) → (text, image)."""
-        if joint_attention_kwargs:
-            raise ConfigError(f"chunked blocks take no attention_kwargs, got {list(joint_attention_kwargs)}")
         text = PackedText(encoder_hidden_states, encoder_hidden_states_mask, self.fixed)
         image, rows = super().forward(hidden_states, text=text, c=temb, freqs=image_rotary_emb)
         return text.back(rows), image

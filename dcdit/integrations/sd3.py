@@ -77,6 +77,7 @@ class SD3Blocks(JointBlocks):
 
     LISTS: ClassVar = ("transformer_blocks",)
     CLASSES: ClassVar = {theirs.JointTransformerBlock: JointTransformerBlock}
+    OPTIONS: ClassVar = ("attention_mask",)
     REFUSED: ClassVar = ("block_controlnet_hidden_states", "skip_layers")
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
@@ -98,10 +99,7 @@ class SD3Blocks(JointBlocks):
         SD3's own attention reads no mask. Where all blocks are chunked a bool `attention_mask` (B, 1, 1, S + L) among
         joint_attention_kwargs says which text is no padding.
         """
-        options = dict(joint_attention_kwargs or {})
-        mask = options.pop("attention_mask", None)
-        if options:
-            raise ConfigError(f"chunked blocks take no joint_attention_kwargs but attention_mask, got {list(options)}")
+        mask = (joint_attention_kwargs or {}).get("attention_mask")
         if mask is not None and len(self.stack) < len(self):
             raise ConfigError("attention_mask needs all blocks chunked: SD3's own attention reads none")
         keep = kept_by(mask, encoder_hidden_states, hidden_states.shape[1])
