@@ -84,6 +84,21 @@ def test_another_rank_is_refused_before_the_source_is_read(tmp_path, monkeypatch
     assert compare(1, old | {"lora": [2]}, new | {"drop_fractions": [0.0, 0.3, 0.6]}, [], kind=TransformerConfig) == []
 
 
+def test_equal_meanings_resume(tmp_path):
+    """Five blocks: their ends counted from either side, and layers in any order."""
+    command = configuration(tmp_path, lora=2, lora_targets=["to_q", "ff.net.2"])
+    main([*command, "steps=1", "distill_steps=1"])
+    options = {"lora": 2, "steps": 1, "distill_steps": 1}
+    alike = {"lora_targets": ["ff.net.2", "to_q", "to_q"], "blocks": [-4, 4]}
+    for one in ({"lora_targets": ["to_q", "ff.net.2"], "blocks": [1, -1]}, alike):
+        run = trainer(tmp_path, **options | one)
+        run.held.close()
+        assert run.step == 1 and not run.changes
+    for other in ({"blocks": [1, 5]}, {"lora_targets": ["to_q"]}):
+        with pytest.raises(ConfigError, match=f"the run at step 1 has weights for {next(iter(other))}"):
+            trainer(tmp_path, **options | alike | other)
+
+
 def test_targets_choose_layers(tmp_path):
     run = trainer(tmp_path, lora=2, lora_targets=["to_q", "ff.net.2"])
     run.held.close()

@@ -23,7 +23,7 @@ from dcdit.integrations.velocities import VELOCITIES
 from dcdit.training.config import load_config
 from dcdit.training.state import read_header
 from dcdit.training.transformers import TransformerConfig, TransformerUpcycler, train_transformer
-from dcdit.training.transformers.student import keep_a_share
+from dcdit.training.transformers.student import count_blocks, keep_a_share
 
 SHAPES = {"wan": (4, 2, 8, 12), "ltx": (8, 2, 4, 6), "qwen-image": (4, 8, 6)}
 RAGGED = ("z-image", "qwen-image", "ltx")
@@ -56,6 +56,14 @@ def trainer(tmp_path, allow=(), **options):
 
 def lines(tmp_path):
     return [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("family", VELOCITIES)
+def test_blocks_are_counted_by_the_config(family, tmp_path):
+    model = make(FAMILIES[family])
+    model.save_pretrained(tmp_path)
+    chunking = add_dynamic_chunking(model)
+    assert count_blocks(tmp_path, VELOCITIES[family]()) == chunking.stop
 
 
 @pytest.mark.parametrize("family", VELOCITIES)

@@ -29,7 +29,8 @@ class Conditioned:
 
     def __init__(self, folder: str, pooled: bool = False, ragged: bool = False) -> None:
         self.names = ("latents", "text", *(["pooled"] if pooled else []))
-        self.files = find_samples(Path(folder).expanduser(), self.names)
+        place = Path(folder).expanduser()
+        self.files = find_samples(place, self.names) if place.is_dir() else []
         if not self.files:
             wanted = f"safetensors, npz, tar or parquet files with {', '.join(self.names)}"
             raise DataError(f"{folder} must be a folder of {wanted}; it has none")

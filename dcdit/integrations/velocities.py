@@ -30,6 +30,7 @@ class Velocity:
 
     name: ClassVar[str]
     text_and_time: ClassVar[tuple[str, ...]]
+    depth: ClassVar[tuple[str, ...]] = ("num_layers",)  # in the model's config, of its lists of blocks
     pooled = ragged = False
 
     def inputs(self, model: nn.Module, x: torch.Tensor, sigma: torch.Tensor, texts: Texts, **more: Any) -> dict:
@@ -62,6 +63,7 @@ class Flux(Velocity):
     """Latents in patches of 2×2; `guidance` for models that have its embedding."""
 
     name, text_and_time, pooled = "FluxTransformer2DModel", ("time_text_embed", "context_embedder"), True
+    depth = ("num_layers", "num_single_layers")
 
     def __init__(self) -> None:
         self.ids: dict[tuple, torch.Tensor] = {}
@@ -122,7 +124,7 @@ class SD3(Velocity):
 class ZImage(Velocity):
     """Its time is 1 for data, and its output points to the data."""
 
-    name, ragged = "ZImageTransformer2DModel", True
+    name, ragged, depth = "ZImageTransformer2DModel", True, ("n_layers",)
     text_and_time = "t_embedder", "cap_embedder", "context_refiner"
 
     def sizes(self, config: Any) -> tuple[int, tuple[int, ...], int]:

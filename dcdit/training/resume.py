@@ -29,17 +29,18 @@ Change = dict[str, Any]  # {"step", "key", "from", "to"}
 
 
 def saved_run(
-    file: Path, config: Any, allow: Sequence[str], data: dict[str, Any]
+    file: Path, config: Any, allow: Sequence[str], data: dict[str, Any], depth: int = 0
 ) -> tuple[dict[str, Any], list[Change]] | None:
     """The header of the run that a checkpoint holds, and all its changes; None where there is no file.
 
-    `data` describes this run's. Raises ConfigError where its configuration is another, CheckpointError.
+    `data` describes this run's, `depth` is the number of blocks that the key `blocks` counts. Raises ConfigError where
+    its configuration is another, CheckpointError.
     """
     if not file.exists():
         return None
     header = read_header(file)
     old, old_data = header["config"], header.get("data")
-    new = compare(header["step"], old, config.to_dict(), allow, old_data, data, type(config))
+    new = compare(header["step"], old, config.to_dict(), allow, old_data, data, type(config), depth)
     return header, [*header.get("changes", []), *new]
 
 
@@ -51,13 +52,14 @@ def compare(
     old_data: dict[str, Any] | None = None,
     new_data: dict[str, Any] | None = None,
     kind: type = TrainConfig,
+    depth: int = 0,
 ) -> list[Change]:
     """The differences that `allow` lets pass, each with the step from which it holds.
 
     `old` and `new` are configurations as the `to_dict` of `kind` gives them, the data descriptions as
-    `describe_data` does. Raises ConfigError that names every other difference.
+    `describe_data` does, `depth` as in `saved_run`. Raises ConfigError that names every other difference.
     """
-    differences = [(key, a, b) for key, a, b in _differences(old, new, kind) if not _free(key, new)]
+    differences = [(key, a, b) for key, a, b in _differences(old, new, kind, depth) if not _free(key, new)]
     for key, a, b in differences:
         if key in SHAPING or (key == "blocks" and new["lora"]):
             raise ConfigError(
@@ -101,19 +103,23 @@ def _free(key: str, new: dict[str, Any]) -> bool:
     return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS) or (key == "steps" and constant)
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], kind: type) -> Iterator[tuple[str, Any, Any]]:
+def _differences(old: dict[str, Any], new: dict[str, Any], kind: type, depth: int) -> Iterator[tuple[str, Any, Any]]:
     """Differing values by dotted key. A run of a version without a key had its default; keys that went are skipped."""
     before, after = dict(_values(old)), dict(_values(new))
     defaults = dict(_values(_defaults(kind)))
     for key, b in sorted(after.items()):
         a = before.get(key, defaults.get(key, b))
-        same_place = key in PLACES and a and b and _resolved(a) == _resolved(b)
-        if b not in (a, [a]) and not same_place:  # several values where there was one
+        if b not in (a, [a]) and not _alike(key, a, b, depth):  # several values where there was one
             yield key, a, b
 
 
-def _resolved(place: str) -> Path:
-    return Path(place).expanduser().resolve()
+def _alike(key: str, a: Any, b: Any, depth: int) -> bool:
+    """Whether two values of a key mean the same: names of a folder, ends of a slice, names in any order."""
+    if key in PLACES:
+        return bool(a and b) and Path(a).expanduser().resolve() == Path(b).expanduser().resolve()
+    if key == "blocks" and depth:
+        return slice(*a).indices(depth) == slice(*b).indices(depth)
+    return key == "lora_targets" and set(a) == set(b)
 
 
 def _values(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

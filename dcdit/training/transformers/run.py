@@ -33,7 +33,7 @@ from ..resume import check_allowed, describe_data, diverged, saved_run
 from ..state import EMA, Metrics, load_state, save_state, whole
 from .config import TransformerConfig
 from .lora import Learned, add_lora, merged, save_adapters
-from .student import Batch, Student, keep_a_share, read_source, save_model
+from .student import Batch, Student, count_blocks, keep_a_share, read_source, save_model
 
 _NOISE, _BATCHES = 5, 6  # streams of random numbers, beside those of dcdit.training.batches
 
@@ -51,7 +51,8 @@ class TransformerUpcycler:
             raise ConfigError(f"batch_size must be a multiple of {self.ranks} processes, got {config.batch_size}")
         self.data = Conditioned(config.latents, self.velocity.pooled, self.velocity.ragged)
         self.last, self.described = self.output / "last.safetensors", describe_data(self.data)
-        saved_run(self.last, config, allow, self.described)  # refused before the source is read
+        self.depth = count_blocks(config.source, self.velocity)
+        saved_run(self.last, config, allow, self.described, self.depth)  # refused before the source is read
         self.objective, self.epochs = FlowMatching(config.time_shift), (-1, [])
         if config.fsdp and self.ranks == 1:
             raise ConfigError("fsdp needs several processes, of accelerate launch --num_processes; got one")
@@ -97,7 +98,7 @@ class TransformerUpcycler:
     def _start(self, allow: Sequence[str]) -> None:
         """Resume, or let the fresh router keep 1/N of the first batch."""
         config, self.changes = self.config, []
-        saved = saved_run(self.last, config, allow, self.described)
+        saved = saved_run(self.last, config, allow, self.described, self.depth)
         if saved is None:
             with torch.no_grad(), self.accelerator.autocast():
                 batch = self._share(0)

@@ -20,8 +20,9 @@ from ..state import fill, whole
 Batch = dict[str, Any]  # x and target (B, C, …), sigma (B,), texts, and what else the family takes
 
 
-def read_source(folder: str, velocity: Velocity) -> nn.Module:
-    """The transformer of a folder, or of the pipeline in it. Raises CheckpointError for any other."""
+def find_source(folder: str, velocity: Velocity) -> tuple[Path, dict[str, Any]]:
+    """Where the transformer of a folder is, there or in a pipeline's, and its config. Raises CheckpointError for any
+    other."""
     places = [Path(folder).expanduser() / part for part in ("", "transformer")]
     place = next((place for place in places if (place / "config.json").is_file()), None)
     if place is None:
@@ -31,7 +32,19 @@ def read_source(folder: str, velocity: Velocity) -> nn.Module:
         raise CheckpointError(f"{place} must have a {velocity.name}, got {config['_class_name']}")
     if "dynamic_chunking" in config:
         raise CheckpointError(f"{place} has dynamic chunking already: give the model it was made from")
+    return place, config
+
+
+def read_source(folder: str, velocity: Velocity) -> nn.Module:
+    """The transformer that `find_source` finds. Raises CheckpointError."""
+    place, _ = find_source(folder, velocity)
     return read_untouched(place, velocity.name)
+
+
+def count_blocks(folder: str, velocity: Velocity) -> int:
+    """The blocks of the transformer that `find_source` finds, by its config."""
+    _, config = find_source(folder, velocity)
+    return sum(config.get(name) or 0 for name in velocity.depth)
 
 
 def keep_a_share(chunking: nn.Module, n: float, boundary_prob: torch.Tensor | None = None) -> None:
