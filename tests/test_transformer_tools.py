@@ -165,7 +165,7 @@ def test_bad_input_of_ltx():
     family = FAMILIES["ltx"]
     model, inputs = make(family), family.inputs()
     add_dynamic_chunking(model)
-    with pytest.raises(ConfigError, match=r"need num_frames, height and width, got \[5, None, 7\]"):
+    with pytest.raises(ConfigError, match=r"need num_frames, height and width, positive integers; got \[5, None, 7\]"):
         run(model, {**inputs, "height": None})
     with pytest.raises(ConfigError, match="one timestep a sample, got one for each token"):
         run(model, {**inputs, "timestep": torch.rand(2, 35)})

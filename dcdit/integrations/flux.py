@@ -12,7 +12,18 @@ from torch import nn
 from dcdit_kernels import adaln_modulate, gate_residual, gate_residual_modulate, qk_norm_rope
 
 from ..errors import ConfigError
-from .joint import JointBlocks, PackedText, Rows, attend, attend_jointly, check_processor, finite, heads, kept_by
+from .joint import (
+    JointBlocks,
+    PackedText,
+    Rows,
+    attend,
+    attend_jointly,
+    changes_of,
+    check_processor,
+    finite,
+    heads,
+    kept_by,
+)
 
 
 # The classes are named as diffusers' own: compile_repeated_blocks and device maps go by names.
@@ -67,7 +78,7 @@ class FluxBlocks(JointBlocks):
 
     def __init__(self, model: theirs.FluxTransformer2DModel, **options: Any) -> None:
         super().__init__(model, model.inner_dim, run=self.run_rows, **options)
-        self.seen: deque[tuple[torch.Tensor, tuple[int, ...]]] = deque(maxlen=32)
+        self.seen: deque[tuple[torch.Tensor, int, tuple[int, ...]]] = deque(maxlen=32)
 
     def grid_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[int, ...]:
         """(H, W) of img_ids, which are (L, 3): 0, row, column.
@@ -75,20 +86,22 @@ class FluxBlocks(JointBlocks):
         The host waits for a GPU once for each tensor, of which the last 32 are known: canvases may alternate.
         """
         ids = inputs.get("img_ids")
-        if ids is None:
-            raise ConfigError("chunked blocks take the grid from img_ids, got none")
-        grid = next((grid for tensor, grid in self.seen if tensor is ids), None)
+        if not isinstance(ids, torch.Tensor) or ids.dim() not in (2, 3) or ids.shape[-1] != 3 or not ids.numel():
+            got = f"shape {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else f"a {type(ids).__name__}"
+            raise ConfigError(f"chunked blocks take the grid from img_ids (tokens, 3), got {got}")
+        changes = changes_of(ids)
+        grid = next((grid for tensor, count, grid in self.seen if tensor is ids and count == changes), None)
         if grid is None:
             places = (ids[0] if ids.dim() == 3 else ids)[:, -2:]
             places = places - places.amin(0)
-            grid = tuple(int(n) + 1 for n in places.amax(0).tolist())
+            grid = tuple(int(n) + 1 for n in places.amax(0).nan_to_num(-1).tolist())
             sides = f"{grid[0]}×{grid[1]}"
             if grid[0] * grid[1] != len(places):
                 raise ConfigError(f"img_ids must be one grid of tokens, got {len(places)} for {sides}")
             in_turn = torch.cartesian_prod(*(torch.arange(n, device=ids.device) for n in grid))
             if not torch.equal(places, in_turn.to(places.dtype)):
                 raise ConfigError(f"img_ids must be one grid of tokens, row by row, got {sides} in another order")
-            self.seen.append((ids, grid))
+            self.seen.append((ids, changes, grid))
         return grid
 
     def forward(

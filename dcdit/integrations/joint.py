@@ -26,7 +26,8 @@ from dcdit_kernels import ChunkPlan, Packing, pack_rows, plan_chunks, qk_norm_ro
 from dcdit_kernels.packing import JoinedPacking
 
 from ..errors import ConfigError
-from ..model.dynamic_chunking import DynamicChunking
+from ..model.config import check_keys
+from ..model.dynamic_chunking import BUDGET, DynamicChunking
 
 
 @dataclass(frozen=True)
@@ -201,12 +202,19 @@ class JointBlocks(DynamicChunking):
 
     def options(self, **asked: Any) -> dict[str, Any]:
         """As DynamicChunking's, with the budget of the pass."""
-        return super().options(**((self.uncond or {}) if self.passing == "uncond" else {}), **asked)
+        if self.passing != "uncond" or self.uncond is None:
+            return super().options(**asked)
+        if not isinstance(self.uncond, dict):
+            raise ConfigError(f"uncond must be a dict such as {{'drop_fraction': 0.9}}, got {self.uncond!r}")
+        check_keys(self.uncond, BUDGET, "uncond")
+        return super().options(**self.uncond, **asked)
 
     def see(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Note what the blocks are not told: the grid of the model's input. A hook on the model."""
         named = list(inspect.signature(type(model).forward).parameters)[1:] if args else []
         inputs = dict(zip(named, args, strict=False)) | kwargs
+        if not inputs.keys() & {"hidden_states", "x"}:
+            return  # for the forward to complain of
         for name in self.REFUSED:
             if inputs.get(name) is not None:
                 raise ConfigError(f"chunked blocks do not support {name}; remove_dynamic_chunking, or leave it out")
@@ -294,6 +302,11 @@ def attend_jointly(
         eps=attn.norm_q.eps,
     )
     return rows.joined.split(attend(q, k, rows.joined.cat(text_v, v), rows.joined))
+
+
+def changes_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place; torch does not count for those of inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def project(attn: nn.Module, x: torch.Tensor) -> torch.Tensor:

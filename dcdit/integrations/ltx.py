@@ -6,6 +6,7 @@ The grid is (frames, rows, columns), and a cell may be refilled from another fra
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,17 @@ from torch import nn
 from dcdit_kernels import ChunkPlan, adaln_modulate, gate_residual, qk_norm_rope
 
 from ..errors import ConfigError
-from .joint import JointBlocks, PackedText, attend, attend_to_text, check_processor, heads, kept_text, project
+from .joint import (
+    JointBlocks,
+    PackedText,
+    attend,
+    attend_to_text,
+    changes_of,
+    check_processor,
+    heads,
+    kept_text,
+    project,
+)
 
 
 # Named as diffusers' own: compile_repeated_blocks and device maps go by names.
@@ -59,7 +70,7 @@ class LTXBlocks(JointBlocks):
     def __init__(self, model: theirs.LTXVideoTransformer3DModel, **options: Any) -> None:
         width = model.config.num_attention_heads * model.config.attention_head_dim
         super().__init__(model, width, run=self.run_rows, **options)
-        self.seen: torch.Tensor | None = None
+        self.seen: tuple[torch.Tensor | None, int] = None, 0
 
     def norms_of(self, block: nn.Module) -> list[nn.Module]:
         """The norms whose weights kernels apply; the attention to the text computes its norms itself."""
@@ -71,10 +82,13 @@ class LTXBlocks(JointBlocks):
         `video_coords` (B, 3, L) must change along these axes; the host waits for a GPU where such a tensor is new.
         """
         given = [inputs.get(name) for name in ("num_frames", "height", "width")]
-        if None in given:
-            raise ConfigError(f"chunked blocks need num_frames, height and width, got {given}")
+        if not all(isinstance(side, Integral) and side > 0 for side in given):
+            raise ConfigError(f"chunked blocks need num_frames, height and width, positive integers; got {given}")
         coords = inputs.get("video_coords")
-        if coords is not None and coords is not self.seen and coords.shape[2] == math.prod(given):
+        if coords is not None and not (self.seen[0] is coords and self.seen[1] == changes_of(coords)):
+            wanted = (len(inputs["hidden_states"]), 3, math.prod(given))
+            if tuple(coords.shape) != wanted:
+                raise ConfigError(f"video_coords must be {wanted}, as {self.GRID} say, got {tuple(coords.shape)}")
             for axis, places in enumerate(coords.unflatten(2, given).unbind(1), start=1):
                 line = places
                 for other in {1, 2, 3} - {axis}:
@@ -82,7 +96,7 @@ class LTXBlocks(JointBlocks):
                 if not torch.equal(places, line.expand_as(places)):
                     sides = "×".join(map(str, given))
                     raise ConfigError(f"{self.GRID} must be the grid of video_coords, row by row, got {sides}")
-            self.seen = coords
+            self.seen = coords, changes_of(coords)
         return tuple(given)
 
     def forward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -53,12 +54,15 @@ class QwenImageBlocks(JointBlocks):
 
     def grid_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[int, ...]:
         """(H, W), or (F, H, W) where there are frames, of img_shapes: one shape for all samples."""
-        shapes = inputs.get("img_shapes")
-        alone = [tuple(shape[0]) if isinstance(shape, list) else tuple(shape) for shape in shapes or ()]
-        single = all(len(shape) == 1 for shape in shapes or () if isinstance(shape, list))
-        if len(set(alone)) != 1 or not single:
-            raise ConfigError(f"chunked blocks need one picture a sample, of one shape, in img_shapes; got {shapes}")
-        grid = alone[0]
+        shapes, pictures = inputs.get("img_shapes"), []
+        for shape in shapes if isinstance(shapes, list | tuple) else ():
+            alone = shape[0] if isinstance(shape, list) and len(shape) == 1 else shape
+            pictures.append(alone if isinstance(alone, tuple) and len(alone) == 3 else ())
+        whole = all(isinstance(side, Integral) and side > 0 for picture in pictures for side in picture)
+        if len(set(pictures)) != 1 or not pictures[0] or not whole:
+            wanted = "one picture a sample, of one shape (frames, height, width)"
+            raise ConfigError(f"chunked blocks need {wanted}, in img_shapes; got {shapes}")
+        grid = pictures[0]
         return grid if grid[0] > 1 else grid[1:]
 
     def forward(

@@ -85,7 +85,10 @@ class SD3Blocks(JointBlocks):
 
     def grid_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[int, ...]:
         """(H, W) in patches of the latents (B, C, height, width)."""
-        return tuple(n // model.config.patch_size for n in inputs["hidden_states"].shape[2:])
+        shape = tuple(inputs["hidden_states"].shape)
+        if len(shape) != 4:
+            raise ConfigError(f"hidden_states must be latents (B, C, height, width), got {shape}")
+        return tuple(n // model.config.patch_size for n in shape[2:])
 
     def forward(
         self,

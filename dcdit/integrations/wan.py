@@ -62,6 +62,9 @@ class WanBlocks(JointBlocks):
     def grid_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[int, ...]:
         """(F, H, W) in patches of the latents (B, C, frames, height, width)."""
         sides = inputs["hidden_states"].shape[2:]
+        if len(sides) != 3:
+            got = tuple(inputs["hidden_states"].shape)
+            raise ConfigError(f"hidden_states must be latents (B, C, frames, height, width), got {got}")
         return tuple(n // side for n, side in zip(sides, model.config.patch_size, strict=True))
 
     def forward(

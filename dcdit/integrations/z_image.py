@@ -61,6 +61,8 @@ class ZImageBlocks(JointBlocks):
     def grid_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[int, ...]:
         """(H, W), or (F, H, W) where there are frames, in patches of the latents, a list of (C, F, height, width)."""
         latents = inputs["x"]
+        if not isinstance(latents, list | tuple) or not latents:
+            raise ConfigError(f"chunked blocks take a list of latents, got {type(latents).__name__} of {len(latents)}")
         if isinstance(latents[0], list):
             raise ConfigError("chunked blocks take one picture a sample, got lists of them")
         sizes = {tuple(latent.shape[1:]) for latent in latents}
