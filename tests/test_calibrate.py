@@ -85,10 +85,17 @@ def test_a_table_of_something_else_is_named(model, file, tmp_path, monkeypatch):
         sample(model, [0], **options)
     with pytest.raises(DataError, match=r"calibration must be a table of dcdit calibrate, there is no file .*none"):
         sample(model, [0], calibration=tmp_path / "none", **options)
-    (tmp_path / "bad.json").write_text("[]")
-    with pytest.raises(DataError, match=r"bad.json is no table of dcdit calibrate"):
-        sample(model, [0], calibration=tmp_path / "bad.json", **options)
     half = json.loads(file.read_text())
+    for values, reason in (
+        ([], ""),
+        ({"model": {}}, ": it has no 'of'"),
+        ({**half, "seconds": half["seconds"][1:]}, ": it must have positive seconds for each of rows and tokens"),
+        ({**half, "rows": [], "seconds": []}, ": it must have positive seconds"),
+        ({**half, "seconds": "fast"}, ": could not convert"),
+    ):
+        (tmp_path / "bad.json").write_text(json.dumps(values))
+        with pytest.raises(DataError, match=rf"bad.json is no table of dcdit calibrate{reason}"):
+            sample(model, [0], calibration=tmp_path / "bad.json", **options)
     file.write_text(json.dumps({**half, "of": half["of"].replace("float32", "bfloat16")}))
     with pytest.raises(DataError, match=r"table.json must be for model .*float32, got one for model .*bfloat16"):
         sample(model, [0], calibration=file, **options)

@@ -119,3 +119,11 @@ def test_a_deleted_working_directory_is_one_line(words, tmp_path, monkeypatch, c
     assert (
         capsys.readouterr().err == f"dcdit {words[0]}: the working directory is deleted: change to one that is there\n"
     )
+
+
+@pytest.mark.parametrize("words", [["train"], ["upcycle", "--from", "a"]])
+def test_overrides_are_not_asked_for(words, capsys):
+    with pytest.raises(SystemExit):
+        main(words)
+    error = capsys.readouterr().err
+    assert "are required: config" in error and "key=value" not in error

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -121,6 +122,47 @@ def test_a_truncated_shard(tmp_path):
         (tmp_path / "0.tar").write_bytes(data[:length])
         with pytest.raises(DataError, match=r"0\.tar is not a tar that can be read"):
             Conditioned(str(tmp_path))
+
+
+@pytest.mark.parametrize("layout", ["npy", "npz", "parquet"])
+def test_a_header_may_ask_for_any_amount_of_memory(layout, tmp_path):
+    plain = npy(torch.ones(3, 5))
+    huge = plain.replace(b"(3, 5), }           ", b"(99999999999999, 5)}")
+    assert huge != plain and len(huge) == len(plain)
+    members = {"latents": npy(torch.ones(2, 4, 4)), "text": huge}
+    if layout == "npy":
+        shard(tmp_path / "0.tar", {f"a.{name}.npy": data for name, data in members.items()})
+    elif layout == "npz":
+        with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+            for name, data in members.items():
+                archive.writestr(f"{name}.npy", data)
+    else:
+        pa, pq = (pytest.importorskip(f"pyarrow{part}") for part in ("", ".parquet"))
+        pq.write_table(pa.table({name: [data] for name, data in members.items()}), tmp_path / "0.parquet")
+    data = Conditioned(str(tmp_path))
+    with pytest.raises(DataError, match=r"a? cannot be read: Unable to allocate"):
+        data[0]
+
+
+@pytest.mark.parametrize("shape", [b"(-3, 5),}", b"(-3,-5),}"])
+def test_an_npy_of_a_negative_side(shape, tmp_path):
+    text = npy(torch.ones(3, 5)).replace(b"(3, 5), }"[: len(shape)], shape)
+    shard(tmp_path / "0.tar", {"a.latents.npy": npy(torch.ones(2, 4, 4)), "a.text.npy": text})
+    with pytest.raises(DataError, match=r"0\.tar:a cannot be read: its npy header is broken: it has the shape \(-3, "):
+        Conditioned(str(tmp_path))
+
+
+def test_numbers_of_the_other_byte_order(tmp_path):
+    swapped = {name: values.numpy().astype(">f4") for name, values in sample(0).items()}
+    np.savez(tmp_path / "0.npz", **swapped)
+    data = Conditioned(str(tmp_path))
+    assert all(torch.equal(data[0][name], sample(0)[name]) for name in ("latents", "text"))
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    (tmp_path / "0.npz").symlink_to(tmp_path / "nothing.npz")
+    with pytest.raises(DataError, match=r"0\.npz cannot be read: it is a link to nothing"):
+        Conditioned(str(tmp_path))
 
 
 def test_an_npy_whose_header_has_no_end(tmp_path):

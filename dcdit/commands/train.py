@@ -10,7 +10,9 @@ from .options import add_allow
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `dcdit train`."""
     parser.add_argument("config", help="a YAML file, such as configs/digits.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as steps=1000 optim.lr=1e-3")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="such as steps=1000 optim.lr=1e-3"
+    )
     add_allow(parser)
 
 

@@ -12,7 +12,9 @@ from .options import add_allow
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `dcdit upcycle`."""
     parser.add_argument("config", help="a YAML file, such as configs/imagenet256-xl-n4.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as upcycle.distill_steps=5000")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="such as upcycle.distill_steps=5000"
+    )
     parser.add_argument(
         "--from",
         dest="source",

@@ -25,10 +25,17 @@ def read_header(stream: Any) -> tuple[tuple[int, ...], str]:
         shape, _, dtype = HEADERS[version](stream)
     except tokenize.TokenError as error:  # numpy lets it through
         raise ValueError(f"its npy header is broken: {error}") from error
+    if any(side < 0 for side in shape):
+        raise ValueError(f"its npy header is broken: it has the shape {shape}")
     return shape, f"F{8 * dtype.itemsize}" if dtype.kind == "f" else dtype.name
 
 
 def read_tensor(stream: BinaryIO) -> torch.Tensor:
     """The array, whose header `read_header` has read. Raises ValueError where it is cut off."""
     with stream:
-        return torch.from_numpy(np.lib.format.read_array(stream, allow_pickle=False))
+        return to_tensor(np.lib.format.read_array(stream, allow_pickle=False))
+
+
+def to_tensor(array: np.ndarray) -> torch.Tensor:
+    """The array's numbers, also of the other byte order. Raises TypeError for a dtype that torch lacks."""
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))

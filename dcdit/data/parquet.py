@@ -64,7 +64,7 @@ class Row:
                 name: read_tensor(io.BytesIO(values)) if isinstance(values, bytes) else torch.tensor(values).view(shape)
                 for name, (shape, _, values) in cells.items()
             }
-        except (ValueError, TypeError, EOFError) as error:
+        except (ValueError, TypeError, EOFError, MemoryError) as error:  # a header may ask for any amount
             raise DataError(f"{self.name} cannot be read: {error}") from error
 
     def _cells(self, names: tuple[str, ...]) -> dict[str, tuple[tuple[int, ...], str, Any]]:

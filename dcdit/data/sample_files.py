@@ -17,8 +17,10 @@ import torch
 
 from ..errors import DataError
 from .folders import walk
-from .npy import Header, read_header, read_tensor
+from .npy import Header, read_header, read_tensor, to_tensor
 from .parquet import Groups, Row, find_rows
+
+BROKEN = (OSError, ValueError, TypeError, KeyError, EOFError, MemoryError)  # a header may ask for any amount of memory
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class SampleFile:
                 if end in self.parts:
                     found |= read(self.parts[end], names)
             return found | {name: npy(self.parts[f"{name}.npy"]) for name in names if f"{name}.npy" in self.parts}
-        except (OSError, ValueError, TypeError, KeyError, EOFError, SafetensorError, zipfile.BadZipFile) as error:
+        except (*BROKEN, SafetensorError, zipfile.BadZipFile) as error:
             raise DataError(f"{self.name} cannot be read: {error}") from error
 
 
@@ -93,6 +95,8 @@ def find_samples(folder: Path, names: tuple[str, ...]) -> list[SampleFile | Row]
     for file in sorted(file for *_, files in walk(folder) for file in files):
         place = file.relative_to(folder).as_posix()
         if file.suffix in (".safetensors", ".npz"):
+            if not file.is_file():
+                raise DataError(f"{file} cannot be read: it is a link to nothing, or no regular file")
             part = Span(file, 0, file.stat().st_size)
             samples.append(SampleFile(str(file), place, {file.suffix[1:]: part}))
         elif file.suffix == ".tar":
@@ -147,4 +151,4 @@ def _npz_header(span: Span, names: tuple[str, ...]) -> Header:
 
 def _load_npz(span: Span, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
     with span.stream() as stream, np.load(stream, allow_pickle=False) as arrays:
-        return {name: torch.from_numpy(arrays[name]) for name in names if name in arrays}
+        return {name: to_tensor(arrays[name]) for name in names if name in arrays}

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,18 @@ def load_times(
     name, given = name_of(config, device, dtype, training), file
     file = table_file(name) if given is None else given
     try:
-        table = StepTimes(**read_json(file))
+        values = read_json(file)
+        table = StepTimes(**{key.name: values[key.name] for key in fields(StepTimes)})
+        measured = np.array(table.seconds, dtype=float)
+        if not measured.size or measured.shape != (len(table.rows), len(table.tokens)) or not (measured > 0).all():
+            raise ValueError("it must have positive seconds for each of rows and tokens")
     except FileNotFoundError as error:
         if given is not None:
             raise DataError(f"calibration must be a table of dcdit calibrate, there is no file {given}") from error
         command = "dcdit calibrate" + " --training" * training
         raise DataError(f"no step was measured for {name}: {command} measures") from error
+    except KeyError as error:
+        raise DataError(f"{file} is no table of dcdit calibrate: it has no {error}") from error
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{file} is no table of dcdit calibrate: {error}") from error
     if table.of != name:
