@@ -1,7 +1,9 @@
 """DC-DiT inside diffusers' DiTPipeline and in its own pipeline, with real diffusers and tiny random weights."""
 
+import inspect
 import subprocess
 import sys
+import typing
 
 import numpy as np
 import pytest
@@ -59,6 +61,12 @@ def test_dit_pipeline_runs_unchanged_and_keeps_it_all(vae, learn_sigma, tmp_path
     np.testing.assert_array_equal(again([1, 7], generator=torch.manual_seed(1), **options).images, images)
     ours = quiet(DCDiTPipeline.from_pretrained(tmp_path))  # an equal folder, equal images
     np.testing.assert_allclose(ours([1, 7], generator=torch.manual_seed(1), **options).images, images, atol=1e-5)
+
+
+def test_older_diffusers_read_the_types_of_the_parts():
+    """diffusers 0.35 opens a pipeline whose parts have a class or typing's Union, neither strings nor X | None."""
+    for part in list(inspect.signature(DCDiTPipeline.__init__).parameters.values())[1:]:
+        assert inspect.isclass(part.annotation) or typing.get_origin(part.annotation) is typing.Union
 
 
 def test_the_pipeline_loads_in_a_new_process(vae, tmp_path):
@@ -237,7 +245,7 @@ def test_parts_keep_their_precision_and_oblong_sizes(tmp_path):
     model = transformer(size=(6, 4))
     assert model.config.sample_size == (6, 4)
     model.save_pretrained(tmp_path)
-    again = DCDiTTransformer2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    again = DCDiTTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert again.dtype == torch.bfloat16 and again.model.config == model.model.config
     assert {p.dtype for p in again.model.router.parameters()} == {torch.float32}
     x, t, y = torch.randn(1, 4, 6, 4), torch.tensor([500]), torch.tensor([3])

@@ -1,10 +1,9 @@
 """DCDiTPipeline: class-conditional images from a DC-DiT, with the arguments that users of diffusers know."""
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
+from typing import Optional
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
@@ -40,7 +39,10 @@ class DCDiTPipeline(DiffusionPipeline):
     _callback_tensor_inputs = ["latents", "noise_pred", "drop_fraction"]  # noqa: RUF012
 
     def __init__(
-        self, transformer: DCDiTTransformer2DModel, scheduler: SchedulerMixin, vae: AutoencoderKL | None = None
+        self,
+        transformer: DCDiTTransformer2DModel,
+        scheduler: SchedulerMixin,
+        vae: Optional[AutoencoderKL] = None,  # noqa: UP045, diffusers 0.35 reads neither X | None nor strings
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
