@@ -65,7 +65,7 @@ def without_router(folder):
 DAMAGED = {
     "must be a folder of diffusers with config.json": lambda folder: (folder / "config.json").unlink(),
     "config.json is not JSON": lambda folder: (folder / "config.json").write_text("{"),
-    "must name a model of diffusers as _class_name, got None": lambda folder: (folder / "config.json").write_text("[]"),
+    "must name a model of diffusers .*, got None": lambda folder: (folder / "config.json").write_text("[]"),
     "_class_name, got Nonsense": damaged(_class_name="Nonsense"),
     "_class_name, got FluxPipeline": damaged(_class_name="FluxPipeline"),
     "lacks .* weights that its config asks for, such as transformer_blocks.2": damaged(num_layers=3),
@@ -155,6 +155,10 @@ def test_bad_input_of_qwen_image_and_wan():
             run(model, {**inputs, "img_shapes": shapes})
     with pytest.raises(ConfigError, match="without zero_cond_t"):
         add_dynamic_chunking(make(family, zero_cond_t=True))
+    older = make(family)
+    older.forward = lambda hidden_states, txt_seq_lens=None: hidden_states
+    with pytest.raises(ConfigError, match=r"Qwen-Image needs diffusers 0\.39 or newer, got "):
+        add_dynamic_chunking(older)
     model, inputs = make(FAMILIES["wan"]), FAMILIES["wan"].inputs()
     add_dynamic_chunking(model)
     with pytest.raises(ConfigError, match="one timestep a sample, got one for each token"):

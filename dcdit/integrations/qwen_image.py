@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from numbers import Integral
 from typing import Any, ClassVar
 
+import diffusers
 import torch
 from diffusers.models.transformers import transformer_qwenimage as theirs
 from torch import nn
@@ -48,6 +50,8 @@ class QwenImageBlocks(JointBlocks):
     REFUSED: ClassVar = ("controlnet_block_samples",)
 
     def __init__(self, model: theirs.QwenImageTransformer2DModel, **options: Any) -> None:
+        if "txt_seq_lens" in inspect.signature(model.forward).parameters:  # blocks that are told of no mask
+            raise ConfigError(f"chunked Qwen-Image needs diffusers 0.39 or newer, got {diffusers.__version__}")
         if model.zero_cond_t:
             raise ConfigError("chunked blocks need a model without zero_cond_t, which modulates each token apart")
         super().__init__(model, model.inner_dim, run=self.run_rows, **options)

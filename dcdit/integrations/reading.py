@@ -38,7 +38,8 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(f"{folder} must be a folder of diffusers with config.json: {error}") from error
     name = config.get("_class_name") if isinstance(config, dict) else None
     if not isinstance(name, str) or not issubclass(getattr(diffusers, name, object), diffusers.ModelMixin):
-        raise CheckpointError(f"{file} must name a model of diffusers as _class_name, got {name}")
+        known = f"diffusers {diffusers.__version__}"  # older ones lack the newer families
+        raise CheckpointError(f"{file} must name a model of {known} as _class_name, got {name}")
     return config
 
 
