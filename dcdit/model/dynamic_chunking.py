@@ -144,7 +144,7 @@ class DynamicChunking(nn.Module):
 
     def options(self, **asked: Any) -> dict[str, Any]:
         """What a forward gives to `plan_chunks`: what it is asked for, and for the rest the attributes."""
-        left = set(BUDGET).difference(FORMS if asked.keys() & FORMS else ())
+        left = set(BUDGET).difference(FORMS if any(form in asked for form in FORMS) else ())
         options = {name: getattr(self, name) for name in left} | asked
         return {name: value for name, value in options.items() if value is not None}
 
