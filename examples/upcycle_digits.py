@@ -10,6 +10,7 @@ makes docs/images/upcycling.png. Three hours on a core.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -40,10 +41,10 @@ RUNS = {
 CODEC = make_codec("pixel_unshuffle", factor=2)
 
 
-def train_teacher(folder: Path, steps: int) -> None:
-    """A plain DiT with the digits' backbone, 49 tokens; its EMA goes to FOLDER/teacher.pt."""
+def train_teacher(folder: Path, steps: int, depth: int) -> None:
+    """A plain DiT with `depth` of the digits' blocks, 49 tokens; its EMA goes to FOLDER/teacher.pt."""
     torch.manual_seed(0)
-    model, objective = PlainDiT(CONFIG), FlowMatching()
+    model, objective = PlainDiT(dataclasses.replace(CONFIG, depth=depth)), FlowMatching()
     for module in [*(block.adaln[1] for block in model.blocks), model.adaln[1], model.head]:
         nn.init.zeros_(module.weight), nn.init.zeros_(module.bias)
     for table in (model.class_embed.weight, model.time_embed.mlp[0].weight, model.time_embed.mlp[2].weight):
@@ -135,11 +136,12 @@ def main() -> None:
     """Run one stage."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stage", choices=["teacher", *RUNS, "draw"])
-    parser.add_argument("--steps", type=int, default=11000, help="of the teacher; the shipped plain DiT has 5000")
+    parser.add_argument("--steps", type=int, default=11000, help="of the teacher; the shipped plain DiTs have 5000")
+    parser.add_argument("--depth", type=int, default=CONFIG.depth, help="blocks of the teacher (those of the digits)")
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
     if args.stage == "teacher":
-        train_teacher(args.folder, args.steps)
+        train_teacher(args.folder, args.steps, args.depth)
     elif args.stage == "draw":
         draw(args.folder, Path("docs/images/upcycling.png"))
     else:

@@ -1,5 +1,6 @@
 """The demo's instruments: the classifier, the plain DiT, the count of kept ink, the table, and the command itself."""
 
+import dataclasses
 import html
 import re
 from types import SimpleNamespace as Space
@@ -15,7 +16,7 @@ from dcdit.checkpoints.dit import load_dit
 from dcdit.checkpoints.folder import save_checkpoint
 from dcdit.cli import main
 from dcdit.codecs import PixelUnshuffle
-from dcdit.commands.demo import PLAIN
+from dcdit.commands.demo import PLAIN_DITS
 from dcdit.data.sources import load_digits
 from dcdit.model.blocks import MainNetwork
 from dcdit.model.config import DCDiTConfig, preset
@@ -80,7 +81,7 @@ def test_plain_dit_costs_what_is_said(patch, tokens):
     assert out.shape == (1, 4, 14, 14)
     # The counter also sees the embedders; the formula counts 2×2 patches at the ends.
     assert dit_flops(config, tokens) == pytest.approx(counter.get_total_flops() / 1e9, rel=0.03)
-    assert demo.plain_dit_cost(model, 20) == (tokens, pytest.approx(20 * dit_flops(config, tokens)))
+    assert demo.plain_dit_cost(model, 20) == (6, tokens, pytest.approx(20 * dit_flops(config, tokens)))
 
 
 def test_seconds_are_medians_of_turns():
@@ -117,23 +118,24 @@ def test_a_budget_counts_ink_shares_and_hits(model, monkeypatch):
     budget = demo.run_budget(model, codec, lambda images: np.array([1, 2, 3, 0]), 0.2, classes, steps=10)
     assert (budget.ink, budget.blank, budget.share, budget.recognised) == (1.0, 0.25, 0.25, 3)
     assert budget.images.shape == (4, 28, 28, 3)
-    text = demo.table([budget], [(49, 8.25, "2 of 4"), (196, 33.0, "–")], [1.0, 0.5, 2.0], 196)
+    text = demo.table([budget], [(6, 49, 8.25, "2 of 4"), (10, 196, 33.0, "–")], [1.0, 0.5, 2.0], 196)
     assert (
         "49.0 (25.0%)" in text
         and [line.split()[-4] for line in text.splitlines()[1:3]] == ["1.000", "0.500"]
         and "3 of 4" in text
         and "2 of 4" in text
-        and "2×2 patches" in text
+        and "plain DiT, 10 blocks" in text
         and "196 (100.0%)" in text
     )
 
 
-def test_the_shipped_plain_dit_draws_digits():
-    model, codec = load_dit(PLAIN, preset("digits")), PixelUnshuffle(2)
+@pytest.mark.parametrize("depth", PLAIN_DITS)
+def test_the_shipped_plain_dits_draw_digits(depth):
+    model, codec = load_dit(PLAIN_DITS[depth], dataclasses.replace(preset("digits"), depth=depth)), PixelUnshuffle(2)
     classes, options = np.arange(20) % 10, {"objective": "flow", "seed": 0, "batch_size": 20}
     row, images = demo.run_plain_dit(model, codec, DigitClassifier(), classes, 1.0, 8, **options)
-    assert row[:2] == (49, pytest.approx(8 * dit_flops(model.config, 49))) and images.shape == (20, 28, 28, 3)
-    assert int(row[2].split()[0]) >= 16, row
+    assert row[:3] == (depth, 49, pytest.approx(8 * dit_flops(model.config, 49))) and images.shape == (20, 28, 28, 3)
+    assert int(row[3].split()[0]) >= 16, row
 
 
 def test_demo_command(model, tmp_path, capsys):

