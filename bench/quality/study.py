@@ -67,6 +67,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "grid": ("grid", []),
     "grid-mended": ("grid", FIXED),
     "grid-direct": ("grid", [*FIXED, DIRECT]),
+    "guess-direct": ("learned", [*FIXED, DIRECT, "model.router=guess"]),
     "latents": ("latents", ["model.norm_groups=8", DIRECT, "model.depth=5"]),
     "plain": ("plain", []),
 }

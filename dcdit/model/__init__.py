@@ -16,6 +16,7 @@ __getattr__, __all__ = lazy(
         "flops": "dcdit_flops dit_flops",
         "gates": "Gates",
         "graphs": "graphed",
+        "guess_router": "GuessRouter",
         "patch_dit": "PatchDiT",
         "plain_dit": "PlainDiT",
         "precision": "cast_weights float32_products sampling_dtype",

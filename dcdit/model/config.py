@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import ConfigError
 
-ROUTERS = ("predictability", "cosine")
+ROUTERS = ("predictability", "cosine", "guess")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,9 @@ class DCDiTConfig:
     2×2 cells, at a fifth of their FLOPs. With `segment_mean` a token is the mean of the cells that it will refill; the
     paper's is its own cell. `keep_grid` k > 0 keeps every k-th cell of every k-th row besides the router's; they count
     towards 1/N. `direct_init` starts the stem with its centre tap alone and the residual path as the identity, so that
-    cells reach the decoder from the first step; the paper's start with nine taps and zeros.
+    cells reach the decoder from the first step; the paper's start with nine taps and zeros. `router` is the paper's
+    "predictability" (v2) or "cosine" (v1), or "guess": the cells with most contrast in the model's own guess of the
+    clean latents, without parameters, for flow matching and an N that is a square.
     Raises ConfigError when the sizes do not fit together.
     """
 
@@ -96,12 +98,16 @@ class DCDiTConfig:
             )
         if self.router not in ROUTERS:
             raise ConfigError(f"router must be one of {ROUTERS}, got {self.router!r}")
+        if self.router == "guess" and self.learn_sigma:
+            raise ConfigError("router guess is for flow matching: set learn_sigma to false")
         if not 1 <= self.hidden_size * self.mlp_ratio < math.inf:
             raise ConfigError(
                 f"mlp_ratio must be finite and at least 1/hidden_size = 1/{self.hidden_size}, got {self.mlp_ratio}"
             )
         if not 1 < self.target_ratio < math.inf:
             raise ConfigError(f"target_ratio N must be greater than 1 and finite, got {self.target_ratio}")
+        if self.router == "guess" and math.isqrt(int(self.target_ratio)) ** 2 != self.target_ratio:
+            raise ConfigError(f"router guess needs a target_ratio N that is a square, got {self.target_ratio:g}")
         if not 0 < self.sigma < math.inf:
             raise ConfigError(f"sigma must be positive and finite, got {self.sigma}")
 

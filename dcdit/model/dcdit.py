@@ -20,6 +20,7 @@ from .config import DCDiTConfig
 from .conv_blocks import Stem, make_decoder, make_encoder
 from .embedders import TimestepEmbedding, positions_of, sincos_2d
 from .final_layer import FinalLayer
+from .guess_router import clean_guess, takes_guess
 from .layers import WideLinear, init_linears
 from .mixed import MixedRouting, check_inputs, forward_mixed
 from .routers import make_router
@@ -122,6 +123,7 @@ class DCDiT(nn.Module):
         budget: int | None = None,
         budget_per_sample: int | torch.Tensor | None = None,
         routing: Routing | MixedRouting | None = None,
+        guess: torch.Tensor | None = None,
         **backbone_inputs: Any,
     ) -> Any:
         """Predict noise (and variance) or velocity.
@@ -147,13 +149,16 @@ class DCDiT(nn.Module):
                 number nothing waits.
             routing: an earlier call's, for a batch of this size, to use in place of the router's. It has a budget
                 already: every other budget must be left out.
+            guess: (B, C, H, W), the clean latents as far as they are known, for `router: guess`: `clean_guess` of the
+                step before. Without it a pass of backbone and decoder, on a regular grid of cells, makes one first.
             backbone_inputs: inputs of a backbone of yours beside tokens, c and packing.
 
         Returns (B, C, H, W), or (B, 2C, H, W) with config.learn_sigma; with `return_routing` also the Routing. For a
         list the prediction is a list, and the routing a MixedRouting.
-        Raises ValueError for a wrong shape, dtype, class id, ρ, budget, mask or routing.
+        Raises ValueError for a wrong shape, dtype, class id, ρ, budget, mask, routing or guess.
         """
         self._check(x, t, y)
+        self._check_guess(x, guess)
         asked = {"capacity": capacity, "max_seqlen": max_seqlen, "keep": keep, "ban": ban}
         asked |= {"budget": budget, "budget_per_sample": budget_per_sample}
         limits: dict[str, Any] = {name: limit for name, limit in asked.items() if limit is not None}
@@ -173,7 +178,10 @@ class DCDiT(nn.Module):
         # Router and residual path are at least float32, whatever autocast makes of the rest; h is copied once for both.
         wide = h.to(torch.promote_types(h.dtype, torch.float32))
         if routing is None:
-            routing = self.route(wide, c, **self.named(grid), **limits)
+            told = self.named(grid)
+            if takes_guess(self):
+                told["guess"] = self.guess(x, t, h, c, outer, **backbone_inputs) if guess is None else guess
+            routing = self.route(wide, c, **told, **limits)
         tokens = self.backbone(self.gather(h, routing), c, routing.plan, **backbone_inputs)
         out = self.decode(tokens, wide, routing, outer)
         return (out, routing) if return_routing else out
@@ -187,6 +195,22 @@ class DCDiT(nn.Module):
         """x (B, C, H, W), outer (B, D) → h (B, L, D), a feature of each cell in raster order."""
         return self.encoder(self.stem(x), outer)
 
+    @torch.no_grad()
+    def guess(
+        self, x: torch.Tensor, t: torch.Tensor, h: torch.Tensor, c: torch.Tensor, outer: torch.Tensor, **inputs: Any
+    ) -> torch.Tensor:
+        """x (B, C, H, W), t (B,), h (B, L, D), conditioning → the clean latents (B, C, H, W) that the model expects, by
+        tokens of a regular grid. No gradient passes."""
+        kind, grid = x.device.type, tuple(x.shape[2:])
+        # torch 2.10 would keep weights that autocast has cast here, without a gradient, for the pass that trains.
+        with torch.autocast(
+            kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
+        ):
+            wide = h.to(torch.promote_types(h.dtype, torch.float32))
+            routing = route(functools.partial(self.router, grid=grid), wide, c, grid=grid)
+            tokens = self.backbone(self.gather(h, routing), c, routing.plan, **inputs)
+            return clean_guess(x, self.decode(tokens, wide, routing, outer), t)
+
     def route(
         self,
         h: torch.Tensor,
@@ -194,17 +218,20 @@ class DCDiT(nn.Module):
         drop_fraction: float | torch.Tensor = 0.0,
         *,
         grid: tuple[int, ...] | None = None,
+        guess: torch.Tensor | None = None,
         **limits: Any,
     ) -> Routing:
         """h (B, L, D), c (B, D) → which cells the backbone gets. The router sees both in float32 at least.
 
-        `grid` is config.input_size where None; a router is told of any other by its keyword of that name. `limits` are
-        `capacity`, `max_seqlen`, masks and budgets where given, as `plan_chunks` takes them.
+        `grid` is config.input_size where None; a router is told of any other, and of a `guess` (B, C, H, W), by its
+        keyword of that name. `limits` are `capacity`, `max_seqlen`, masks and budgets where given, as `plan_chunks`
+        takes them.
         """
         c = c.to(torch.promote_types(h.dtype, torch.float32))
         own = self.config.input_size
         grid = own if grid is None else grid
-        router = self.router if grid == own else functools.partial(self.router, grid=grid)
+        told = self.named(grid) | ({} if guess is None else {"guess": guess})
+        router = functools.partial(self.router, **told) if told else self.router
         if grid != own and "grid" not in inspect.signature(self.router.forward).parameters:
             raise ValueError(f"x must have sides {own}: {type(self.router).__name__}.forward takes no grid, got {grid}")
         if self.config.keep_grid:
@@ -245,6 +272,15 @@ class DCDiT(nn.Module):
         """What the backbone begins before its tokens are known; nothing of a backbone, step or inputs of your own."""
         own = type(self.main) is MainNetwork and getattr(self.backbone, "__func__", None) is DCDiT.backbone
         return self.main.ahead(c) if own and not inputs else {}  # type: ignore[operator]
+
+    def _check_guess(self, x: Any, guess: Any) -> None:
+        if guess is not None and not takes_guess(self):
+            raise ValueError(f"a guess is for router: guess, this model has a {type(self.router).__name__}")
+        if takes_guess(self) and not isinstance(x, torch.Tensor):
+            raise ValueError("router: guess takes samples of one size (B, C, H, W), got a list")
+        if guess is not None and getattr(guess, "shape", None) != x.shape:
+            got = tuple(guess.shape) if isinstance(guess, torch.Tensor) else f"a {type(guess).__name__}"
+            raise ValueError(f"guess must have x's shape {tuple(x.shape)}, got {got}")
 
     def _check(self, x: Any, t: torch.Tensor, y: torch.Tensor) -> None:
         if torch.jit.is_tracing():

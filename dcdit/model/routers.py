@@ -14,6 +14,7 @@ from torch import nn
 from dcdit_kernels import boundary_cosine, boundary_predictability
 
 from .config import DCDiTConfig
+from .guess_router import GuessRouter
 from .layers import Conv3x3, WideLinear, WidePointwiseConv2d
 
 
@@ -125,4 +126,5 @@ class CosineRouter(nn.Module):
 
 def make_router(config: DCDiTConfig) -> nn.Module:
     """The router that the configuration names."""
-    return {"predictability": PredictabilityRouter, "cosine": CosineRouter}[config.router](config)
+    kinds = {"predictability": PredictabilityRouter, "cosine": CosineRouter, "guess": GuessRouter}
+    return kinds[config.router](config)

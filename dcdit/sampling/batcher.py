@@ -110,7 +110,7 @@ class Batcher:
                 self.running.append((request, Denoising(request.trajectory, self.model, classes, [request.index])))
         forms: dict[Any, list[tuple[Request, Denoising]]] = {}
         for request, run in self.running:
-            form = request.trajectory.budgets[0].dtype, request.trajectory.edit is None
+            form = request.trajectory.budgets[0].dtype, request.trajectory.edit is None, run.guess is None
             forms.setdefault(form, []).append((request, run))
         with float32_products("high" if next(self.model.parameters()).dtype.itemsize < 4 else None):
             for members in forms.values():

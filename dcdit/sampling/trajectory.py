@@ -17,6 +17,7 @@ from ..errors import ConfigError, DCDiTError
 from ..model.dcdit import DCDiT
 from ..model.dit_shell import DiTShell
 from ..model.graphs import Graphed
+from ..model.guess_router import clean_guess, takes_guess
 from ..model.routing import least_tokens
 from .drop_fraction import DropFraction, drop_table
 from .edits import Edit
@@ -124,6 +125,8 @@ def plan_trajectory(
         size = tuple(edit.mask.shape)
     size = checked_size(config.input_size if size is None else size, getattr(config, "encoder_stride", 1))
     inner = innermost(model)
+    if takes_guess(inner) and objective != "flow":
+        raise ConfigError(f"a model with router guess has objective flow, got {objective}")
     if isinstance(inner, DiTShell) and size != config.input_size:
         raise ConfigError(f"size must be {config.input_size}, that of the {type(inner).__name__}, got {size}")
     make = functools.partial(make_scheduler, scheduler, objective, steps, config.learn_sigma, clip, shift)
@@ -215,6 +218,7 @@ class Denoising:
         self.channels = model.config.in_channels
         self.x = self.noise = self._draw(trajectory.size if coarse is None else coarse.size)
         self.y = torch.cat([classes, torch.full_like(classes, model.config.num_classes)]).to(self.device)
+        self.guessing, self.guess = takes_guess(model), None
         self._keep_known()
 
     def _draw(self, size: tuple[int, int]) -> torch.Tensor:
@@ -247,9 +251,13 @@ class Denoising:
         return x, t, self.y[: len(x)], amount
 
     def limits(self, amount: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The masks of an edit (R, L), for `inputs`' ρ or tokens (R,)."""
-        edit = self.trajectory.edit
-        return {} if edit is None else edit.limits(amount, self.keep_grid, self.device)
+        """The masks of an edit (R, L), for `inputs`' ρ or tokens (R,), and the guess (R, C, H, W) of the step before
+        for a model that routes by it; a half that was not computed then has the other's."""
+        edit, rows = self.trajectory.edit, len(amount)
+        found = {} if edit is None else edit.limits(amount, self.keep_grid, self.device)
+        if self.guess is not None:
+            found["guess"] = torch.cat([self.guess, self.guess])[:rows].to(self.dtype)
+        return found
 
     def decided(self) -> dict[str, float | torch.Tensor]:
         """Guidance, and ρ or tokens (B,), of the next forward, where the trajectory has any."""
@@ -263,6 +271,9 @@ class Denoising:
 
     def update(self, out: torch.Tensor) -> None:
         """Let the scheduler take a step by the forward's output (R, C or 2C, H, W)."""
+        if self.guessing:
+            x, t, *_ = self.inputs()
+            self.guess = clean_guess(x.float(), out.float(), t)
         out = out.float() if self.guidance == 1 else guide(out.float(), self.guidance, self.trajectory.channels)
         if self.scheduler.config.get("variance_type") != "learned_range":
             out = out[:, : self.x.shape[1]]
@@ -273,6 +284,7 @@ class Denoising:
         coarse = self.trajectory.coarse
         if coarse is not None and self.number == coarse.steps:
             self.x, self.scheduler = coarse.expand(self.x, self._draw(coarse.full)), self.trajectory.make()[0]
+            self.guess = None  # of another size
         self._keep_known()
 
     def _keep_known(self) -> None:

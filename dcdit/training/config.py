@@ -168,6 +168,12 @@ class TrainConfig:
                     raise ConfigError(f"data.buckets and {name} exclude each other: leave one of them out")
         if self.cuda_graph and self.tokens_per_batch:
             raise ConfigError("cuda_graph and tokens_per_batch exclude each other: leave one of them out")
+        if self.model.router == "guess":
+            if self.objective != "flow":
+                raise ConfigError(f"router guess is for objective: flow, got {self.objective}")
+            for key in ("cuda_graph", "data.buckets"):
+                if attrgetter(key)(self):
+                    raise ConfigError(f"router guess and {key} exclude each other: leave one of them out")
         if not self.drop_fractions:
             raise ConfigError("drop_fractions needs at least one value; [0] trains without dropping")
         if self.data.kind != "digits" and not self.data.path:
