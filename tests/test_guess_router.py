@@ -166,6 +166,9 @@ def test_bad_input(model):
         DCDiT(dataclasses.replace(TINY, router="predictability"))(x, t, y, guess=x)
     with pytest.raises(ConfigError, match="router guess has objective flow, got ddpm"):
         sample(model, [0], objective="ddpm", steps=2)
+    for policy in ("reuse=2", "teacache=0.1"):
+        with pytest.raises(ConfigError, match=f"runs without gates, reuse and teacache, got {policy}"):
+            sample(model, [0], objective="flow", steps=2, policy=policy)
     with pytest.raises(ConfigError, match="set learn_sigma to false"):
         dataclasses.replace(TINY, learn_sigma=True)
     with pytest.raises(ConfigError, match="N that is a square, got 5"):

@@ -14,10 +14,11 @@ from ..model.density import Density
 from ..model.dydit import DyDiT
 from ..model.dydit_main import DyDCDiT
 from ..model.graphs import Graphed
+from ..model.guess_router import takes_guess
 from ..model.patch_dit import PatchDiT
 from ..model.plain_dit import PlainDiT
 from ..model.sparse_dit import SparseDiT
-from .paced import GatedModel, GridModel, RoutingReuse, TeaCache
+from .paced import GatedModel, GridModel, Paced, RoutingReuse, TeaCache, innermost
 from .patches import PatchChoice
 from .schedulers import TRAIN_STEPS
 
@@ -151,7 +152,11 @@ class Policy:
             model = GatedModel(model, self.gates)
         if self.reuse is not None:
             model = RoutingReuse(model, self.reuse)
-        return model if self.teacache is None else TeaCache(model, self.teacache)
+        if self.teacache is not None:
+            model = TeaCache(model, self.teacache)
+        if isinstance(model, Paced) and takes_guess(innermost(model)):
+            raise ConfigError(f"router guess runs without gates, reuse and teacache, got {self}")
+        return model
 
     def _parts(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
