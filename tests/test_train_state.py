@@ -28,6 +28,9 @@ def parts():
         ({"config": CONFIG}, {}, "not a training checkpoint: 'step'"),
         ({"step": None, "config": CONFIG}, {}, "not a training checkpoint"),
         ({"step": 1, "config": 3}, {}, "not a training checkpoint"),
+        ({"step": -1, "config": CONFIG}, {}, "not a training checkpoint: its header is none of a run"),
+        ({"step": 1, "config": CONFIG, "data": 3}, {}, "not a training checkpoint: its header is none of a run"),
+        ({"step": 1, "config": CONFIG, "changes": 5}, {}, "not a training checkpoint: its header is none of a run"),
         ({}, {"model.bias": torch.zeros(1)}, r"model\.bias: expected shape \(2,\), found \(1,\)"),
         ({}, {"optim.weight.exp_avg": torch.zeros(3)}, r"exp_avg: expected shape \(2, 3\), found \(3,\)"),
         ({}, {"optim.weight.step": torch.zeros(2, 3)}, r"step: expected shape \(\), found \(2, 3\)"),
@@ -49,6 +52,11 @@ def test_states_that_do_not_fit_are_refused(header, tensors, message, tmp_path):
         read_header(file)
         load_state(file, model, emas, optimizer)
     assert "\n" not in str(error.value) and torch.equal(model.weight, before)
+
+
+def test_a_folder_in_the_place_of_a_state_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=f"{tmp_path} is truncated or not a training checkpoint"):
+        read_header(tmp_path)
 
 
 def test_frozen_parameters_have_no_moments(tmp_path):

@@ -69,8 +69,12 @@ def read_header(file: Path) -> dict[str, Any]:
     try:
         with safe_open(file, framework="pt") as stream:
             header = json.loads((stream.metadata() or {})["dcdit_training"])
-        return {**header, "step": int(header["step"]), "config": dict(header["config"])}
-    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        header |= {"step": int(header["step"]), "config": dict(header["config"])}
+        kinds = {"data": dict | None, "changes": list | None}
+        if header["step"] < 0 or not all(isinstance(header.get(key), kind) for key, kind in kinds.items()):
+            raise ValueError("its header is none of a run")
+        return header
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is truncated or not a training checkpoint: {error}") from error
 
 
