@@ -20,7 +20,7 @@ from .config import DCDiTConfig
 from .conv_blocks import Stem, make_decoder, make_encoder
 from .embedders import TimestepEmbedding, positions_of, sincos_2d
 from .final_layer import FinalLayer
-from .guess_router import clean_guess, takes_guess
+from .guess_router import GuessRouter, clean_guess
 from .layers import WideLinear, init_linears
 from .mixed import MixedRouting, check_inputs, forward_mixed
 from .routers import make_router
@@ -62,6 +62,7 @@ class DCDiT(nn.Module):
         self.encoder = make_encoder(config)
         self.residual_proj = WideLinear(width, width)
         self.router = make_router(config) if router is None else router
+        self.takes_guess = isinstance(self.router, GuessRouter)
         self.main = backbone or MainNetwork(width, config.depth, config.num_heads, config.mlp_ratio)
         self.decoder = make_decoder(config)
         self.final = FinalLayer(narrow, width, config.out_channels * config.encoder_stride**2)
@@ -158,7 +159,8 @@ class DCDiT(nn.Module):
         Raises ValueError for a wrong shape, dtype, class id, ρ, budget, mask, routing or guess.
         """
         self._check(x, t, y)
-        self._check_guess(x, guess)
+        if self.takes_guess or guess is not None:
+            self._check_guess(x, guess)
         asked = {"capacity": capacity, "max_seqlen": max_seqlen, "keep": keep, "ban": ban}
         asked |= {"budget": budget, "budget_per_sample": budget_per_sample}
         limits: dict[str, Any] = {name: limit for name, limit in asked.items() if limit is not None}
@@ -179,7 +181,7 @@ class DCDiT(nn.Module):
         wide = h.to(torch.promote_types(h.dtype, torch.float32))
         if routing is None:
             told = self.named(grid)
-            if takes_guess(self):
+            if self.takes_guess:
                 told["guess"] = self.guess(x, t, h, c, outer, **backbone_inputs) if guess is None else guess
             routing = self.route(wide, c, **told, **limits)
         tokens = self.backbone(self.gather(h, routing), c, routing.plan, **backbone_inputs)
@@ -274,9 +276,9 @@ class DCDiT(nn.Module):
         return self.main.ahead(c) if own and not inputs else {}  # type: ignore[operator]
 
     def _check_guess(self, x: Any, guess: Any) -> None:
-        if guess is not None and not takes_guess(self):
+        if not self.takes_guess:
             raise ValueError(f"a guess is for router: guess, this model has a {type(self.router).__name__}")
-        if takes_guess(self) and not isinstance(x, torch.Tensor):
+        if not isinstance(x, torch.Tensor):
             raise ValueError("router: guess takes samples of one size (B, C, H, W), got a list")
         if guess is not None and getattr(guess, "shape", None) != x.shape:
             got = tuple(guess.shape) if isinstance(guess, torch.Tensor) else f"a {type(guess).__name__}"
