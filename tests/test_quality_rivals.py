@@ -27,14 +27,14 @@ TINY = DCDiTConfig(
 )
 
 
-@pytest.mark.parametrize("kind", ["random", "grid", "latents", "plain"])
+@pytest.mark.parametrize("kind", ["random", "grid", "latents", "plain", "plain-guess"])
 def test_rivals_keep_as_many_and_learn(kind, monkeypatch):
     """1/N of the cells for each sample; an output of zero at first, gradients everywhere once that has moved."""
     net = make_rival(TINY, kind)
     x, t, y = torch.randn(2, 4, 6, 8), torch.tensor([100.0, 900.0]), torch.tensor([0, 3])
     out, routing = net(x, t, y, return_routing=True)
     assert routing.plan.lengths.tolist() == [12, 12] and not out.any()
-    torch.nn.init.normal_(net.head.weight if kind == "plain" else net.final.linear.weight)
+    torch.nn.init.normal_(net.head.weight if kind.startswith("plain") else net.final.linear.weight)
     for parameter in net.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
@@ -47,6 +47,19 @@ def test_rivals_keep_as_many_and_learn(kind, monkeypatch):
     drawn = sample(net, torch.arange(3), objective="flow", steps=3, guidance=2.0, seed=5, batch_size=2)
     latents, kept = drawn.latents, (drawn.trace.tokens.mean(1) / TINY.cells).tolist()
     assert kept == [0.25] * 3 and (latents - known.latents).abs().max() < 1e-5 * latents.abs().max()
+
+
+def test_a_plain_dit_reads_its_guess():
+    """What it reads is the guess alone; in sampling that of the step before, after one more pass at the start."""
+    net, passes = make_rival(TINY, "plain-guess").eval(), []
+    for weight in (net.head.weight, net.told.weight):
+        torch.nn.init.normal_(weight, std=0.1)
+    x, t, y = torch.randn(2, 4, 6, 8), torch.tensor([100.0, 900.0]), torch.tensor([0, 3])
+    guess = x - t.view(-1, 1, 1, 1) / 1000 * net(x, t, y, guess=torch.zeros_like(x))
+    assert torch.equal(net(x, t, y), net(x, t, y, guess=guess)) and net.seen is None
+    net.stem.register_forward_hook(lambda *_: passes.append(1))
+    sample(net, [0, 1], objective="flow", steps=4, guidance=2.0, batch_size=2)
+    assert len(passes) == 5
 
 
 def test_the_plain_dit_keeps_its_own_tokens():

@@ -9,6 +9,7 @@ from torch import nn
 
 from dcdit.model.config import DCDiTConfig
 from dcdit.model.dcdit import DCDiT
+from dcdit.model.guess_router import clean_guess
 from dcdit.model.layers import init_linears
 from dcdit.model.plain_dit import PlainDiT
 from dcdit.model.routing import Routing, regular_cells
@@ -126,12 +127,40 @@ class PlainRival(PlainDiT):
         return out, Routing.of(own, self.config.input_size, **limits)
 
 
+class PlainGuessRival(PlainRival):
+    """The plain DiT that also reads its own guess of the clean picture: self-conditioning (arXiv 2208.04202)."""
+
+    takes_guess = True
+    seen: torch.Tensor | None = None
+
+    def __init__(self, config: DCDiTConfig) -> None:
+        super().__init__(config)
+        self.told = nn.Conv2d(config.in_channels, config.hidden_size, self.patch, self.patch, bias=False)
+        nn.init.zeros_(self.told.weight)
+
+    def patches(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, C, H, W) → tokens (B, N, D), with those of the guess where there is one."""
+        tokens = super().patches(x)
+        return tokens if self.seen is None else tokens + self.told(self.seen).flatten(2).transpose(1, 2)
+
+    def forward(self, x, t, y, *args, guess: torch.Tensor | None = None, **options):
+        """As PlainRival's; without a `guess` (B, C, H, W) a pass before makes one."""
+        if guess is None:
+            with torch.no_grad():
+                guess = clean_guess(x, super().forward(x, t, y), t)
+        self.seen = guess
+        try:
+            return super().forward(x, t, y, *args, **options)
+        finally:
+            self.seen = None
+
+
 ROUTERS = {"random": RandomRouter, "grid": GridRouter}
-OTHERS = {"latents": LatentRival, "plain": PlainRival}
+OTHERS = {"latents": LatentRival, "plain": PlainRival, "plain-guess": PlainGuessRival}
 
 
 def make_rival(config: DCDiTConfig, kind: str) -> nn.Module:
-    """`kind` learned, random, grid, latents or plain."""
+    """`kind` learned, random, grid, latents, plain or plain-guess."""
     if kind in OTHERS:
         return OTHERS[kind](config)
     return DCDiT(config, router=ROUTERS[kind](config) if kind in ROUTERS else None)

@@ -70,6 +70,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "guess-direct": ("learned", [*FIXED, DIRECT, "model.router=guess"]),
     "latents": ("latents", ["model.norm_groups=8", DIRECT, "model.depth=5"]),
     "plain": ("plain", []),
+    "plain-guess": ("plain-guess", []),
 }
 # Width → the sizes of the model.
 WIDTHS: dict[int, list[str]] = {
@@ -111,7 +112,7 @@ def configuration(name: str, args: argparse.Namespace) -> TrainConfig:
     """A variant's configuration."""
     kind, changes = VARIANTS[name]
     changes = [change.format(kept=2 * math.isqrt(args.ratio)) for change in changes] + WIDTHS[args.width]
-    if kind == "plain":
+    if kind.startswith("plain"):
         changes.append(f"model.depth={DEPTHS[args.width, args.ratio, args.cell]}")
     changes += [f"output={folder_of(name, args)}", f"steps={args.steps}", f"seed={args.seed}"]
     changes += [f"model.target_ratio={args.ratio}", *sets.changes(args.data, args.cell)]
@@ -164,7 +165,7 @@ def numbers(model: torch.nn.Module, trainer: StudyTrainer) -> dict:
 
 def gflops(model: torch.nn.Module, config: TrainConfig, kind: str, tokens: float) -> float:
     """GFLOP of a forward pass of one picture."""
-    if kind == "plain":
+    if kind.startswith("plain"):
         return dit_flops(config.model, tokens)
     return dcdit_flops(config.model, tokens, model.router)["total"]
 
