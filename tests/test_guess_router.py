@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from test_quality_rivals import TINY as RIVAL
 
 from dcdit.errors import ConfigError
-from dcdit.model.config import DCDiTConfig
 from dcdit.model.dcdit import DCDiT
 from dcdit.model.guess_router import GuessRouter, clean_guess
 from dcdit.model.routing import Routing, regular_cells
@@ -17,17 +17,7 @@ from dcdit.sampling.batcher import Batcher
 from dcdit.sampling.sampler import sample
 from dcdit.training.config import load_config
 
-TINY = DCDiTConfig(
-    input_size=(6, 8),
-    num_classes=3,
-    hidden_size=32,
-    depth=2,
-    num_heads=1,
-    encoder_width=32,
-    norm_groups=8,
-    learn_sigma=False,
-    router="guess",
-)
+TINY = dataclasses.replace(RIVAL, depth=2, router="guess")
 
 
 @pytest.fixture

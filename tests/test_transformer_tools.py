@@ -307,6 +307,8 @@ def test_the_grid_of_ltx_is_that_of_its_coordinates():
             ConfigError, match="num_frames, height and width must be the grid of video_coords, row by row"
         ):
             run(model, wrong)
+    with pytest.raises(ConfigError, match="must be the grid of video_coords"):  # known by other sides
+        run(model, {**inputs, "height": 7, "width": 2})
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,13 @@ from .joint import (
     JointBlocks,
     PackedText,
     Rows,
+    Seen,
     attend,
     attend_jointly,
     changes_of,
     check_processor,
     finite,
+    found_in,
     heads,
     kept_by,
 )
@@ -78,7 +80,7 @@ class FluxBlocks(JointBlocks):
 
     def __init__(self, model: theirs.FluxTransformer2DModel, **options: Any) -> None:
         super().__init__(model, model.inner_dim, run=self.run_rows, **options)
-        self.seen: deque[tuple[torch.Tensor, int, tuple[int, ...]]] = deque(maxlen=32)
+        self.seen: Seen = deque(maxlen=32)
 
     def grid_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[int, ...]:
         """(H, W) of img_ids, which are (L, 3): 0, row, column.
@@ -89,8 +91,7 @@ class FluxBlocks(JointBlocks):
         if not isinstance(ids, torch.Tensor) or ids.dim() not in (2, 3) or ids.shape[-1] != 3 or not ids.numel():
             got = f"shape {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else f"a {type(ids).__name__}"
             raise ConfigError(f"chunked blocks take the grid from img_ids (tokens, 3), got {got}")
-        changes = changes_of(ids)
-        grid = next((grid for tensor, count, grid in self.seen if tensor is ids and count == changes), None)
+        grid = found_in(self.seen, ids)
         if grid is None:
             places = (ids[0] if ids.dim() == 3 else ids)[:, -2:]
             places = places - places.amin(0)
@@ -101,7 +102,7 @@ class FluxBlocks(JointBlocks):
             in_turn = torch.cartesian_prod(*(torch.arange(n, device=ids.device) for n in grid))
             if not torch.equal(places, in_turn.to(places.dtype)):
                 raise ConfigError(f"img_ids must be one grid of tokens, row by row, got {sides} in another order")
-            self.seen.append((ids, changes, grid))
+            self.seen.append((ids, changes_of(ids), grid))
         return grid
 
     def forward(

@@ -12,6 +12,7 @@ import functools
 import inspect
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -302,6 +303,15 @@ def attend_jointly(
         eps=attn.norm_q.eps,
     )
     return rows.joined.split(attend(q, k, rows.joined.cat(text_v, v), rows.joined))
+
+
+Seen = deque[tuple[torch.Tensor, int, tuple[int, ...]]]  # tensors, their changes so far, the grids found in them
+
+
+def found_in(seen: Seen, tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """The grid that was found in a tensor; None where it is new or was changed since."""
+    changes = changes_of(tensor)
+    return next((grid for known, count, grid in seen if known is tensor and count == changes), None)
 
 
 def changes_of(tensor: torch.Tensor) -> int:

@@ -6,6 +6,7 @@ The grid is (frames, rows, columns), and a cell may be refilled from another fra
 from __future__ import annotations
 
 import math
+from collections import deque
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -19,10 +20,12 @@ from ..errors import ConfigError
 from .joint import (
     JointBlocks,
     PackedText,
+    Seen,
     attend,
     attend_to_text,
     changes_of,
     check_processor,
+    found_in,
     heads,
     kept_text,
     project,
@@ -70,7 +73,7 @@ class LTXBlocks(JointBlocks):
     def __init__(self, model: theirs.LTXVideoTransformer3DModel, **options: Any) -> None:
         width = model.config.num_attention_heads * model.config.attention_head_dim
         super().__init__(model, width, run=self.run_rows, **options)
-        self.seen: tuple[torch.Tensor | None, int] = None, 0
+        self.seen: Seen = deque(maxlen=1)
 
     def norms_of(self, block: nn.Module) -> list[nn.Module]:
         """The norms whose weights kernels apply; the attention to the text computes its norms itself."""
@@ -81,11 +84,11 @@ class LTXBlocks(JointBlocks):
 
         `video_coords` (B, 3, L) must change along these axes; the host waits for a GPU where such a tensor is new.
         """
-        given = [inputs.get(name) for name in ("num_frames", "height", "width")]
+        given = tuple(inputs.get(name) for name in ("num_frames", "height", "width"))
         if not all(isinstance(side, Integral) and side > 0 for side in given):
-            raise ConfigError(f"chunked blocks need num_frames, height and width, positive integers; got {given}")
+            raise ConfigError(f"chunked blocks need num_frames, height and width, positive integers; got {list(given)}")
         coords = inputs.get("video_coords")
-        if coords is not None and not (self.seen[0] is coords and self.seen[1] == changes_of(coords)):
+        if coords is not None and found_in(self.seen, coords) != given:
             wanted = (len(inputs["hidden_states"]), 3, math.prod(given))
             if tuple(coords.shape) != wanted:
                 raise ConfigError(f"video_coords must be {wanted}, as {self.GRID} say, got {tuple(coords.shape)}")
@@ -96,8 +99,8 @@ class LTXBlocks(JointBlocks):
                 if not torch.equal(places, line.expand_as(places)):
                     sides = "×".join(map(str, given))
                     raise ConfigError(f"{self.GRID} must be the grid of video_coords, row by row, got {sides}")
-            self.seen = coords, changes_of(coords)
-        return tuple(given)
+            self.seen.append((coords, changes_of(coords), given))
+        return given
 
     def forward(
         self,
