@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import sys
+import textwrap
 
 from .errors import DCDiTError, one_line
 from .interrupts import raised
@@ -48,7 +49,10 @@ class _Version(argparse.Action):
 def main(argv: list[str] | None = None) -> int:
     """Run one sub-command. Returns 0, or 1 where `dcdit data check` found bad files; 2 after one line about input that
     cannot be used, a package that is not there, or memory that is not; 128 + the signal's number when interrupted."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed, as by >&-
+            setattr(sys, name, open(os.devnull, "w"))
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that has no ρ gets a question mark
     words = sys.argv[1:] if argv is None else argv
@@ -70,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         if not any(words in f"{type(error).__name__}: {error}" for words in NO_MEMORY):
             raise
         complaint = (
-            f"out of memory ({_message(error)[:120]}): take a smaller batch size; "
+            f"out of memory ({textwrap.shorten(_message(error), 160, placeholder=' …')}): "
+            "take a smaller batch size or smaller pictures; "
             "in training also a larger accumulate, or training.checkpointing"
         )
     print(f"{name}: {complaint}", file=sys.stderr)

@@ -26,6 +26,17 @@ def read_json(file: Path) -> Any:
 
 
 @contextmanager
+def naming(place: Path) -> Iterator[None]:
+    """Of an OSError that names no file, as a full disk's, the place that was written to."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(place)) from error
+
+
+@contextmanager
 def replacing(file: Path, durable: bool = True) -> Iterator[Path]:
     """A path to write to, which becomes `file` at the end; after an error `file` is as it was.
 
@@ -33,10 +44,11 @@ def replacing(file: Path, durable: bool = True) -> Iterator[Path]:
     """
     temporary = file.with_name(f".{file.name}.tmp")
     try:
-        yield temporary
-        if durable:
-            sync(temporary)
-        os.replace(temporary, file)
+        with naming(file):
+            yield temporary
+            if durable:
+                sync(temporary)
+            os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -51,6 +63,8 @@ def check_folder(directory: Path) -> Path:
     """The folder, which need not be there yet. Raises DataError where it cannot be made or written."""
     place = directory.absolute()
     while not place.exists() and place != place.parent:
+        if place.is_symlink():
+            raise DataError(f"cannot write {directory}: {place} is a link to nothing")
         place = place.parent
     if not place.is_dir():
         raise DataError(f"cannot write {directory}: {place} is not a folder")

@@ -3,6 +3,14 @@
 Every operator has a plain PyTorch twin under its name in `dcdit_kernels.reference`.
 """
 
+import os
+
+try:
+    os.getcwd()
+except FileNotFoundError:  # torch's libraries end the process there
+    reason = "the working directory is deleted: change to one that is there"
+    raise ImportError(reason, name=__name__) from None
+
 from ._dispatch import BackendError, use_backend
 from ._explain import explain
 from .attention import varlen_attention

@@ -121,6 +121,40 @@ def test_a_deleted_working_directory_is_one_line(words, tmp_path, monkeypatch, c
     )
 
 
+def test_the_operators_in_a_deleted_directory_say_so(tmp_path):
+    place = tmp_path / "gone"
+    place.mkdir()
+    command = f"rmdir '{place}'; exec '{sys.executable}' -m dcdit_kernels"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["sh", "-c", command], cwd=place, env=environment, capture_output=True, timeout=100)
+    assert done.returncode == 1
+    assert b"the working directory is deleted: change to one that is there" in done.stderr.splitlines()[-1]
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "dcdit", "--help"], cwd=ROOT, capture_output=True, timeout=100)
+    assert done.returncode == 0 and done.stdout.startswith(b"usage: dcdit ")
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("words, status", [(["info", "digits"], 0), (["info", "nothing"], 2)])
+def test_a_closed_stream_is_no_error(stream, words, status, monkeypatch):
+    monkeypatch.setattr(sys, stream, None)
+    assert main(words) == status
+
+
+def test_the_memory_asked_for_is_told_whole(monkeypatch, capsys):
+    where = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"
+    reason = f"{where}: you tried to allocate 40000000000 bytes. Error code 12 (Cannot allocate memory)"
+
+    def fail(*_):
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr("dcdit.cli._run", fail)
+    assert main(["sample"]) == 2
+    assert "allocate 40000000000 bytes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["train"], ["upcycle", "--from", "a"]])
 def test_overrides_are_not_asked_for(words, capsys):
     with pytest.raises(SystemExit):

@@ -227,3 +227,9 @@ def test_what_the_release_does_not_compute_is_refused(name, value):
     config = DCDiTConfig(**{"input_size": (4, 4), "hidden_size": 32, "num_heads": 1, "encoder_width": 32, name: value})
     with pytest.raises(CheckpointError, match=f"the public release has {name} .* only, this model's is {value}"):
         release_content({}, config, {})
+
+
+def test_convert_knows_the_shipped_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", "digits", "digits.pt"]) == 0
+    assert load_release("digits.pt", num_heads=3).config.hidden_size == 96

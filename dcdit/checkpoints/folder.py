@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError, first_line
-from ..files import read_json, replacing, sync
+from ..files import naming, read_json, replacing, sync
 from ..model.config import DCDiTConfig, preset_of_size
 from ..model.dcdit import DCDiT
 from .release_keys import from_release, infer_config, release_content, stored_use
@@ -68,12 +68,13 @@ def save_checkpoint(directory: str | Path, model: DCDiT, extra: dict[str, Any] |
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        (temporary / "model.safetensors").write_bytes(save(_tensors(model)))
         own = {"own_parts": model.own_parts} if getattr(model, "own_parts", None) else {}
         config = {**system_of(model), "model": model.config.to_dict(), **own, **extra}
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name in FILES:
-            sync(temporary / name)
+        with naming(directory):
+            (temporary / "model.safetensors").write_bytes(save(_tensors(model)))
+            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            for name in FILES:
+                sync(temporary / name)
         for name in KEPT:
             if (directory / name).is_file():
                 shutil.copy2(directory / name, temporary / name)

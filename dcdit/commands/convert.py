@@ -8,7 +8,7 @@ from pathlib import Path
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `dcdit convert`."""
-    parser.add_argument("source", help="a .pt file of the public release, or a checkpoint directory")
+    parser.add_argument("source", help="a .pt file of the public release, a checkpoint directory, or digits")
     parser.add_argument("target", help="the directory to write for a .pt source, the .pt to write for a directory")
     parser.add_argument("--which", choices=("ema", "model"), default="ema", help="weights of a .pt to take")
     parser.add_argument("--num-heads", type=int, help="of a .pt that does not say (default: heads of 72 or 64)")
@@ -17,10 +17,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Convert. Tensors are copied bit by bit."""
-    from ..checkpoints.folder import load_checkpoint, read_release, save_checkpoint, save_release
+    from ..checkpoints.folder import SHIPPED, load_checkpoint, locate, read_release, save_checkpoint, save_release
 
-    if Path(args.source).is_dir():
-        model, use = load_checkpoint(args.source)
+    if args.source in SHIPPED or Path(args.source).expanduser().is_dir():
+        model, use = load_checkpoint(locate(args.source))
         save_release(args.target, model, use)
     else:
         model, use = read_release(args.source, num_heads=args.num_heads, sigma=args.sigma, which=args.which)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from ..files import replacing
+from ..files import naming, replacing
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, next to its step
 
@@ -145,7 +145,7 @@ class Metrics:
 
     def write(self, values: dict[str, float]) -> None:
         """Append one line."""
-        with open(self.file, "a", encoding="utf-8") as stream:
+        with naming(self.file), open(self.file, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(values) + "\n")
 
 
