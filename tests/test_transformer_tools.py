@@ -10,7 +10,6 @@ import pytest
 import torch
 
 pytest.importorskip("diffusers")
-import diffusers
 from diffusers.models.transformers import transformer_flux
 from safetensors.torch import load_file, save_file
 from transformer_families import FAMILIES, close, every_family, make, run
@@ -309,32 +308,3 @@ def test_the_grid_of_ltx_is_that_of_its_coordinates():
             run(model, wrong)
     with pytest.raises(ConfigError, match="must be the grid of video_coords"):  # known by other sides
         run(model, {**inputs, "height": 7, "width": 2})
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        diffusers.FirstBlockCacheConfig(threshold=1e6),
-        diffusers.MagCacheConfig(mag_ratios=torch.ones(3), num_inference_steps=3, threshold=9.0, max_skip_steps=2),
-        diffusers.TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, max_order=1),
-    ],
-    ids=lambda config: type(config).__name__,
-)
-def test_caches_are_refused_until_the_chunking_is_gone(config):
-    """MagCache and TaylorSeer would find no block and say nothing; without chunking they skip blocks as ever."""
-    family = FAMILIES["flux"]
-    model, runs = make(family), []
-    model.enable_cache(config)
-    with pytest.raises(ConfigError, match=r"model has a cache of diffusers.*disable_cache\(\) first"):
-        add_dynamic_chunking(model)
-    model.disable_cache()
-    add_dynamic_chunking(model)
-    with pytest.raises(ConfigError, match=f"a cache of diffusers.*got {type(config).__name__}; remove"):
-        model.enable_cache(config)
-    remove_dynamic_chunking(model)
-    model.enable_cache(config)
-    model.single_transformer_blocks[-1].attn.to_q.register_forward_hook(lambda *_: runs.append(1))
-    with model.cache_context("cond"):
-        for _ in range(3):
-            run(model, family.inputs())
-    assert len(runs) < 3

@@ -21,7 +21,7 @@ from dcdit_kernels import ChunkPlan, Packing, adaln_modulate, varlen_attention
 
 from ..errors import ConfigError
 from ..model.dynamic_chunking import DynamicChunking
-from .joint import PackedText, kept_text
+from .joint_text import PackedText, kept_text
 
 BLOCK_KINDS = ("ada_norm_zero", "ada_norm_single", "layer_norm")
 

@@ -14,7 +14,6 @@ from dcdit_kernels import adaln_modulate, gate_residual, gate_residual_modulate,
 from ..errors import ConfigError
 from .joint import (
     JointBlocks,
-    PackedText,
     Rows,
     Seen,
     attend,
@@ -24,8 +23,8 @@ from .joint import (
     finite,
     found_in,
     heads,
-    kept_by,
 )
+from .joint_text import PackedText, kept_by
 
 
 # The classes are named as diffusers' own: compile_repeated_blocks and device maps go by names.

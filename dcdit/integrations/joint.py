@@ -23,12 +23,14 @@ from diffusers.models.normalization import RMSNorm
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from dcdit_kernels import ChunkPlan, Packing, pack_rows, plan_chunks, qk_norm_rope, unpack_rows, varlen_attention
+from dcdit_kernels import ChunkPlan, Packing, qk_norm_rope, varlen_attention
 from dcdit_kernels.packing import JoinedPacking
 
 from ..errors import ConfigError
 from ..model.config import check_keys
 from ..model.dynamic_chunking import BUDGET, DynamicChunking
+from .block_caches import enable_cache_around
+from .joint_text import PackedText
 
 
 @dataclass(frozen=True)
@@ -46,33 +48,6 @@ class Rows:
     cos: torch.Tensor | None = None
     sin: torch.Tensor | None = None
     position: torch.Tensor | None = None
-
-
-class PackedText:
-    """Text (B, S, D) as packed rows without its padding, and back; `keep` is bool (B, S), or None where all is kept.
-
-    The host waits for the number of kept tokens, unless the rows are `fixed`: B·S then, the spare ones last.
-    """
-
-    def __init__(self, text: torch.Tensor, keep: torch.Tensor | None, fixed: bool = False) -> None:
-        batch, length = text.shape[:2]
-        self.shape, self.indices = (batch, length), None
-        if keep is None:
-            self.rows = text.flatten(0, 1)
-            ends = torch.arange(batch + 1, dtype=torch.int32, device=text.device) * length
-            self.packing = Packing.from_cu_seqlens(ends, length, batch * length, exact=True)
-            self.column = torch.arange(length, device=text.device).repeat(batch)
-            return
-        room = {"capacity": batch * length, "max_seqlen": length} if fixed else {}
-        self.packing = plan_chunks(keep.float(), (length,), nearest="previous", **room)
-        self.indices, self.column = self.packing.token_index, self.packing.cell_index
-        self.rows = pack_rows(text.flatten(0, 1), self.indices)
-
-    def back(self, rows: torch.Tensor) -> torch.Tensor:
-        """Packed rows as (B, S, D), zero in the padding."""
-        if self.indices is not None:
-            rows = unpack_rows(rows, self.indices, math.prod(self.shape))
-        return rows.unflatten(0, self.shape)
 
 
 class Unchunked(nn.ModuleList):
@@ -133,7 +108,7 @@ class JointBlocks(DynamicChunking):
 
     def __init__(self, model: nn.Module, width: int, blocks: slice = slice(None), **options: Any) -> None:
         if getattr(model, "is_cache_enabled", False):
-            raise ConfigError("model has a cache of diffusers, which chunked blocks do not take: disable_cache() first")
+            raise ConfigError("enable_cache must come after add_dynamic_chunking: disable_cache() first")
         lists = [getattr(model, name) for name in self.LISTS]
         every = [block for blocks_of_one in lists for block in blocks_of_one]
         if not isinstance(blocks, slice) or blocks.step not in (None, 1):
@@ -162,7 +137,7 @@ class JointBlocks(DynamicChunking):
                 norm.__class__ = NORMS.get(type(norm), type(norm))
         if hasattr(model, "cache_context"):
             model.cache_context = functools.partial(self.named_pass, model.cache_context)
-            model.enable_cache = no_cache
+            model.enable_cache = functools.partial(enable_cache_around, self, model.enable_cache)
         self.hook: RemovableHandle = model.register_forward_pre_hook(self.see, with_kwargs=True)
         setattr(model, self.LISTS[place], self)
         for i in range(place + 1, len(lists)):
@@ -241,7 +216,10 @@ class JointBlocks(DynamicChunking):
         return block(*args)
 
     def restore(self, model: nn.Module) -> None:
-        """The model as it was. Raises ConfigError where a block has a hook, which holds on to the packed forward."""
+        """The model as it was. Raises ConfigError where a block has a hook, which holds on to the packed forward, and
+        where the model has a cache."""
+        if getattr(model, "is_cache_enabled", False):
+            raise ConfigError("the cache must go before remove_dynamic_chunking: disable_cache() first")
         for block in self.stack:
             check_hooks(block, self.norms_of(block), "go before remove_dynamic_chunking")
         for block in self.stack:
@@ -337,37 +315,3 @@ def attend_to_text(attn: nn.Module, x: torch.Tensor, text: PackedText, plan: Chu
 def finite(x: torch.Tensor) -> torch.Tensor:
     """As diffusers' blocks: no infinity in half precision."""
     return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
-
-
-def kept_by(mask: torch.Tensor | None, text: torch.Tensor, cells: int) -> torch.Tensor | None:
-    """Of a bool attention mask over text and image keys, text first, the text that it keeps: (B, S), or None."""
-    if mask is None:
-        return None
-    batch, length = text.shape[:2]
-    flat = mask.reshape(mask.shape[0], -1) if mask.dim() in (2, 4) else mask
-    fits = mask.dtype == torch.bool and flat.shape == (batch, length + cells)
-    if not fits:
-        wanted = f"bool ({batch}, 1, 1, {length + cells}), one for each text and image token"
-        raise ConfigError(f"attention_mask must be {wanted}, got {mask.dtype} {tuple(mask.shape)}")
-    return flat[:, :length]
-
-
-def kept_text(text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The tokens of text (B, S, D) that are no padding, bool (B, S). `mask` (B, S) is 1 for text and 0 for
-    padding, or it is the bias (B, 1, S) that diffusers makes of that.
-
-    A sample that is all padding keeps it, as it does in diffusers. Raises ConfigError for a mask of another shape.
-    """
-    given, wanted = (mask.shape[0], mask.shape[-1]), tuple(text.shape[:2])
-    if given != wanted:
-        raise ConfigError(f"encoder_attention_mask must be {wanted}, one value for each text token, got {given}")
-    keep = mask[:, 0] > -1 if mask.dim() == 3 else mask.bool()  # in a bias 0 keeps and -10000 hides
-    return keep | ~keep.any(1, keepdim=True)  # diffusers' bias hides nothing where it is the same for all
-
-
-def no_cache(config: Any) -> None:
-    """In place of a chunked model's `enable_cache`: caches find none of its blocks, and two kinds say nothing."""
-    raise ConfigError(
-        f"chunked blocks do not take a cache of diffusers, whose tokens change from step to step, got "
-        f"{type(config).__name__}; remove_dynamic_chunking first"
-    )

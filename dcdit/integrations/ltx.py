@@ -19,7 +19,6 @@ from dcdit_kernels import ChunkPlan, adaln_modulate, gate_residual, qk_norm_rope
 from ..errors import ConfigError
 from .joint import (
     JointBlocks,
-    PackedText,
     Seen,
     attend,
     attend_to_text,
@@ -27,9 +26,9 @@ from .joint import (
     check_processor,
     found_in,
     heads,
-    kept_text,
     project,
 )
+from .joint_text import PackedText, kept_text
 
 
 # Named as diffusers' own: compile_repeated_blocks and device maps go by names.

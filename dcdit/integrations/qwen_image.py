@@ -14,7 +14,8 @@ from torch import nn
 from dcdit_kernels import adaln_modulate, gate_residual, gate_residual_modulate
 
 from ..errors import ConfigError
-from .joint import JointBlocks, PackedText, Rows, attend_jointly, finite
+from .joint import JointBlocks, Rows, attend_jointly, finite
+from .joint_text import PackedText
 
 
 # Named as diffusers' own: compile_repeated_blocks and device maps go by names.

@@ -13,7 +13,8 @@ from torch import nn
 from dcdit_kernels import adaln_modulate, gate_residual, gate_residual_modulate, qk_norm_rope
 
 from ..errors import ConfigError
-from .joint import JointBlocks, PackedText, Rows, attend, heads, kept_by
+from .joint import JointBlocks, Rows, attend, heads
+from .joint_text import PackedText, kept_by
 
 
 def norm_of(attn: Attention) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from torch import nn
 from dcdit_kernels import ChunkPlan, adaln_modulate, gate_residual, qk_norm_rope
 
 from ..errors import ConfigError
-from .joint import JointBlocks, PackedText, attend, attend_to_text, check_processor, heads, project
+from .joint import JointBlocks, attend, attend_to_text, check_processor, heads, project
+from .joint_text import PackedText
 
 
 # Named as diffusers' own: compile_repeated_blocks and device maps go by names.

@@ -15,7 +15,8 @@ from torch import nn
 from dcdit_kernels import adaln_modulate, gate_residual, gate_residual_modulate, qk_norm_rope
 
 from ..errors import ConfigError
-from .joint import JointBlocks, PackedText, Rows, attend, heads
+from .joint import JointBlocks, Rows, attend, heads
+from .joint_text import PackedText
 
 
 # Named as diffusers' own: compile_repeated_blocks and device maps go by names.
