@@ -48,7 +48,7 @@ class Run:
         self.data, self.others = (
             Compositions(digits, held_out, device, config["judge"]["digits"]) for held_out in (False, True)
         )
-        self.task = Task(self.family, self.data, self.captions, config["batch"])
+        self.task = Task(self.family, self.data, self.captions, config["batch"], config.get("bfloat16", False))
 
     def line(self, **numbers: Any) -> None:
         """One more line of results."""
@@ -61,7 +61,7 @@ class Run:
         """Save what a stage has trained."""
         model.eval().save_pretrained(self.folder / stage)
         (self.folder / f"{stage}.json").write_text(json.dumps(curve))
-        loss, size = self.task.held_out(model, self.others), sum(p.numel() for p in model.parameters())
+        loss, size = self.task.held_out(self.read(stage), self.others), sum(p.numel() for p in model.parameters())
         self.line(
             stage=stage,
             steps=curve[-1]["step"],

@@ -27,10 +27,13 @@ HELD_OUT = 64  # pictures of each size
 
 
 class Task:
-    """Batches of flow matching: pictures of one random size, captions, times and noise."""
+    """Batches of flow matching: pictures of one random size, captions, times and noise.
 
-    def __init__(self, family: Any, data: Compositions, captions: Captions, batch: int) -> None:
-        self.family, self.data, self.captions, self.batch = family, data, captions, batch
+    With `bfloat16` it is trained under autocast, with compiled blocks.
+    """
+
+    def __init__(self, family: Any, data: Compositions, captions: Captions, batch: int, bfloat16: bool = False) -> None:
+        self.family, self.data, self.captions, self.batch, self.bfloat16 = family, data, captions, batch, bfloat16
         self.generator = torch.Generator(captions.device).manual_seed(1)
         self.host = torch.Generator().manual_seed(1)
 
@@ -44,6 +47,18 @@ class Task:
         t, noise = torch.randn(self.batch, **options).sigmoid(), torch.randn(clean.shape, **options)
         noisy = clean + t[:, None, None, None] * (noise - clean)
         return self.family.inputs(noisy, t, self.captions[which]), noise - clean
+
+    def autocast(self) -> torch.autocast:
+        """For the passes of a training."""
+        return torch.autocast(self.captions.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+    def prepared(self, model: nn.Module) -> nn.Module:
+        """The model as it is trained. Attention is made of products: a CPU's own takes four times as long."""
+        if self.bfloat16:
+            model.set_attention_backend("_native_math")
+            torch._dynamo.config.recompile_limit = 64  # blocks of one class share it: chunked and not, frozen and not
+            model.compile_repeated_blocks(dynamic=True)
+        return model
 
     def loss(self, model: nn.Module, inputs: dict[str, Any], velocity: torch.Tensor) -> torch.Tensor:
         """Mean square error of the velocity."""
@@ -111,10 +126,11 @@ def wait(device: torch.device) -> None:
 def train_dense(task: Task, config: dict[str, Any], file: Path) -> tuple[nn.Module, list[dict]]:
     """A model of the family, by flow matching, and the curve. An unfinished training is in `file`."""
     device = task.captions.device
-    model = task.family.model().to(device)
+    model = task.prepared(task.family.model().to(device))
 
     def loss_of(share: float) -> torch.Tensor:
-        return task.loss(model, *task.draw())
+        with task.autocast():
+            return task.loss(model, *task.draw())
 
     groups = [{"params": list(model.parameters()), "lr": config["lr"]}]
     return model, train(groups, config["seconds"], loss_of, Unfinished(file, (task.generator, task.host)))
@@ -142,8 +158,13 @@ def upcycle(
         with torch.no_grad():
             model(**task.draw()[0])
             keep_a_share(chunking, n)
+    task.prepared(model)
 
     def loss_of(share: float) -> torch.Tensor:
+        with task.autocast():
+            return loss_at(share)
+
+    def loss_at(share: float) -> torch.Tensor:
         inputs, velocity = task.draw()
         which = int(torch.randint(len(config["drop_fractions"]), (), generator=task.host))
         kept = (1 - config["drop_fractions"][which]) / n
