@@ -35,7 +35,7 @@ STREAM = [
     (0, 1, {"seed": 3, "steps": 6}),
     (1, 0, {"seed": 4, "steps": 3, "guidance": 2.0, "drop_fraction": 0.4}),
     (0, 3, {"seed": 3, "steps": 5, "guidance": 1.5, "tokens": [20, 7]}),
-    (2, 2, {"seed": 9, "steps": 2, "size": (4, 9), "drop_fraction": [0.5, 0.0], "uncond_drop_fraction": 0.8}),
+    (2, 2, {"steps": 2, "size": (4, 9), "guidance": 1.5, "drop_fraction": [0.5, 0.0], "uncond_drop_fraction": 0.8}),
     (0, 2, {"seed": 9, "steps": 4, "scheduler": "flow-heun", "guidance": 3.0, "guidance_interval": (300, 1000)}),
     (1, 1, {"seed": 1, "steps": 4, "tokens": 30, "shift": 3.0}),
     (3, 1, {"seed": 2, "steps": 4, "tokens": 11, "size": (8, 3)}),

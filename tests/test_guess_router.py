@@ -150,6 +150,10 @@ def test_bad_input(model):
         model(x, t, y, guess=x[:1])
     with pytest.raises(ValueError, match=r"guess must have x's shape .* got a str"):
         model(x, t, y, guess="x")
+    broken = x.clone()
+    broken[1, 0, 2, 3] = float("inf")
+    with pytest.raises(ValueError, match="boundary_prob has 48 NaN, the first in sample 1 at cell 0"):
+        model(x, t, y, guess=broken)
     with pytest.raises(ValueError, match=r"samples of one size .* got a list"):
         model(list(x), t, y)
     with pytest.raises(ValueError, match="a guess is for router: guess, this model has a PredictabilityRouter"):

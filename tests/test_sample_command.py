@@ -266,3 +266,15 @@ def test_the_cost_of_an_image_is_an_option(checkpoint, tmp_path, capsys):
         capsys.readouterr()
         assert main(words(checkpoint, tmp_path / "new", "--gflops-per-image", budget, *more)) == 2
         assert re.search(message, capsys.readouterr().err) and not (tmp_path / "new").exists()
+
+
+def test_any_number_of_pictures_starts_at_once():
+    from types import SimpleNamespace
+
+    from dcdit.commands.sample import Rounds
+
+    shares = [Rounds(SimpleNamespace(count=10**12, done=lambda index: index < 5), 4, 3, rank) for rank in range(3)]
+    assert [len(share) for share in shares] == [-(-(10**12) // 12)] * 3
+    assert [next(iter(share)) for share in shares] == [range(0), range(4, 8), range(8, 12)]
+    last = [list(Rounds(SimpleNamespace(count=14, done=lambda index: False), 4, 3, rank))[-1] for rank in range(3)]
+    assert last == [range(12, 13), range(13, 14), range(14, 14)]

@@ -69,6 +69,10 @@ def flow():
         ({"shift": "2"}, "shift must be a number, got '2'"),
         ({"gflops_per_image": "2"}, "gflops_per_image must be a number, got '2'"),
         ({"budget_schedule": "linear"}, "budget_schedule linear is of gflops_per_image or seconds_per_image"),
+        ({"uncond_drop_fraction": 0.5}, "uncond_drop_fraction is of guidance, and guidance 1 is none"),
+        ({"guidance_interval": (200, 800)}, "guidance_interval, .* is of guidance, and guidance 1 is none"),
+        ({"policy": "guidance=200:800"}, "a policy's guidance, is of guidance, and guidance 1 is none"),
+        ({"seconds_per_image": -1.0}, "seconds_per_image must be positive and finite, got -1.0"),
         ({"calibration": "file"}, "calibration is of seconds_per_image"),
     ],
 )

@@ -110,7 +110,8 @@ def run(args: argparse.Namespace) -> None:
         state.wait_for_everyone()  # each has looked at the folder
         try:
             for mine in rounds:
-                draw(pictures, mine, model, codec, options, costs)
+                if mine:
+                    draw(pictures, mine, model, codec, options, costs)
                 bar.update()
         except KeyboardInterrupt:
             print(f"{costs.images} images are new in {output}/; the same command goes on", file=sys.stderr)
@@ -127,27 +128,27 @@ def run(args: argparse.Namespace) -> None:
 
 
 class Rounds:
-    """Indices of this process's batches with a missing picture.
+    """Indices of this process's batches, those without a missing picture empty.
 
     Every call has equal batches. A resumed run is therefore bit-equal to an uninterrupted one.
     """
 
     def __init__(self, pictures, batch_size: int, processes: int, process: int) -> None:
-        together = batch_size * processes
-        self.batches = []
-        for first in range(0, pictures.count, together):
-            size = min(together, pictures.count - first)
-            # As even as can be, the longer ones first.
-            starts = [first + rank * (size // processes) + min(rank, size % processes) for rank in range(processes + 1)]
-            mine = range(starts[process], starts[process + 1])
-            if not all(pictures.done(index) for index in mine):
-                self.batches.append(mine)
+        self.pictures, self.processes, self.process = pictures, processes, process
+        self.starts = range(0, pictures.count, batch_size * processes)
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.starts)
 
     def __iter__(self):
-        return iter(self.batches)
+        for first in self.starts:
+            size = min(self.starts.step, self.pictures.count - first)
+            # As even as can be, the longer ones first.
+            shares = [
+                min(rank, size % self.processes) + rank * (size // self.processes) for rank in range(self.processes + 1)
+            ]
+            mine = range(first + shares[self.process], first + shares[self.process + 1])
+            yield range(0) if all(self.pictures.done(index) for index in mine) else mine
 
 
 def draw(pictures, indices: range, model, codec, options: dict, costs: Costs) -> None:

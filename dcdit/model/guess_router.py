@@ -40,6 +40,7 @@ class GuessRouter(nn.Module):
 
         Kept cells have 1 down to 0.99, the others 0.01 down to 0, in the order of their contrast: a tail drop leaves
         the flattest out, and a token of either kind is as good as certain. `grid` is the configuration's where None.
+        All cells of a sample have NaN where its guess is not finite.
         """
         grid = grid or self.grid
         dtype = torch.promote_types(h.dtype, torch.float32)
@@ -47,11 +48,12 @@ class GuessRouter(nn.Module):
         if guess is None:
             return regular.to(dtype).expand(h.shape[:2])
         score = contrast(guess.to(dtype)).flatten(1)
+        broken = 0 * score.sum(1, keepdim=True)  # NaN where a guess is not finite, for the plan to refuse
         if self.keep_grid:
             score = score.masked_fill(regular_cells(grid, self.keep_grid, h.device), math.inf)
         rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0 for the highest
         place = rank.to(dtype) / score.shape[1]
-        return torch.where(rank < regular.sum(), 1 - place / 100, (1 - place) / 100)
+        return torch.where(rank < regular.sum(), 1 - place / 100, (1 - place) / 100) + broken
 
     def macs(self, cells: int) -> float:
         """Multiply-adds of one image: none. A guess without a step before costs a pass of backbone and decoder."""

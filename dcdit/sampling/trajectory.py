@@ -107,6 +107,11 @@ def plan_trajectory(
     for name, amount in {"eta": eta, "shift": shift, **amounts}.items():
         if amount is not None and not isinstance(amount, Real):
             raise ConfigError(f"{name} must be a number, got {amount!r}")
+    if guidance == 1 and (uncond_drop_fraction is not None or interval != (0, TRAIN_STEPS)):
+        idle = "guidance_interval, or a policy's guidance," if uncond_drop_fraction is None else "uncond_drop_fraction"
+        raise ConfigError(f"{idle} is of guidance, and guidance 1 is none: leave one of them out")
+    if seconds_per_image is not None and not 0 < seconds_per_image < float("inf"):
+        raise ConfigError(f"seconds_per_image must be positive and finite, got {seconds_per_image}")
     if budget_schedule != "constant" and all(amount is None for amount in amounts.values()):
         raise ConfigError(f"budget_schedule {budget_schedule} is of {' or '.join(amounts)}: give one of them")
     if calibration is not None and seconds_per_image is None:
