@@ -219,6 +219,11 @@ def test_latents_of_all_shapes_train_as_their_pictures(config, pictures, tmp_pat
         (["compile=true"], "data.buckets and compile exclude each other"),
         (["cuda_graph=true"], "data.buckets and cuda_graph exclude each other"),
         (["tokens_per_batch=40"], "tokens_per_batch must hold 1 of the largest item's 6[0-9] cells, .* got 40"),
+        (
+            ["tokens_per_batch=1000000000000"],
+            "tokens_per_batch must be at most [0-9]+, 1048576 items, got 1000000000000",
+        ),
+        (["data.buckets=64"], "data.buckets must be at most data.size, 16 pixels, got 64"),
         (["accumulate=2"], "tokens_per_batch must hold 32 of the largest item's"),
         (["data.buckets=0", "tokens_per_batch=640", "cuda_graph=true"], "cuda_graph and tokens_per_batch exclude"),
         (["model.in_channels=4"], "the data gives latents of shape .*the model takes"),

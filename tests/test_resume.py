@@ -311,14 +311,15 @@ def test_init_from_a_release_and_from_nothing_that_fits(tiny, tmp_path, capsys):
 
 
 def test_the_head_of_a_run(tiny, tmp_path, capsys):
-    run(tiny, tmp_path / "a")
+    run(tiny, tmp_path / "a", "data.size=16")
     out = capsys.readouterr().out
     for part in (
         "data    4500 MNIST digits",
         "7×7 = 49 cells",
         "device  cpu (",
         "batch 16",
-        "from step 0, fresh weights of 4",
+        "from step 0 of 4, fresh weights\n",
+        "unused  data.size is of data.kind=folder\n",
     ):
         assert part in out
     assert load_checkpoint(tmp_path / "a" / "model")[1]["class_names"] == list("0123456789")

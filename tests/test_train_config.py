@@ -7,6 +7,7 @@ import pytest
 from dcdit.errors import ConfigError
 from dcdit.model.config import DCDiTConfig, preset
 from dcdit.training.config import load_config
+from dcdit.training.unused import unused
 
 
 @pytest.fixture
@@ -43,6 +44,8 @@ def digits(tmp_path):
         ("upcycle.distill_weight=-1", "upcycle.distill_weight must not be negative"),
         ("seed=9223372036854775808", "seed must be below 2**63, got 9223372036854775808"),
         ("data.workers=-1", "data.workers must not be negative"),
+        ("data.workers=1000", "data.workers must be at most 256, got 1000"),
+        ("steps=5 # five", "steps must be an integer, got '5 # five'"),
         ("data.size=0", "data.size must be at least 1, got 0"),
         ("drop_fractions=[0,nan]", "drop_fractions must be finite"),
         ("drop_fractions=0.99999999", "drop_fractions must lie in [0, 1), got 0.99999999"),
@@ -110,3 +113,36 @@ def test_the_defaults_fit_each_other(tmp_path):
 def test_weights_and_shifts_belong_to_an_objective(overrides, message, digits):
     with pytest.raises(ConfigError, match=message):
         load_config(digits, overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("output=#12", "#12"),
+        ("output=runs/a #3", "runs/a #3"),
+        ('output="a #3"', "a #3"),
+        ("output=a#3", "a#3"),
+        ("output='#'", "#"),
+    ],
+)
+def test_an_override_has_no_comment(override, value, digits):
+    assert load_config(digits, [override]).output == value
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        ([], []),
+        (["codec.scale=0.5", "codec.pretrained=a"], ["codec.pretrained", "codec.scale"]),
+        (["data.size=16", "data.background=red", "data.path=a"], ["data.size", "data.background", "data.path"]),
+        (["data.kind=folder", "data.size=16", "data.path=a"], []),
+        (["upcycle.distill_steps=5", "validation.items=2"], ["upcycle.distill_steps", "validation.items"]),
+        (["from=a", "upcycle.distill_steps=5", "validation.every=1", "validation.items=2"], []),
+        (["validation.every=1", "validation.steps=3"], ["validation.steps"]),
+        (["kind=sparse", "drop_warmup=3"], ["drop_warmup"]),
+        (["model.router=guess", "ratio_weight=1"], ["ratio_weight"]),
+        (["ratio_weight=1"], []),
+    ],
+)
+def test_keys_that_a_run_does_not_read(overrides, names, digits):
+    assert [line.split(" is of ")[0] for line in unused(load_config(digits, overrides))] == names

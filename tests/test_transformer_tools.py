@@ -237,7 +237,10 @@ def test_bad_input(family):
     """One line that names the expected and the actual value."""
     model = make(family)
     for blocks, words in (
-        (slice(9, None), "blocks must name one block or more"),
+        (slice(2, 1), "blocks must name one block or more"),
+        (slice(9, None), "blocks must begin and end within the model's"),
+        (slice(0, -9), "blocks must begin and end within the model's"),
+        (slice("a", None), "blocks must begin and end within the model's"),
         (slice(None, None, 2), "blocks must be a slice without a step"),
         ([1], "blocks must be a slice"),
     ):

@@ -346,3 +346,11 @@ def test_a_source_whose_name_reads_as_another_type_in_yaml(tmp_path, monkeypatch
     for name in ("2024", "a: b", "null"):
         assert main([*command[:1], "--from", name, *command[3:]]) == 2
         assert f"{name} must be a folder of diffusers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["", "transformer"])
+def test_a_transformer_without_its_family(part, tmp_path, capsys):
+    (tmp_path / part).mkdir(exist_ok=True)
+    (tmp_path / part / "config.json").write_text('{"_class_name": "WanTransformer3DModel"}')
+    assert main(["upcycle", "--from", str(tmp_path), "none.yaml"]) == 2
+    assert "has a WanTransformer3DModel: give --family wan" in capsys.readouterr().err

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+from pathlib import Path
 
+from ..errors import ConfigError
 from ..integrations.families import FAMILIES
 from .options import add_allow
 
@@ -34,6 +37,8 @@ def run(args: argparse.Namespace) -> None:
     """Upcycle, or resume."""
     from ..training.config import load_config
 
+    if not args.family:
+        check_family(args.source)
     source = json.dumps(args.source, ensure_ascii=False)  # quoted: a folder may be called 2024
     if args.family:
         from ..training.transformers import TransformerConfig, train_transformer
@@ -44,3 +49,22 @@ def run(args: argparse.Namespace) -> None:
     from ..training.run import train
 
     train(load_config(args.config, [*args.overrides, f"upcycle.source={source}"]), args.allow)
+
+
+def check_family(source: str) -> None:
+    """Raise ConfigError where a folder, or a pipeline's in it, is of a transformer that --family is for."""
+    from ..files import read_json
+
+    name = None
+    for part in ("", "transformer"):
+        with contextlib.suppress(OSError, ValueError):
+            values = read_json(Path(source).expanduser() / part / "config.json")
+            name = values.get("_class_name") if isinstance(values, dict) else None
+            break
+    if name is None:
+        return
+    from ..integrations.velocities import VELOCITIES
+
+    family = next((family for family, velocity in VELOCITIES.items() if velocity.name == name), None)
+    if family:
+        raise ConfigError(f"{source} has a {name}: give --family {family}")

@@ -38,6 +38,8 @@ class ImageFolder:
         self.buckets = buckets
         if not self.root.is_dir():
             raise DataError(f"no image folder at {self.root}")
+        if buckets > size:
+            raise DataError(f"data.buckets must be at most data.size, {size} pixels, got {buckets}")
         self.skipped: Counter[str] = Counter()
         self.class_names: list[str] = []
         self.files: list[tuple[Path, int]] = []

@@ -113,6 +113,9 @@ class JointBlocks(DynamicChunking):
         every = [block for blocks_of_one in lists for block in blocks_of_one]
         if not isinstance(blocks, slice) or blocks.step not in (None, 1):
             raise ConfigError(f"blocks must be a slice without a step, got {blocks!r}")
+        for end in (blocks.start, blocks.stop):
+            if end is not None and not (isinstance(end, int) and abs(end) <= len(every)):
+                raise ConfigError(f"blocks must begin and end within the model's {len(every)}, got {blocks}")
         self.start, self.stop, _ = blocks.indices(len(every))
         chunked = every[self.start : self.stop]
         if not chunked:

@@ -200,15 +200,18 @@ def batches(
 
 
 def check_tokens(stream: TrainingStream, parts: int) -> None:
-    """Raise ConfigError where batches are by tokens and one may be too small for its parts."""
+    """Raise ConfigError where batches are by tokens and one may be too small for its parts, or without end."""
     if not stream.tokens:
         return
-    largest, least = int(stream.cells().max()), 1 if parts == 1 else parts * SUB_BATCH
+    cells, least = stream.cells(), 1 if parts == 1 else parts * SUB_BATCH
+    largest, most = int(cells.max()), 2**20 * int(cells.min())
     if stream.tokens < least * largest:
         raise ConfigError(
             f"tokens_per_batch must hold {least} of the largest item's {largest} cells, {least * largest}, "
             f"got {stream.tokens}"
         )
+    if stream.tokens > most:
+        raise ConfigError(f"tokens_per_batch must be at most {most}, 1048576 items, got {stream.tokens}")
 
 
 def check_split(batch_size: int, ranks: int, accumulate: int = 1) -> None:

@@ -33,6 +33,7 @@ LIMITS = (
     ("accumulate data.size codec.factor validation.steps", lambda value: value >= 1, "be at least 1"),
     ("tokens_per_batch data.buckets", lambda value: value >= 0, "not be negative"),
     ("min_snr max_minutes data.workers", lambda value: value >= 0, "not be negative"),
+    ("data.workers", lambda value: value <= 256, "be at most 256"),
     ("drop_warmup snapshot_every codec.scale", lambda value: value >= 0, "not be negative"),
     ("upcycle.distill_steps upcycle.distill_weight", lambda value: value >= 0, "not be negative"),
     ("validation.every validation.items validation.samples", lambda value: value >= 0, "not be negative"),
@@ -217,7 +218,7 @@ def load_config(path: str | Path, overrides: list[str] = (), kind: type = TrainC
         if not equals:
             raise ConfigError(f"expected key=value, got {override!r}")
         try:
-            value = _read_yaml(text)
+            value = _read_value(text)
         except (yaml.YAMLError, RecursionError) as error:
             raise ConfigError(f"cannot read the value of {override!r}") from error
         _assign(values, key.split("."), value)
@@ -239,6 +240,14 @@ def _read_yaml(text: str) -> Any:
             return super().construct_mapping(node, deep)
 
     return yaml.load(text, Loader)  # a SafeLoader: plain values only
+
+
+def _read_value(text: str) -> Any:
+    """The value of key=value: YAML, but without comments, so that #808080 is a text."""
+    import yaml
+
+    *_, last, _ = yaml.scan(text)  # then the end of the stream
+    return text if text[last.end_mark.index :].strip() else _read_yaml(text)
 
 
 def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:

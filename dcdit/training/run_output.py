@@ -10,10 +10,11 @@ import torch
 from ..checkpoints.folder import save_checkpoint
 from ..model.dcdit import DCDiT
 from .state import EMA
+from .unused import unused
 
 
 def describe_run(trainer) -> str:
-    """Data, model, device and output of a `dcdit.training.Trainer`, a line each, and changes on the way."""
+    """Data, model, device and output of a `dcdit.training.Trainer`, unused keys and changes on the way, a line each."""
     config, model, device = trainer.config, trainer.config.model, trainer.device
     count = sum(p.numel() for p in trainer.net.parameters())
     (height, width), codec = model.input_size, " ".join(str(v) for v in config.codec.options().values() if v)
@@ -22,14 +23,17 @@ def describe_run(trainer) -> str:
     size = f"{config.tokens_per_batch} cells" if config.tokens_per_batch else str(config.batch_size)
     batch = f"batch {size}" + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
     processes = f"{trainer.ranks} process{'es' * (trainer.ranks > 1)}"
-    begin = f"resuming at step {trainer.step}" if trainer.step else f"from step 0, {trainer.started}"
+    begin = f"resuming at step {trainer.step} of {config.steps}"
+    if not trainer.step:
+        begin = f"from step 0 of {config.steps}, {trainer.started}"
     return "\n".join(
         [
             f"data    {trainer.source.describe()}",
             f"model   {count:,} parameters; {height}×{width} = {model.cells} cells, about 1 in {model.target_ratio:g} "
             f"kept; {config.objective}, codec {codec}",
             f"device  {device.type} ({name}), {precision}, {processes}, {batch}",
-            f"output  {trainer.output}, {begin} of {config.steps}",
+            f"output  {trainer.output}, {begin}",
+            *(f"unused  {line}" for line in unused(config)),
             *(f"changed {c['key']} from {c['from']} to {c['to']} at step {c['step']}" for c in trainer.changes),
         ]
     )

@@ -1,0 +1,37 @@
+"""Keys of a training configuration that are given and that its run does not read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from operator import attrgetter
+
+from .config import TrainConfig
+
+# Keys, what reads them, and whether that is in a run.
+READERS: tuple[tuple[str, str, Callable[[TrainConfig], object]], ...] = (
+    ("codec.factor", "codec.kind=pixel_unshuffle", lambda run: run.codec.kind == "pixel_unshuffle"),
+    ("codec.pretrained codec.scale", "codec.kind=autoencoder_kl", lambda run: run.codec.kind == "autoencoder_kl"),
+    ("data.size data.background", "data.kind=folder", lambda run: run.data.kind == "folder"),
+    ("data.path", "data.kind=folder, idx or latents", lambda run: run.data.kind != "digits"),
+    ("upcycle", "dcdit upcycle, or a key from", lambda run: run.upcycle.source),
+    ("validation", "validation.every", lambda run: run.validation.every),
+    ("validation.steps validation.guidance", "validation.samples", lambda run: run.validation.samples),
+    ("drop_fractions drop_warmup ratio_weight", "kind=dcdit", lambda run: run.kind == "dcdit" or run.init),
+    ("ratio_weight", "a router that learns", lambda run: run.model.router != "guess"),
+)
+
+
+def unused(config: TrainConfig) -> list[str]:
+    """Such keys with what would read them; a key that has its default is not given."""
+    default, lines = TrainConfig(), list[str]()
+    for names, reader, reads in READERS:
+        for key in (key for name in names.split() for key in _keys(name)):
+            if not reads(config) and attrgetter(key)(config) != attrgetter(key)(default):
+                lines.append(f"{key} is of {reader}")
+    return lines
+
+
+def _keys(name: str) -> list[str]:
+    group = attrgetter(name)(TrainConfig())
+    return [f"{name}.{part.name}" for part in dataclasses.fields(group)] if dataclasses.is_dataclass(group) else [name]
