@@ -101,3 +101,24 @@ def test_wrapped_unwrapped_copied_and_undone(enable):
     for call in (dcdit.enable_cuda_graph, dcdit.disable_cuda_graph):
         with pytest.raises(ConfigError, match=r"model must be .* got a function"):
             call(run)
+
+
+class Highest(torch.nn.Module):
+    """Ranks cells by their latents."""
+
+    def forward(self, h, *, latents):
+        return 0.5 + 0.4 * latents.mean(2).sigmoid()
+
+
+def test_a_router_of_latents_sees_those_of_the_call(enable):
+    family = FAMILIES["flux"]
+    model = make(family)
+    chunking = add_dynamic_chunking(model, router=Highest())
+    chunking.budget_per_sample = 12
+    graph = enable(model)
+    for _ in range(2):
+        inputs = family.inputs()
+        run(model, inputs)
+        top = inputs["hidden_states"].mean(2).topk(12).indices.sort().values
+        assert torch.equal(chunking.routing.boundary_mask.nonzero()[:, 1].view(2, 12), top)
+    assert graph.captures == 1 and graph.replays == 2

@@ -116,3 +116,59 @@ def test_an_untrained_router_is_saved_by_its_name(tmp_path):
     assert torch.equal(run(load_dynamic_chunking(tmp_path), inputs), want)
     with pytest.raises(ConfigError, match=r"one of motion, difference, map, got 'random'"):
         add_dynamic_chunking(make(family), router="random")
+
+
+class Bright(torch.nn.Module):
+    """Keeps the cells whose latents are above zero in the mean, and notes them."""
+
+    def forward(self, h, *, latents):
+        self.seen = latents
+        return (latents.mean(2) > 0).float()
+
+
+@every_family
+def test_a_router_may_look_at_the_latents(family):
+    """Each cell has its patch of the picture, with all channels, whichever form the model takes pictures in."""
+    model, inputs = make(family, torch.bfloat16), family.inputs((4, 6), dtype=torch.bfloat16)
+    chunking = add_dynamic_chunking(model, router=Bright())
+    given = inputs["x" if "x" in inputs else "hidden_states"]
+    given = torch.stack(given) if isinstance(given, list) else given
+    run(model, inputs)
+    seen = chunking.router.seen
+    if given.dim() == 3:
+        want = given
+    else:  # (B, C, …, 2·H, 2·W)
+        size = (given[0, 0].numel() // given.shape[-1] // given.shape[-2], given.shape[-2] // 2, given.shape[-1] // 2)
+        frames = given.reshape(2, given.shape[1], size[0], *given.shape[-2:])
+        cells = [
+            frames[:, :, f, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2].flatten(1)
+            for f, y, x in torch.cartesian_prod(*(torch.arange(n) for n in size)).tolist()
+        ]
+        want = torch.stack(cells, 1)
+    assert seen.dtype == torch.float32 and torch.equal(seen, want.float())
+    assert torch.equal(chunking.routing.boundary_mask, want.float().mean(2) > 0)
+
+
+@pytest.mark.parametrize(("name", "options"), [("sd3", {}), ("z-image", {}), ("ltx", {"height": 32})])
+def test_a_batch_of_both_passes_takes_no_budget_of_one(name, options):
+    """It was ignored: the unconditional samples kept what the others did."""
+    family = FAMILIES[name]
+    model = make(family)
+    pipe = family.pipeline(model)
+    chunking = add_dynamic_chunking(model)
+    options = {
+        "height": 32,
+        "width": 48,
+        "num_inference_steps": 1,
+        "output_type": "latent",
+        **family.prompts(),
+        **options,
+    }
+    chunking.uncond = {"drop_fraction": 0.75}
+    with pytest.raises(ConfigError, match=r"both passes share a batch: set drop_fraction .* got uncond \{'drop_fract"):
+        pipe(**options)
+    chunking.uncond = None
+    chunking.drop_fraction = torch.tensor([0.75, 0.25] if name != "z-image" else [0.25, 0.75])
+    pipe(**options)
+    uncond, cond = chunking.routing.plan.lengths.tolist()[:: -1 if name == "z-image" else 1]
+    assert cond == 3 * uncond == 0.75 * chunking.routing.plan.cells

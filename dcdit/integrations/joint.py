@@ -31,6 +31,7 @@ from ..model.config import check_keys
 from ..model.dynamic_chunking import BUDGET, DynamicChunking
 from .block_caches import enable_cache_around
 from .joint_text import PackedText
+from .latents import cells_of
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,14 @@ class JointBlocks(DynamicChunking):
     `uncond` holds what is kept in the unconditional pass instead, as keywords of DynamicChunking's forward
     (`drop_fraction`, `budget` and the like), where a pipeline runs that pass alone and names it by
     `model.cache_context("uncond")`: FluxPipeline with true guidance, QwenImagePipeline, WanPipeline. `passing` is the
-    name of the pass that runs; a router with an attribute of this name has it too.
+    name of the pass that runs; a router with an attribute of this name has it too. A router whose forward names
+    `latents` gets those of the model's call as `cells_of` gives them.
     """
 
     LISTS: ClassVar[tuple[str, ...]]
     CLASSES: ClassVar[dict[type[nn.Module], type[nn.Module]]]
     WEIGHTS: ClassVar[tuple[str, ...]] = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")  # of RMSNorms, by kernels
-    SETTINGS: ClassVar[tuple[str, ...]] = (*DynamicChunking.SETTINGS, "uncond", "passing")
+    SETTINGS: ClassVar[tuple[str, ...]] = (*DynamicChunking.SETTINGS, "uncond", "passing", "latents")
     GRID: ClassVar[str] = ""  # the arguments that name the grid
     REFUSED: ClassVar[tuple[str, ...]] = ()  # arguments of the model's forward that chunked blocks cannot serve
     OPTIONS: ClassVar[tuple[str, ...]] = ()  # of attention that they can; LoRA's scale is no block's
@@ -134,6 +136,8 @@ class JointBlocks(DynamicChunking):
         self.batch, self.checkpointing = None, False
         self.uncond: dict[str, Any] | None = None
         self.passing: str | None = None
+        self.apart = hasattr(model, "cache_context")
+        self.latents: torch.Tensor | None = None
         for block in chunked:
             block.__class__ = self.CLASSES[type(block)]
             for norm in self.norms_of(block):
@@ -180,8 +184,18 @@ class JointBlocks(DynamicChunking):
                     part.passing = None
 
     def options(self, **asked: Any) -> dict[str, Any]:
-        """As DynamicChunking's, with the budget of the pass."""
-        if self.passing != "uncond" or self.uncond is None:
+        """As DynamicChunking's, with the budget of the pass.
+
+        Raises ConfigError for an `uncond` that is no budget, or that no pass of its own would take.
+        """
+        if self.uncond is None:
+            return super().options(**asked)
+        if self.passing == "cond_uncond" or not self.apart:
+            raise ConfigError(
+                "uncond is for a pass that runs alone, and here both passes share a batch: set drop_fraction or "
+                f"budget_per_sample to a tensor with a value for each sample, got uncond {self.uncond!r}"
+            )
+        if self.passing != "uncond":
             return super().options(**asked)
         if not isinstance(self.uncond, dict):
             raise ConfigError(f"uncond must be a dict such as {{'drop_fraction': 0.9}}, got {self.uncond!r}")
@@ -204,9 +218,15 @@ class JointBlocks(DynamicChunking):
                 raise ConfigError(f"chunked blocks take no {name} but {known}, got {', '.join(map(str, other))}")
         self.checkpointing = getattr(model, "gradient_checkpointing", False)
         self.grid = self.grid_of(model, inputs)
+        if self._taken((), {})[1]:
+            self.latents = cells_of(inputs.get("hidden_states", inputs.get("x")), self.grid)
         if self.GRID and inputs["hidden_states"].shape[1] != math.prod(self.grid):
             tokens, sides = inputs["hidden_states"].shape[1], "×".join(map(str, self.grid))
             raise ConfigError(f"{self.GRID} must be one grid of {tokens} tokens, as hidden_states has, got {sides}")
+
+    def _taken(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """As DynamicChunking's, the latents among what a router may name."""
+        return super()._taken(args, {**kwargs, "latents": self.latents})
 
     def grid_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[int, ...]:
         """The grid of image tokens of a call of the model, from its arguments by name."""
