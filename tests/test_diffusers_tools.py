@@ -6,15 +6,10 @@ import warnings
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from diffusers import (
-    FasterCacheConfig,
-    FirstBlockCacheConfig,
-    FlowMatchEulerDiscreteScheduler,
-    MagCacheConfig,
-    TaylorSeerCacheConfig,
-)
+from diffusers import FasterCacheConfig, FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 from torch import nn
+from transformer_families import cache
 
 from dcdit import DCDiT, DCDiTConfig
 from dcdit.errors import ConfigError
@@ -214,29 +209,22 @@ def mag(steps):
     return [predict(hidden[0] + grid) for (hidden, predict), grid in zip(steps, change, strict=True)]
 
 
-TAYLOR = {"max_order": 1, "taylor_factors_dtype": torch.float32}
+TAYLOR = {"cache_interval": 2, "disable_cache_before_step": 2, "max_order": 1, "taylor_factors_dtype": torch.float32}
+MAG = {"mag_ratios": torch.ones(5), "num_inference_steps": 5, "threshold": 9.0, "max_skip_steps": 2}
 
 
 @pytest.mark.parametrize(
-    "config, expected, by_hand",
+    "name, options, expected, by_hand",
     [
-        (FirstBlockCacheConfig(threshold=0.0), [DEPTH] * 5, lambda steps: [predict(h[2]) for h, predict in steps]),
-        (FirstBlockCacheConfig(threshold=1e6), [DEPTH, 1, 1, 1, 1], first_block),
-        (
-            TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=2, **TAYLOR),
-            [DEPTH, DEPTH, 0, DEPTH, 0],
-            taylor,
-        ),
-        (
-            MagCacheConfig(mag_ratios=torch.ones(5), num_inference_steps=5, threshold=9.0, max_skip_steps=2),
-            [DEPTH, 0, 0, DEPTH, 0],
-            mag,
-        ),
+        ("FirstBlock", {"threshold": 0.0}, [DEPTH] * 5, lambda steps: [predict(h[2]) for h, predict in steps]),
+        ("FirstBlock", {"threshold": 1e6}, [DEPTH, 1, 1, 1, 1], first_block),
+        ("TaylorSeer", TAYLOR, [DEPTH, DEPTH, 0, DEPTH, 0], taylor),
+        ("Mag", MAG, [DEPTH, 0, 0, DEPTH, 0], mag),
     ],
     ids=["none skipped", "first block", "taylor", "mag"],
 )
-def test_caches_on_changing_tokens(config, expected, by_hand):
-    model = transformer()
+def test_caches_on_changing_tokens(name, options, expected, by_hand):
+    model, config = transformer(), cache(f"{name}CacheConfig", **options)
     all_blocks, want = spend(model)
     assert all_blocks == [DEPTH] * 5
     model.enable_cache(config)

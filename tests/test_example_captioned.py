@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", minversion="0.36")  # which has Z-Image
 pytest.importorskip("matplotlib")
 pytest.importorskip("mlxtend")
 pytest.importorskip("yaml")

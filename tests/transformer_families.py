@@ -90,6 +90,7 @@ class SD3:
 
 
 class ZImage:
+    since = "0.36"
     lists = ("layers.",)
 
     def model(self, **options):
@@ -116,6 +117,7 @@ class ZImage:
 
 
 class QwenImage:
+    since = "0.39"
     lists = ("transformer_blocks.",)
 
     def model(self, **options):
@@ -234,6 +236,8 @@ every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES
 
 def make(family, dtype=torch.float32, **options):
     """Weights that leave no gate closed and no bias zero."""
+    if since := getattr(family, "since", None):  # the diffusers that has the class, or what its chunking needs
+        pytest.importorskip("diffusers", minversion=since)
     model = family.model(**options)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -253,3 +257,10 @@ def run(model, inputs):
 def picture(model, inputs):
     out = model(**copy.copy(inputs)).sample
     return torch.stack(out) if isinstance(out, list) else out
+
+
+def cache(name, **options):
+    """The configuration of a cache of diffusers, whose older versions have fewer."""
+    if not hasattr(diffusers, name):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
+    return getattr(diffusers, name)(**options)

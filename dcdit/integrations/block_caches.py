@@ -10,11 +10,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from diffusers import FirstBlockCacheConfig, MagCacheConfig
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from torch import nn
 
 from ..errors import ConfigError
+
+CACHES = ("FirstBlockCacheConfig", "MagCacheConfig")  # by name: diffusers before 0.37 has no MagCache
 
 
 def enable_cache_around(chunking: Any, own: Callable[[Any], None], config: Any) -> None:
@@ -23,12 +24,13 @@ def enable_cache_around(chunking: Any, own: Callable[[Any], None], config: Any) 
     Raises ConfigError for a cache that keeps tokens of single layers, because they are others in each step, and for a
     first block that is chunked where the cache runs it in every step.
     """
-    if not isinstance(config, FirstBlockCacheConfig | MagCacheConfig):
+    kind = type(config).__name__
+    if kind not in CACHES:
         raise ConfigError(
             "a chunked model takes FirstBlockCacheConfig or MagCacheConfig; other caches keep tokens of layers, which "
-            f"change from step to step, got {type(config).__name__}"
+            f"change from step to step, got {kind}"
         )
-    if isinstance(config, FirstBlockCacheConfig) and chunking.start == 0:
+    if kind == "FirstBlockCacheConfig" and chunking.start == 0:
         raise ConfigError(
             "FirstBlockCache runs the first block in every step, so that it must not be chunked: "
             f"blocks=slice(1, None), got slice(0, {chunking.stop})"
