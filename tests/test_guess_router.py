@@ -7,12 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from graph_stand_in import run_again
 from test_quality_rivals import TINY as RIVAL
 
 from dcdit.errors import ConfigError
 from dcdit.model.dcdit import DCDiT
+from dcdit.model.graphs import Graphed
 from dcdit.model.guess_router import GuessRouter, clean_guess
-from dcdit.model.routing import Routing, regular_cells
+from dcdit.model.routing import Routing, regular_cells, route, rows_known
 from dcdit.sampling.batcher import Batcher
 from dcdit.sampling.sampler import sample
 from dcdit.training.config import load_config
@@ -86,6 +88,13 @@ def test_without_a_guess_a_pass_on_the_grid_makes_one(model, options):
     assert not torch.equal(routing.natural_mask, grid.natural_mask)
 
 
+def test_under_a_budget_no_pass_waits_for_a_number_of_rows(model, monkeypatch):
+    seen = []
+    monkeypatch.setattr("dcdit.model.dcdit.route", lambda *a, **k: seen.append(rows_known(k)) or route(*a, **k))
+    model(*inputs(), budget_per_sample=7)
+    assert seen == [True, True]
+
+
 def test_the_true_velocity_gives_the_clean_picture_back():
     clean, noise, t = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4), torch.tensor([300.0, 980.0])
     sigma = (t / 1000).view(-1, 1, 1, 1)
@@ -142,6 +151,60 @@ def test_a_batcher_agrees(model):
         pass
     for request, latent in zip(requests, want, strict=True):
         assert (request.latent - latent).abs().max() < 1e-5
+
+
+@pytest.fixture
+def passes(model):
+    """Rows of each pass of the backbone."""
+    rows = []
+    model.main.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[2].batch_size))
+    return rows
+
+
+@pytest.mark.parametrize("interval", [None, (300, 800)])
+def test_the_pipeline_agrees(model, passes, interval):
+    """One pass a step, and one in front; without guidance the half that was not computed has the other's guess."""
+    pytest.importorskip("diffusers")
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from dcdit.integrations.pipeline import DCDiTPipeline
+    from dcdit.integrations.transformer import DCDiTTransformer2DModel
+
+    start, options = [], {"callback": lambda step: start.append(step.x)}
+    options |= {"guidance_interval": interval} if interval else {}
+    want = sample(model.eval(), [0, 1], objective="flow", steps=5, guidance=2.0, **options)
+    spent, passes[:] = [*passes], []
+    pipe = DCDiTPipeline(DCDiTTransformer2DModel.from_dcdit(model), FlowMatchEulerDiscreteScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    policy = interval and "guidance={}:{}".format(*interval)
+    options = {"num_inference_steps": 5, "guidance_scale": 2.0, "output_type": "latent", "policy": policy}
+    got = pipe([0, 1], latents=start[0], **options).images
+    assert (got - want.latents).abs().max() < 1e-5
+    assert passes == spent and len(passes) == 6 and sorted(set(passes)) == ([2, 4] if interval else [4])
+
+
+def test_a_graphed_model_agrees(model):
+    """A graph with the guess and one without, for the first step."""
+    options = {"objective": "flow", "steps": 4, "guidance": 2.0, "drop_fraction": 0.2, "batch_size": 2}
+    want = sample(model.eval().requires_grad_(False), [0, 1, 2, 0], **options)
+    graph = Graphed(model, capture=run_again)
+    got = sample(graph, [0, 1, 2, 0], **options)
+    assert (got.latents - want.latents).abs().max() < 1e-4 and torch.equal(got.trace.tokens, want.trace.tokens)
+    assert (graph.captures, graph.replays, graph.eager) == (2, 6, {"first batch of its shape": 2}), graph.summary()
+    x, t, y = inputs()
+    graph(x, t, y, guess=None)
+    assert graph.eager["a graph does not know guess"] == 1
+    with pytest.raises(ValueError, match=r"guess must have x's shape .* got \(1, 4, 6, 8\)"):
+        graph(x, t, y, capacity=30, guess=x[:1])
+
+
+def test_caches_of_diffusers_are_refused(model):
+    """A step without a guess runs the blocks twice, and a cache takes each run for a step."""
+    diffusers = pytest.importorskip("diffusers")
+    from dcdit.integrations.transformer import DCDiTTransformer2DModel
+
+    with pytest.raises(ConfigError, match="router guess runs without a cache of diffusers, got FirstBlockCacheConfig"):
+        DCDiTTransformer2DModel.from_dcdit(model).enable_cache(diffusers.FirstBlockCacheConfig())
 
 
 def test_bad_input(model):

@@ -14,6 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..codecs import latent_scaling
 from ..errors import ConfigError
+from ..model.guess_router import clean_guess, takes_guess
 from ..model.precision import float32_products
 from ..sampling.drop_fraction import DropFraction, drop_table
 from ..sampling.policy import Policy
@@ -122,13 +123,16 @@ class DCDiTPipeline(DiffusionPipeline):
         latents = self._noise(count, self._size(height, width), generator, latents, device)
         options = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         whole = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
+        told: dict[str, torch.Tensor] = {}
 
         products = float32_products("high" if self.transformer.dtype.itemsize < 4 else None)
         with products, self._spending(policy, timesteps), self.progress_bar(total=len(timesteps)) as bar:
             for i, t in enumerate(timesteps):
                 x = torch.cat([latents, latents]) if self.do_classifier_free_guidance else latents
                 x = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
-                noise_pred = self.transformer(x, t.expand(len(x)), y, table[i], return_dict=False)[0]
+                noise_pred = self.transformer(x, t.expand(len(x)), y, table[i], return_dict=False, **told)[0]
+                if takes_guess(model):  # by which the next step routes
+                    told["guess"] = clean_guess(x.float(), noise_pred.float(), t.expand(len(x))).to(x.dtype)
                 if self.do_classifier_free_guidance:
                     noise_pred = guide(noise_pred, guidance_scale, channels)
                 if not whole:

@@ -23,6 +23,7 @@ from ..model.blocks import Stream
 from ..model.config import DCDiTConfig
 from ..model.dcdit import DCDiT
 from ..model.graphs import Graphed
+from ..model.guess_router import takes_guess
 from ..model.meta import on_meta
 from ..sampling.drop_fraction import DropFraction
 from ..sampling.policy import Policy
@@ -140,6 +141,7 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         class_labels: torch.Tensor,
         drop_fraction: float | torch.Tensor | None = None,
         return_dict: bool = True,
+        guess: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predict noise (and variance) or velocity.
 
@@ -147,6 +149,7 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             hidden_states: (B, C, H, W). timestep: (B,), 0 to 1000. class_labels: (B,) ids; `num_classes` is no label,
                 and so is 1000, which DiTPipeline sends, where there are fewer classes.
             drop_fraction: ρ in [0, 1), a number or (B,); None: the value of `set_drop_fraction`.
+            guess: (B, C, H, W), see `DCDiT.forward`.
 
         Returns `.sample` (B, out_channels, H, W), or a tuple of it without `return_dict`.
         """
@@ -155,12 +158,13 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
             class_labels = torch.where(class_labels == DIT_NULL, null, class_labels)
         if drop_fraction is None:
             drop_fraction = self._rho(timestep, class_labels == null)
+        told = {} if guess is None else {"guess": guess}
         if self.policy_run is not None:
             if self.is_cache_enabled:
                 raise ConfigError("a policy and a cache of diffusers exclude each other: leave one of them out")
-            out = self.policy_run(hidden_states, timestep, class_labels, drop_fraction)
+            out = self.policy_run(hidden_states, timestep, class_labels, drop_fraction, **told)
         elif not self.is_cache_enabled:
-            out = (self.graph or self.model)(hidden_states, timestep, class_labels, drop_fraction)
+            out = (self.graph or self.model)(hidden_states, timestep, class_labels, drop_fraction, **told)
         else:
             with contextlib.nullcontext() if self.context_given else self.cache_context("batch"):
                 out = self.model(hidden_states, timestep, class_labels, drop_fraction, run=self._run_on_grid)
@@ -170,7 +174,7 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         """Skip blocks where diffusers' cache says so: FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig.
 
         A cache keeps grids, whatever tokens the next step retains. Raises ConfigError for the kinds
-        that keep the outputs of attention layers, and for a model of one block.
+        that keep the outputs of attention layers, for a model of one block, and for one that routes by a guess.
         """
         kind = type(config).__name__
         if kind not in CACHES:
@@ -178,6 +182,8 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
                 f"config must be one of {', '.join(CACHES)}: other caches keep tokens, which change from step to step; "
                 f"got {kind}"
             )
+        if takes_guess(self.model):
+            raise ConfigError(f"router guess runs without a cache of diffusers, got {kind}")
         if len(self.model.main.blocks) < 2:
             raise ConfigError(f"a cache needs two blocks or more, got {len(self.model.main.blocks)}")
         if kind == "TaylorSeerCacheConfig":

@@ -82,6 +82,7 @@ class Graphed(Replaying):
             if not isinstance(drop_fraction, torch.Tensor):  # a number would be captured as it is
                 drop_fraction = torch.full((len(x),), drop_fraction, device=x.device)
             inputs = (*inputs, drop_fraction.to(x.device, torch.float32).expand(len(x)))
+        inputs = (*inputs, *others.values())  # a guess or nothing
         out, routing = self._of_length(inputs, limits) if rows_known(limits) else self._of_any_length(inputs)
         if not return_routing:
             return out.clone()
@@ -119,8 +120,8 @@ class Graphed(Replaying):
         return self._predict(inputs, limits)
 
     def _predict(self, inputs: tuple[torch.Tensor, ...], limits: dict[str, Any]) -> tuple[torch.Tensor, Routing]:
-        """The eager model; after x, t and y comes a tensor of ρ or of budgets, or none."""
-        form = {"drop_fraction" if tensor.is_floating_point() else "budget_per_sample": tensor for tensor in inputs[3:]}
+        """The eager model; after x, t and y comes a tensor of ρ or of budgets, or none, and a guess or none."""
+        form = {_keyword(tensor): tensor for tensor in inputs[3:]}
         return self.model(*inputs[:3], return_routing=True, **form, **limits)
 
     def _run(self, inputs: tuple[torch.Tensor, ...], limits: dict[str, int | None]) -> Outputs:
@@ -137,8 +138,9 @@ class Graphed(Replaying):
             return "samples of several sizes"
         if isinstance(self.cache.capture, CudaCapture) and not x.is_cuda:
             return f"needs a GPU, got {x.device}"
-        if others:
-            return f"a graph does not know {', '.join(others)}"
+        unknown = [name for name, value in others.items() if name != "guess" or not isinstance(value, torch.Tensor)]
+        if unknown:
+            return f"a graph does not know {', '.join(unknown)}"
         for name, limit in limits.items():
             if limit is not None and not isinstance(limit, Integral):
                 if name != "budget_per_sample" or not isinstance(limit, torch.Tensor):
@@ -151,6 +153,13 @@ class Graphed(Replaying):
         if not isinstance(drop_fraction, torch.Tensor) and not 0 <= drop_fraction < 1:
             return "drop_fraction outside [0, 1)"
         return self._why_not_here(x.device, x.requires_grad)
+
+
+def _keyword(tensor: torch.Tensor) -> str:
+    """What a tensor is to the model's forward."""
+    if tensor.dim() > 1:
+        return "guess"
+    return "drop_fraction" if tensor.is_floating_point() else "budget_per_sample"
 
 
 def graphed(model: DCDiT, max_graphs: int = 8) -> Graphed:

@@ -44,16 +44,19 @@ class GuessRouter(nn.Module):
         """
         grid = grid or self.grid
         dtype = torch.promote_types(h.dtype, torch.float32)
-        regular = regular_cells(grid, self.stride, h.device)
         if guess is None:
-            return regular.to(dtype).expand(h.shape[:2])
+            return regular_cells(grid, self.stride, h.device).to(dtype).expand(h.shape[:2])
         score = contrast(guess.to(dtype)).flatten(1)
         broken = 0 * score.sum(1, keepdim=True)  # NaN where a guess is not finite, for the plan to refuse
         if self.keep_grid:
             score = score.masked_fill(regular_cells(grid, self.keep_grid, h.device), math.inf)
         rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0 for the highest
         place = rank.to(dtype) / score.shape[1]
-        return torch.where(rank < regular.sum(), 1 - place / 100, (1 - place) / 100) + broken
+        return torch.where(rank < self.count(grid), 1 - place / 100, (1 - place) / 100) + broken
+
+    def count(self, grid: tuple[int, ...]) -> int:
+        """The cells that are kept of a grid (H, W)."""
+        return math.prod(-(-side // self.stride) for side in grid)
 
     def macs(self, cells: int) -> float:
         """Multiply-adds of one image: none. A guess without a step before costs a pass of backbone and decoder."""

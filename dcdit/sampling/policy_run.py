@@ -49,6 +49,7 @@ class PolicyRun:
         if alone:
             x, t, y = x[:half], t[:half], y[:half]
             rho = rho[:half] if isinstance(rho, torch.Tensor) else rho
+            options |= {"guess": options["guess"][:half]} if "guess" in options else {}
         if tokens is not None:
             options["budget_per_sample"] = tokens(time)
         paced = isinstance(self.model, Paced)
