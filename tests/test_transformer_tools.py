@@ -16,6 +16,7 @@ from transformer_families import FAMILIES, close, every_family, make, run
 
 from dcdit.errors import CheckpointError, ConfigError
 from dcdit.integrations.attention import add_dynamic_chunking, load_dynamic_chunking, remove_dynamic_chunking
+from dcdit.integrations.reading import _Wrapped
 
 
 @every_family
@@ -84,6 +85,7 @@ def test_a_mark_in_front_of_the_config(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(file.read_text(), encoding="utf-8-sig")
     load_dynamic_chunking(tmp_path)
+    assert "dynamic_chunking" in _Wrapped._dict_from_json_file(file, dduf_entries=None)  # as diffusers 0.35 calls it
 
 
 @pytest.mark.parametrize("message", DAMAGED)

@@ -22,8 +22,8 @@ class _Wrapped:
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "dynamic_chunking"}, **kwargs)
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike, *_: Any) -> dict[str, Any]:
-        """diffusers' own refuses a byte order mark."""
+    def _dict_from_json_file(cls, json_file: str | os.PathLike, **_: Any) -> dict[str, Any]:
+        """diffusers' own refuses a byte order mark; that of 0.35 has an option more."""
         return read_json(Path(json_file))
 
 
