@@ -22,14 +22,19 @@ from .reading import read_config, read_untouched
 
 def _chunk_basic_blocks(model: nn.Module, **options) -> ChunkedBlocks:
     """For models whose `transformer_blocks` are BasicTransformerBlocks, with pictures of any size that they take."""
+    blocks = getattr(model, "transformer_blocks", None)
+    kinds = {type(block).__name__ for block in blocks if not hasattr(block, "norm_type")} if blocks is not None else ()
+    if blocks is None or kinds:
+        of = f"whose blocks are {', '.join(sorted(kinds))}" if kinds else "which has none"
+        raise ConfigError(
+            f"model must be one of {', '.join(FAMILIES)}, or have transformer_blocks that are BasicTransformerBlocks, "
+            f"got {type(model).__name__}, {of}; docs/transformers.md says what another family needs"
+        )
     try:
-        blocks, patch = model.transformer_blocks, model.config.patch_size
+        patch = model.config.patch_size
         side = model.config.sample_size // patch
     except (AttributeError, TypeError) as error:
-        raise ConfigError(
-            f"model must be one of {', '.join(FAMILIES)}, or have transformer_blocks, and numbers for sample_size and "
-            f"patch_size in its config: {error}"
-        ) from error
+        raise ConfigError(f"model must have numbers for sample_size and patch_size in its config: {error}") from error
     inside = set(blocks.modules())
     for name, module in model.named_modules():
         if isinstance(module, BasicTransformerBlock) and module not in inside:
@@ -68,7 +73,8 @@ def add_dynamic_chunking(model: nn.Module, **options) -> DynamicChunking:
     elif asked is not None and not isinstance(asked, nn.Module):
         raise ConfigError(f"router must be a module or one of {', '.join(UNTRAINED)}, got {asked!r}")
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"model must be a transformer of diffusers, got a {type(model).__name__}")
+        of = "its transformer" if hasattr(model, "transformer") else "a transformer of diffusers"
+        raise ConfigError(f"model must be {of}, got a {type(model).__name__}")
     if hasattr(model, "patches"):
         raise ConfigError(
             "model has patch scales: its coarse tokens are not those that dynamic chunking would plan for"
