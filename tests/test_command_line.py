@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import start_time
 from dcdit.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -15,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 PROBE = """
 import sys
 sys.path.insert(0, {root!r})
+from bench import start_time
 from dcdit.cli import main
 try:
     main(sys.argv[1:])
@@ -161,3 +163,18 @@ def test_overrides_are_not_asked_for(words, capsys):
         main(words)
     error = capsys.readouterr().err
     assert "are required: config" in error and "key=value" not in error
+
+
+def test_the_start_is_measured_in_processor_time(monkeypatch, capsys):
+    """The least of the rounds counts, sleep does not, and a command above its limit is an exit status."""
+    busy = "import time\nwhile time.process_time() < {}: pass\ntime.sleep(0.3)"
+    spent = start_time.processor_seconds([sys.executable, "-S", "-c", busy.format(0.2)])
+    assert 0.2 <= spent < 0.5
+    times = iter([0.6, 0.1, 2.5, 9.0, 0.4, 0.2, 2.1, 9.0])
+    monkeypatch.setattr(start_time, "processor_seconds", lambda command: next(times))
+    assert start_time.main(["--rounds", "2"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-5:] for line in lines[:1]] == [["--help", "0.400", "s", "of", "0.5"]]
+    assert [line.endswith("too long") for line in lines] == [False, False, True, False]
+    monkeypatch.setattr(start_time, "processor_seconds", lambda command: 0.4)
+    assert start_time.main(["--rounds", "1"]) == 0
