@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 
 from .checkpoints.hub import hub_options
 from .errors import ConfigError, DataError, one_line
+from .files import expanded
 from .model.config import check_keys
 
 
@@ -96,7 +96,7 @@ def _load_vae(pretrained: str):
         import diffusers
     except ImportError as error:
         raise ConfigError("codec autoencoder_kl needs diffusers: pip install diffusers") from error
-    folder = Path(pretrained).expanduser()
+    folder = expanded(pretrained)
     source = str(folder) if folder.exists() else pretrained
     subfolder = "vae" if (folder / "vae").is_dir() else None
     try:

@@ -12,6 +12,14 @@ from typing import Any
 from .errors import DataError
 
 
+def expanded(name: str | Path) -> Path:
+    """The path with ~ and ~user replaced. Raises DataError where there is no such home folder."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{name}: there is no such home folder, give the whole path") from error
+
+
 def read_text(file: Path) -> str:
     """UTF-8 that a person may have written: some editors put a byte order mark in front, which is no text."""
     return file.read_text(encoding="utf-8-sig")

@@ -53,5 +53,10 @@ def _marks(name: str, mask: torch.Tensor, *shape: int) -> torch.Tensor:
 
 
 def pad_input(hidden_states: torch.Tensor, indices: torch.Tensor, batch: int, seqlen: int) -> torch.Tensor:
-    """Put packed tokens (total, ...) back at their `indices` of a batch (batch, seqlen, ...), zero elsewhere."""
+    """Put packed tokens (total, ...) back at their `indices` (total,) of a batch (batch, seqlen, ...), zero elsewhere.
+
+    Raises ValueError for indices of another shape.
+    """
+    all_tensors("pad_input", hidden_states=hidden_states, indices=indices)
+    shaped("pad_input", "indices", indices, *hidden_states.shape[:1])
     return unpack_rows(hidden_states, indices, batch * seqlen).unflatten(0, (batch, seqlen))

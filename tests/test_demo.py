@@ -182,3 +182,12 @@ def test_demo_wants_digits(tmp_path, capsys):
     )
     assert main(["demo", "--checkpoint", str(tmp_path / "model"), "--output", str(tmp_path / "out")]) == 2
     assert "28×28 digits" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [["--guidance", "nan"], ["--seed", "-1"], ["--steps", "0"], ["--drop-fractions", "1"]]
+)
+def test_options_are_checked_before_the_work(words, tmp_path, capsys):
+    assert main(["demo", *words, "--cpu", "--output", str(tmp_path / "out")]) == 2
+    seen = capsys.readouterr()
+    assert seen.out == "" and f"got {float(words[1]):g}" in seen.err

@@ -1,6 +1,7 @@
 """Picture files of every kind, the folder's classes and order, and the `dcdit data` command."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from dcdit.cli import main
+from dcdit.data.encode import encode_folder
 from dcdit.data.image_folder import ImageFolder
 from dcdit.data.picture_files import read_picture, read_square
 from dcdit.data.sources import Latents, make_source
@@ -284,3 +286,23 @@ def test_encode_goes_on_and_trains(tmp_path, capsys, monkeypatch):
 def test_encode_says_what_it_needs(tmp_path, capsys):
     assert main(["data", "encode", str(tmp_path)]) == 2
     assert "needs a folder to write and --codec" in capsys.readouterr().err
+    assert main(["data", "encode", str(tmp_path), "out", "--codec", "a", "--scale", "nan"]) == 2
+    assert "a scale of at least 0, got 256, 8 and nan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", [".", "cat", "cat/new"])
+def test_encode_writes_outside_of_the_pictures(out, tmp_path, capsys):
+    root = tmp_path / "pictures"
+    save(root / "cat" / "1.png", flat(1))
+    before = sorted(root.rglob("*"))
+    assert main(["data", "encode", str(root), str(root / out), "--codec", "vae", "--cpu"]) == 2
+    assert "must have a folder outside of the pictures'" in capsys.readouterr().err
+    assert sorted(root.rglob("*")) == before
+
+
+def test_encode_writes_finite_latents_alone(tmp_path):
+    save(tmp_path / "pictures" / "cat" / "1.png", flat(1))
+    codec = SimpleNamespace(encode=lambda images: images / 0)
+    with pytest.raises(DataError, match=r"must give finite latents, got NaN or infinity of .*1\.png"):
+        encode_folder(ImageFolder(tmp_path / "pictures", 8), tmp_path / "out", codec, {})
+    assert not any((tmp_path / "out").rglob("*.npy"))

@@ -1,5 +1,6 @@
 """Peak memory that is known beforehand, beside what PyTorch's allocator counts; `dcdit info --budget`."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -12,6 +13,7 @@ from dcdit.model.dcdit import DCDiT
 from dcdit.model.memory import peak_bytes
 
 WIDE = DCDiTConfig(input_size=(16, 16), hidden_size=192, depth=4, num_heads=3, encoder_width=96, learn_sigma=True)
+GUESS = dataclasses.replace(preset("digits"), router="guess")
 
 
 def counted(config, batch, tokens, training):
@@ -35,7 +37,9 @@ def counted(config, batch, tokens, training):
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(("config", "batch", "tokens"), [(preset("digits"), 6, 50), (WIDE, 3, 200), (WIDE, 1, 20)])
+@pytest.mark.parametrize(
+    ("config", "batch", "tokens"), [(preset("digits"), 6, 50), (WIDE, 3, 200), (WIDE, 1, 20), (GUESS, 6, 50)]
+)
 def test_the_peak_is_within_a_tenth_of_the_allocators(config, batch, tokens, training):
     assert peak_bytes(config, batch, tokens, training) == pytest.approx(
         counted(config, batch, tokens, training), rel=0.1

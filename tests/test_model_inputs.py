@@ -58,3 +58,5 @@ def test_what_is_no_model_or_no_configuration_is_named():
         chunking(torch.randn(1, 24, 16))
     with pytest.raises(ValueError, match=r"router must be a module, called as router\(h\), got a function"):
         DynamicChunking([nn.Identity()], 32, (4, 6), router=lambda h: h)
+    with pytest.raises(ValueError, match=r"called as block\(tokens, plan\), Linear takes 1 arguments: give run="):
+        DynamicChunking([nn.Linear(32, 32)], 32, (4, 6))

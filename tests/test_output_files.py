@@ -7,6 +7,7 @@ import pytest
 from small_sampling import tiny
 
 from dcdit.checkpoints.folder import save_checkpoint
+from dcdit.cli import main
 from dcdit.errors import DataError
 from dcdit.files import check_folder, replacing
 from dcdit.training.state import Metrics
@@ -43,3 +44,30 @@ def test_a_link_to_nothing_is_no_output(inside, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
     with pytest.raises(DataError, match="link is a link to nothing"):
         check_folder(tmp_path / "link" / inside)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "~nobodyhere/a.yaml"],
+        ["train", "digits.yaml", "output=~nobodyhere/a"],
+        ["train", "digits.yaml", "init=~nobodyhere/a"],
+        ["info", "~nobodyhere/a"],
+        ["sample", "~nobodyhere/a"],
+        ["sample", "digits", "--output", "~nobodyhere/a"],
+        ["convert", "~nobodyhere/a", "b.pt"],
+        ["data", "check", "~nobodyhere/a"],
+        ["evaluate", "~nobodyhere/a", "--reference", "b"],
+        ["upcycle", "--from", "~nobodyhere/a", "digits.yaml"],
+    ],
+)
+def test_a_home_folder_that_is_not_there(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits.yaml").write_text("model: {preset: digits}")
+    try:
+        status = main(words)
+    except SystemExit as left:  # argparse's
+        status = left.code
+    text = capsys.readouterr().err
+    assert status == 2 and "~nobodyhere/a" in text and "there is no such home folder" in text
+    assert text.count("\n") == 1 and [file.name for file in tmp_path.iterdir()] == ["digits.yaml"]

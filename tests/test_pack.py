@@ -114,3 +114,10 @@ def test_a_token_may_be_marked_by_both_masks():
     hidden, ones = torch.randn(1, 2, 3), torch.ones(1, 2)
     tokens, *_, seqused = K.unpad_input(hidden, ones, ones)
     assert torch.equal(tokens, hidden[0]) and seqused.tolist() == [2]
+
+
+def test_pad_input_names_its_own_arguments():
+    with pytest.raises(ValueError, match=r"pad_input: indices must have shape \(4\), got \(3,\)"):
+        K.pad_input(torch.zeros(4, 8), torch.arange(3), 1, 4)
+    with pytest.raises(TypeError, match="pad_input: indices must be a tensor"):
+        K.pad_input(torch.zeros(4, 8), [0, 1, 2, 3], 1, 4)

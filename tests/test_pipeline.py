@@ -271,6 +271,11 @@ def test_products_in_float32_may_be_tf32_beside_half_precision(dtype, products):
         ({"class_labels": "cat"}, "list of ids in .*, got 'cat'"),
         ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
         ({"drop_fraction": None}, "drop_fraction must be a number, a tensor, a list or a function, got None"),
+        (
+            {"guidance_scale": 1, "uncond_drop_fraction": 0.9},
+            "uncond_drop_fraction needs a guidance_scale above 1, got 1",
+        ),
+        ({"guidance_scale": 0.5, "policy": "guidance=200:800"}, "a policy's guidance needs a guidance_scale above 1"),
         ({"drop_fraction": 1.0}, r"\[0, 1\), got 1"),
         ({"drop_fraction": torch.zeros(2)}, "needs 1 values, got 2"),
         ({"generator": [torch.Generator()] * 2}, "one generator or 1, got 2"),

@@ -197,6 +197,14 @@ def test_a_grid_that_the_release_cannot_tell(tmp_path, capsys):
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
 
 
+@pytest.mark.parametrize("router", ["guess", "cosine"])
+def test_a_router_that_the_release_has_not(router, tmp_path, capsys):
+    save_checkpoint(tmp_path / "a", DCDiT(dataclasses.replace(TINY, router=router, learn_sigma=False)))
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b.pt")]) == 2
+    message = f"the public release has router predictability only, this model's is {router}"
+    assert message in capsys.readouterr().err and not (tmp_path / "b.pt").exists()
+
+
 def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     (tmp_path / "a.pt").write_bytes(b"old")
     monkeypatch.setattr(torch, "save", lambda content, path: Path(path).write_bytes(b"half") and 1 / 0)
@@ -233,3 +241,8 @@ def test_convert_knows_the_shipped_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["convert", "digits", "digits.pt"]) == 0
     assert load_release("digits.pt", num_heads=3).config.hidden_size == 96
+
+
+def test_a_folder_is_no_release(tmp_path):
+    with pytest.raises(CheckpointError, match=r"is a folder, expected a \.pt file"):
+        load_release(tmp_path)

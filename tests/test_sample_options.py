@@ -73,6 +73,7 @@ def flow():
         ({"guidance_interval": (200, 800)}, "guidance_interval, .* is of guidance, and guidance 1 is none"),
         ({"policy": "guidance=200:800"}, "a policy's guidance, is of guidance, and guidance 1 is none"),
         ({"seconds_per_image": -1.0}, "seconds_per_image must be positive and finite, got -1.0"),
+        ({"callback": 3}, "callback must be a function of a Step, got 3"),
         ({"calibration": "file"}, "calibration is of seconds_per_image"),
     ],
 )

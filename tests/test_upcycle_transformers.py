@@ -348,6 +348,12 @@ def test_a_source_whose_name_reads_as_another_type_in_yaml(tmp_path, monkeypatch
         assert f"{name} must be a folder of diffusers" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("override", ["source=b", "family=flux", "from=b", "upcycle.source=b"])
+def test_the_model_to_start_from_is_named_once(override, capsys):
+    assert main(["upcycle", "--from", "a", "none.yaml", override]) == 2
+    assert f"name the model to start from: leave {override} out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("part", ["", "transformer"])
 def test_a_transformer_without_its_family(part, tmp_path, capsys):
     (tmp_path / part).mkdir(exist_ok=True)

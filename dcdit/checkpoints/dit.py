@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
+from ..files import expanded
 from ..model.config import DCDiTConfig
 from ..model.plain_dit import PlainDiT
 from .folder import load_state
@@ -112,7 +113,7 @@ def from_sit(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def check_source(source: str | Path) -> None:
     """Raise CheckpointError for the name of a DiT that is neither a file or folder nor a repository's."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not path.exists() and (path.suffix or path.parent.exists() or str(source).count("/") != 1):
         raise CheckpointError(f"there is no DiT at {source}")
 
@@ -125,7 +126,7 @@ def load_dit(source: str | Path, config: DCDiTConfig, convention: str = "dit") -
     SiT. Raises CheckpointError naming the key and the shapes that do not fit, or the system that it is of.
     """
     check_source(source)
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_file():
         state = read_state(path)[0]
         if (system := looks_like(state)) != PLAIN:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError, first_line
-from ..files import naming, read_json, replacing, sync
+from ..files import expanded, naming, read_json, replacing, sync
 from ..model.config import DCDiTConfig, preset_of_size
 from ..model.dcdit import DCDiT
 from .release_keys import from_release, infer_config, release_content, stored_use
@@ -62,7 +62,7 @@ def save_checkpoint(directory: str | Path, model: DCDiT, extra: dict[str, Any] |
     from safetensors.torch import save
 
     extra = getattr(model, "use", {}) if extra is None else extra
-    directory = Path(directory).expanduser()
+    directory = expanded(directory)
     check_place(directory)
     directory = directory.resolve() if directory.is_symlink() else directory  # a link stays, its target is replaced
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ def load_checkpoint(
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.is_file():
         raise CheckpointError(f"{path} is a file, expected a folder of {' and '.join(FILES)}; dcdit convert makes one")
     config_file, weights = (path / name for name in FILES)
@@ -181,7 +181,7 @@ def locate(name: str | Path, **hub: Any) -> Path:
     `hub` goes to `huggingface_hub.snapshot_download`. The Hub is asked only for owner/name where no folder `owner` is.
     Raises CheckpointError.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if hub:
         _check_hub_options(hub)
     if path.exists():
@@ -275,7 +275,7 @@ def save_release(path: str | Path, model: DCDiT, extra: dict[str, Any] | None = 
     where they are not known. Raises CheckpointError for a model that the layout has no place for, such as one on a grid
     that is not square.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder, expected the name of a .pt file")
     if not isinstance(model, DCDiT) or system_of(model):

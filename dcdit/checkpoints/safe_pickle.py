@@ -48,6 +48,8 @@ def read_pickle(path: str | Path) -> Any:
     where it asks for that, or is truncated or no checkpoint, and OSError where it cannot be read.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder, expected a .pt file")
     if not path.is_file():
         raise CheckpointError(f"no checkpoint file {path}")
     if path.suffix == ".safetensors":

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, ConfigError
+from ..files import expanded
 from ..model.dit_config import DyDiTConfig, SparseDiTConfig
 from ..model.dydit import DyDiT
 from ..model.sparse_dit import SparseDiT
@@ -96,7 +97,7 @@ def dynamic_key(key: str) -> str:
 
 
 def _read(source: str | Path | dict[str, torch.Tensor], system: str, signs: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    state = source if isinstance(source, dict) else read_state(Path(source).expanduser())[0]
+    state = source if isinstance(source, dict) else read_state(expanded(source))[0]
     if not any(sign in f".{key}" for sign in signs for key in state):
         raise CheckpointError(f"expected the weights of {system}, these look like {looks_like(state)}")
     return state

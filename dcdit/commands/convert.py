@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from ..files import expanded
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +20,7 @@ def run(args: argparse.Namespace) -> None:
     """Convert. Tensors are copied bit by bit."""
     from ..checkpoints.folder import SHIPPED, load_checkpoint, locate, read_release, save_checkpoint, save_release
 
-    if args.source in SHIPPED or Path(args.source).expanduser().is_dir():
+    if args.source in SHIPPED or expanded(args.source).is_dir():
         model, use = load_checkpoint(locate(args.source))
         save_release(args.target, model, use)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from ..data.image_folder import ImageFolder, looks
 from ..data.picture_files import read_picture
 from ..data.sources import Latents, load_npy
 from ..errors import ConfigError, DataError
+from ..files import expanded
 
 ACTIONS = ("check", "encode")
 
@@ -33,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     """Check or encode; 1 where `check` found files that cannot be read."""
     if args.buckets < 0:
         raise ConfigError(f"--buckets must be at least 0, got {args.buckets}")
-    if args.size < 1 or args.batch_size < 1 or args.scale < 0:
+    if args.size < 1 or args.batch_size < 1 or not 0 <= args.scale < math.inf:
         given = f"{args.size}, {args.batch_size} and {args.scale:g}"
         raise ConfigError(f"expected a size and a batch size of at least 1 and a scale of at least 0, got {given}")
     if args.action == "check":
@@ -48,7 +50,7 @@ def check(args: argparse.Namespace) -> int:
     """Read every file; print a summary and each unreadable file."""
     from tqdm import tqdm
 
-    root = Path(args.folder).expanduser()
+    root = expanded(args.folder)
     if any(root.glob("*_features")):
         return check_latents(root, args.buckets)
     source = ImageFolder(root, args.size, args.background, args.buckets)
@@ -98,10 +100,12 @@ def encode(args: argparse.Namespace) -> None:
     from ..files import check_folder, locked
 
     source = ImageFolder(args.folder, args.size, args.background, args.buckets)
+    target = check_folder(expanded(args.out))
+    if source.root.resolve() in (target.resolve(), *target.resolve().parents):
+        raise ConfigError(f"the latents must have a folder outside of the pictures', {args.folder}, got {args.out}")
     print(source.describe(), flush=True)
     use = {"kind": "autoencoder_kl", "pretrained": args.codec, "scale": args.scale or None}
     codec = AutoencoderKL(args.codec, args.scale or None)
-    target = check_folder(Path(args.out).expanduser())
     target.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
     with locked(target), tqdm(total=len(source), unit="picture", disable=None, leave=False) as bar:

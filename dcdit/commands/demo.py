@@ -62,9 +62,8 @@ def run(args: argparse.Namespace) -> None:
         draw_poster,
         record,
     )
-    from ..sampling.drop_fraction import drop_table
     from ..sampling.sampler import open_checkpoint, sample
-    from ..sampling.schedulers import make_scheduler
+    from ..sampling.trajectory import plan_trajectory
 
     check_output(args.output)
     if args.samples < 1 or args.batch_size < 1:
@@ -76,15 +75,14 @@ def run(args: argparse.Namespace) -> None:
     shape = codec.decode(torch.zeros(1, model.config.in_channels, *model.config.input_size, device=device)).shape[1:]
     if shape != (1, 28, 28) or model.config.num_classes != 10:
         raise ConfigError(f"the demo needs a checkpoint that makes 28×28 digits, this one makes {tuple(shape)} pixels")
-    _, timesteps = make_scheduler("auto", objective, args.steps)
+    options = {"objective": objective, "steps": args.steps, "guidance": args.guidance, "seed": args.seed}
     for rho in args.drop_fractions:
-        drop_table(rho, timesteps, 1)
+        plan_trajectory(model, 1, drop_fraction=rho, **options)
     from ..pictures.classifier import DigitClassifier
 
     print("Fitting a classifier to real digits …", flush=True)
     classifier = DigitClassifier()
     print(f"It recognises {classifier.accuracy:.1%} of 500 real digits that it has not seen.", flush=True)
-    options = {"objective": objective, "steps": args.steps, "guidance": args.guidance, "seed": args.seed}
     in_precision(model, "auto")
     config, classes = model.config, np.arange(args.samples) % 10
     halves = 1 if args.guidance == 1 else 2

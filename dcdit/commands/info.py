@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..files import expanded
 from ..model.config import PRESETS, DCDiTConfig, preset, preset_of_size
 from ..model.dit_config import DiTConfig, DyDiTConfig, PatchDiTConfig, SparseDiTConfig
 
@@ -163,9 +164,9 @@ def _config(name: str) -> tuple[DCDiTConfig, bool]:
     """The sizes of a preset or a checkpoint, and whether it is a DyDCDiT."""
     if name in PRESETS and not Path(name).exists():
         return preset(name), False
-    if not Path(name).expanduser().exists() and (known := preset_of_size(name)) and not name.startswith("DC-DiT"):
+    if not expanded(name).exists() and (known := preset_of_size(name)) and not name.startswith("DC-DiT"):
         raise ConfigError(f"{name} is no preset; dcdit info {known} has a plain DiT of that backbone beside the DC-DiT")
-    if Path(name).expanduser().exists() or (name.count("/") == 1 and not name.startswith("DC-DiT")):
+    if expanded(name).exists() or (name.count("/") == 1 and not name.startswith("DC-DiT")):
         from ..checkpoints.folder import load_checkpoint, locate
         from ..model.dydit_main import DyDCDiT
 

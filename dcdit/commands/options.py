@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
+from ..files import expanded
 from ..model.config import check_keys
 from ..sampling.schedulers import SCHEDULERS
 
@@ -23,7 +24,10 @@ def output_path(text: str) -> str:
     """A folder to write, ~ expanded. For argparse."""
     if not text:
         raise argparse.ArgumentTypeError("expected a folder, got an empty name")
-    return str(Path(text).expanduser())
+    try:
+        return str(expanded(text))
+    except DataError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def interval(text: str) -> tuple[float, float]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-from pathlib import Path
 
 from ..errors import ConfigError
+from ..files import expanded
 from ..integrations.families import FAMILIES
 from .options import add_allow
 
@@ -37,6 +37,9 @@ def run(args: argparse.Namespace) -> None:
     """Upcycle, or resume."""
     from ..training.config import load_config
 
+    for override in args.overrides:
+        if override.partition("=")[0] in ("source", "family", "from", "upcycle.source"):
+            raise ConfigError(f"--from and --family name the model to start from: leave {override} out")
     if not args.family:
         check_family(args.source)
     source = json.dumps(args.source, ensure_ascii=False)  # quoted: a folder may be called 2024
@@ -58,7 +61,7 @@ def check_family(source: str) -> None:
     name = None
     for part in ("", "transformer"):
         with contextlib.suppress(OSError, ValueError):
-            values = read_json(Path(source).expanduser() / part / "config.json")
+            values = read_json(expanded(source) / part / "config.json")
             name = values.get("_class_name") if isinstance(values, dict) else None
             break
     if name is None:

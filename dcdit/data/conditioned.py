@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..errors import DataError
+from ..files import expanded
 from .parquet import Row
 from .sample_files import SampleFile, find_samples
 
@@ -29,7 +29,7 @@ class Conditioned:
 
     def __init__(self, folder: str, pooled: bool = False, ragged: bool = False) -> None:
         self.names = ("latents", "text", *(["pooled"] if pooled else []))
-        place = Path(folder).expanduser()
+        place = expanded(folder)
         self.files = find_samples(place, self.names) if place.is_dir() else []
         if not self.files:
             wanted = f"safetensors, npz, tar or parquet files with {', '.join(self.names)}"

@@ -62,6 +62,10 @@ def encode_folder(
         if part:
             latents = [latent.float().cpu().numpy() for latent in by_size(codec.encode, pixels)]
             for (index, label), latent in zip(part, latents, strict=True):
+                if not np.isfinite(latent).all():
+                    raise DataError(
+                        f"the codec must give finite latents, got NaN or infinity of {source.files[index][0]}"
+                    )
                 # The label last: an item counts as done when it is there.
                 for folder, array in ((features, latent), (labels, np.array(label))):
                     with replacing(folder / f"{index}.npy", durable=False) as temporary, open(temporary, "wb") as file:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError
+from ..files import expanded
 from .grey import GreyPictures
 
 IMAGES, LABELS = "-images-idx3-ubyte", "-labels-idx1-ubyte"
@@ -24,7 +25,7 @@ class Idx(GreyPictures):
     class_names = None
 
     def __init__(self, path: str | Path) -> None:
-        self.path = str(Path(path).expanduser())
+        self.path = str(expanded(path))
         self.images, self.labels = read_idx(self.path + IMAGES, 3), read_idx(self.path + LABELS, 1)
         if not 0 < len(self.images) == len(self.labels):
             raise DataError(f"{self.path}: expected a label for each picture, found {self.counts()}")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError
+from ..files import expanded
 from .buckets import bucket_of
 from .folders import Place, place_of, walk
 from .picture_files import SUFFIXES, check_colour, read_fitted, upright_size
@@ -34,7 +35,7 @@ class ImageFolder:
 
     def __init__(self, path: str | Path, size: int, background: str = "white", buckets: int = 0) -> None:
         check_colour(background)
-        self.root, self.size, self.background = Path(path).expanduser(), size, background
+        self.root, self.size, self.background = expanded(path), size, background
         self.buckets = buckets
         if not self.root.is_dir():
             raise DataError(f"no image folder at {self.root}")

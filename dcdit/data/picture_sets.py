@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
+from ..files import expanded
 from .idx import IMAGES, Idx
 from .image_folder import ImageFolder
 from .picture_files import read_picture
@@ -47,7 +48,7 @@ def open_set(path: str | Path, size: int | None = None) -> PictureSet:
 
     A folder's sheet of pictures, grid.png, is none of its pictures.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.suffix == ".npz":
         return _from_npz(path)
     if not path.is_dir():

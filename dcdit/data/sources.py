@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from ..errors import ConfigError, DataError
-from ..files import read_json
+from ..files import expanded, read_json
 from ..model.config import DCDiTConfig
 from ..training.config import DataConfig
 from .grey import GreyPictures
@@ -79,7 +79,7 @@ class Latents:
     encoded = True
 
     def __init__(self, path: str | Path, shape: tuple[int, int, int], buckets: int = 0) -> None:
-        self.root = root = Path(path).expanduser()
+        self.root = root = expanded(path)
         self.class_names, self.codec = _read_dataset(root)
         folders = sorted(root.glob("*_features"))
         if len(folders) != 1:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from pathlib import Path
 
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.models.attention import BasicTransformerBlock
@@ -12,6 +11,7 @@ from safetensors import safe_open
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError
+from ..files import expanded
 from ..model.config import check_keys
 from ..model.dynamic_chunking import DynamicChunking
 from ..model.untrained_routers import UNTRAINED, DifferenceRouter
@@ -152,7 +152,7 @@ def load_dynamic_chunking(folder: str | os.PathLike, router: nn.Module | None = 
     chunking = add_dynamic_chunking(model, **written, **({} if router is None else {"router": router}))
     name = next(name for name, child in model.named_children() if child is chunking)
     prefix, weights = f"{name}.router.", {}
-    for file in Path(folder).expanduser().glob("*.safetensors"):
+    for file in expanded(folder).glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             own = (key for key in tensors.keys() if key.startswith(prefix))
             weights |= {key.removeprefix(prefix): tensors.get_tensor(key) for key in own}

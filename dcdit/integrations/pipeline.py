@@ -103,6 +103,9 @@ class DCDiTPipeline(DiffusionPipeline):
         self._check(callback_on_step_end_tensor_inputs, output_type, num_inference_steps, drop_fraction)
         model, device = self.transformer.model, self._execution_device
         self._guidance_scale = guidance_scale
+        if not self.do_classifier_free_guidance and (uncond_drop_fraction is not None or Policy.of(policy).guidance):
+            idle = "a policy's guidance" if uncond_drop_fraction is None else "uncond_drop_fraction"
+            raise ConfigError(f"{idle} needs a guidance_scale above 1, got {guidance_scale}")
         if cuda_graph and device.type != "cuda":
             raise ConfigError(f"cuda_graph needs a GPU, the pipeline is on {device}")
         if cuda_graph:

@@ -10,7 +10,7 @@ import diffusers
 from torch import nn
 
 from ..errors import CheckpointError, first_line
-from ..files import read_json
+from ..files import expanded, read_json
 
 
 class _Wrapped:
@@ -29,7 +29,7 @@ class _Wrapped:
 
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     """config.json of a model's folder. Raises CheckpointError where there is none of a class of diffusers."""
-    file = Path(folder).expanduser() / "config.json"
+    file = expanded(folder) / "config.json"
     try:
         config = read_json(file)
     except ValueError as error:
@@ -53,7 +53,7 @@ def read_untouched(folder: str | os.PathLike, name: str, **options: Any) -> nn.M
     ignored = [*(kind._keys_to_ignore_on_load_unexpected or ()), r"^\w+\.router\."]
     reader = type(name, (_Wrapped, kind), {"_keys_to_ignore_on_load_unexpected": ignored})
     try:
-        model, found = reader.from_pretrained(Path(folder).expanduser(), output_loading_info=True, **options)
+        model, found = reader.from_pretrained(expanded(folder), output_loading_info=True, **options)
     except (OSError, ValueError) as error:
         reason = first_line(error).split(" If you want")[0]  # diffusers' advice is for callers of its own
         raise CheckpointError(f"{folder} cannot be read as a {name}: {reason}") from error

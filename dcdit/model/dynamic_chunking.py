@@ -83,6 +83,8 @@ class DynamicChunking(nn.Module):
         self.routing: Routing | None = None
         if router is not None and not isinstance(router, nn.Module):
             raise ValueError(f"router must be a module, called as router(h), got a {type(router).__name__}")
+        for block in self.blocks if run is None else ():
+            _check_call(block)
         self.router = router or _keep_all_router(width, self.grid)
         self._asked: tuple[type, tuple[inspect.Parameter, ...]] | None = None
 
@@ -177,6 +179,15 @@ def run_in_turn(blocks: Iterable[nn.Module], tokens: torch.Tensor, plan: ChunkPl
     for block in blocks:
         tokens = block(tokens, plan, *args, **kwargs)
     return tokens
+
+
+def _check_call(block: nn.Module) -> None:
+    """Raise ValueError where a block cannot take tokens and plan."""
+    kinds = [parameter.kind for parameter in inspect.signature(block.forward).parameters.values()]
+    places = sum(kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
+    if places < 2 and inspect.Parameter.VAR_POSITIONAL not in kinds:
+        name = type(block).__name__
+        raise ValueError(f"blocks are called as block(tokens, plan), {name} takes {places} arguments: give run=")
 
 
 def _checked(grid: tuple[int, ...]) -> tuple[int, ...]:

@@ -70,7 +70,8 @@ def peak_bytes(config: DCDiTConfig, batch: int, tokens: int, training: bool = Fa
         x = torch.empty(batch, config.in_channels, *config.input_size)
         t, y = torch.empty(batch), torch.zeros(batch, dtype=torch.long)
         with torch.set_grad_enabled(training), LiveBytes() as live:
-            out = model(x, t, y, budget=batch * tokens)
+            guess = {"guess": torch.empty_like(x)} if model.takes_guess else {}  # the step before has made it
+            out = model(x, t, y, budget=batch * tokens, **guess)
             if training:
                 out.square().mean().backward()
             return live.peak

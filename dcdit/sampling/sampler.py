@@ -114,6 +114,8 @@ def sample(
         raise ConfigError(f"indices must be integers, one entry for each of the {count} classes, got {have}")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ConfigError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+    if callback is not None and not callable(callback):
+        raise ConfigError(f"callback must be a function of a Step, got {callback!r}")
     way = plan_trajectory(
         model,
         count,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..errors import ConfigError, DataError
-from ..files import read_json, replacing
+from ..files import expanded, read_json, replacing
 from ..model.config import DCDiTConfig
 
 
@@ -57,7 +57,7 @@ def name_of(config: DCDiTConfig, device: torch.device, dtype: torch.dtype, train
 
 def table_file(name: str) -> Path:
     """Where the table of this name is kept: in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = os.environ.get("XDG_CACHE_HOME") or expanded("~") / ".cache"
     return Path(cache) / "dcdit" / f"calibration-{hashlib.sha256(name.encode()).hexdigest()[:12]}.json"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ConfigError
-from ..files import read_text
+from ..files import expanded, read_text
 from ..model.config import DCDiTConfig, check_keys, preset
 from ..model.density import Density
 from .config_groups import CodecConfig, DataConfig, OptimConfig, SpendConfig, UpcycleConfig, ValidationConfig
@@ -204,7 +204,7 @@ def load_config(path: str | Path, overrides: list[str] = (), kind: type = TrainC
     import yaml
 
     try:
-        values = _read_yaml(read_text(Path(path).expanduser())) or {}
+        values = _read_yaml(read_text(expanded(path))) or {}
     except FileNotFoundError as error:
         raise ConfigError(f"no config file {path}") from error
     except IsADirectoryError as error:

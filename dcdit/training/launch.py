@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from pathlib import Path
 
 from ..errors import ConfigError
+from ..files import expanded
 from .config import TrainConfig
 from .ranks import cpu_ranks
 
@@ -44,7 +44,7 @@ def make_accelerator(config: TrainConfig):
                 f"accelerate launch asks for {flag}={theirs}, the configuration has {key}={ours}: set {key} there"
             )
     _check_trackers(config.log_with)
-    output = Path(config.output).expanduser()
+    output = expanded(config.output)
     project = ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "tensorboard"))
     # Accumulation and compilation are the trainer's own: accelerate would divide each loss once more.
     # PyTorch's remark on gradients of convolutions in channels_last: true, and nothing to be done about it.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DCDiTError
+from ..files import expanded
 from .config import TrainConfig
 from .state import read_header
 
@@ -116,7 +117,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], kind: type, depth: in
 def _alike(key: str, a: Any, b: Any, depth: int) -> bool:
     """Whether two values of a key mean the same: names of a folder, ends of a slice, names in any order."""
     if key in PLACES:
-        return bool(a and b) and Path(a).expanduser().resolve() == Path(b).expanduser().resolve()
+        return bool(a and b) and expanded(a).resolve() == expanded(b).resolve()
     if key == "blocks" and depth:
         return slice(*a).indices(depth) == slice(*b).indices(depth)
     return key == "lora_targets" and set(a) == set(b)

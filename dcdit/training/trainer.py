@@ -18,7 +18,7 @@ from ..checkpoints.folder import check_place, save_checkpoint
 from ..codecs import make_codec
 from ..data.sources import check_codec, make_source, pixels_of_a_cell
 from ..errors import ConfigError, DCDiTError
-from ..files import check_folder, locked
+from ..files import check_folder, expanded, locked
 from ..interrupts import held_back
 from ..model.dcdit import DCDiT
 from ..model.mixed import Samples, by_size
@@ -46,7 +46,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, allow: Sequence[str] = ()) -> None:
         self.config = config
         check_allowed(allow, config.to_dict())
-        self.output = check_folder(Path(config.output).expanduser())
+        self.output = check_folder(expanded(config.output))
         self.accelerator = make_accelerator(config)
         self.device, self.ranks = self.accelerator.device, self.accelerator.num_processes
         check_split(0 if config.tokens_per_batch else config.batch_size, self.ranks, config.accumulate)

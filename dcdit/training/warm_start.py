@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..checkpoints.folder import load_checkpoint, locate, read_release
 from ..errors import ConfigError
+from ..files import expanded
 from ..model.dcdit import DCDiT
 
 
@@ -20,7 +20,7 @@ def start_from(net: DCDiT, source: str, class_names: list[str] | None, use: dict
     fits. `use` holds the run's objective and codec; the line names differences. Raises CheckpointError, and ConfigError
     for another system and where less than a tenth of the weights fits.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     model, theirs = read_release(path) if path.is_file() else load_checkpoint(locate(source))
     if not isinstance(model, DCDiT):
         raise ConfigError(f"init: {source} is a {type(model).__name__}, expected a DC-DiT")

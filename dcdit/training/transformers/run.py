@@ -19,7 +19,7 @@ from dcdit_kernels._plan_input import NaNError
 
 from ...data.conditioned import Conditioned
 from ...errors import CheckpointError, ConfigError, DataError
-from ...files import check_folder, locked
+from ...files import check_folder, expanded, locked
 from ...integrations.attention import add_dynamic_chunking
 from ...integrations.velocities import VELOCITIES
 from ...interrupts import held_back, raised
@@ -44,7 +44,7 @@ class TransformerUpcycler:
     def __init__(self, config: TransformerConfig, allow: Sequence[str] = ()) -> None:
         self.config, self.velocity = config, VELOCITIES[config.family]()
         check_allowed(allow, config.to_dict())
-        self.output = check_folder(Path(config.output).expanduser())
+        self.output = check_folder(expanded(config.output))
         self.accelerator = make_accelerator(config)
         self.device, self.ranks = self.accelerator.device, self.accelerator.num_processes
         if config.batch_size % self.ranks:

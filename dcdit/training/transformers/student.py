@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ...errors import CheckpointError
+from ...files import expanded
 from ...integrations.attention import add_dynamic_chunking, chunking_of
 from ...integrations.distillation import distillation_loss
 from ...integrations.reading import read_config, read_untouched
@@ -23,7 +24,7 @@ Batch = dict[str, Any]  # x and target (B, C, …), sigma (B,), texts, and what 
 def find_source(folder: str, velocity: Velocity) -> tuple[Path, dict[str, Any]]:
     """Where the transformer of a folder is, there or in a pipeline's, and its config. Raises CheckpointError for any
     other."""
-    places = [Path(folder).expanduser() / part for part in ("", "transformer")]
+    places = [expanded(folder) / part for part in ("", "transformer")]
     place = next((place for place in places if (place / "config.json").is_file()), None)
     if place is None:
         raise CheckpointError(f"{folder} must be a folder of diffusers with config.json or transformer/config.json")
