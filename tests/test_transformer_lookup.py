@@ -10,13 +10,17 @@ import torch
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
-import diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from transformer_families import FAMILIES, every_family, make, run
+from transformer_families import FAMILIES, close, every_family, make, run
 
 from dcdit.errors import ConfigError
-from dcdit.integrations.attention import add_dynamic_chunking, remove_dynamic_chunking
+from dcdit.integrations.attention import (
+    add_dynamic_chunking,
+    chunking_of,
+    load_dynamic_chunking,
+    remove_dynamic_chunking,
+)
 
 REFUSED = {
     "flux": ("controlnet_block_samples", [torch.zeros(1)]),
@@ -55,19 +59,40 @@ def test_blocks_are_found_by_their_numbers(family):
         assert [model.get_submodule(f"{name}{i}") for i in range(len(own))] == own
 
 
-def test_a_pipeline_loads_lora_into_chunked_flux(tmp_path):
-    """The bits of the adapters before they were saved, in chunked blocks and in others."""
-    family = FAMILIES["flux"]
+@every_family
+def test_its_pipeline_loads_lora_into_a_chunked_model(family, tmp_path):
+    """The bits of the adapters before they were saved, in chunked blocks and in others; fused they act as well."""
     model, inputs = make(family), family.inputs()
-    chunking = add_dynamic_chunking(model, blocks=slice(1, 4))
+    chunking = add_dynamic_chunking(model, blocks=slice(1, -1))
     chunking.drop_fraction = 0.5
-    model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "proj_out"], init_lora_weights=False))
+    plain = run(model, inputs)
+    model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     want = run(model, inputs)
-    diffusers.FluxPipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(model))
+    pipe = family.pipeline(model)
+    type(pipe).save_lora_weights(tmp_path, get_peft_model_state_dict(model))
     model.unload_lora()
-    assert not torch.equal(run(model, inputs), want)
-    family.pipeline(model).load_lora_weights(tmp_path)
+    assert torch.equal(run(model, inputs), plain) and not torch.equal(plain, want)
+    pipe.load_lora_weights(tmp_path)
     assert torch.equal(run(model, inputs), want)
+    pipe.fuse_lora()
+    close(run(model, inputs), want, 1e-4)
+
+
+def test_a_pipeline_is_saved_and_read_with_its_chunked_model(tmp_path):
+    """`load_dynamic_chunking` reads the transformer's folder; diffusers alone makes it the untouched one."""
+    model, inputs = make(FAMILIES["flux"]), FAMILIES["flux"].inputs()
+    untouched = run(model, inputs)
+    add_dynamic_chunking(model, blocks=slice(1, 4))
+    pipe = FAMILIES["flux"].pipeline(model)
+    torch.nn.init.constant_(chunking_of(model).router.score.bias, 0.0)
+    want = run(model, inputs)
+    pipe.save_pretrained(tmp_path)
+    missing = {name: part for name, part in pipe.components.items() if part is None}
+    chunked = load_dynamic_chunking(tmp_path / "transformer")
+    again = type(pipe).from_pretrained(tmp_path, transformer=chunked, **missing)
+    assert torch.equal(run(again.transformer, inputs), want) and not torch.equal(want, untouched)
+    plain = type(pipe).from_pretrained(tmp_path, **missing)
+    assert torch.equal(run(plain.transformer, inputs), untouched)
 
 
 def test_offloading_by_group_goes_through_both_lists_of_flux():
