@@ -115,6 +115,7 @@ def test_bad_edits_are_named(flow, edit):
         ),
         (Edit(image, mask[:5]), {}, r"mask must be bool of shape \(6, 5\), got torch.bool of shape \(5, 5\)"),
         (Edit(image, mask.float()), {}, r"mask must be bool of shape \(6, 5\), got torch.float32 of shape \(6, 5\)"),
+        (Edit(image / 0, mask), {}, "image must be finite, got NaN or infinity"),
         (Edit(image, mask & False), {}, "must have a cell to sample, got none"),
         (edit, {"size": (6, 6)}, r"size must be \(6, 5\), that of the edit's mask, got \(6, 6\)"),
         (edit, {"policy": "reuse=2"}, "an edit is for a DC-DiT without a policy, got a RoutingReuse"),

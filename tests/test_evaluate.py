@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,6 +139,9 @@ def test_the_command(tmp_path, capsys):
     assert main([*words, "--features", str(tmp_path / "corners.pt")]) == 0
     out = capsys.readouterr().out
     assert "samples   20 pictures" in out and out.count("frechet") == 2
+    if Path("/dev/full").exists():
+        assert main([*words, "--features", str(tmp_path / "corners.pt"), "--output", "/dev/full"]) == 2
+        assert "/dev/full: No space left on device" in capsys.readouterr().err
     assert main([*words, "--output", str(tmp_path / "none" / "numbers.json")]) == 2
     assert "--output must be a file in a folder that is there" in capsys.readouterr().err
     assert main([*words, "--features", str(tmp_path / "real.npz")]) == 2

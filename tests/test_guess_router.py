@@ -232,5 +232,6 @@ def test_bad_input(model):
         dataclasses.replace(TINY, target_ratio=5.0)
     with pytest.raises(ConfigError, match="is for objective: flow, got ddpm"):
         load_config("configs/digits.yaml", ["model.router=guess", "objective=ddpm"])
-    with pytest.raises(ConfigError, match="router guess and cuda_graph exclude each other"):
-        load_config("configs/digits.yaml", ["model.router=guess", "cuda_graph=true"])
+    for key in ("cuda_graph", "compile"):
+        with pytest.raises(ConfigError, match=f"router guess and {key} exclude each other"):
+            load_config("configs/digits.yaml", ["model.router=guess", f"{key}=true"])

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from ..errors import ConfigError, first_sentence
+from ..files import naming
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +51,8 @@ def run(args: argparse.Namespace) -> None:
     for name, value in numbers.items():
         print(f"{name:20} {value:.4f}")
     if args.output:
-        args.output.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        with naming(args.output):
+            args.output.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
 
 
 def _network(args, open_again):

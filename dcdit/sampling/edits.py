@@ -38,6 +38,8 @@ class Edit:
         if image.dim() != 3 or len(image) != config.in_channels or not image.is_floating_point():
             have = f"{image.dtype} of shape {tuple(image.shape)}"
             raise ConfigError(f"an edit's image must be a float latent ({config.in_channels}, H, W), got {have}")
+        if not image.isfinite().all():
+            raise ConfigError("an edit's image must be finite, got NaN or infinity")
         if mask.dtype != torch.bool or mask.shape != image.shape[1:]:
             have = f"{mask.dtype} of shape {tuple(mask.shape)}"
             raise ConfigError(f"an edit's mask must be bool of shape {tuple(image.shape[1:])}, got {have}")

@@ -67,7 +67,7 @@ def load_times(
     """The table of this model on this machine, from the user's cache or a file. Raises DataError where there is none,
     or one of another model, machine or precision."""
     name, given = name_of(config, device, dtype, training), file
-    file = table_file(name) if given is None else given
+    file = table_file(name) if given is None else Path(given)
     try:
         values = read_json(file)
         table = StepTimes(**{key.name: values[key.name] for key in fields(StepTimes)})

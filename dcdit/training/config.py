@@ -172,7 +172,7 @@ class TrainConfig:
         if self.model.router == "guess":
             if self.objective != "flow":
                 raise ConfigError(f"router guess is for objective: flow, got {self.objective}")
-            for key in ("cuda_graph", "data.buckets"):
+            for key in ("cuda_graph", "compile", "data.buckets"):
                 if attrgetter(key)(self):
                     raise ConfigError(f"router guess and {key} exclude each other: leave one of them out")
         if not self.drop_fractions:
