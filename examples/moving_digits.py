@@ -76,7 +76,7 @@ def judge(model: WanTransformer3DModel, videos: Videos) -> float:
     return sum(float(loss_of(model, videos, draw)) for _ in range(8)) / 8
 
 
-def main(steps: int = 300) -> dict[str, float]:
+def main(steps: int = 100) -> dict[str, float]:
     """Train and print; returns the losses, and the cells that "motion" keeps in the first frame and in a later one."""
     torch.manual_seed(0)
     seen, unseen, model = Videos(held_out=False), Videos(held_out=True), wan()

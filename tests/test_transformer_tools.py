@@ -255,9 +255,13 @@ def test_bad_input(family):
             add_dynamic_chunking(model, blocks=blocks)
     with pytest.raises(ConfigError, match="must be one that add_dynamic_chunking was called on"):
         remove_dynamic_chunking(model)
-    add_dynamic_chunking(model)
+    chunking = add_dynamic_chunking(model)
     with pytest.raises(ConfigError, match="has dynamic chunking already"):
         add_dynamic_chunking(model)
+    attn = next(m for m in chunking.blocks[0].modules() if hasattr(m, "set_processor"))
+    attn.set_processor(object())
+    with pytest.raises(ConfigError, match=r"chunked blocks need \w+Processor.*, got object"):
+        run(model, family.inputs())
     remove_dynamic_chunking(model)
     with pytest.raises(ConfigError, match=r"model must be one of FluxTransformer2DModel.* or have transformer_blocks"):
         add_dynamic_chunking(torch.nn.Linear(2, 2))
