@@ -88,7 +88,7 @@ def varlen_attention(
     else:
         call["gradients"] = flash.beyond_forward(q, k, v)
         call["long"] = not flash.short(max_seqlen_q, max_seqlen_k)
-        like = [(t.dtype, t.device, t.shape[1:]) for t in tensors]
+        like = [(t.dtype, getattr(t, "device", None), t.shape[1:]) for t in tensors]  # NumPy's before 2 have none
         key = (backend, current.eager, *call.values(), 0 in (*rows_q, *rows_k), *like)
         if key not in _chosen:
             _chosen[key] = _choose(backend, call, *tensors)

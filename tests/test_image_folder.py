@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -22,7 +23,10 @@ GREY = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040  # 16 bits, nearly to
 
 def save(file, array, **options):
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(file, **options)
+    try:
+        Image.fromarray(array).save(file, **options)
+    except OSError as error:
+        pytest.skip(f"Pillow {PIL.__version__} {error}")  # such as 10.1, for 16 bits
     return file
 
 
@@ -38,7 +42,7 @@ def test_sixteen_bit_grey_is_scaled(suffix, tmp_path):
 
 def test_sixteen_bit_grey_with_one_transparent_level(tmp_path):
     file = tmp_path / "a.png"
-    Image.fromarray(GREY).save(file, transparency=1040)
+    save(file, GREY, transparency=1040)
     got = np.asarray(read_picture(file))
     assert (got[0, 1] == 255).all() and (got[0, 2] == 8).all()
 
@@ -81,6 +85,10 @@ def test_hidden_pixels_show_the_background(mode, background, colour, tmp_path):
 @pytest.mark.parametrize("mode", ["1", "L", "CMYK", "YCbCr", "RGBX"])
 def test_other_modes_are_read(mode, tmp_path):
     Image.fromarray(flat(255)).convert(mode).save(tmp_path / "a.tif")
+    try:
+        Image.open(tmp_path / "a.tif").load()
+    except OSError as error:
+        pytest.skip(f"Pillow {PIL.__version__} does not read what it writes: {error}")  # 10.1, YCbCr
     assert (np.asarray(read_picture(tmp_path / "a.tif")) >= 254).all()
 
 

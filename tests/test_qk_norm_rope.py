@@ -23,7 +23,7 @@ def by_hand(x, weight, norm, eps, pairing, cos, sin, position):
         return x
     half = x.shape[-1] // 2
     pairs = x.unflatten(-1, (half, 2)) if pairing == "interleaved" else x.unflatten(-1, (2, half)).mT
-    turned = torch.view_as_complex(pairs.contiguous()) * torch.complex(cos[position], sin[position])
+    turned = torch.complex(pairs[..., 0], pairs[..., 1]) * torch.complex(cos[position], sin[position])
     pairs = torch.view_as_real(turned)
     return (pairs if pairing == "interleaved" else pairs.mT).flatten(-2)
 

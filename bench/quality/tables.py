@@ -60,7 +60,7 @@ def tables(results: list[dict]) -> str:
             cells = [_cell([run[key] * factor for run in same if key in run], how) for _, key, how, factor in used]
             seeds = ", ".join(str(run["seed"]) for run in same)
             lines.append(f"| {variant} | " + " | ".join(cells) + f" | {seeds} |")
-        facts = (sorted({run[key] for run in runs}) for key in ("machine", "torch", "commit"))
+        facts = (sorted({run[key] or f"no {key}" for run in runs}) for key in ("machine", "torch", "commit"))
         parts.append("\n".join(lines) + "\n\n" + "; ".join(", ".join(fact) for fact in facts) + ".")
     return "\n\n".join(parts)
 
