@@ -61,7 +61,8 @@ def add_dynamic_chunking(model: nn.Module, **options) -> DynamicChunking:
 
     For the models of `FAMILIES`, and for DiTTransformer2DModel, PixArtTransformer2DModel and others that are made of
     BasicTransformerBlocks. `options` are DynamicChunking's router, or the name of one of `UNTRAINED`, and sigma; for
-    those of FAMILIES also `blocks`, a slice of all blocks in turn. The weights keep their names, and the model's config
+    those of FAMILIES also `blocks`, a slice of all blocks in turn, and `group`, the number of blocks after which the
+    router chooses anew. The weights keep their names, and the model's config
     keeps the options, by which `load_dynamic_chunking` reads what save_pretrained has written. Raises ConfigError for a
     model, blocks or a router of another kind. `remove_dynamic_chunking` undoes it.
     """
@@ -82,7 +83,7 @@ def add_dynamic_chunking(model: nn.Module, **options) -> DynamicChunking:
     if chunking_of(model) is not None:
         raise ConfigError("model has dynamic chunking already; remove_dynamic_chunking takes it away")
     kind = next((FAMILIES[c.__name__] for c in type(model).__mro__ if c.__name__ in FAMILIES), None)
-    check_keys(options, ("router", "sigma", *(["blocks"] if kind else [])), "add_dynamic_chunking")
+    check_keys(options, ("router", "sigma", *(["blocks", "group"] if kind else [])), "add_dynamic_chunking")
     if kind is None:
         chunking = _chunk_basic_blocks(model, **options)
     else:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dcdit_kernels import chunk
+
 from ..errors import ConfigError
 from .attention import chunking_of
 from .joint import JointBlocks, Rows
@@ -54,6 +56,7 @@ def distillation_loss(model: nn.Module, teacher: nn.Module, *args: Any, **kwargs
     for (own, rows), dense in zip(ours, theirs, strict=True):
         if isinstance(rows, Rows) and len(own) == rows.joined.capacity:
             own = rows.joined.split(own)[1]
-        dense = dense[:, : chunking.routing.plan.cells]  # Z-Image's text is behind
-        losses.append((own - chunking.routing.chunk(dense)).square().mean() / dense.var())
+        plan = rows.plan if isinstance(rows, Rows) else rows
+        dense = dense[:, : plan.cells]  # Z-Image's text is behind
+        losses.append((own - chunk(dense, plan)).square().mean() / dense.var())
     return torch.stack(losses).mean()

@@ -29,6 +29,7 @@ from dcdit_kernels.packing import JoinedPacking
 from ..errors import ConfigError
 from ..model.config import check_keys
 from ..model.dynamic_chunking import BUDGET, DynamicChunking
+from ..model.routing import Routing
 from .block_caches import enable_cache_around
 from .joint_text import PackedText
 from .latents import cells_of
@@ -91,13 +92,16 @@ class JointBlocks(DynamicChunking):
     Args:
         model: one of the family, which is changed in place.
         blocks: which are chunked, counted over all lists in turn.
+        group: so many of them at a time run on the same tokens, which the router then chooses anew, of the features
+            that they have by then; None: all of them.
         options: DynamicChunking's router and sigma.
 
     `uncond` holds what is kept in the unconditional pass instead, as keywords of DynamicChunking's forward
     (`drop_fraction`, `budget` and the like), where a pipeline runs that pass alone and names it by
     `model.cache_context("uncond")`: FluxPipeline with true guidance, QwenImagePipeline, WanPipeline. `passing` is the
     name of the pass that runs; a router with an attribute of this name has it too. A router whose forward names
-    `latents` gets those of the model's call as `cells_of` gives them.
+    `latents` gets those of the model's call as `cells_of` gives them. `routings` holds the Routing of each group of the
+    last forward; the last of them is `routing`.
     """
 
     LISTS: ClassVar[tuple[str, ...]]
@@ -108,7 +112,9 @@ class JointBlocks(DynamicChunking):
     REFUSED: ClassVar[tuple[str, ...]] = ()  # arguments of the model's forward that chunked blocks cannot serve
     OPTIONS: ClassVar[tuple[str, ...]] = ()  # of attention that they can; LoRA's scale is no block's
 
-    def __init__(self, model: nn.Module, width: int, blocks: slice = slice(None), **options: Any) -> None:
+    def __init__(
+        self, model: nn.Module, width: int, blocks: slice = slice(None), group: int | None = None, **options: Any
+    ) -> None:
         if getattr(model, "is_cache_enabled", False):
             raise ConfigError("enable_cache must come after add_dynamic_chunking: disable_cache() first")
         lists = [getattr(model, name) for name in self.LISTS]
@@ -122,6 +128,8 @@ class JointBlocks(DynamicChunking):
         chunked = every[self.start : self.stop]
         if not chunked:
             raise ConfigError(f"blocks must name one block or more of {len(every)}, got {blocks}")
+        if group is not None and (not isinstance(group, int) or isinstance(group, bool) or group < 1):
+            raise ConfigError(f"group must be a number of blocks, or None for all of them, got {group!r}")
         for block in chunked:
             if type(block) not in self.CLASSES:
                 names = ", ".join(kind.__name__ for kind in self.CLASSES)
@@ -133,6 +141,8 @@ class JointBlocks(DynamicChunking):
         super().__init__(lists[place], width, (1,), **options)
         self.place, self.first, self.own = place, self.start - before, min(self.stop - before, len(lists[place]))
         self.stack = (*chunked,)  # in a tuple, or those of another list would be children
+        self.group, self.begun = group or len(chunked), 0
+        self.routings: tuple[Routing, ...] = ()
         self.batch, self.checkpointing = None, False
         self.uncond: dict[str, Any] | None = None
         self.passing: str | None = None
@@ -159,6 +169,25 @@ class JointBlocks(DynamicChunking):
     def blocks(self) -> list[nn.Module]:
         """The chunked ones."""
         return list(self.stack)
+
+    @property
+    def running(self) -> list[nn.Module]:
+        """Those of the group that a forward has come to."""
+        return list(self.stack[self.begun : self.begun + self.group])
+
+    def forward(self, h: torch.Tensor, *, text: PackedText, **kwargs: Any) -> Any:
+        """h (B, L, D) → (B, L, D), or with the text's rows where `run` returns them, group by group."""
+        routings = []
+        for begun in range(0, len(self.stack), self.group):
+            self.begun = begun
+            result = super().forward(h, text=text, **kwargs)
+            routings.append(self.routing)
+            h, text.rows = result if isinstance(result, tuple) else (result, text.rows)
+        self.routings = tuple(routings)
+        return (h, text.rows) if isinstance(result, tuple) else h
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "routings": ()}
 
     def __iter__(self) -> Iterator[nn.Module]:
         own = super().blocks

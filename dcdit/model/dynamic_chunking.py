@@ -94,6 +94,11 @@ class DynamicChunking(nn.Module):
         return [self._modules[str(i)] for i in range(self.depth)]
 
     @property
+    def running(self) -> list[nn.Module]:
+        """The blocks that a forward runs on one choice of tokens: the stack."""
+        return self.blocks
+
+    @property
     def grid(self) -> tuple[int, ...]:
         """The cells in raster order, for calls that do not name a grid themselves."""
         return self._grid
@@ -134,7 +139,7 @@ class DynamicChunking(nn.Module):
         self.routing = routing
         tokens = routing.chunk(h)
         given = _counted(tokens)
-        result = self.run(self.blocks, given, routing.plan, *args, **kwargs)
+        result = self.run(self.running, given, routing.plan, *args, **kwargs)
         out, *rest = result if isinstance(result, tuple) else (result,)
         if not isinstance(out, torch.Tensor) or out.shape != tokens.shape:
             came = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__

@@ -144,6 +144,8 @@ class GraphedForward(Replaying):
             leaves, _ = tree.tree_flatten_with_path((args, kwargs, self._settings()))
             path, other = next((p, v) for p, v in leaves if isinstance(v, torch.Tensor) and v.device != device)
             return f"{path[-1]} is on {other.device}, the weights are on {device}"
+        if any(len(chunking.running) < len(chunking.blocks) for chunking in self._chunkings.values()):
+            return "tokens are chosen anew by groups"  # of which a replay would know the last one's alone
         for entry in plain:
             try:
                 hash(entry)

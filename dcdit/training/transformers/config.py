@@ -15,7 +15,7 @@ from ..config_groups import OptimConfig
 LIMITS = (
     *RUN_LIMITS,
     ("target_ratio", lambda value: value > 1, "be greater than 1"),
-    ("distill_steps router_rate guidance", lambda value: value >= 0, "not be negative"),
+    ("distill_steps router_rate guidance group", lambda value: value >= 0, "not be negative"),
 )
 
 
@@ -25,13 +25,14 @@ class TransformerConfig:
 
     `source` is a folder of diffusers, of a transformer or of a pipeline that has one, and `latents` that of
     `dcdit.data.conditioned`. The blocks from the first of `blocks` to before the second are chunked, all counted in
-    turn and negative ones from the end. The first `distill_steps` of `steps` are distillation by block, the others
-    flow matching. Each batch keeps (1 − ρ)/N of its image tokens, N `target_ratio`, and ρ one of `drop_fractions`.
-    The router learns at `router_rate` times optim.lr. `guidance` is for models that have an embedding of it,
-    `time_shift` that of `dcdit.training.objectives`. An empty optim.ema_decay makes no average; one decay may be given.
-    With `lora`, a rank, adapters of the chunked blocks' linear layers and the router learn and all else is frozen;
-    `lora_targets` are ends of the names of the layers that have one, [] for all. `fsdp` splits weights, gradients,
-    moments, averages and the teacher over the processes of `accelerate launch`, by block.
+    turn and negative ones from the end. The router chooses anew after every `group` of them; 0: it chooses once. The
+    first `distill_steps` of `steps` are distillation by block, the others flow matching. Each batch keeps (1 − ρ)/N of
+    its image tokens, N `target_ratio`, and ρ one of `drop_fractions`. The router learns at `router_rate` times
+    optim.lr. `guidance` is for models that have an embedding of it, `time_shift` that of `dcdit.training.objectives`.
+    An empty optim.ema_decay makes no average; one decay may be given. With `lora`, a rank, adapters of the chunked
+    blocks' linear layers and the router learn and all else is frozen; `lora_targets` are ends of the names of the
+    layers that have one, [] for all. `fsdp` splits weights, gradients, moments, averages and the teacher over the
+    processes of `accelerate launch`, by block.
     """
 
     accumulate, compile = 1, False  # no fields: neither is supported, and the launcher's settings are held against them
@@ -45,6 +46,7 @@ class TransformerConfig:
     distill_steps: int = 5_000
     batch_size: int = 16
     blocks: tuple[int, int] = (1, -1)
+    group: int = 0
     target_ratio: float = 4.0
     ratio_weight: float = 0.1
     drop_fractions: tuple[float, ...] = (0.0, 0.3, 0.6)

@@ -33,7 +33,7 @@ from ..resume import check_allowed, describe_data, diverged, saved_run
 from ..state import EMA, Metrics, load_state, save_state, whole
 from .config import TransformerConfig
 from .lora import Learned, add_lora, merged, save_adapters
-from .student import Batch, Student, count_blocks, keep_a_share, read_source, save_model
+from .student import Batch, Student, count_blocks, keep_a_share, read_source, save_model, scores_of
 
 _NOISE, _BATCHES = 5, 6  # streams of random numbers, beside those of dcdit.training.batches
 
@@ -63,7 +63,7 @@ class TransformerUpcycler:
         shared = {id(p): p for p in self.net.parameters()} if shares else {}
         teacher = copy.deepcopy(self.net, shared).eval().requires_grad_(False)
         torch.manual_seed(config.seed)
-        self.chunking = add_dynamic_chunking(self.net.train(), blocks=slice(*config.blocks))
+        self.chunking = add_dynamic_chunking(self.net.train(), blocks=slice(*config.blocks), group=config.group or None)
         for name in self.velocity.text_and_time:
             self.net.get_submodule(name).requires_grad_(False)
         for rank in config.lora:
@@ -108,7 +108,7 @@ class TransformerUpcycler:
                     raise CheckpointError(f"{config.source} makes NaN of the first batch: {error}") from error
                 if config.fsdp:
                     self.net.reshard()
-                scores = self.accelerator.gather(self.chunking.routing.boundary_prob.float())
+                scores = self.accelerator.gather(scores_of(self.chunking).float())
                 keep_a_share(self.chunking, config.target_ratio, scores)
         self.emas = [EMA(self.learning, decay) for decay in config.optim.ema_decay]
         if saved is not None:

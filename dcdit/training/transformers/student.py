@@ -49,11 +49,11 @@ def count_blocks(folder: str, velocity: Velocity) -> int:
 
 
 def keep_a_share(chunking: nn.Module, n: float, boundary_prob: torch.Tensor | None = None) -> None:
-    """Move a fresh router's bias so that it would have kept 1/n of the cells of these scores, or of its last call.
+    """Move a fresh router's bias so that it would have kept 1/n of the cells of these scores, or of its last forward.
 
     A predictability router always keeps the first and the last cell; they count.
     """
-    scores = (chunking.routing.boundary_prob if boundary_prob is None else boundary_prob).float().logit().flatten()
+    scores = (scores_of(chunking) if boundary_prob is None else boundary_prob).float().logit().flatten()
     free = scores[scores.isfinite()]
     wanted = len(scores) / n - (len(scores) - len(free))
     if len(free):
@@ -61,13 +61,18 @@ def keep_a_share(chunking: nn.Module, n: float, boundary_prob: torch.Tensor | No
         fill(bias, whole(bias) - free.quantile(min(1.0, 1 - wanted / len(free))))
 
 
+def scores_of(chunking: nn.Module) -> torch.Tensor:
+    """boundary_prob (groups·B, L) of the last forward."""
+    return torch.cat([routing.boundary_prob for routing in chunking.routings])
+
+
 def save_model(kind: type[nn.Module], config: dict[str, Any], weights: dict[str, torch.Tensor], folder: Path) -> None:
     """A wrapped model of diffusers' class `kind`, as save_pretrained writes it."""
     config = dict(config)
-    blocks = config.pop("dynamic_chunking")["blocks"]
+    options = config.pop("dynamic_chunking")
     with torch.device("meta"):
         shell = kind.from_config(config)
-        add_dynamic_chunking(shell, blocks=slice(*blocks))
+        add_dynamic_chunking(shell, **{**options, "blocks": slice(*options["blocks"])})
     shell.load_state_dict(weights, assign=True)
     shell.save_pretrained(folder)
 
@@ -96,5 +101,8 @@ class Student(nn.Module):
             loss = distillation_loss(self.model, *self.teacher, **inputs)
         else:
             loss = (self.velocity.velocity(self.model(**inputs), x).float() - target).square().mean()
-        routing = chunking.routing
-        return loss, ratio_loss(routing.boundary_prob, routing.natural_mask, self.target_ratio), routing.kept.mean()
+        of_groups = [
+            torch.stack([ratio_loss(r.boundary_prob, r.natural_mask, self.target_ratio), r.kept.mean()])
+            for r in chunking.routings
+        ]
+        return loss, *torch.stack(of_groups).mean(0)
