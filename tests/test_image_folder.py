@@ -237,6 +237,13 @@ def test_check_reads_every_file_and_lists_the_bad(tmp_path, capsys):
     assert "3 of 3 can be read\n" in capsys.readouterr().out
 
 
+def test_check_of_labels_without_latents(tmp_path, capsys):
+    (tmp_path / "pets_labels").mkdir()
+    np.save(tmp_path / "pets_labels" / "0.npy", np.array([0]))
+    assert main(["data", "check", str(tmp_path)]) == 2
+    assert "must hold one folder *_features, such as imagenet256_features; it has 0" in capsys.readouterr().err
+
+
 def test_encode_goes_on_and_trains(tmp_path, capsys, monkeypatch):
     """Latents are the autoencoder's of each picture; a second call writes the missing files; the codec is compared."""
     from diffusers import AutoencoderKL

@@ -301,3 +301,13 @@ def test_a_transformer_names_what_it_cannot_be():
     model.set_drop_fraction(lambda t: 1.5)
     with pytest.raises(ConfigError, match=r"\[0, 1\)"):
         model(torch.zeros(2, 4, 6, 6), torch.zeros(2), torch.zeros(2, dtype=torch.long))
+
+
+def test_what_is_no_transformer_of_diffusers_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"transformer must be a DCDiTTransformer2DModel, .*, got a DCDiT$"):
+        DCDiTPipeline(transformer().model, DDIMScheduler())
+    transformer().model.save_pretrained(tmp_path / "a")
+    for kind in (DCDiTPipeline, DCDiTTransformer2DModel):
+        for name in ("digits", tmp_path / "a"):
+            with pytest.raises(ConfigError, match="what save_pretrained of diffusers wrote, got a checkpoint of dcdit"):
+                kind.from_pretrained(name)

@@ -6,9 +6,10 @@ import json
 import pytest
 import torch
 from release_files import TINY
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from dcdit.checkpoints.folder import load_checkpoint
+from dcdit.checkpoints.folder import load_checkpoint, save_checkpoint
+from dcdit.checkpoints.safe_pickle import read_pickle
 from dcdit.errors import CheckpointError
 from dcdit.model.dcdit import DCDiT
 from dcdit.model.precision import cast_weights
@@ -29,15 +30,36 @@ def test_names_that_are_no_repository_are_not_looked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the Hub"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    for name in ("digit", "runs/t", "./a/b", "/a/b", "a/b/c", ""):
-        if name:
-            with pytest.raises(CheckpointError, match=f"no checkpoint at {name}; digits ships with dcdit"):
-                DCDiT.from_pretrained(name)
+    for name in ("digit", "runs/t", "./a/b", "/a/b", "a/b/c"):
+        with pytest.raises(CheckpointError, match=f"no checkpoint at {name}; digits ships with dcdit"):
+            DCDiT.from_pretrained(name)
+    with pytest.raises(CheckpointError, match=r"a checkpoint must be a folder, .*, got an empty name"):
+        DCDiT.from_pretrained("")
     DCDiT(TINY).save_pretrained(tmp_path / "runs/t/model")
     with pytest.raises(CheckpointError, match="did you mean runs/t/model"):
         DCDiT.from_pretrained("runs/t")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert DCDiT.from_pretrained("~/runs/t/model").config == TINY
+
+
+def test_folders_that_hold_something_else_are_named(tmp_path):
+    DCDiT(TINY).save_pretrained(tmp_path / "a")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 12\n"
+    (tmp_path / "a" / "model.safetensors").write_text(pointer)
+    (tmp_path / "a.pt").write_text(pointer)
+    with pytest.raises(CheckpointError, match=r"a/model.safetensors is a pointer of Git LFS .*: git lfs pull fetches"):
+        DCDiT.from_pretrained(tmp_path / "a")
+    with pytest.raises(CheckpointError, match=r"a.pt is a pointer of Git LFS"):
+        read_pickle(tmp_path / "a.pt")
+    (tmp_path / "a" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    (tmp_path / "a" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="the mapping 'model', found that of a AutoencoderKL of diffusers"):
+        DCDiT.from_pretrained(tmp_path / "a")
+    save_file({"a": torch.zeros(2)}, tmp_path / "weights")  # without a suffix
+    with pytest.raises(CheckpointError, match=r"weights is a safetensors file, expected a .pt"):
+        read_pickle(tmp_path / "weights")
+    with pytest.raises(CheckpointError, match="a checkpoint is of a model such as a DCDiT, got a OrderedDict"):
+        save_checkpoint(tmp_path / "b", DCDiT(TINY).state_dict())
 
 
 def test_a_description_beside_the_weights_stays(tmp_path):
@@ -56,6 +78,7 @@ def test_a_description_beside_the_weights_stays(tmp_path):
         ({"depth": 1}, "config.json says depth 1, the weights have 2 blocks"),
         ({"hidden_size": 2**40, "num_heads": 1}, "hidden_size must be less than 2"),
         ({"hidden_size": 2**30, "num_heads": 1}, "sizes make no model|expected shape"),
+        ({"hidden_size": 96, "num_heads": 1}, r"expected shape \(.*96.*\), found \("),
         ({"num_classes": 10**9}, "class_embed.weight: expected shape"),
         ({"input_size": [2**20, 2**20]}, "pos_embed: expected shape"),
         ({"in_channels": 2**30}, "sizes make no model|expected shape"),

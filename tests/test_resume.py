@@ -129,7 +129,7 @@ def test_allowed_changes_are_recorded_with_their_step(tiny, tmp_path, capsys):
     assert run(tiny, tmp_path / "a", *words, "--allow", "optim.lr")[0] == 2
     assert "--allow precision" in capsys.readouterr().err
     assert run(tiny, tmp_path / "new", "--allow", "optim.rl")[0] == 2 and not (tmp_path / "new").exists()
-    assert run(tiny, tmp_path / "a", *words, "--allow", "optim,precision")[0] == 0
+    assert run(tiny, tmp_path / "a", *words, "--allow", "optim", "--allow", "precision")[0] == 0
     out = capsys.readouterr().out
     assert "resuming at step 4 of 6" in out and "changed optim.lr from 0.0003 to 1e-05 at step 4" in out
     changes = load_checkpoint(tmp_path / "a" / "model")[1]["changes"]

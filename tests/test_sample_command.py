@@ -114,6 +114,21 @@ def test_signals_end_a_block_of_work_and_never_cut_it(number, heard):
     assert done == ["whole"] and [signal.getsignal(n) for n in SIGNALS] == before
 
 
+def test_a_picture_that_was_cut_off_is_drawn_again(checkpoint, tmp_path):
+    assert main(words(checkpoint, tmp_path / "a", "--num", 3, "--format", "png")) == 0
+    whole = pictures(tmp_path / "a")
+    for name, size in zip(sorted(whole), (0, 40), strict=False):
+        os.truncate(tmp_path / "a" / name, size)
+    assert main(words(checkpoint, tmp_path / "a", "--num", 3, "--format", "png")) == 0
+    assert pictures(tmp_path / "a") == whole
+
+
+def test_an_output_under_a_file(checkpoint, tmp_path, capsys):
+    (tmp_path / "notes.txt").touch()
+    assert main(words(checkpoint, tmp_path / "notes.txt" / "a")) == 2
+    assert f"{tmp_path / 'notes.txt'} is not a folder" in capsys.readouterr().err
+
+
 def test_npz_and_grid_are_the_pictures(checkpoint, tmp_path):
     assert (
         main(words(checkpoint, tmp_path, "--classes", "dog,ant", "--num", "5", "--format", "png", "npz", "grid")) == 0

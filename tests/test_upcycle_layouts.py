@@ -1,5 +1,7 @@
 """Weights of trained DiTs and SiTs in other projects' layouts: equal predictions here."""
 
+import json
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
@@ -178,6 +180,16 @@ def test_another_arithmetic_of_diffusers_is_refused(theirs, tmp_path, name, valu
 def test_the_epsilon_of_published_conversions_is_read(theirs, tmp_path):
     DiTTransformer2DModel(**{**theirs.config, "norm_eps": 1e-5}).save_pretrained(tmp_path)
     assert load_dit(tmp_path, CONFIG).blocks[0].norm.eps == 1e-6
+
+
+def test_a_folder_of_another_class_is_named(theirs, tmp_path):
+    theirs.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "_class_name": "FluxTransformer2DModel"}))
+    with pytest.raises(CheckpointError, match="must have a DiTTransformer2DModel, got FluxTransformer2DModel"):
+        load_dit(tmp_path, CONFIG)
+    (tmp_path / "config.json").write_text(json.dumps({**values, "_class_name": "Transformer2DModel"}))
+    load_dit(tmp_path, CONFIG)
 
 
 def test_missing_weights_of_diffusers_are_not_made_up(theirs, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
-from ..files import expanded
+from ..files import expanded, read_json
 from ..model.config import DCDiTConfig
 from ..model.plain_dit import PlainDiT
 from .folder import load_state
@@ -153,12 +153,25 @@ def load_dit(source: str | Path, config: DCDiTConfig, convention: str = "dit") -
     return model.eval()
 
 
+def _check_class(folder: Path) -> None:
+    """Raise CheckpointError where config.json names another class; what else is wrong with it diffusers says."""
+    try:
+        values = read_json(folder / "config.json")
+    except (OSError, ValueError):
+        return
+    name = values.get("_class_name") if isinstance(values, dict) else None
+    if name not in (None, "DiTTransformer2DModel", "Transformer2DModel"):  # the second as older versions wrote it
+        raise CheckpointError(f"{folder} must have a DiTTransformer2DModel, got {name}")
+
+
 def _read_diffusers(source: str | Path, config: DCDiTConfig) -> dict[str, torch.Tensor]:
     from diffusers import DiTTransformer2DModel
 
     remote = not Path(source).exists()
     pipeline = remote or (Path(source) / "model_index.json").is_file()
     options = hub_options(str(source)) if remote else {}
+    if not remote:
+        _check_class(Path(source, "transformer" if pipeline else ""))
     try:
         model, loaded = DiTTransformer2DModel.from_pretrained(
             source, subfolder="transformer" if pipeline else None, output_loading_info=True, **options

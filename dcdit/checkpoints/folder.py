@@ -24,7 +24,7 @@ from ..model.config import DCDiTConfig, preset_of_size
 from ..model.dcdit import DCDiT
 from .release_keys import from_release, infer_config, release_content, stored_use
 from .release_keys import release_key as release_key
-from .safe_pickle import read_state
+from .safe_pickle import check_pointer, read_state
 from .systems_folder import empty_system, system_of
 from .weights_fit import check_grid, check_header, compare_shapes, header_shapes, shapes_of, some_of
 
@@ -61,6 +61,8 @@ def save_checkpoint(directory: str | Path, model: DCDiT, extra: dict[str, Any] |
     """
     from safetensors.torch import save
 
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise CheckpointError(f"a checkpoint is of a model such as a DCDiT, got a {type(model).__name__}")
     extra = getattr(model, "use", {}) if extra is None else extra
     directory = expanded(directory)
     check_place(directory)
@@ -119,16 +121,18 @@ def load_checkpoint(
     if path.is_file():
         raise CheckpointError(f"{path} is a file, expected a folder of {' and '.join(FILES)}; dcdit convert makes one")
     config_file, weights = (path / name for name in FILES)
-    for file in (config_file, weights):
-        if not file.is_file():
-            inner = f"; did you mean {path / 'model'}?" if (path / "model" / file.name).is_file() else ""
-            raise CheckpointError(f"no checkpoint at {path}: {file.name} is missing{inner}")
+    _check_there(config_file)
     try:
         extra = read_json(config_file)
     except ValueError as error:
         raise CheckpointError(f"{config_file} is not a dcdit config: {error}") from error
     if not isinstance(extra, dict) or not isinstance(extra.get("model"), dict):
-        raise CheckpointError(f"{config_file} is not a dcdit config: expected a mapping with the mapping 'model'")
+        other = extra.get("_class_name") if isinstance(extra, dict) else None
+        found = f", found that of a {other} of diffusers" if other else ""
+        raise CheckpointError(
+            f"{config_file} is not a dcdit config: expected a mapping with the mapping 'model'{found}"
+        )
+    _check_there(weights)
     try:
         if "kind" in extra:
             return _load_system(extra, weights, device)
@@ -154,6 +158,18 @@ def load_checkpoint(
     model = DCDiT(config, **parts).to(device)
     load_state(model, {key: tensor.to(torch.float32) for key, tensor in state.items()})
     return _with_use(model.eval(), extra), extra
+
+
+def _check_there(file: Path) -> None:
+    """Raise CheckpointError for a file of a checkpoint's folder that is missing, or a pointer in its place."""
+    path = file.parent
+    if not file.is_file():
+        inner = f"; did you mean {path / 'model'}?" if (path / "model" / file.name).is_file() else ""
+        raise CheckpointError(f"no checkpoint at {path}: {file.name} is missing{inner}")
+    try:
+        check_pointer(file)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
 def _load_system(extra: dict[str, Any], weights: Path, device: str | torch.device) -> tuple[Any, dict[str, Any]]:
@@ -182,6 +198,8 @@ def locate(name: str | Path, **hub: Any) -> Path:
     Raises CheckpointError.
     """
     path = expanded(name)
+    if not str(name):
+        raise CheckpointError("a checkpoint must be a folder, a Hub repository or digits, got an empty name")
     if hub:
         _check_hub_options(hub)
     if path.exists():

@@ -37,8 +37,16 @@ class Record(metaclass=_InertType):
 
 # torch's unpickler has one list of safe classes for the process, not for one reader.
 _READING = threading.Lock()
+_POINTER = b"version https://git-lfs"
 # How a file of torch before 1.6 begins.
 _LEGACY = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
+
+
+def check_pointer(file: Path) -> None:
+    """Raise CheckpointError for the text that a clone without Git LFS has in place of weights."""
+    with open(file, "rb") as stream:
+        if stream.read(len(_POINTER)) == _POINTER:
+            raise CheckpointError(f"{file} is a pointer of Git LFS in place of the weights: git lfs pull fetches them")
 
 
 def read_pickle(path: str | Path) -> Any:
@@ -52,12 +60,14 @@ def read_pickle(path: str | Path) -> Any:
         raise CheckpointError(f"{path} is a folder, expected a .pt file")
     if not path.is_file():
         raise CheckpointError(f"no checkpoint file {path}")
-    if path.suffix == ".safetensors":
-        raise CheckpointError(
-            f"{path} is a safetensors file, expected a .pt; a folder with config.json needs no converting"
-        )
+    check_pointer(path)
     with open(path, "rb") as file:
-        if file.read(len(_LEGACY)) == _LEGACY:
+        start = file.read(max(len(_LEGACY), 9))
+        if path.suffix == ".safetensors" or start[8:9] == b"{":  # after the length of its header
+            raise CheckpointError(
+                f"{path} is a safetensors file, expected a .pt; a folder with config.json needs no converting"
+            )
+        if start.startswith(_LEGACY):
             raise CheckpointError(f"{path} is in the format of torch before 1.6; load it and save it again with torch")
     try:
         with _READING:

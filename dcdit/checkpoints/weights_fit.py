@@ -24,13 +24,13 @@ def shapes_of(model: DCDiT) -> dict[str, tuple[int, ...]]:
 
 
 def compare_shapes(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError that names the keys or the first shape that differ."""
+    """Raise CheckpointError that names the first shape, else the keys that differ: another width has other keys too."""
+    for key, shape in expected.items():
+        if shape != found.get(key, shape):
+            raise CheckpointError(f"{key}: expected shape {shape}, found {found[key]}")
     for what, keys in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
         if keys:
             raise CheckpointError(f"{what} keys in checkpoint: {some_of(keys)}")
-    for key, shape in expected.items():
-        if shape != found[key]:
-            raise CheckpointError(f"{key}: expected shape {shape}, found {found[key]}")
 
 
 def check_grid(table: torch.Tensor, config: DCDiTConfig, path: Path) -> None:

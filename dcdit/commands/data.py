@@ -51,7 +51,7 @@ def check(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     root = expanded(args.folder)
-    if any(root.glob("*_features")):
+    if any(root.glob("*_features")) or any(root.glob("*_labels/*.npy")):
         return check_latents(root, args.buckets)
     source = ImageFolder(root, args.size, args.background, args.buckets)
     bad, counts = [], [0] * source.classes
@@ -74,8 +74,7 @@ def check(args: argparse.Namespace) -> int:
 
 def check_latents(root: Path, buckets: int) -> int:
     """Check latents likewise; all files must have the first file's shape, with buckets its channels alone."""
-    folder = min(root.glob("*_features"))
-    first = next(iter(sorted(folder.glob("*.npy"))), None)
+    first = min(root.glob("*_features/*.npy"), default=None)
     shape = load_npy(first).shape[-3:] if first else (1, 1, 1)
     source = Latents(root, shape, buckets)
     print(source.describe())

@@ -54,6 +54,7 @@ def add_allow(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow",
         type=lambda text: [key.strip() for key in text.split(",") if key.strip()],
+        action="extend",
         default=[],
         metavar="KEYS",
         help="keys that may differ from the run that is resumed, such as optim.lr,precision; the change is recorded",

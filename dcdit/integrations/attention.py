@@ -20,8 +20,8 @@ from .joint import JointBlocks
 from .reading import read_config, read_untouched
 
 
-def _chunk_basic_blocks(model: nn.Module, **options) -> ChunkedBlocks:
-    """For models whose `transformer_blocks` are BasicTransformerBlocks, with pictures of any size that they take."""
+def _basic_blocks(model: nn.Module) -> nn.ModuleList:
+    """Its transformer_blocks. Raises ConfigError where they are no BasicTransformerBlocks."""
     blocks = getattr(model, "transformer_blocks", None)
     kinds = {type(block).__name__ for block in blocks if not hasattr(block, "norm_type")} if blocks is not None else ()
     if blocks is None or kinds:
@@ -30,6 +30,12 @@ def _chunk_basic_blocks(model: nn.Module, **options) -> ChunkedBlocks:
             f"model must be one of {', '.join(FAMILIES)}, or have transformer_blocks that are BasicTransformerBlocks, "
             f"got {type(model).__name__}, {of}; docs/transformers.md says what another family needs"
         )
+    return blocks
+
+
+def _chunk_basic_blocks(model: nn.Module, **options) -> ChunkedBlocks:
+    """For models whose `transformer_blocks` are BasicTransformerBlocks, with pictures of any size that they take."""
+    blocks = _basic_blocks(model)
     try:
         patch = model.config.patch_size
         side = model.config.sample_size // patch
@@ -83,6 +89,8 @@ def add_dynamic_chunking(model: nn.Module, **options) -> DynamicChunking:
     if chunking_of(model) is not None:
         raise ConfigError("model has dynamic chunking already; remove_dynamic_chunking takes it away")
     kind = next((FAMILIES[c.__name__] for c in type(model).__mro__ if c.__name__ in FAMILIES), None)
+    if kind is None:
+        _basic_blocks(model)
     check_keys(options, ("router", "sigma", *(["blocks", "group"] if kind else [])), "add_dynamic_chunking")
     if kind is None:
         chunking = _chunk_basic_blocks(model, **options)

@@ -2,8 +2,9 @@
 
 import contextlib
 import inspect
+import os
 from collections.abc import Callable, Iterator
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
@@ -14,6 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..codecs import latent_scaling
 from ..errors import ConfigError
+from ..model.dcdit import DCDiT
 from ..model.guess_router import clean_guess, takes_guess
 from ..model.precision import float32_products
 from ..sampling.drop_fraction import DropFraction, drop_table
@@ -22,6 +24,7 @@ from ..sampling.policy_run import PolicyRun
 from ..sampling.sampler import class_ids
 from ..sampling.schedulers import set_timesteps
 from ..sampling.trajectory import guide
+from .reading import check_foreign
 from .transformer import DCDiTTransformer2DModel
 
 
@@ -46,8 +49,19 @@ class DCDiTPipeline(DiffusionPipeline):
         vae: Optional[AutoencoderKL] = None,  # noqa: UP045, diffusers 0.35 reads neither X | None nor strings
     ) -> None:
         super().__init__()
+        if not isinstance(getattr(transformer, "model", None), DCDiT):
+            raise ConfigError(
+                "transformer must be a DCDiTTransformer2DModel, as its from_dcdit makes one, "
+                f"got a {type(transformer).__name__}"
+            )
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.image_processor = VaeImageProcessor()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **more: Any) -> "DCDiTPipeline":
+        """diffusers' own. Raises ConfigError for a checkpoint of this project, and says how it becomes a model."""
+        check_foreign(pretrained_model_name_or_path)
+        return super().from_pretrained(pretrained_model_name_or_path, **more)
 
     @property
     def guidance_scale(self) -> float:

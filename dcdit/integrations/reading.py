@@ -9,7 +9,9 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from ..errors import CheckpointError, first_line
+from ..checkpoints.folder import SHIPPED
+from ..checkpoints.looks import own_folder
+from ..errors import CheckpointError, ConfigError, first_line
 from ..files import expanded, read_json
 
 
@@ -25,6 +27,15 @@ class _Wrapped:
     def _dict_from_json_file(cls, json_file: str | os.PathLike, **_: Any) -> dict[str, Any]:
         """diffusers' own refuses a byte order mark; that of 0.35 has an option more."""
         return read_json(Path(json_file))
+
+
+def check_foreign(name: str | os.PathLike) -> None:
+    """Raise ConfigError for a checkpoint of this project where diffusers' from_pretrained expects one of its own."""
+    if os.fspath(name) in SHIPPED or own_folder(expanded(name)):
+        raise ConfigError(
+            f"{name} must be what save_pretrained of diffusers wrote, got a checkpoint of dcdit: "
+            f"DCDiTTransformer2DModel.from_dcdit(DCDiT.from_pretrained({os.fspath(name)!r})) makes the transformer"
+        )
 
 
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:

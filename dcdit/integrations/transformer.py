@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ from ..sampling.policy import Policy
 from ..sampling.policy_run import PolicyRun
 from ..sampling.schedulers import TRAIN_STEPS
 from .caching import GridChange, GridStage, on_grid
+from .reading import check_foreign
 
 # DiTPipeline's id of 'no label', whatever the number of classes.
 DIT_NULL = 1000
@@ -88,6 +90,14 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         self.change = GridChange()
         self.context_given = False
         self.set_drop_fraction(0.0)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **options: Any
+    ) -> DCDiTTransformer2DModel:
+        """diffusers' own. Raises ConfigError for a checkpoint of this project, and says how it becomes a model."""
+        check_foreign(pretrained_model_name_or_path)
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     @classmethod
     def from_dcdit(cls, model: DCDiT) -> DCDiTTransformer2DModel:

@@ -184,6 +184,7 @@ def check_keys(given, known, what: str) -> None:
     for key in given:
         if key not in known:
             names = {name.lower(): name for name in known}
-            near = difflib.get_close_matches(str(key).lower(), names, n=1, cutoff=0.4)
+            near = difflib.get_close_matches(str(key).lower(), names, n=1, cutoff=0.65)
+            near = near or [name for name in names if sorted(name) == sorted(str(key).lower())]  # lr for rl
             hint = f"; did you mean {names[near[0]]!r}?" if near else f"; known: {', '.join(known)}"
             raise ConfigError(f"unknown {what} {'name' if what == 'preset' else 'key'} {key!r}{hint}")

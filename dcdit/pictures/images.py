@@ -53,7 +53,8 @@ def check_output(directory: str | Path) -> Path:
     directory = Path(directory)
     parent = directory.absolute().parent
     if not parent.is_dir():
-        raise DataError(f"cannot write {directory}: there is no folder {parent}")
+        found = f"{parent} is not a folder" if parent.exists() else f"there is no folder {parent}"
+        raise DataError(f"cannot write {directory}: {found}")
     if directory.exists() and not directory.is_dir():
         raise DataError(f"cannot write {directory}: it is not a folder")
     if (directory / "model.safetensors").exists():

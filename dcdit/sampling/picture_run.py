@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import zipfile
@@ -18,6 +19,7 @@ from ..pictures.images import enlarge, grid, save_png
 
 FORMATS = ("grid", "png", "npz")
 SETTINGS = "sampling.json"
+PNG_END = b"IEND\xaeB`\x82"
 IN_GRID = 1024  # pictures that grid.png shows
 
 
@@ -43,7 +45,13 @@ class PictureRun:
         return self.pictures / f"{index:06d}_class{self.label(index)}.png"
 
     def done(self, index: int) -> bool:
-        return self.file(index).exists()
+        """Whether the picture is there to its end, which a loss of power can cut off."""
+        try:
+            with open(self.file(index), "rb") as stream:
+                stream.seek(-len(PNG_END), os.SEEK_END)
+                return stream.read() == PNG_END
+        except OSError:
+            return False
 
     @property
     def finished(self) -> bool:
