@@ -53,7 +53,7 @@ def test_folders_that_hold_something_else_are_named(tmp_path):
         read_pickle(tmp_path / "a.pt")
     (tmp_path / "a" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     (tmp_path / "a" / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="the mapping 'model', found that of a AutoencoderKL of diffusers"):
+    with pytest.raises(CheckpointError, match="is that of a AutoencoderKL of diffusers, expected a dcdit config"):
         DCDiT.from_pretrained(tmp_path / "a")
     save_file({"a": torch.zeros(2)}, tmp_path / "weights")  # without a suffix
     with pytest.raises(CheckpointError, match=r"weights is a safetensors file, expected a .pt"):

@@ -126,13 +126,13 @@ def load_checkpoint(
         extra = read_json(config_file)
     except ValueError as error:
         raise CheckpointError(f"{config_file} is not a dcdit config: {error}") from error
-    if not isinstance(extra, dict) or not isinstance(extra.get("model"), dict):
-        other = extra.get("_class_name") if isinstance(extra, dict) else None
-        found = f", found that of a {other} of diffusers" if other else ""
+    if isinstance(extra, dict) and "_class_name" in extra:
         raise CheckpointError(
-            f"{config_file} is not a dcdit config: expected a mapping with the mapping 'model'{found}"
+            f"{config_file} is that of a {extra['_class_name']} of diffusers, expected a dcdit config"
         )
     _check_there(weights)
+    if not isinstance(extra, dict) or not isinstance(extra.get("model"), dict):
+        raise CheckpointError(f"{config_file} is not a dcdit config: expected a mapping with the mapping 'model'")
     try:
         if "kind" in extra:
             return _load_system(extra, weights, device)
