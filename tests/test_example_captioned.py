@@ -68,7 +68,7 @@ def test_recognised_is_every_digit_in_order():
     assert recognised(lambda pictures: logits, torch.zeros(4), first, second).tolist() == [True, False, False, True]
 
 
-MILLIONS = {"flux": 5.1, "z_image": 5.1, "flux_small": 0.8, "z_image_small": 1.2}
+MILLIONS = {"flux": 5.1, "z_image": 5.1, "flux_core": 5.1, "z_image_core": 5.1, "flux_small": 0.8, "z_image_small": 1.2}
 MILLIONS |= {f"{name}_longer": MILLIONS[name] for name in ("flux_small", "z_image_small")}
 
 
@@ -102,6 +102,23 @@ def test_all_stages(family, tmp_path, capsys):
     same = [torch.equal(*pair) for pair in zip(dense.parameters(), upcycled.parameters(), strict=False)]
     own = [p.equal(q) for p, q in zip(*(m.get_submodule(frozen).parameters() for m in (dense, upcycled)), strict=True)]
     assert all(own) and not all(same)
+
+
+def test_bfloat16_is_another_arithmetic_of_the_same_loss(monkeypatch):
+    """Under autocast and with attention made of products; the compiler is not asked."""
+    config = yaml.safe_load(Path("examples/captioned/flux_core.yaml").read_text())
+    family, captions = captioned.FAMILIES["flux"]({**config["model"], **TINY["flux"]}), Captions.every(CPU)
+    model, losses, compiled = family.model(), [], []
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    monkeypatch.setattr(model, "compile_repeated_blocks", lambda **options: compiled.append(options))
+    for bfloat16 in (False, True):
+        task = captioned.Task(family, Compositions(None, False, CPU), captions, 4, bfloat16)
+        task.prepared(model)
+        with task.autocast():
+            losses.append(float(task.loss(model, *task.draw())))
+    assert compiled == [{"dynamic": True}]
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.01)
 
 
 def test_a_training_that_a_signal_ended_goes_on(tmp_path):

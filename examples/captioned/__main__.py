@@ -99,11 +99,14 @@ class Run:
         models: dict[str, tuple[nn.Module, dict[str, Any]]] = {"dense": (dense, {})}
         models |= {f"ρ = {rho:g}": (upcycled, {"drop_fraction": rho}) for rho in settings["drop_fractions"]}
         quarter = {"drop_fraction": 1 - 1 / n}
-        for numbers in judge(
-            {**models, "a share 1/N, untrained": (untrained, quarter)}, self.family, self.captions, net, settings
-        ):
-            self.line(**numbers)
-        draw(self.folder / "pictures.png", dict(list(models.items())[:3]), self.family, self.captions, settings)
+        shown = dict(list(models.items())[:3])
+        models["a share 1/N, untrained"] = untrained, quarter
+        for model in (dense, upcycled, untrained):
+            self.task.prepared(model)
+        with self.task.autocast():
+            for numbers in judge(models, self.family, self.captions, net, settings):
+                self.line(**numbers)
+            draw(self.folder / "pictures.png", shown, self.family, self.captions, settings)
 
     def read(self, stage: str) -> nn.Module:
         """The model of a stage."""

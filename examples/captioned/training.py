@@ -29,7 +29,7 @@ HELD_OUT = 64  # pictures of each size
 class Task:
     """Batches of flow matching: pictures of one random size, captions, times and noise.
 
-    With `bfloat16` it is trained under autocast, with compiled blocks.
+    With `bfloat16` models are trained and sampled from under autocast, with compiled blocks.
     """
 
     def __init__(self, family: Any, data: Compositions, captions: Captions, batch: int, bfloat16: bool = False) -> None:
@@ -49,11 +49,11 @@ class Task:
         return self.family.inputs(noisy, t, self.captions[which]), noise - clean
 
     def autocast(self) -> torch.autocast:
-        """For the passes of a training."""
+        """For the passes of a training or of sampling."""
         return torch.autocast(self.captions.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def prepared(self, model: nn.Module) -> nn.Module:
-        """The model as it is trained. Attention is made of products: a CPU's own takes four times as long."""
+        """The model as it is run. Attention is made of products: a CPU's own takes four times as long."""
         if self.bfloat16:
             model.set_attention_backend("_native_math")
             torch._dynamo.config.recompile_limit = 64  # blocks of one class share it: chunked and not, frozen and not
