@@ -79,12 +79,6 @@ def test_a_call_without_latents_is_the_forwards_to_refuse():
         model(img_ids=torch.zeros(35, 3))
 
 
-def test_settings_that_are_not_there_are_named():
-    """An attribute that nothing reads would change nothing, without a word."""
-    chunking = add_dynamic_chunking(make(FAMILIES["sd3"]))
-    for name in ("dropfraction", "drop_fractions", "uncondd"):
-        with pytest.raises(AttributeError, match=f"has no '{name}'; did you mean '(drop_fraction|uncond)'"):
-            setattr(chunking, name, 0.5)
-    chunking.note = "any other"
+def test_a_model_that_is_none_of_the_known_is_named_before_its_options():
     with pytest.raises(ConfigError, match=r"model must be one of Flux.* got Linear, which has none"):
         add_dynamic_chunking(torch.nn.Linear(2, 2), grid=(4, 4))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable
@@ -88,13 +87,6 @@ class DynamicChunking(nn.Module):
             _check_call(block)
         self.router = router or _keep_all_router(width, self.grid)
         self._asked: tuple[type, tuple[inspect.Parameter, ...]] | None = None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        known = [option.lstrip("_") for option in self.SETTINGS]
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
-        if near and name not in known and name[0] != "_" and not hasattr(self, name):
-            raise AttributeError(f"{type(self).__name__} has no {name!r}; did you mean {near[0]!r}?")
-        super().__setattr__(name, value)
 
     @property
     def blocks(self) -> list[nn.Module]:
