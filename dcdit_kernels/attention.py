@@ -88,7 +88,11 @@ def varlen_attention(
     else:
         call["gradients"] = flash.beyond_forward(q, k, v)
         call["long"] = not flash.short(max_seqlen_q, max_seqlen_k)
-        like = [(t.dtype, getattr(t, "device", None), t.shape[1:]) for t in tensors]  # NumPy's before 2 have none
+        try:
+            like = [(t.dtype, t.device, t.shape[1:]) for t in tensors]
+        except AttributeError:  # NumPy's arrays before 2 have no device
+            all_tensors("varlen_attention", q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+            raise
         key = (backend, current.eager, *call.values(), 0 in (*rows_q, *rows_k), *like)
         if key not in _chosen:
             _chosen[key] = _choose(backend, call, *tensors)

@@ -16,7 +16,6 @@ ROOT = Path(__file__).parent.parent
 PROBE = """
 import sys
 sys.path.insert(0, {root!r})
-from bench import start_time
 from dcdit.cli import main
 try:
     main(sys.argv[1:])
