@@ -15,16 +15,14 @@ from ..errors import ConfigError
 from .joint import (
     JointBlocks,
     Rows,
-    Seen,
     attend,
     attend_jointly,
-    changes_of,
     check_processor,
     finite,
-    found_in,
     heads,
 )
 from .joint_text import PackedText, kept_by
+from .seen_grids import Seen, changes_of, found_in
 
 
 # The classes are named as diffusers' own: compile_repeated_blocks and device maps go by names.

@@ -12,14 +12,12 @@ import functools
 import inspect
 import itertools
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.utils.checkpoint
-from diffusers.models.normalization import RMSNorm
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -33,6 +31,7 @@ from ..model.routing import Routing
 from .block_caches import enable_cache_around
 from .joint_text import PackedText
 from .latents import cells_of
+from .norm_weights import NORMS, WeightOf
 
 
 @dataclass(frozen=True)
@@ -64,25 +63,6 @@ class Unchunked(nn.ModuleList):
 
     def __iter__(self) -> Iterator[nn.Module]:
         return iter(list(self._modules.values())[self.run :])
-
-
-class WeightOf(nn.Module):
-    """Mixed into a norm whose weight a kernel applies. A forward gives the weight: what moves weights to where they are
-    needed acts on forwards."""
-
-    def forward(self) -> torch.Tensor | None:
-        return self.weight
-
-
-class WeightOfRMSNorm(WeightOf, nn.RMSNorm):
-    """torch's, in FLUX."""
-
-
-class WeightOfDiffusersRMSNorm(WeightOf, RMSNorm):
-    """diffusers', in the others."""
-
-
-NORMS = {nn.RMSNorm: WeightOfRMSNorm, RMSNorm: WeightOfDiffusersRMSNorm}
 
 
 class JointBlocks(DynamicChunking):
@@ -333,20 +313,6 @@ def attend_jointly(
         eps=attn.norm_q.eps,
     )
     return rows.joined.split(attend(q, k, rows.joined.cat(text_v, v), rows.joined))
-
-
-Seen = deque[tuple[torch.Tensor, int, tuple[int, ...]]]  # tensors, their changes so far, the grids found in them
-
-
-def found_in(seen: Seen, tensor: torch.Tensor) -> tuple[int, ...] | None:
-    """The grid that was found in a tensor; None where it is new or was changed since."""
-    changes = changes_of(tensor)
-    return next((grid for known, count, grid in seen if known is tensor and count == changes), None)
-
-
-def changes_of(tensor: torch.Tensor) -> int:
-    """How often a tensor was changed in place; torch does not count for those of inference mode."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def project(attn: nn.Module, x: torch.Tensor) -> torch.Tensor:

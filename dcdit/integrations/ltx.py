@@ -19,16 +19,14 @@ from dcdit_kernels import ChunkPlan, adaln_modulate, gate_residual, qk_norm_rope
 from ..errors import ConfigError
 from .joint import (
     JointBlocks,
-    Seen,
     attend,
     attend_to_text,
-    changes_of,
     check_processor,
-    found_in,
     heads,
     project,
 )
 from .joint_text import PackedText, kept_text
+from .seen_grids import Seen, changes_of, found_in
 
 
 # Named as diffusers' own: compile_repeated_blocks and device maps go by names.
