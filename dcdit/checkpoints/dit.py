@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
-from ..files import expanded, read_json
+from ..files import expanded
 from ..model.config import DCDiTConfig
 from ..model.plain_dit import PlainDiT
 from .folder import load_state
 from .hub import hub_options
-from .looks import PLAIN, looks_like, own_folder
+from .looks import PLAIN, foreign_class, looks_like, own_folder
 from .release_keys import PARTS
 from .safe_pickle import inverse, read_state, shape_of, swap_parts, swap_prefix
 
@@ -155,11 +155,7 @@ def load_dit(source: str | Path, config: DCDiTConfig, convention: str = "dit") -
 
 def _check_class(folder: Path) -> None:
     """Raise CheckpointError where config.json names another class; what else is wrong with it diffusers says."""
-    try:
-        values = read_json(folder / "config.json")
-    except (OSError, ValueError):
-        return
-    name = values.get("_class_name") if isinstance(values, dict) else None
+    name = foreign_class(folder)
     if name not in (None, "DiTTransformer2DModel", "Transformer2DModel"):  # the second as older versions wrote it
         raise CheckpointError(f"{folder} must have a DiTTransformer2DModel, got {name}")
 

@@ -28,11 +28,22 @@ def looks_like(state: dict[str, Any]) -> str:
 
 def own_folder(path: Path) -> str | None:
     """The system of a folder that `save_checkpoint` wrote, in words; None of any other."""
-    try:
-        values = read_json(path / "config.json")
-    except (OSError, ValueError):
-        return None
-    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+    values = _config(path)
+    if not isinstance(values.get("model"), dict):
         return None
     kind = values.get("kind")
     return SYSTEMS[kind][0].__name__ if kind in SYSTEMS else "DC-DiT"
+
+
+def foreign_class(path: Path) -> str | None:
+    """The class of diffusers that a folder's config.json names; None of any other."""
+    return _config(path).get("_class_name")
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """A folder's config.json; empty where there is none that can be read."""
+    try:
+        values = read_json(path / "config.json")
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 
 from ..errors import ConfigError
@@ -56,14 +55,9 @@ def run(args: argparse.Namespace) -> None:
 
 def check_family(source: str) -> None:
     """Raise ConfigError where a folder, or a pipeline's in it, is of a transformer that --family is for."""
-    from ..files import read_json
+    from ..checkpoints.looks import foreign_class
 
-    name = None
-    for part in ("", "transformer"):
-        with contextlib.suppress(OSError, ValueError):
-            values = read_json(expanded(source) / part / "config.json")
-            name = values.get("_class_name") if isinstance(values, dict) else None
-            break
+    name = next(filter(None, (foreign_class(expanded(source) / part) for part in ("", "transformer"))), None)
     if name is None:
         return
     from ..integrations.velocities import VELOCITIES

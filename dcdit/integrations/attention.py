@@ -33,9 +33,8 @@ def _basic_blocks(model: nn.Module) -> nn.ModuleList:
     return blocks
 
 
-def _chunk_basic_blocks(model: nn.Module, **options) -> ChunkedBlocks:
-    """For models whose `transformer_blocks` are BasicTransformerBlocks, with pictures of any size that they take."""
-    blocks = _basic_blocks(model)
+def _chunk_basic_blocks(model: nn.Module, blocks: nn.ModuleList, **options) -> ChunkedBlocks:
+    """For models of these BasicTransformerBlocks, with pictures of any size that they take."""
     try:
         patch = model.config.patch_size
         side = model.config.sample_size // patch
@@ -68,9 +67,9 @@ def add_dynamic_chunking(model: nn.Module, **options) -> DynamicChunking:
     For the models of `FAMILIES`, and for DiTTransformer2DModel, PixArtTransformer2DModel and others that are made of
     BasicTransformerBlocks. `options` are DynamicChunking's router, or the name of one of `UNTRAINED`, and sigma; for
     those of FAMILIES also `blocks`, a slice of all blocks in turn, and `group`, the number of blocks after which the
-    router chooses anew. The weights keep their names, and the model's config
-    keeps the options, by which `load_dynamic_chunking` reads what save_pretrained has written. Raises ConfigError for a
-    model, blocks or a router of another kind. `remove_dynamic_chunking` undoes it.
+    router chooses anew. The weights keep their names, and the model's config keeps the options, by which
+    `load_dynamic_chunking` reads what save_pretrained has written. Raises ConfigError for a model, blocks or a router
+    of another kind. `remove_dynamic_chunking` undoes it.
     """
     asked = options.get("router")
     if isinstance(asked, str):
@@ -89,11 +88,10 @@ def add_dynamic_chunking(model: nn.Module, **options) -> DynamicChunking:
     if chunking_of(model) is not None:
         raise ConfigError("model has dynamic chunking already; remove_dynamic_chunking takes it away")
     kind = next((FAMILIES[c.__name__] for c in type(model).__mro__ if c.__name__ in FAMILIES), None)
-    if kind is None:
-        _basic_blocks(model)
+    basic = None if kind else _basic_blocks(model)
     check_keys(options, ("router", "sigma", *(["blocks", "group"] if kind else [])), "add_dynamic_chunking")
     if kind is None:
-        chunking = _chunk_basic_blocks(model, **options)
+        chunking = _chunk_basic_blocks(model, basic, **options)
     else:
         module = importlib.import_module(f".{kind[0]}", __package__)
         chunking = getattr(module, kind[1])(model, **options)

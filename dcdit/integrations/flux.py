@@ -12,15 +12,7 @@ from torch import nn
 from dcdit_kernels import adaln_modulate, gate_residual, gate_residual_modulate, qk_norm_rope
 
 from ..errors import ConfigError
-from .joint import (
-    JointBlocks,
-    Rows,
-    attend,
-    attend_jointly,
-    check_processor,
-    finite,
-    heads,
-)
+from .joint import JointBlocks, Rows, attend, attend_jointly, check_processor, finite, heads
 from .joint_text import PackedText, kept_by
 from .seen_grids import Seen, changes_of, found_in
 

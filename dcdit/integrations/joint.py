@@ -132,7 +132,7 @@ class JointBlocks(DynamicChunking):
             block.__class__ = self.CLASSES[type(block)]
             for norm in self.norms_of(block):
                 norm.__class__ = NORMS.get(type(norm), type(norm))
-        if hasattr(model, "cache_context"):
+        if self.apart:
             model.cache_context = functools.partial(self.named_pass, model.cache_context)
             model.enable_cache = functools.partial(enable_cache_around, self, model.enable_cache)
         self.hook: RemovableHandle = model.register_forward_pre_hook(self.see, with_kwargs=True)

@@ -17,14 +17,7 @@ from torch import nn
 from dcdit_kernels import ChunkPlan, adaln_modulate, gate_residual, qk_norm_rope
 
 from ..errors import ConfigError
-from .joint import (
-    JointBlocks,
-    attend,
-    attend_to_text,
-    check_processor,
-    heads,
-    project,
-)
+from .joint import JointBlocks, attend, attend_to_text, check_processor, heads, project
 from .joint_text import PackedText, kept_text
 from .seen_grids import Seen, changes_of, found_in
 
