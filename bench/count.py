@@ -21,6 +21,7 @@ from dcdit import DCDiT, DCDiTConfig, preset
 from dcdit.model import embedders, layers
 from dcdit_kernels import _triton_support, use_backend
 
+from .arguments import known
 from .models import cast_net
 
 COPY = 3.0e12  # bytes a second of an H100
@@ -116,7 +117,7 @@ def count(config: DCDiTConfig, batch: int, tokens: int, dtype: torch.dtype = tor
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.count", description=__doc__.splitlines()[0])
-    parser.add_argument("presets", nargs="+")
+    parser.add_argument("presets", nargs="+", type=known(preset))
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--stride", type=int, default=1, help="encoder_stride")
     args = parser.parse_args(argv)

@@ -28,6 +28,7 @@ from dcdit.model.rival_macs import (
     sparse_on,
 )
 
+from .arguments import known
 from .timing import captured, cpu_clock, gpu_wall_clock, interleave
 
 TIME = 500.0
@@ -97,7 +98,7 @@ def clocks(forwards: dict[str, Callable], device: str, clock: Callable = time.pe
 def main() -> None:
     """Print one line for each model: GMAC, milliseconds, and the realised saving."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("presets", nargs="*", default=["DC-DiT-S/N4", "DC-DiT-B/N4"])
+    parser.add_argument("presets", nargs="*", type=known(preset), default=["DC-DiT-S/N4", "DC-DiT-B/N4"])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         complaint = (
             f"out of memory ({textwrap.shorten(_message(error), 160, placeholder=' …')}): "
             "take a smaller batch size or smaller pictures; "
-            "in training also a larger accumulate, or training.checkpointing"
+            "in training also a larger accumulate, or checkpointing=true"
         )
     print(f"{name}: {complaint}", file=sys.stderr)
     return 2

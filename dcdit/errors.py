@@ -1,6 +1,7 @@
 """Errors that a user can mend. The command line prints them as one line and exits with status 2."""
 
 import re
+from typing import Any
 
 
 class DCDiTError(ValueError):
@@ -17,6 +18,13 @@ class CheckpointError(DCDiTError):
 
 class DataError(DCDiTError):
     """A data set or a picture folder that cannot be used."""
+
+
+def check_kind(value: Any, kind: type | tuple[type, ...], name: str, hint: str = "") -> None:
+    """Raise ConfigError where the argument `name` is no `kind`, or none of several; `hint` says how one is made."""
+    if not isinstance(value, kind):
+        names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+        raise ConfigError(f"{name} must be a {names}, got a {type(value).__name__}{hint and '; ' + hint}")
 
 
 def one_line(error: BaseException) -> str:

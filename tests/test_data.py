@@ -109,7 +109,10 @@ def test_bad_sources_say_what_is_wrong(tmp_path):
             load()
         assert "\n" not in str(error.value)
 
-    says("no image folder at", lambda: ImageFolder(str(tmp_path / "nowhere"), 8))
+    says(
+        "nowhere is not there, expected a folder with a sub-folder of pict",
+        lambda: ImageFolder(str(tmp_path / "nowhere"), 8),
+    )
     (tmp_path / "empty" / "cat").mkdir(parents=True)
     says("has no images", lambda: ImageFolder(str(tmp_path / "empty"), 8))
     (tmp_path / "empty" / "cat" / "a.png").write_bytes(b"not a picture")

@@ -28,6 +28,7 @@ from dcdit.training.objectives import FlowMatching
 from dcdit.training.progress import Progress
 from dcdit.training.resume import SHAPING, compare
 from dcdit.training.trainer import Trainer
+from dcdit.training.unused import unused
 
 TINY = {
     "model": {"preset": "digits", "input_size": 7, "in_channels": 16, "hidden_size": 32, "depth": 1, "num_heads": 1},
@@ -323,6 +324,24 @@ def test_the_head_of_a_run(tiny, tmp_path, capsys):
     ):
         assert part in out
     assert load_checkpoint(tmp_path / "a" / "model")[1]["class_names"] == list("0123456789")
+    assert "classes" not in out.split("model   ")[1].splitlines()[0]
+    run(tiny, tmp_path / "a", "data.size=16", "steps=2", "--allow", "steps")
+    assert "at step 4 already, past the 2 that are asked for\n" in capsys.readouterr().out
+    run(tiny, tmp_path / "b", "model.num_classes=12", "steps=1")
+    assert "; the data has 10 of its 12 classes\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("codec.pretrained=stabilityai/sd-vae-ft-ema", "codec.pretrained is of codec.kind=autoencoder_kl"),
+        ("spend.least=0.5", "spend.least is of kind=sparse"),
+        ("min_snr=0", "min_snr is of objective=ddpm"),
+        ("data.kind=digits", None),
+    ],
+)
+def test_a_given_default_that_nothing_reads_is_named(override, line, tiny):
+    assert unused(load_config(tiny, [override])) == ([line] if line else [])
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from bench.arguments import known
 from dcdit import DCDiT
 from dcdit.pictures.images import to_uint8
 from dcdit.sampling import Policy, sample
@@ -74,7 +75,9 @@ def main() -> None:
     from dcdit.pictures.classifier import DigitClassifier
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("policies", nargs="*", default=POLICIES, help="as of dcdit sample --policy")
+    parser.add_argument(
+        "policies", nargs="*", type=known(Policy.of), default=POLICIES, help="as of dcdit sample --policy"
+    )
     parser.add_argument("--per-class", type=int, default=3)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=2.0)

@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench.arguments import known
 from bench.digits.policies import measure, print_rows
 from bench.quality import judge
 from dcdit import DCDiT
+from dcdit.checkpoints.folder import locate
 from dcdit.codecs import make_codec
 from dcdit.data.idx import Idx
 from dcdit.data.sources import Digits
@@ -82,7 +84,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--per-class", type=int, default=3)
-    parser.add_argument("--model", default="digits", help="a folder of a DC-DiT of 10 classes, in flow matching")
+    parser.add_argument(
+        "--model", type=known(locate), default="digits", help="a folder of a DC-DiT of 10 classes, in flow matching"
+    )
     parser.add_argument("--data", type=Path, help="the folder of its idx files (the digits)")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of --data's classifier")
     parser.add_argument("--guidance", type=float, default=2.0)

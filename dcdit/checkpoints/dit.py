@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, check_kind
 from ..files import expanded
 from ..model.config import DCDiTConfig
 from ..model.plain_dit import PlainDiT
@@ -44,7 +44,11 @@ def from_dit(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def to_dit(model: PlainDiT) -> dict[str, torch.Tensor]:
-    """The inverse of `from_dit`: `model` in the names and shapes of the original DiT."""
+    """The inverse of `from_dit`: `model` in the names and shapes of the original DiT.
+
+    Raises ConfigError for anything else than a PlainDiT.
+    """
+    check_kind(model, PlainDiT, "model")
     outer, parts = inverse(OUTER), inverse(PARTS)
     state = reorder_head(model.state_dict(), to_ours=False)
     state["pos_embed"] = state["pos_embed"][None]

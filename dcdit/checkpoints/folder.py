@@ -22,6 +22,7 @@ from ..errors import CheckpointError, ConfigError, first_line
 from ..files import expanded, naming, read_json, replacing, sync
 from ..model.config import DCDiTConfig, preset_of_size
 from ..model.dcdit import DCDiT
+from .near import folder_of, near_folder, near_name, own_class
 from .release_keys import from_release, infer_config, release_content, stored_use
 from .release_keys import release_key as release_key
 from .safe_pickle import check_pointer, read_state
@@ -119,7 +120,7 @@ def load_checkpoint(
 
     path = expanded(path)
     if path.is_file():
-        raise CheckpointError(f"{path} is a file, expected a folder of {' and '.join(FILES)}; dcdit convert makes one")
+        raise CheckpointError(f"{path} is a file, expected a folder of {' and '.join(FILES)}{folder_of(path)}")
     config_file, weights = (path / name for name in FILES)
     _check_there(config_file)
     try:
@@ -128,7 +129,7 @@ def load_checkpoint(
         raise CheckpointError(f"{config_file} is not a dcdit config: {error}") from error
     if isinstance(extra, dict) and "_class_name" in extra:
         raise CheckpointError(
-            f"{config_file} is that of a {extra['_class_name']} of diffusers, expected a dcdit config"
+            f"{config_file} is that of a {extra['_class_name']} of diffusers, expected a dcdit config{own_class(extra)}"
         )
     _check_there(weights)
     if not isinstance(extra, dict) or not isinstance(extra.get("model"), dict):
@@ -164,8 +165,7 @@ def _check_there(file: Path) -> None:
     """Raise CheckpointError for a file of a checkpoint's folder that is missing, or a pointer in its place."""
     path = file.parent
     if not file.is_file():
-        inner = f"; did you mean {path / 'model'}?" if (path / "model" / file.name).is_file() else ""
-        raise CheckpointError(f"no checkpoint at {path}: {file.name} is missing{inner}")
+        raise CheckpointError(f"no checkpoint at {path}: {file.name} is missing{near_folder(path)}")
     try:
         check_pointer(file)
     except OSError as error:
@@ -209,7 +209,8 @@ def locate(name: str | Path, **hub: Any) -> Path:
     if preset_of_size(str(name)):
         raise CheckpointError(f"{name} names a size, which has no weights; {', '.join(SHIPPED)} ships with dcdit")
     if not re.fullmatch(r"[\w][\w.-]*/[\w.-]+", str(name)) or path.parent.exists():
-        raise CheckpointError(f"no checkpoint at {name}; {', '.join(SHIPPED)} ships with dcdit")
+        near = near_name(path)
+        raise CheckpointError(f"no checkpoint at {name}{near or f'; {SHIPPED[0]} ships with dcdit'}")
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:

@@ -164,9 +164,10 @@ def _config(name: str) -> tuple[DCDiTConfig, bool]:
     """The sizes of a preset or a checkpoint, and whether it is a DyDCDiT."""
     if name in PRESETS and not Path(name).exists():
         return preset(name), False
-    if not expanded(name).exists() and (known := preset_of_size(name)) and not name.startswith("DC-DiT"):
+    ours = name.lower().startswith("dc-dit")
+    if not expanded(name).exists() and (known := preset_of_size(name)) and not ours:
         raise ConfigError(f"{name} is no preset; dcdit info {known} has a plain DiT of that backbone beside the DC-DiT")
-    if expanded(name).exists() or (name.count("/") == 1 and not name.startswith("DC-DiT")):
+    if expanded(name).exists() or ("/" in name and not ours):
         from ..checkpoints.folder import load_checkpoint, locate
         from ..model.dydit_main import DyDCDiT
 

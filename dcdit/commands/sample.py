@@ -60,13 +60,14 @@ def run(args: argparse.Namespace) -> None:
     from ..sampling.picture_run import PictureRun
     from ..sampling.sampler import latent_size, open_checkpoint
     from ..sampling.trajectory import plan_trajectory
-    from ..training.ranks import cpu_ranks
+    from ..training.ranks import cpu_ranks, joining
 
     wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if wanted not in ("no", "bf16" if args.precision == "bfloat16" else "no"):
         takes = "dcdit sample takes --precision bfloat16"
         raise ConfigError(f"accelerate launch asks for mixed_precision={wanted}; {takes}")
-    state = PartialState(cpu=args.cpu or cpu_ranks())
+    with joining():
+        state = PartialState(cpu=args.cpu or cpu_ranks())
     output = check_output(args.output)
     checkpoint = locate(args.checkpoint)
     model, objective, codec = open_checkpoint(checkpoint, state.device)

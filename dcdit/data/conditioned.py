@@ -10,6 +10,7 @@ import torch
 
 from ..errors import DataError
 from ..files import expanded
+from .folders import need_folder
 from .parquet import Row
 from .sample_files import SampleFile, find_samples
 
@@ -30,9 +31,10 @@ class Conditioned:
     def __init__(self, folder: str, pooled: bool = False, ragged: bool = False) -> None:
         self.names = ("latents", "text", *(["pooled"] if pooled else []))
         place = expanded(folder)
-        self.files = find_samples(place, self.names) if place.is_dir() else []
+        wanted = f"safetensors, npz, tar or parquet files with {', '.join(self.names)}"
+        need_folder(place, wanted)
+        self.files = find_samples(place, self.names)
         if not self.files:
-            wanted = f"safetensors, npz, tar or parquet files with {', '.join(self.names)}"
             raise DataError(f"{folder} must be a folder of {wanted}; it has none")
         self.buckets: dict[tuple, list[int]] = defaultdict(list)
         self.kinds: dict[tuple[tuple[int, ...], ...], str] = {}

@@ -11,6 +11,12 @@ from ..errors import DataError
 Place = tuple[int, int]  # device and number of a folder, whatever its names
 
 
+def need_folder(path: Path, content: str) -> None:
+    """Raise DataError where `path` is no folder."""
+    if not path.is_dir():
+        raise DataError(f"{path} is {'a file' if path.exists() else 'not there'}, expected a folder with {content}")
+
+
 def place_of(folder: str | Path) -> Place:
     """Equal for all links to a folder."""
     status = os.stat(folder)

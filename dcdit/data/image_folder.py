@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import DataError
 from ..files import expanded
 from .buckets import bucket_of
-from .folders import Place, place_of, walk
+from .folders import Place, need_folder, place_of, walk
 from .picture_files import SUFFIXES, check_colour, read_fitted, upright_size
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
@@ -37,8 +37,7 @@ class ImageFolder:
         check_colour(background)
         self.root, self.size, self.background = expanded(path), size, background
         self.buckets = buckets
-        if not self.root.is_dir():
-            raise DataError(f"no image folder at {self.root}")
+        need_folder(self.root, "a sub-folder of pictures per class")
         if buckets > size:
             raise DataError(f"data.buckets must be at most data.size, {size} pixels, got {buckets}")
         self.skipped: Counter[str] = Counter()

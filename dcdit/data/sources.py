@@ -13,6 +13,7 @@ from ..errors import ConfigError, DataError
 from ..files import expanded, read_json
 from ..model.config import DCDiTConfig
 from ..training.config import DataConfig
+from .folders import need_folder
 from .grey import GreyPictures
 from .idx import Idx
 from .image_folder import ImageFolder
@@ -81,6 +82,7 @@ class Latents:
     def __init__(self, path: str | Path, shape: tuple[int, int, int], buckets: int = 0) -> None:
         self.root = root = expanded(path)
         self.class_names, self.codec = _read_dataset(root)
+        need_folder(root, "one folder *_features, such as imagenet256_features")
         folders = sorted(root.glob("*_features"))
         if len(folders) != 1:
             raise DataError(

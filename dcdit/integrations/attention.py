@@ -10,7 +10,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from safetensors import safe_open
 from torch import nn
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, check_kind
 from ..files import expanded
 from ..model.config import check_keys
 from ..model.dynamic_chunking import DynamicChunking
@@ -110,6 +110,7 @@ def add_dynamic_chunking(model: nn.Module, **options) -> DynamicChunking:
 
 def chunking_of(model: nn.Module) -> ChunkedBlocks | JointBlocks | None:
     """What `add_dynamic_chunking` made of the model, or None."""
+    check_kind(model, nn.Module, "model", "such as pipe.transformer")
     return next((child for child in model.children() if isinstance(child, ChunkedBlocks | JointBlocks)), None)
 
 

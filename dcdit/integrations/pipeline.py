@@ -54,6 +54,8 @@ class DCDiTPipeline(DiffusionPipeline):
                 "transformer must be a DCDiTTransformer2DModel, as its from_dcdit makes one, "
                 f"got a {type(transformer).__name__}"
             )
+        if not hasattr(scheduler, "set_timesteps"):
+            raise ConfigError(f"scheduler must be one of diffusers, got a {type(scheduler).__name__}")
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.image_processor = VaeImageProcessor()
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from dcdit_kernels import ChunkPlan, chunk
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_kind
 from ..model.blocks import Stream
 from ..model.config import DCDiTConfig
 from ..model.dcdit import DCDiT
@@ -101,7 +101,8 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
 
     @classmethod
     def from_dcdit(cls, model: DCDiT) -> DCDiTTransformer2DModel:
-        """A model that shares this one's parameters and mode."""
+        """A model that shares this one's parameters and mode. Raises ConfigError for another kind of object."""
+        check_kind(model, DCDiT, "model", "DCDiT.from_pretrained reads a checkpoint")
         config = model.config.to_dict()
         size, learned = config.pop("input_size"), config.pop("learn_sigma")
         with on_meta():

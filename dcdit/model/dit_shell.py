@@ -10,7 +10,10 @@ from torch import nn
 
 from dcdit_kernels import Packing, adaln_modulate
 
+from ..errors import check_kind
 from .blocks import Stream
+from .config import DCDiTConfig
+from .dit_config import DiTConfig
 from .embedders import TimestepEmbedding, positions_of, sincos_2d
 from .layers import check_dtype
 from .mixed import check_inputs
@@ -26,6 +29,7 @@ class DiTShell(nn.Module):
 
     def __init__(self, config: Any, patch: int) -> None:
         super().__init__()
+        check_kind(config, (DCDiTConfig, DiTConfig), "config")
         self.config = config
         self.patch, self.grid = patch, tuple(n // patch for n in config.input_size)
         width = config.hidden_size

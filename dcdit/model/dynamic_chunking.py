@@ -65,6 +65,8 @@ class DynamicChunking(nn.Module):
         sigma: float | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(blocks, Iterable):
+            raise ConfigError(f"blocks must be a list of modules, got a {type(blocks).__name__}")
         self.depth = 0
         for block in blocks:
             self.add_module(str(self.depth), block)
@@ -196,6 +198,8 @@ def _check_call(block: nn.Module) -> None:
 
 
 def _checked(grid: tuple[int, ...]) -> tuple[int, ...]:
+    if not isinstance(grid, Iterable):
+        raise ConfigError(f"grid must be (L,), (H, W) or (F, H, W), got {grid!r}")
     grid = tuple(grid)
     if len(grid) not in (1, 2, 3) or min(grid) < 1:
         raise ValueError(f"grid must be (L,), (H, W) or (F, H, W), got {grid}")

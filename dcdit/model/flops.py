@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+from numbers import Real
 
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_kind
 from .config import DCDiTConfig
 from .meta import on_meta
 from .routers import make_router
@@ -19,6 +20,9 @@ def dcdit_flops(config: DCDiTConfig, tokens: float, router: nn.Module | None = N
     `uncounted` has the parts that the paper leaves out: stem, embedders, the residual projection and the output layer.
     A `router` of your own says its multiply-adds by `macs(cells)`; raises ConfigError where it does not.
     """
+    check_kind(config, DCDiTConfig, "config")
+    if not isinstance(tokens, Real):
+        raise ConfigError(f"tokens must be a number, got {tokens!r}")
     width, narrow, cells = config.hidden_size, config.encoder_width, config.cells
     conv_stack: float
     if config.encoder_stride == 1:

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..errors import ConfigError, check_kind
+
 # The parts of a model that the method computes in float32.
 WIDE = ("router", "residual_proj")
 # A narrower model at a batch of one loses more around its products than they gain.
@@ -21,8 +23,10 @@ def sampling_dtype(config: Any, device: torch.device | str) -> torch.dtype:
     a `hidden_size` of LEAST_WIDTH or more, else float32.
 
     AMX multiplies in bfloat16 at several times float32's rate. AVX512-BF16 alone does not make up for the conversions,
-    and a GPU's user says what is wanted.
+    and a GPU's user says what is wanted. Raises ConfigError for anything else than a configuration.
     """
+    if not hasattr(config, "hidden_size"):
+        raise ConfigError(f"config must be a model's configuration, as model.config, got a {type(config).__name__}")
     wide = config.hidden_size >= LEAST_WIDTH
     return torch.bfloat16 if wide and torch.device(device).type == "cpu" and has_amx() else torch.float32
 
@@ -37,8 +41,10 @@ def cast_weights(model: Model, dtype: torch.dtype) -> Model:
     """The model itself, its weights in `dtype`, except for router and residual path.
 
     For inference: autocast would cast the weights in every step or keep a second copy of them, and would normalise in
-    float32. Inputs x are then of that dtype.
+    float32. Inputs x are then of that dtype. Raises ConfigError for anything else than a module and a dtype.
     """
+    check_kind(model, nn.Module, "model")
+    check_kind(dtype, torch.dtype, "dtype")
     for name, part in model.named_children():
         if name not in WIDE:
             part.to(dtype)

@@ -94,7 +94,7 @@ class PictureRun:
         others = [file.name for file in self._present() if self._is_foreign(file)]
         if others:
             raise DataError(f"cannot write {self.folder}: it holds images of another run, such as {min(others)}")
-        known, present = self._stored(), any(True for _ in self._present())
+        known, present = self._stored(), list(self._present())
         if present and known is None:
             raise DataError(
                 f"cannot write {self.folder}: it holds images and no {SETTINGS} that says how they were made"
@@ -106,6 +106,12 @@ class PictureRun:
                     f"cannot write {self.folder}: it holds images of another run, {found}, "
                     f"this call asks for {value}; give another output or remove it"
                 )
+        more = sorted(file.name for file in present if int(file.name.partition("_")[0]) >= self.count)
+        if more:
+            raise DataError(
+                f"cannot write {self.folder}: this call asks for {self.count} images, and it holds more of this run, "
+                f"such as {more[0]}; give --num {int(more[-1].partition('_')[0]) + 1} or another output"
+            )
 
     def _present(self) -> Iterator[Path]:
         yield from self.folder.glob("*_class*.png")
@@ -113,7 +119,7 @@ class PictureRun:
 
     def _is_foreign(self, file: Path) -> bool:
         match = re.fullmatch(r"(\d{6,})_class(\d+)\.png", file.name)
-        return match is None or int(match[1]) >= self.count or int(match[2]) != self.label(int(match[1]))
+        return match is None or int(match[2]) != self.label(int(match[1]))
 
     def _stored(self) -> dict[str, Any] | None:
         try:

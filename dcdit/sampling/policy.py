@@ -95,6 +95,8 @@ class Policy:
             except ConfigError:
                 raise
             except ValueError as error:
+                if "=" in value:
+                    raise ConfigError(f"parts of a policy are joined by & or ;, got {part!r}") from error
                 raise ConfigError(f"policy {name} must look like {name}={_PARTS[name][1]}, got {part!r}") from error
             joined &= cls(**{name: read})
         return joined

@@ -7,12 +7,13 @@ import dataclasses
 import json
 import math
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_kind
 from ..files import expanded, read_text
 from ..model.config import DCDiTConfig, check_keys, preset
 from ..model.density import Density
@@ -51,6 +52,10 @@ SPENT_BY = {
     **dict.fromkeys(("rate", "warmup"), "dydit"),
     **dict.fromkeys(("patch", "scales"), "patches"),
 }
+
+
+GROUPS = {"model": DCDiTConfig, "data": DataConfig, "codec": CodecConfig, "optim": OptimConfig}
+GROUPS |= {"upcycle": UpcycleConfig, "spend": SpendConfig, "validation": ValidationConfig}
 
 
 def check_limits(config: Any, limits: tuple) -> None:
@@ -125,7 +130,11 @@ class TrainConfig:
     max_minutes: float = 0.0
     log_with: tuple[str, ...] = ()
 
+    given = frozenset[str]()  # keys that `load_config` read, with dots; no field
+
     def __post_init__(self) -> None:
+        for name, kind in GROUPS.items():
+            check_kind(getattr(self, name), kind, name)
         check_limits(self, LIMITS)
         for rho in self.drop_fractions:
             if not 0 <= rho < 1 - 2**-25:  # from there on float32 has 1
@@ -224,7 +233,17 @@ def load_config(path: str | Path, overrides: list[str] = (), kind: type = TrainC
         _assign(values, key.split("."), value)
     if "from" in values:
         _assign(values, ["upcycle", "source"] if kind is TrainConfig else ["source"], values.pop("from"))
-    return _build(kind, values, "")
+    config = _build(kind, values, "")
+    object.__setattr__(config, "given", frozenset(_names(values, "")))
+    return config
+
+
+def _names(values: dict[str, Any], prefix: str) -> Iterator[str]:
+    """The keys of nested mappings, with dots."""
+    for key, value in values.items():
+        yield prefix + key
+        if isinstance(value, dict):
+            yield from _names(value, f"{prefix}{key}.")
 
 
 def _read_yaml(text: str) -> Any:
@@ -269,8 +288,9 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     return cls.from_dict(given) if cls is DCDiTConfig else cls(**given)
 
 
-def _convert(hint: Any, value: Any, name: str) -> Any:
-    """`value` as the type that the field has. YAML reads 1e-3 as text and 4 as an integer; both are fine floats."""
+def _convert(hint: Any, value: Any, name: str, others: str = "") -> Any:
+    """`value` as the type that the field has. YAML reads 1e-3 as text and 4 as an integer; both are fine floats.
+    `others` is what else the field takes."""
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise ConfigError(f"{name} must be a group of keys, got {value!r}")
@@ -289,7 +309,8 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
             raise ConfigError(f"{name} must be a list, got {value!r}")
         if Ellipsis not in args and len(items) != len(args):
             raise ConfigError(f"{name} must be a list of {len(args)}, got {value!r}")
-        return tuple(_convert(args[0], item, name) for item in items)
+        others = f" or a list of {'them' if Ellipsis in args else len(args)}" if single else ""
+        return tuple(_convert(args[0], item, name, others) for item in items)
     if hint is float and type(value) in (int, str):
         with contextlib.suppress(ValueError):
             value = float(value)
@@ -298,4 +319,4 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
             raise ConfigError(f"{name} must be finite, got {value}")
         return value
     kinds = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
-    raise ConfigError(f"{name} must be {kinds[hint]}, got {value!r}")
+    raise ConfigError(f"{name} must be {kinds[hint]}{others}, got {value!r}")

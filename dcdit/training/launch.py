@@ -8,7 +8,7 @@ import warnings
 from ..errors import ConfigError
 from ..files import expanded
 from .config import TrainConfig
-from .ranks import cpu_ranks
+from .ranks import cpu_ranks, joining
 
 # Ways of splitting a model that need its blocks wrapped: the trainer holds the whole model on every process.
 REFUSED = {
@@ -51,12 +51,13 @@ def make_accelerator(config: TrainConfig):
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     hidden = {name: os.environ.pop(name, None) for name in _OWN}
     try:
-        return Accelerator(
-            mixed_precision=config.precision,
-            cpu=cpu_ranks(),
-            log_with=list(config.log_with) or None,
-            project_config=project,
-        )
+        with joining():
+            return Accelerator(
+                mixed_precision=config.precision,
+                cpu=cpu_ranks(),
+                log_with=list(config.log_with) or None,
+                project_config=project,
+            )
     finally:
         os.environ.update({name: value for name, value in hidden.items() if value is not None})
 

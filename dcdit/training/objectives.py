@@ -11,6 +11,8 @@ import math
 import numpy as np
 import torch
 
+from ..errors import ConfigError, check_kind
+
 SUB_BATCH = 16  # samples, of the ratio loss
 
 
@@ -121,9 +123,14 @@ def ratio_loss(
 
     `boundary_prob` (B, L) float and `natural_mask` (B, L) bool; F is the mean of the mask, G of the probabilities, both
     over the cells that `valid` bool (B, L) marks, by default all. Each `sub_batch` samples in a row form one sub-batch;
-    the last may be smaller. Returns a scalar. Raises ValueError for shapes that differ.
+    the last may be smaller. Returns a scalar. Raises ValueError for shapes that differ and an N of 1 or less.
     """
     given = (natural_mask,) if valid is None else (natural_mask, valid)
+    for tensor in (boundary_prob, *given):
+        check_kind(tensor, torch.Tensor, "each of ratio_loss's probabilities and masks")
+    check_kind(target_ratio, (float, int), "target_ratio")
+    if not target_ratio > 1:
+        raise ConfigError(f"target_ratio N must be greater than 1, got {target_ratio}")
     if boundary_prob.dim() != 2 or any(mask.shape != boundary_prob.shape for mask in given):
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (boundary_prob, *given))
         raise ValueError(f"ratio_loss: boundary_prob and its masks must have one shape (B, L), got {shapes}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..errors import check_kind
 from ..interrupts import raised
 from .config import TrainConfig
 from .gated import GatedMainTrainer
@@ -21,6 +22,7 @@ def train(config: TrainConfig, allow: Sequence[str] = ()) -> Path:
     OUTPUT/metrics.jsonl. `allow` names keys that may differ from the resumed run's. Raises DCDiTError for unusable
     input.
     """
+    check_kind(config, TrainConfig, "config", "load_config reads a YAML file")
     kind: type[Trainer] = Upcycler if config.upcycle.source else Trainer
     if config.kind != "dcdit":
         kind = GatedMainTrainer if config.kind == "dydit" and config.init else TRAINERS[config.kind]

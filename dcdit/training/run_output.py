@@ -23,20 +23,27 @@ def describe_run(trainer) -> str:
     size = f"{config.tokens_per_batch} cells" if config.tokens_per_batch else str(config.batch_size)
     batch = f"batch {size}" + (f" in {config.accumulate} parts" if config.accumulate > 1 else "")
     processes = f"{trainer.ranks} process{'es' * (trainer.ranks > 1)}"
-    begin = f"resuming at step {trainer.step} of {config.steps}"
-    if not trainer.step:
-        begin = f"from step 0 of {config.steps}, {trainer.started}"
+    begin = position(trainer.step, config.steps) + ("" if trainer.step else f", {trainer.started}")
+    known, most = trainer.source.classes, model.num_classes
+    classes = f"; the data has {known} of its {most} classes" if known and known < most else ""
     return "\n".join(
         [
             f"data    {trainer.source.describe()}",
             f"model   {count:,} parameters; {height}×{width} = {model.cells} cells, about 1 in {model.target_ratio:g} "
-            f"kept; {config.objective}, codec {codec}",
+            f"kept; {config.objective}, codec {codec}{classes}",
             f"device  {device.type} ({name}), {precision}, {processes}, {batch}",
             f"output  {trainer.output}, {begin}",
             *(f"unused  {line}" for line in unused(config)),
             *(f"changed {c['key']} from {c['from']} to {c['to']} at step {c['step']}" for c in trainer.changes),
         ]
     )
+
+
+def position(step: int, steps: int) -> str:
+    """Where a run stands, in words."""
+    if step > steps:
+        return f"at step {step} already, past the {steps} that are asked for"
+    return f"resuming at step {step} of {steps}" if step else f"from step 0 of {steps}"
 
 
 def look(trainer) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from operator import attrgetter
 
-from .config import TrainConfig
+from .config import SPENT_BY, TrainConfig
 
 # Keys, what reads them, and whether that is in a run.
 READERS: tuple[tuple[str, str, Callable[[TrainConfig], object]], ...] = (
@@ -19,15 +19,21 @@ READERS: tuple[tuple[str, str, Callable[[TrainConfig], object]], ...] = (
     ("validation.steps validation.guidance", "validation.samples", lambda run: run.validation.samples),
     ("drop_fractions drop_warmup ratio_weight", "kind=dcdit", lambda run: run.kind == "dcdit" or run.init),
     ("ratio_weight", "a router that learns", lambda run: run.model.router != "guess"),
+    ("drop_fractions", "a run without budgets", lambda run: not run.budgets),
+    ("batch_size", "a run without tokens_per_batch", lambda run: not run.tokens_per_batch),
+    ("time_shift", "objective=flow", lambda run: run.objective == "flow"),
+    ("min_snr", "objective=ddpm", lambda run: run.objective == "ddpm"),
+    *((f"spend.{key}", f"kind={kind}", lambda run, kind=kind: run.kind == kind) for key, kind in SPENT_BY.items()),
 )
 
 
 def unused(config: TrainConfig) -> list[str]:
-    """Such keys with what would read them; a key that has its default is not given."""
+    """Such keys with what would read them: those that `load_config` read, and those without their default."""
     default, lines = TrainConfig(), list[str]()
     for names, reader, reads in READERS:
         for key in (key for name in names.split() for key in _keys(name)):
-            if not reads(config) and attrgetter(key)(config) != attrgetter(key)(default):
+            given = key in config.given or attrgetter(key)(config) != attrgetter(key)(default)
+            if given and not reads(config):
                 lines.append(f"{key} is of {reader}")
     return lines
 

@@ -9,7 +9,7 @@ import torch
 
 from ..checkpoints.dit import check_source, load_dit
 from ..checkpoints.dit import to_dit as to_dit
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, check_kind
 from ..model.config import DCDiTConfig
 from ..model.dcdit import DCDiT
 from ..model.embedders import sincos_2d
@@ -24,7 +24,10 @@ def upcycle(teacher: PlainDiT, config: DCDiTConfig) -> DCDiT:
 
     Needs `config.cond_norm`. The position table counts in the teacher's patches, the unit that the blocks know. Where
     the teacher has another number of classes, the student's embeddings are fresh and trained, but for "no class".
+    Raises ConfigError.
     """
+    check_kind(teacher, PlainDiT, "teacher", "load_dit reads one")
+    check_kind(config, DCDiTConfig, "config")
     if not config.cond_norm:
         raise ConfigError("an upcycled model needs cond_norm=True in its configuration")
     model = DCDiT(config)

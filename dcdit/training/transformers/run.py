@@ -30,6 +30,7 @@ from ..launch import make_accelerator
 from ..objectives import FlowMatching
 from ..progress import Progress
 from ..resume import check_allowed, describe_data, diverged, saved_run
+from ..run_output import position
 from ..state import EMA, Metrics, load_state, save_state, whole
 from .config import TransformerConfig
 from .lora import Learned, add_lora, merged, save_adapters
@@ -156,7 +157,7 @@ class TransformerUpcycler:
         config, main = self.config, self.accelerator.is_main_process
         since, images = time.monotonic(), 0
         count, shapes = sum(p.numel() for p in self.net.parameters()), len(self.data.buckets)
-        place = f"process{'es' * (self.ranks > 1)} on {self.device.type}, from step {self.step} of {config.steps}"
+        place = f"process{'es' * (self.ranks > 1)} on {self.device.type}, {position(self.step, config.steps)}"
         self.accelerator.print(f"{config.family}, {count:,} parameters; {len(self.data)} samples of {shapes} shapes")
         self.accelerator.print(f"{self.ranks} {place}", flush=True)
         progress = Progress(self.step, config.steps, main)

@@ -1,0 +1,90 @@
+"""Paths that hold something else than was meant: the answer says what is there, and what is near."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_cli import EXTRA, TINY, rejected
+
+from bench.count import main as count
+from dcdit.checkpoints.folder import save_checkpoint
+from dcdit.cli import main
+from dcdit.model.dcdit import DCDiT
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run with two snapshots, each a checkpoint."""
+    folder = tmp_path_factory.mktemp("runs") / "pets"
+    for step in ("step-0000001", "step-0000002"):
+        save_checkpoint(folder / "snapshots" / step, DCDiT(TINY), EXTRA)
+    return folder
+
+
+def test_a_folder_of_checkpoints_and_a_name_beside_them(runs, capsys):
+    snapshots = runs / "snapshots"
+    rejected(capsys, ["sample", snapshots, "--cpu"], f"config.json is missing; did you mean {snapshots}/step-0000001?")
+    rejected(capsys, ["info", snapshots / "step-2"], f"no checkpoint at {snapshots}/step-2; did you mean {snapshots}/")
+    rejected(capsys, ["info", runs / "snapshots" / "nothing"], "; digits ships with dcdit")
+
+
+def test_files_in_place_of_a_checkpoint(runs, tmp_path, capsys):
+    (tmp_path / "pets.yaml").write_text("steps: 1\n")
+    (tmp_path / "pets.pt").write_bytes(b"x")
+    weights = runs / "snapshots" / "step-0000001" / "model.safetensors"
+    for file, hint in {
+        tmp_path / "pets.yaml": "; dcdit train makes one from a configuration",
+        tmp_path / "pets.pt": "; dcdit convert makes one of a .pt",
+        weights: f"; give {weights.parent}",
+    }.items():
+        rejected(capsys, ["info", file], f"{file} is a file, expected a folder of config.json and ", hint)
+
+
+def test_folders_that_diffusers_wrote(tmp_path, capsys):
+    diffusers = pytest.importorskip("diffusers")
+    from dcdit.integrations.pipeline import DCDiTPipeline
+    from dcdit.integrations.transformer import DCDiTTransformer2DModel
+
+    transformer = DCDiTTransformer2DModel.from_dcdit(DCDiT(TINY))
+    DCDiTPipeline(transformer, diffusers.FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path)
+    rejected(capsys, ["sample", tmp_path, "--cpu"], "config.json is missing, it holds a pipeline of diffusers")
+    folder = tmp_path / "transformer"
+    how = "DCDiTTransformer2DModel.from_pretrained(…).model.save_pretrained(…) writes one"
+    rejected(capsys, ["sample", folder, "--cpu"], "of diffusers, expected a dcdit config", how)
+    DCDiTTransformer2DModel.from_pretrained(folder).model.save_pretrained(tmp_path / "ours")
+    assert main(["info", str(tmp_path / "ours")]) == 0
+
+
+def test_a_preset_in_small_letters(capsys):
+    rejected(capsys, ["info", "dc-dit-xl/n4"], "unknown preset name 'dc-dit-xl/n4'; did you mean 'DC-DiT-XL/N4'?")
+    with pytest.raises(SystemExit):
+        count(["DC-DiT-Z/N4"])
+    assert "unknown preset name 'DC-DiT-Z/N4'; did you mean 'DC-DiT-S/N4'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_data_that_is_no_folder(there, tmp_path, capsys):
+    file, config = tmp_path / "pets.zip", tmp_path / "a.yaml"
+    if there:
+        file.write_bytes(b"PK")
+    config.write_text("{steps: 1, batch_size: 16, codec: {kind: autoencoder_kl}}")
+    what = f"{file} is {'a file' if there else 'not there'}, expected a folder with "
+    rejected(capsys, ["data", "check", file], what + "a sub-folder of pictures per class")
+    words = ["train", config, f"output={tmp_path / 'out'}", f"data.path={file}"]
+    rejected(capsys, [*words, "data.kind=folder", "codec.kind=pixel_unshuffle"], what)
+    rejected(capsys, [*words, "data.kind=latents"], what + "one folder *_features")
+    assert not (tmp_path / "out").exists()
+
+
+def test_fewer_pictures_than_are_there(runs, tmp_path, capsys):
+    words = ["sample", str(runs / "snapshots" / "step-0000001"), "--cpu", "--steps", "1", "--format", "png"]
+    words += ["--output", str(tmp_path / "out"), "--num"]
+    assert main([*words, "3"]) == 0
+    capsys.readouterr()
+    more = "it holds more of this run, such as 000002_class2.png; give --num 3 or another output"
+    rejected(capsys, [*words, "2"], "cannot write", "this call asks for 2 images", more)
+    rejected(capsys, [*words, "2", "--seed", "1"], "images of another run, with seed=0")
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "out" / "000001_class3.png")
+    rejected(capsys, [*words, "3"], "images of another run, such as 000001_class3.png")
+    shutil.rmtree(tmp_path / "out")
