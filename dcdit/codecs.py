@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -84,6 +85,7 @@ CODECS = {"pixel_unshuffle": PixelUnshuffle, "autoencoder_kl": AutoencoderKL}
 def make_codec(kind: str = "", **options: Any) -> PixelUnshuffle | AutoencoderKL:
     """A codec by name, with the options of its class. Raises ConfigError for an unknown name or option."""
     check_keys([kind], CODECS, "codec")
+    check_keys(options, inspect.signature(CODECS[kind]).parameters, f"codec {kind}")
     try:
         return CODECS[kind](**options)
     except TypeError as error:

@@ -67,8 +67,11 @@ def sync(file: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def check_folder(directory: Path) -> Path:
-    """The folder, which need not be there yet. Raises DataError where it cannot be made or written."""
+def check_folder(directory: Path, data: str | Path = "") -> Path:
+    """The folder, which need not be there yet. Raises DataError where it cannot be made or written, and where it is the
+    folder `data` or inside of it, whose next reader would take what is written for data."""
+    if data and expanded(data).resolve() in (directory.resolve(), *directory.resolve().parents):
+        raise DataError(f"cannot write {directory}: it must be a folder outside of the data, {data}")
     place = directory.absolute()
     while not place.exists() and place != place.parent:
         if place.is_symlink():

@@ -311,7 +311,7 @@ def test_encode_writes_outside_of_the_pictures(out, tmp_path, capsys):
     save(root / "cat" / "1.png", flat(1))
     before = sorted(root.rglob("*"))
     assert main(["data", "encode", str(root), str(root / out), "--codec", "vae", "--cpu"]) == 2
-    assert "must have a folder outside of the pictures'" in capsys.readouterr().err
+    assert "it must be a folder outside of the data, " in capsys.readouterr().err
     assert sorted(root.rglob("*")) == before
 
 

@@ -259,6 +259,10 @@ def test_a_codec_that_does_not_fit_is_found_first(checkpoint, tmp_path, capsys):
     for codec, message in (
         ({"kind": "pixel_unshuffle", "factor": 3}, "does not fit the model: latents of 4 channels"),
         ({}, "unknown codec"),
+        (
+            {"kind": "pixel_unshuffle", "factor": 2, "scale": 1},
+            "unknown codec pixel_unshuffle key 'scale'; known: factor",
+        ),
     ):
         save_checkpoint(tmp_path / "model", model, {**use, "codec": codec})
         assert main(words(str(tmp_path / "model"), tmp_path / "out")) == 2

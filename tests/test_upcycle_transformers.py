@@ -299,7 +299,11 @@ def test_samples_are_held_against_the_models_of_each_family(family, tmp_path):
 CASES = {
     "source=nowhere": (CheckpointError, "nowhere must be a folder of diffusers with config.json"),
     "family=sd3": (CheckpointError, "must have a SD3Transformer2DModel, got FluxTransformer2DModel"),
-    "latents=nowhere": (DataError, "nowhere must be a folder of safetensors, npz, tar or parquet files with latents"),
+    "latents=nowhere": (
+        DataError,
+        "nowhere is not there, expected a folder with safetensors, npz, tar or parquet files",
+    ),
+    "output=latents/run": (DataError, "cannot write latents/run: it must be a folder outside of the data"),
     "latents=source": (DataError, "must have latents of 3 dimensions, got none"),
     "latents=''": (ConfigError, "latents must be a folder"),
     "batch_size=0": (ConfigError, "batch_size must be at least 1, got 0"),

@@ -77,6 +77,17 @@ def test_data_that_is_no_folder(there, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("inside", [".", "cat", "cat/run"])
+def test_a_run_is_written_outside_of_its_pictures(inside, tmp_path, capsys):
+    """Its sheets of samples would be pictures of the next run."""
+    (tmp_path / "pets" / "cat").mkdir(parents=True)
+    Image.new("RGB", (16, 16)).save(tmp_path / "pets" / "cat" / "1.png")
+    (tmp_path / "a.yaml").write_text("{steps: 1, batch_size: 16, data: {kind: folder, size: 16}}")
+    words = [f"data.path={tmp_path / 'pets'}", f"output={tmp_path / 'pets' / inside}"]
+    rejected(capsys, ["train", tmp_path / "a.yaml", *words], "it must be a folder outside of the data, ")
+    assert len(list((tmp_path / "pets").rglob("*"))) == 2
+
+
 def test_fewer_pictures_than_are_there(runs, tmp_path, capsys):
     words = ["sample", str(runs / "snapshots" / "step-0000001"), "--cpu", "--steps", "1", "--format", "png"]
     words += ["--output", str(tmp_path / "out"), "--num"]

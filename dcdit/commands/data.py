@@ -99,9 +99,7 @@ def encode(args: argparse.Namespace) -> None:
     from ..files import check_folder, locked
 
     source = ImageFolder(args.folder, args.size, args.background, args.buckets)
-    target = check_folder(expanded(args.out))
-    if source.root.resolve() in (target.resolve(), *target.resolve().parents):
-        raise ConfigError(f"the latents must have a folder outside of the pictures', {args.folder}, got {args.out}")
+    target = check_folder(expanded(args.out), args.folder)
     print(source.describe(), flush=True)
     use = {"kind": "autoencoder_kl", "pretrained": args.codec, "scale": args.scale or None}
     codec = AutoencoderKL(args.codec, args.scale or None)

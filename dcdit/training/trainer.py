@@ -46,7 +46,8 @@ class Trainer:
     def __init__(self, config: TrainConfig, allow: Sequence[str] = ()) -> None:
         self.config = config
         check_allowed(allow, config.to_dict())
-        self.output = check_folder(expanded(config.output))
+        pictures = config.data.path if config.data.kind == "folder" else ""
+        self.output = check_folder(expanded(config.output), pictures)
         self.accelerator = make_accelerator(config)
         self.device, self.ranks = self.accelerator.device, self.accelerator.num_processes
         check_split(0 if config.tokens_per_batch else config.batch_size, self.ranks, config.accumulate)

@@ -45,7 +45,7 @@ class TransformerUpcycler:
     def __init__(self, config: TransformerConfig, allow: Sequence[str] = ()) -> None:
         self.config, self.velocity = config, VELOCITIES[config.family]()
         check_allowed(allow, config.to_dict())
-        self.output = check_folder(expanded(config.output))
+        self.output = check_folder(expanded(config.output), config.latents)
         self.accelerator = make_accelerator(config)
         self.device, self.ranks = self.accelerator.device, self.accelerator.num_processes
         if config.batch_size % self.ranks:
