@@ -33,7 +33,15 @@ NO_MEMORY = ("OutOfMemoryError", "MemoryError", "can't allocate memory", "not en
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         """One line, like every other complaint."""
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {message}{_meant(message, self.prog)}; see {self.prog} --help\n")
+
+
+def _meant(message: str, prog: str) -> str:
+    """What was meant by words that no option takes, where that is plain."""
+    words = message.removeprefix("unrecognized arguments: ").split() if message.startswith("unrecognized") else []
+    if words and words[0].startswith("--") and prog in ("dcdit train", "dcdit upcycle"):
+        return ": keys of the configuration are given as steps=1000"
+    return ": lists are written as 1,3,5" if words and all(word.isdecimal() for word in words) else ""
 
 
 class _Version(argparse.Action):

@@ -3,6 +3,8 @@
 python examples/dit_diffusers.py
 """
 
+import argparse
+
 import torch
 from diffusers import DiTTransformer2DModel
 
@@ -59,4 +61,5 @@ def main(steps: int = 100) -> tuple[float, float, float]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     main()

@@ -8,6 +8,8 @@ velocities, on digits that no training sees. At last `router="motion"` looks at 
 in the first frame alone.
 """
 
+import argparse
+
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
@@ -99,4 +101,5 @@ def main(steps: int = 100) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     main()

@@ -3,6 +3,8 @@
 python examples/pixart.py
 """
 
+import argparse
+
 import torch
 from diffusers import PixArtTransformer2DModel
 
@@ -63,4 +65,5 @@ def main(steps: int = 100) -> tuple[float, float, float]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     main()

@@ -6,6 +6,7 @@ Ten callers ask at random moments. Each gives a class, a seed, a number of steps
 framework's handlers would call `Server.picture` in the place of `caller`.
 """
 
+import argparse
 import asyncio
 import random
 import time
@@ -71,4 +72,5 @@ async def main(moment=2.0):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     asyncio.run(main())

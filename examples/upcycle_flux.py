@@ -6,6 +6,7 @@ A dense FluxTransformer2DModel is trained first, as the pretrained model that on
 digit. Time and text modules are frozen while upcycling. The losses are of velocities, on digits that no training sees.
 """
 
+import argparse
 import copy
 
 import torch
@@ -103,4 +104,5 @@ def main(steps: int = 200, teacher_steps: int = 300) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     main()

@@ -3,6 +3,8 @@
 python examples/video.py
 """
 
+import argparse
+
 import torch
 from torch import nn
 
@@ -78,4 +80,5 @@ def main(steps: int = 200) -> tuple[float, float, float]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     main()

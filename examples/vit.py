@@ -6,6 +6,8 @@ keeps the patches of highest contrast. `classify` takes timm's own VisionTransfo
 python examples/vit.py
 """
 
+import argparse
+
 import torch
 from torch import nn
 
@@ -144,5 +146,6 @@ def main(steps: int = 60, rotary: bool = False) -> tuple[float, float, float]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     main()
     main(rotary=True)

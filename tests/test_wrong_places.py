@@ -1,5 +1,6 @@
 """Paths that hold something else than was meant: the answer says what is there, and what is near."""
 
+import runpy
 import shutil
 
 import numpy as np
@@ -61,6 +62,15 @@ def test_a_preset_in_small_letters(capsys):
     with pytest.raises(SystemExit):
         count(["DC-DiT-Z/N4"])
     assert "unknown preset name 'DC-DiT-Z/N4'; did you mean 'DC-DiT-S/N4'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["dit_diffusers", "moving_digits", "pixart", "serve", "upcycle_flux", "video", "vit"])
+def test_examples_without_options_refuse_some(name, monkeypatch, capsys):
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr("sys.argv", [name, "--port", "80"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(f"examples/{name}.py", run_name="__main__")
+    assert "error: unrecognized arguments: --port 80" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("there", [True, False])
