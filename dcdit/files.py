@@ -84,6 +84,12 @@ def check_folder(directory: Path, data: str | Path = "") -> Path:
     return directory
 
 
+def check_file(path: Path, *endings: str) -> None:
+    """Raise DataError where a file with none of these endings is there: by a slip a picture would be replaced."""
+    if path.is_file() and path.suffix not in endings:
+        raise DataError(f"cannot write {path}: it is there and is no {' or '.join(endings)} file; give another name")
+
+
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Keep other runs out of a folder; the operating system frees it when the process ends. Raises DataError.

@@ -144,5 +144,9 @@ def test_the_command(tmp_path, capsys):
         assert "/dev/full: No space left on device" in capsys.readouterr().err
     assert main([*words, "--output", str(tmp_path / "none" / "numbers.json")]) == 2
     assert "--output must be a file in a folder that is there" in capsys.readouterr().err
+    before = (tmp_path / "real.npz").stat().st_mtime_ns
+    assert main([*words, "--output", str(tmp_path / "real.npz")]) == 2
+    assert "real.npz: it is there and is no .json file; give another name" in capsys.readouterr().err
+    assert (tmp_path / "real.npz").stat().st_mtime_ns == before
     assert main([*words, "--features", str(tmp_path / "real.npz")]) == 2
     assert "is not a TorchScript network" in capsys.readouterr().err

@@ -184,6 +184,7 @@ def test_targets_of_the_wrong_kind(tmp_path, capsys):
     for words, message in (
         (["a", "a"], "is a folder, expected the name of a .pt file"),
         (["a", "/"], "is a folder, expected the name of a .pt file"),
+        (["a", "file"], "it is there and is no .pt or .pth file; give another name"),
         ([RELEASE, "file"], "is a file, expected a folder for config.json and model.safetensors"),
     ):
         assert main(["convert", *(str(tmp_path / word) for word in words)]) == 2

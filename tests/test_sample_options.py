@@ -1,5 +1,6 @@
 """Arguments of `sample` and `dcdit sample`: classes, ρ, sizes; bad input; two processes."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from dcdit.commands.options import parse_classes, parse_drop_fraction
 from dcdit.errors import ConfigError
 from dcdit.model.config import DCDiTConfig
 from dcdit.model.dcdit import DCDiT
+from dcdit.sampling import Batcher
 from dcdit.sampling.sampler import sample
 
 
@@ -80,6 +82,18 @@ def flow():
 def test_bad_input_is_named(flow, arguments, words):
     with pytest.raises(ConfigError, match=words):
         sample(flow, **{"classes": [0, 1], "objective": "flow", "steps": 3, **arguments})
+
+
+def test_a_model_that_names_another_objective(flow):
+    flow = copy.copy(flow)
+    flow.use = {"objective": "ddpm"}
+    message = "objective must be ddpm, in which the model was trained, got flow"
+    with pytest.raises(ConfigError, match=message):
+        sample(flow, [0], objective="flow", steps=1)
+    with pytest.raises(ConfigError, match=message):
+        Batcher(flow, objective="flow", steps=1).submit(0)
+    flow.use = {}
+    sample(flow, [0], objective="flow", steps=1)
 
 
 def test_channels_that_the_checkpoint_names_may_be_idle(tmp_path, flow):

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError, first_line
-from ..files import expanded, naming, read_json, replacing, sync
+from ..files import check_file, expanded, naming, read_json, replacing, sync
 from ..model.config import DCDiTConfig, preset_of_size
 from ..model.dcdit import DCDiT
 from .near import folder_of, near_folder, near_name, own_class
@@ -292,11 +292,12 @@ def save_release(path: str | Path, model: DCDiT, extra: dict[str, Any] | None = 
 
     Of `extra`, as of `save_checkpoint`, it keeps objective, codec, guidance channels and class names; the file says so
     where they are not known. Raises CheckpointError for a model that the layout has no place for, such as one on a grid
-    that is not square.
+    that is not square, and DataError where a file of another kind is there.
     """
     path = expanded(path)
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder, expected the name of a .pt file")
+    check_file(path, ".pt", ".pth")
     if not isinstance(model, DCDiT) or system_of(model):
         raise CheckpointError(f"the public release has no place for a {type(model).__name__}, expected a DC-DiT")
     extra = getattr(model, "use", {}) if extra is None else extra

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..files import check_file
 from ..model.config import PRESETS, preset
 from .options import add_precision, in_precision
 
@@ -45,6 +46,8 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"rounds must be at least 1, got {args.rounds}")
     if args.output is not None and args.output.is_dir():
         raise ConfigError(f"--output must be a file, got the folder {args.output}")
+    if args.output is not None:
+        check_file(args.output, ".json")
     if args.training and args.precision == "bfloat16":
         raise ConfigError("--training is in float32: leave --precision bfloat16 out")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")

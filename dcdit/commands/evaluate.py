@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from ..errors import ConfigError, first_sentence
-from ..files import naming
+from ..files import check_file, naming
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +31,8 @@ def run(args: argparse.Namespace) -> None:
 
     if args.output and (args.output.is_dir() or not args.output.absolute().parent.is_dir()):
         raise ConfigError(f"--output must be a file in a folder that is there, got {args.output}")
+    if args.output:
+        check_file(args.output, ".json")
     samples = open_set(args.samples)
     first = next(samples.batches())
     size = first.shape[1]

@@ -130,6 +130,9 @@ def plan_trajectory(
         size = tuple(edit.mask.shape)
     size = checked_size(config.input_size if size is None else size, getattr(config, "encoder_stride", 1))
     inner = innermost(model)
+    own = getattr(inner, "use", {}).get("objective")
+    if own not in (None, objective):
+        raise ConfigError(f"objective must be {own}, in which the model was trained, got {objective}")
     if takes_guess(inner) and objective != "flow":
         raise ConfigError(f"a model with router guess has objective flow, got {objective}")
     if isinstance(inner, DiTShell) and size != config.input_size:
