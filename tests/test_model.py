@@ -1,6 +1,7 @@
 """Sizes and FLOPs of the presets, the model's contract, its checkpoints, and its errors for bad input."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from dcdit.commands.info import count_parameters
 from dcdit.errors import CheckpointError, ConfigError
 from dcdit.model.config import PRESETS, DCDiTConfig, preset
 from dcdit.model.dcdit import DCDiT
+from dcdit.model.embedders import sincos_2d
 from dcdit.model.flops import dcdit_flops, dit_flops
 from dcdit.model.layers import RMSNorm, gelu_tanh
 from dcdit.model.routing import Routing
@@ -70,6 +72,20 @@ def test_segment_means_and_norm_groups():
         net(x, t, y, routing=routing)
         (grad,) = torch.autograd.grad(seen[name].sum(), h)
         assert int((grad[0].abs().sum(1) > 0).sum()) == (net.config.cells if name == "mean" else int(prob.sum()))
+
+
+@pytest.mark.parametrize("grid", [TINY.input_size, (6, 5)])
+def test_positions_are_means_over_segments(grid):
+    """As cells are, token by token; of the configuration's grid and of another."""
+    config = DCDiTConfig.from_dict({**TINY.to_dict(), "segment_mean": True, "mean_positions": True})
+    model, cells = DCDiT(config).double(), math.prod(grid)
+    h = torch.randn(2, cells, config.hidden_size, dtype=torch.float64)
+    routing = Routing.of((torch.arange(2 * cells).view(2, cells) % 7 == 3).double(), grid)
+    placed = (h + sincos_2d(config.hidden_size, grid).double()).flatten(0, 1)
+    owner = routing.plan.nearest.flatten()
+    want = torch.stack([placed[owner == token].mean(0) for token in range(int(routing.boundary_mask.sum()))])
+    torch.testing.assert_close(model.gather(h, routing)[: len(want)], want, rtol=0, atol=1e-12)
+    assert model.gather(h.bfloat16(), routing).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("meta", [False, True])
@@ -272,6 +288,7 @@ def test_bad_input(model, change, message):
         ({"keep_grid": -1}, "keep_grid must be an integer of at least 0, got -1"),
         ({"direct_init": 1}, "direct_init must be true or false, got 1"),
         ({"segment_mean": 1}, "segment_mean must be true or false, got 1"),
+        ({"mean_positions": True}, "mean_positions needs segment_mean: true"),
     ],
 )
 def test_bad_config(values, message):

@@ -159,7 +159,7 @@ def test_keys_that_shape_weights():
     values = {"input_size": 28, "in_channels": 3, "num_classes": 5, "hidden_size": 192, "depth": 2, "num_heads": 4}
     values |= {"encoder_width": 64, "encoder_stride": 2, "norm_groups": 16, "mlp_ratio": 2.0, "target_ratio": 5.0}
     values |= {"router": "cosine", "sigma": 2.0, "learn_sigma": True, "cond_norm": True, "segment_mean": True}
-    values |= {"keep_grid": 2, "direct_init": True}
+    values |= {"mean_positions": True, "keep_grid": 2, "direct_init": True}
     base = PRESETS["digits"]
     assert values.keys() == base.to_dict().keys()
 
@@ -167,7 +167,10 @@ def test_keys_that_shape_weights():
         with torch.device("meta"):
             return {name: p.shape for name, p in DCDiT(config).named_parameters()}
 
-    changed = {key for key in values if shapes(dataclasses.replace(base, **{key: values[key]})) != shapes(base)}
+    def alone(key):
+        return {key: values[key]} | ({"segment_mean": True} if key == "mean_positions" else {})  # which it needs
+
+    changed = {key for key in values if shapes(dataclasses.replace(base, **alone(key))) != shapes(base)}
     assert {f"model.{key}" for key in changed | {"num_heads"}} == {key for key in SHAPING if key.startswith("model.")}
 
 

@@ -51,6 +51,7 @@ DRAWN = "quality_drawn.jsonl"  # beside RESULTS
 FIXED = ["model.segment_mean=true", "model.norm_groups=8"]
 MENDED = [*FIXED, "model.keep_grid={kept}"]
 DIRECT = "model.direct_init=true"
+PLACES = "model.mean_positions=true"
 # Name → the kind of rival, and its changes to bench/quality/study.yaml.
 VARIANTS: dict[str, tuple[str, list[str]]] = {
     "learned": ("learned", []),
@@ -68,6 +69,8 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "grid-mended": ("grid", FIXED),
     "grid-direct": ("grid", [*FIXED, DIRECT]),
     "guess-direct": ("learned", [*FIXED, DIRECT, "model.router=guess"]),
+    "direct-places": ("learned", [*MENDED, DIRECT, PLACES]),
+    "guess-places": ("learned", [*FIXED, DIRECT, "model.router=guess", PLACES]),
     "latents": ("latents", ["model.norm_groups=8", DIRECT, "model.depth=5"]),
     "plain": ("plain", []),
     "plain-guess": ("plain-guess", []),

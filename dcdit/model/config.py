@@ -23,11 +23,12 @@ class DCDiTConfig:
     in encoder and decoder: `encoder_width` should be at least twice as many, or each group has one channel and takes
     away the time and class just added to it. The paper's `encoder_stride` is 1; 2 runs encoder and decoder on blocks of
     2×2 cells, at a fifth of their FLOPs. With `segment_mean` a token is the mean of the cells that it will refill; the
-    paper's is its own cell. `keep_grid` k > 0 keeps every k-th cell of every k-th row besides the router's; they count
-    towards 1/N. `direct_init` starts the stem with its centre tap alone and the residual path as the identity, so that
-    cells reach the decoder from the first step; the paper's start with nine taps and zeros. `router` is the paper's
-    "predictability" (v2) or "cosine" (v1), or "guess": the cells with most contrast in the model's own guess of the
-    clean latents, without parameters, for flow matching and an N that is a square.
+    paper's is its own cell. With `mean_positions` besides, a token's position is the mean of theirs, which says where
+    they are and how far apart. `keep_grid` k > 0 keeps every k-th cell of every k-th row besides the router's; they
+    count towards 1/N. `direct_init` starts the stem with its centre tap alone and the residual path as the identity, so
+    that cells reach the decoder from the first step; the paper's start with nine taps and zeros. `router` is the
+    paper's "predictability" (v2) or "cosine" (v1), or "guess": the cells with most contrast in the model's own guess of
+    the clean latents, without parameters, for flow matching and an N that is a square.
     Raises ConfigError when the sizes do not fit together.
     """
 
@@ -47,6 +48,7 @@ class DCDiTConfig:
     learn_sigma: bool = True
     cond_norm: bool = False
     segment_mean: bool = False
+    mean_positions: bool = False
     keep_grid: int = 0
     direct_init: bool = False
 
@@ -77,9 +79,11 @@ class DCDiTConfig:
         for name in ("mlp_ratio", "target_ratio", "sigma"):
             if not isinstance(getattr(self, name), int | float):
                 raise ConfigError(f"{name} must be a number, got {getattr(self, name)!r}")
-        for name in ("learn_sigma", "cond_norm", "segment_mean", "direct_init"):
+        for name in ("learn_sigma", "cond_norm", "segment_mean", "mean_positions", "direct_init"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.mean_positions and not self.segment_mean:
+            raise ConfigError("mean_positions needs segment_mean: true")
         if self.hidden_size % self.num_heads:
             raise ConfigError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.hidden_size % 32 or self.encoder_width % 32:

@@ -254,8 +254,10 @@ class DCDiT(nn.Module):
 
     def gather(self, h: torch.Tensor, routing: Routing) -> torch.Tensor:
         """h (B, L, D) → the tokens of the retained cells with their positions, packed (capacity, D)."""
-        reduce = "mean" if self.config.segment_mean else "own"
-        return routing.chunk(h, self.positions(routing.plan.grid), reduce)
+        positions = self.positions(routing.plan.grid)
+        if self.config.mean_positions:
+            return routing.chunk(h + positions.to(h.dtype), reduce="mean")
+        return routing.chunk(h, positions, "mean" if self.config.segment_mean else "own")
 
     def backbone(self, tokens: torch.Tensor, c: torch.Tensor, packing: Packing, **inputs: Any) -> torch.Tensor:
         """Packed tokens (capacity, D), c (B, D) → tokens (capacity, D)."""
