@@ -159,6 +159,7 @@ def upcycle(
             model(**task.draw()[0])
             keep_a_share(chunking, n)
     task.prepared(model)
+    task.prepared(teacher)
 
     def loss_of(share: float) -> torch.Tensor:
         with task.autocast():
