@@ -11,6 +11,9 @@ from typing import Any
 
 from .errors import DataError
 
+# Files that stand in the folder of a checkpoint, of ours or of diffusers, and in none that a command writes into.
+CHECKPOINTS = "model.safetensors", "diffusion_pytorch_model.safetensors", "model_index.json"
+
 
 def expanded(name: str | Path) -> Path:
     """The path with ~ and ~user replaced. Raises DataError where there is no such home folder."""
@@ -68,8 +71,9 @@ def sync(file: Path) -> None:
 
 
 def check_folder(directory: Path, data: str | Path = "") -> Path:
-    """The folder, which need not be there yet. Raises DataError where it cannot be made or written, and where it is the
-    folder `data` or inside of it, whose next reader would take what is written for data."""
+    """The folder, which need not be there yet. Raises DataError where it cannot be made or written, where it is that of
+    a checkpoint, and where it is the folder `data` or inside of it, whose next reader would take what is written for
+    data."""
     if data and expanded(data).resolve() in (directory.resolve(), *directory.resolve().parents):
         raise DataError(f"cannot write {directory}: it must be a folder outside of the data, {data}")
     place = directory.absolute()
@@ -81,6 +85,8 @@ def check_folder(directory: Path, data: str | Path = "") -> Path:
         raise DataError(f"cannot write {directory}: {place} is not a folder")
     if not os.access(place, os.W_OK | os.X_OK):
         raise DataError(f"cannot write {directory}: no permission to write in {place}")
+    if any((directory / name).exists() for name in CHECKPOINTS):
+        raise DataError(f"cannot write {directory}: it is a checkpoint's folder; give another output")
     return directory
 
 

@@ -81,7 +81,7 @@ def boundary_cosine(
         shaped("boundary_cosine", "kernel", kernel, q.shape[-1], 3, 3)
         sides = len(grid) == 2 and all([isinstance(n, SIZES) and n >= 1 for n in grid])
         fits = sides and grid[0] * grid[1] == q.shape[1]
-        require(fits, "boundary_cosine: grid must be (H, W) with H·W = L = {}, got {}", q.shape[1], grid)
+        require(fits, "boundary_cosine: grid must be (H, W) with H·W = L = {}, got {!r}", q.shape[1], grid)
     return BOUNDARY_COSINE(backend, q=q, k=k, kernel=kernel, cu_seqlens=cu_seqlens, grid=grid)
 
 

@@ -59,6 +59,6 @@ def dechunk(
         shaped("dechunk", "residual", residual, plan.batch_size, cells, x.shape[1])
     require(smoothing in SMOOTHING, "dechunk: smoothing must be one of {}, got {!r}", SMOOTHING, smoothing)
     fits = isinstance(sigma, (float, Real, torch.Tensor)) and 0 < sigma < math.inf
-    require(fits, "dechunk: sigma must be positive and finite, got {}", sigma)
+    require(fits, "dechunk: sigma must be positive and finite, got {!r}", sigma)
     inputs = {"x": x, "boundary_prob": boundary_prob, "residual": residual}
     return OPERATOR(backend, **inputs, plan=plan, sigma=sigma, smoothing=smoothing)

@@ -71,18 +71,18 @@ def plan_chunks(
     number of rows probabilities, masks and tensors of budgets are not looked at), TypeError for a wrong dtype,
     BackendError where `backend` cannot run.
     """
-    require(isinstance(grid, Iterable), "plan_chunks: grid must be (L,), (H, W) or (F, H, W), got {}", grid)
+    require(isinstance(grid, Iterable), "plan_chunks: grid must be (L,), (H, W) or (F, H, W), got {!r}", grid)
     grid = tuple(grid)
     require(nearest in NEAREST, "plan_chunks: nearest must be one of {}, got {!r}", NEAREST, nearest)
     fits = len(grid) in (1, 2, 3) and all([isinstance(n, SIZES) and n >= 1 for n in grid])
-    require(fits, "plan_chunks: grid must be (L,), (H, W) or (F, H, W), got {}", grid)
+    require(fits, "plan_chunks: grid must be (L,), (H, W) or (F, H, W), got {!r}", grid)
     if nearest in ("2d", "3d"):
         fits = len(grid) == int(nearest[0])
-        require(fits, "plan_chunks: nearest={!r} needs a {} grid, got {}", nearest, nearest, grid)
+        require(fits, "plan_chunks: nearest={!r} needs a {} grid, got {!r}", nearest, nearest, grid)
     floating("plan_chunks", boundary_prob=boundary_prob)
     shaped("plan_chunks", "boundary_prob", boundary_prob, None, math.prod(grid))
     fits = isinstance(threshold, (float, Real)) and 0 <= threshold <= 1
-    require(fits, "plan_chunks: threshold must be in [0, 1], got {}", threshold)
+    require(fits, "plan_chunks: threshold must be in [0, 1], got {!r}", threshold)
     check_masks(boundary_prob, valid=valid, keep=keep, ban=ban)
     if valid is not None:
         ban = ~valid if ban is None else ban | ~valid

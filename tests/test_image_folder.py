@@ -287,7 +287,11 @@ def test_encode_goes_on_and_trains(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(AutoencoderKL, "encode", lambda *args: pytest.fail("encoded again"))
     assert main([*words, "--cpu", "--skip-broken"]) == 0
     assert main([*words[:-4], "--size", "16", "--cpu"]) == 2
-    assert "holds latents with size=8, this call asks for 16" in capsys.readouterr().err
+    assert "holds latents with size=8, this call asks for 16; give another folder" in capsys.readouterr().err
+    Image.new("RGB", (8, 8)).save(root / "cat" / "new.png")
+    assert main([*words, "--cpu"]) == 2
+    assert "holds latents of other pictures: pictures 6, this call asks for 7; give another" in capsys.readouterr().err
+    (root / "cat" / "new.png").unlink()
     assert main(["data", "check", str(out)]) == 0
     assert "class ids from 0 to 1, 2 different" in capsys.readouterr().out
     model = DCDiTConfig(input_size=8, num_classes=1)

@@ -304,7 +304,7 @@ def predictability(prob, norm_bias=None, **options):
         (lambda prob, plan: K.plan_chunks(prob, None), "grid must be .*, got None"),
         (lambda prob, plan: K.plan_chunks(prob, (4, 4), capacity=2**31), "capacity must be a number of rows"),
         (lambda prob, plan: plan.join(3), "join: plan must be a Packing or ChunkPlan, got int"),
-        (lambda prob, plan: K.dechunk(packed_ones(plan), prob, plan, sigma="1"), "sigma must be positive .* got 1"),
+        (lambda prob, plan: K.dechunk(packed_ones(plan), prob, plan, sigma="1"), "sigma must be positive .* got '1'"),
         (
             lambda prob, plan: attend(*[packed_ones(plan)] * 3, plan, causal="no"),
             "causal must be True or False, got 'no",

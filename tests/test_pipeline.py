@@ -269,7 +269,12 @@ def test_products_in_float32_may_be_tf32_beside_half_precision(dtype, products):
         ({"class_labels": []}, "list of ids"),
         ({"class_labels": 3}, "list of ids in .*, got 3"),
         ({"class_labels": "cat"}, "list of ids in .*, got 'cat'"),
-        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
+        ({"num_inference_steps": "2"}, "num_inference_steps must be an integer of at least 1, got '2'"),
+        ({"guidance_scale": None}, "guidance_scale must be a Real or Tensor, got a NoneType"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be finite, got nan"),
+        ({"generator": 3}, "generator must be a Generator, got a int; torch.Generator"),
+        ({"latents": [1]}, "latents must be a Tensor or NoneType, got a list"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be an integer of at least 1, got 0"),
         ({"drop_fraction": None}, "drop_fraction must be a number, a tensor, a list or a function, got None"),
         (
             {"guidance_scale": 1, "uncond_drop_fraction": 0.9},

@@ -96,6 +96,14 @@ def test_other_data_is_refused_and_allowed(tiny, tmp_path, capsys):
     assert load_checkpoint(tmp_path / "a" / "model")[1]["changes"][0]["key"] == "data"
 
 
+def test_init_of_a_run_that_has_begun(tiny, tmp_path, capsys):
+    run(tiny, tmp_path / "a")
+    assert run(tiny, tmp_path / "a", "init=digits")[0] == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "trained with init='', this run asks for digits; give another output" in error
+    assert error.endswith("go on with --allow init (init is read where a run begins, and not again)")
+
+
 @pytest.mark.parametrize("key", ["init", "upcycle.source", "codec.pretrained"])
 def test_a_folder_of_weights_may_have_another_name(key, tmp_path, monkeypatch):
     """Relative, absolute, by a link; other folders and none are another's."""

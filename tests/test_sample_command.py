@@ -243,6 +243,10 @@ def test_options_are_checked_before_the_output_is_touched(more, message, checkpo
         ("class_names", list("abcde"), "class_names must be 4 different names at most, got ['a', 'b',"),
         ("guidance_channels", "a", "guidance_channels must be an integer, got 'a'"),
         ("codec", None, "does not say the model's codec"),
+        ("codec", "vae", """config.json: codec must be {"kind": …}, got 'vae'"""),
+        ("objective", 3, """config.json: objective must be "flow" or "ddpm", got 3"""),
+        ("policy", "rho=2", "config.json: policy 'rho=2': rho must be in [0, 1), got 2"),
+        ("policy", 2, "config.json: policy 2: a policy must be a Policy or text"),
         ("objective", "x", "unknown objective key 'x'"),
     ],
 )

@@ -67,8 +67,10 @@ def test_the_budget_of_the_unconditional_pass(uncond, words):
     model = make(family)
     chunking = add_dynamic_chunking(model)
     chunking.uncond = uncond
-    run(model, family.inputs())
-    with model.cache_context("uncond"), pytest.raises(ConfigError, match=words):
+    for name in ("cond", "uncond"):
+        with model.cache_context(name), pytest.raises(ConfigError, match=words):
+            run(model, family.inputs())
+    with pytest.raises(ConfigError, match=words):
         run(model, family.inputs())
 
 

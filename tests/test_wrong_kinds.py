@@ -31,6 +31,8 @@ WRONG = {
     "target_ratio N must be greater than 1, got 0.25": lambda: ratio_loss(PROB, PROB > 0.5, 0.25),
     "blocks must be a list of modules, got a Linear": lambda: DynamicChunking(LINEAR, 32, (4,)),
     "grid must be (L,), (H, W) or (F, H, W), got 16": lambda: DynamicChunking([nn.Identity()], 32, 16),
+    "sigma must be positive and finite, or None, got -1": lambda: DynamicChunking([LINEAR], 32, (4,), sigma=-1),
+    "sigma must be positive and finite, or None, got '1'": lambda: DynamicChunking([LINEAR], 32, (4,), sigma="1"),
     "config must be a TrainConfig, got a str; load_config reads a YAML file": lambda: train("configs/digits.yaml"),
     "data must be a DataConfig, got a dict": lambda: TrainConfig(data={"kind": "digits"}),
     "parts of a policy are joined by & or ;, got 'rho=0.3 and reuse=2'": lambda: Policy.of("rho=0.3 and reuse=2"),
@@ -83,6 +85,12 @@ def test_a_key_that_takes_a_list_says_so(override, message, tmp_path):
     with pytest.raises(ConfigError) as error:
         load_config(tmp_path / "a.yaml", [override])
     assert str(error.value) == message
+
+
+def test_a_path_in_letters_that_the_locale_does_not_have(tmp_path):
+    (tmp_path / "a.yaml").write_text("steps: 1\n")
+    name = "ü".encode().decode("ascii", "surrogateescape")  # as sys.argv has it under LC_ALL=POSIX
+    assert load_config(tmp_path / "a.yaml", [f"output={name}"]).output == name
 
 
 @pytest.mark.parametrize(

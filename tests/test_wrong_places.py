@@ -11,6 +11,7 @@ from test_cli import EXTRA, TINY, rejected
 from bench.count import main as count
 from dcdit.checkpoints.folder import save_checkpoint
 from dcdit.cli import main
+from dcdit.errors import ConfigError
 from dcdit.model.dcdit import DCDiT
 
 
@@ -96,6 +97,54 @@ def test_a_run_is_written_outside_of_its_pictures(inside, tmp_path, capsys):
     words = [f"data.path={tmp_path / 'pets'}", f"output={tmp_path / 'pets' / inside}"]
     rejected(capsys, ["train", tmp_path / "a.yaml", *words], "it must be a folder outside of the data, ")
     assert len(list((tmp_path / "pets").rglob("*"))) == 2
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "diffusion_pytorch_model.safetensors", "model_index.json"])
+def test_nothing_is_written_beside_a_checkpoint(name, tmp_path, capsys):
+    """By a slip of `init=` or `--from`."""
+    place, pets, config = tmp_path / "model", tmp_path / "pets", tmp_path / "a.yaml"
+    for folder in (place, pets / "cat"):
+        folder.mkdir(parents=True)
+    (place / name).write_bytes(b"")
+    Image.new("RGB", (16, 16)).save(pets / "cat" / "1.png")
+    config.write_text("{steps: 1, batch_size: 16}")
+    for words in (
+        ["train", config, f"output={place}"],
+        ["sample", "digits", "--cpu", "--output", place],
+        ["data", "encode", pets, place, "--codec", tmp_path],
+    ):
+        rejected(capsys, words, f"cannot write {place}: it is a checkpoint's folder; give another output")
+    assert [file.name for file in place.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    "more, what", [(["out"], "OUT"), (["--codec", "vae"], "--codec"), (["--batch-size", "4"], "--batch-size")]
+)
+def test_check_takes_no_options_of_encode(more, what, tmp_path, capsys):
+    (tmp_path / "cat").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "cat" / "1.png")
+    rejected(capsys, ["data", "check", tmp_path, *more], f"{what} is of dcdit data encode, check writes nothing")
+
+
+def test_a_folder_of_another_class_of_diffusers(tmp_path):
+    """diffusers makes a transformer with random weights of a VAE's folder."""
+    diffusers = pytest.importorskip("diffusers")
+    from dcdit.integrations.transformer import DCDiTTransformer2DModel
+
+    diffusers.AutoencoderKL(block_out_channels=(32,)).save_pretrained(tmp_path / "vae")
+    for where in ((tmp_path / "vae", {}), (tmp_path, {"subfolder": "vae"})):
+        with pytest.raises(ConfigError, match="vae must hold a DCDiTTransformer2DModel, got a AutoencoderKL"):
+            DCDiTTransformer2DModel.from_pretrained(where[0], **where[1])
+
+
+def test_weights_under_other_names_are_shown_beside_the_missing_ones(runs, tmp_path, capsys):
+    """As DistributedDataParallel saves them."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(runs / "snapshots" / "step-0000001", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    save_file({f"module.{key}": value for key, value in load_file(file).items()}, file)
+    rejected(capsys, ["info", tmp_path / "model"], "missing keys in checkpoint: ", "; unexpected keys", ": module.")
 
 
 def test_fewer_pictures_than_are_there(runs, tmp_path, capsys):

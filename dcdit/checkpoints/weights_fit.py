@@ -28,9 +28,10 @@ def compare_shapes(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[
     for key, shape in expected.items():
         if shape != found.get(key, shape):
             raise CheckpointError(f"{key}: expected shape {shape}, found {found[key]}")
-    for what, keys in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
-        if keys:
-            raise CheckpointError(f"{what} keys in checkpoint: {some_of(keys)}")
+    parts = {"missing": expected.keys() - found.keys(), "unexpected": found.keys() - expected.keys()}
+    differing = [f"{what} keys in checkpoint: {some_of(keys)}" for what, keys in parts.items() if keys]
+    if differing:
+        raise CheckpointError("; ".join(differing))
 
 
 def check_grid(table: torch.Tensor, config: DCDiTConfig, path: Path) -> None:

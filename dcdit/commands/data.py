@@ -26,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=256, help="pixels of a picture's side when encoded (256)")
     parser.add_argument("--buckets", type=int, default=0, help="multiples of pixels, as data.buckets (0: squares)")
     parser.add_argument("--background", default="white", help="colour under transparent pixels (white)")
-    parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time (8)")
+    parser.add_argument("--batch-size", type=int, help="pictures at a time when encoded (8)")
     parser.add_argument("--skip-broken", action="store_true", help="leave out pictures that cannot be read")
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
 
@@ -35,6 +35,11 @@ def run(args: argparse.Namespace) -> int:
     """Check or encode; 1 where `check` found files that cannot be read."""
     if args.buckets < 0:
         raise ConfigError(f"--buckets must be at least 0, got {args.buckets}")
+    if args.action == "check":
+        given = {"OUT": args.out, "--codec": args.codec, "--scale": args.scale, "--batch-size": args.batch_size}
+        for name in (name for name, value in given.items() if value):
+            raise ConfigError(f"{name} is of dcdit data encode, check writes nothing: leave {given[name]} out")
+    args.batch_size = 8 if args.batch_size is None else args.batch_size
     if args.size < 1 or args.batch_size < 1 or not 0 <= args.scale < math.inf:
         given = f"{args.size}, {args.batch_size} and {args.scale:g}"
         raise ConfigError(f"expected a size and a batch size of at least 1 and a scale of at least 0, got {given}")

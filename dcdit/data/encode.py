@@ -17,6 +17,8 @@ from ..model.mixed import by_size
 from .image_folder import ImageFolder
 from .sources import DATASET
 
+PICTURES = "class_names", "pictures", "fingerprint"  # settings that tell one folder of pictures from another
+
 
 def encode_folder(
     source: ImageFolder,
@@ -41,7 +43,7 @@ def encode_folder(
     for folder in (features, labels):
         folder.mkdir(parents=True, exist_ok=True)
     settings = {"class_names": source.class_names, "codec": use, "size": source.size, "buckets": source.buckets}
-    settings |= {"fingerprint": source.fingerprint(), "pictures": len(source)}
+    settings |= {"pictures": len(source), "fingerprint": source.fingerprint()}
     _begin(target / DATASET, settings)
     todo = [i for i in range(len(source)) if not (labels / f"{i}.npy").exists()]
     todo.sort(key=lambda i: source.shapes[i])  # full batches of each size
@@ -83,7 +85,9 @@ def _begin(file: Path, settings: dict[str, Any]) -> None:
             raise DataError(f"{file} is not what dcdit data encode writes: {error}") from error
         for key, value in settings.items():
             if before.get(key, 0) != value:  # 0: buckets, in files of older versions
-                raise DataError(f"{file.parent} holds latents with {key}={before.get(key)}, this call asks for {value}")
+                what = f"of other pictures: {key} " if key in PICTURES else f"with {key}="
+                what += str(before.get(key))
+                raise DataError(f"{file.parent} holds latents {what}, this call asks for {value}; give another folder")
     else:
         _write(file, {**settings, "finished": False})
 

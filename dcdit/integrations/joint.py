@@ -199,17 +199,15 @@ class JointBlocks(DynamicChunking):
         """
         if self.uncond is None:
             return super().options(**asked)
+        if not isinstance(self.uncond, dict):
+            raise ConfigError(f"uncond must be a dict such as {{'drop_fraction': 0.9}}, got {self.uncond!r}")
+        check_keys(self.uncond, BUDGET, "uncond")
         if self.passing == "cond_uncond" or not self.apart:
             raise ConfigError(
                 "uncond is for a pass that runs alone, and here both passes share a batch: set drop_fraction or "
                 f"budget_per_sample to a tensor with a value for each sample, got uncond {self.uncond!r}"
             )
-        if self.passing != "uncond":
-            return super().options(**asked)
-        if not isinstance(self.uncond, dict):
-            raise ConfigError(f"uncond must be a dict such as {{'drop_fraction': 0.9}}, got {self.uncond!r}")
-        check_keys(self.uncond, BUDGET, "uncond")
-        return super().options(**self.uncond, **asked)
+        return super().options(**(self.uncond if self.passing == "uncond" else {}), **asked)
 
     def see(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Note what the blocks are not told: the grid of the model's input. A hook on the model."""

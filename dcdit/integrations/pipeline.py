@@ -2,8 +2,10 @@
 
 import contextlib
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterator
+from numbers import Real
 from typing import Any, Optional
 
 import torch
@@ -14,7 +16,7 @@ from diffusers.schedulers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..codecs import latent_scaling
-from ..errors import ConfigError
+from ..errors import ConfigError, check_kind
 from ..model.dcdit import DCDiT
 from ..model.guess_router import clean_guess, takes_guess
 from ..model.precision import float32_products
@@ -117,6 +119,9 @@ class DCDiTPipeline(DiffusionPipeline):
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._check(callback_on_step_end_tensor_inputs, output_type, num_inference_steps, drop_fraction)
+        check_kind(guidance_scale, (Real, torch.Tensor), "guidance_scale")
+        if not math.isfinite(guidance_scale):
+            raise ConfigError(f"guidance_scale must be finite, got {guidance_scale}")
         model, device = self.transformer.model, self._execution_device
         self._guidance_scale = guidance_scale
         if not self.do_classifier_free_guidance and (uncond_drop_fraction is not None or Policy.of(policy).guidance):
@@ -198,8 +203,8 @@ class DCDiTPipeline(DiffusionPipeline):
             raise ConfigError(f"output_type must be pil, np, pt or latent, got {output_type!r}")
         if output_type != "latent" and self.vae is None:
             raise ConfigError(f"without a vae the output_type must be latent, got {output_type!r}")
-        if steps < 1:
-            raise ConfigError(f"num_inference_steps must be at least 1, got {steps}")
+        if not isinstance(steps, int) or steps < 1:
+            raise ConfigError(f"num_inference_steps must be an integer of at least 1, got {steps!r}")
         if drop_fraction is None:
             raise ConfigError("drop_fraction must be a number, a tensor, a list or a function, got None")
 
@@ -226,8 +231,11 @@ class DCDiTPipeline(DiffusionPipeline):
         self, count: int, size: tuple[int, int], generator, latents: torch.Tensor | None, device: torch.device
     ) -> torch.Tensor:
         shape, dtype = (count, self.transformer.model.config.in_channels, *size), self.transformer.dtype
+        for one in generator if isinstance(generator, list) else [] if generator is None else [generator]:
+            check_kind(one, torch.Generator, "generator", "torch.Generator().manual_seed(…) makes one")
         if isinstance(generator, list) and len(generator) != count:
             raise ConfigError(f"{count} images need one generator or {count}, got {len(generator)}")
+        check_kind(latents, (torch.Tensor, type(None)), "latents")
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         elif tuple(latents.shape) != shape:

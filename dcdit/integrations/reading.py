@@ -29,13 +29,28 @@ class _Wrapped:
         return read_json(Path(json_file))
 
 
-def check_foreign(name: str | os.PathLike) -> None:
-    """Raise ConfigError for a checkpoint of this project where diffusers' from_pretrained expects one of its own."""
+def check_foreign(name: str | os.PathLike, kind: type | None = None, subfolder: str | None = None) -> None:
+    """Raise ConfigError for a checkpoint of this project where diffusers' from_pretrained expects one of its own, and
+    for a folder of another class than `kind`, from which diffusers would make a model of random weights."""
     if os.fspath(name) in SHIPPED or own_folder(expanded(name)):
         raise ConfigError(
             f"{name} must be what save_pretrained of diffusers wrote, got a checkpoint of dcdit: "
             f"DCDiTTransformer2DModel.from_dcdit(DCDiT.from_pretrained({os.fspath(name)!r})) makes the transformer"
         )
+    folder = expanded(name) / (subfolder or "")
+    if kind and (folder / "config.json").is_file():
+        found = _class_name(folder / "config.json")
+        if found not in [one.__name__ for one in kind.__mro__]:
+            raise ConfigError(f"{folder} must hold a {kind.__name__}, got a {found}")
+
+
+def _class_name(file: Path) -> Any:
+    """`_class_name` of a file of diffusers. Raises CheckpointError where it is not JSON."""
+    try:
+        config = read_json(file)
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    return config.get("_class_name") if isinstance(config, dict) else None
 
 
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:

@@ -95,8 +95,9 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, **options: Any
     ) -> DCDiTTransformer2DModel:
-        """diffusers' own. Raises ConfigError for a checkpoint of this project, and says how it becomes a model."""
-        check_foreign(pretrained_model_name_or_path)
+        """diffusers' own. Raises ConfigError for a folder of another class, and for a checkpoint of this project, of
+        which it says how it becomes a model."""
+        check_foreign(pretrained_model_name_or_path, cls, options.get("subfolder"))
         return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     @classmethod

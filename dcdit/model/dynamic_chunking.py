@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -67,6 +69,8 @@ class DynamicChunking(nn.Module):
         super().__init__()
         if not isinstance(blocks, Iterable):
             raise ConfigError(f"blocks must be a list of modules, got a {type(blocks).__name__}")
+        if sigma is not None and not (isinstance(sigma, Real) and 0 < sigma < math.inf):
+            raise ConfigError(f"sigma must be positive and finite, or None, got {sigma!r}")
         self.depth = 0
         for block in blocks:
             self.add_module(str(self.depth), block)

@@ -57,8 +57,6 @@ def check_output(directory: str | Path) -> Path:
         raise DataError(f"cannot write {directory}: {found}")
     if directory.exists() and not directory.is_dir():
         raise DataError(f"cannot write {directory}: it is not a folder")
-    if (directory / "model.safetensors").exists():
-        raise DataError(f"cannot write {directory}: it is a checkpoint's folder; give another output")
     return check_folder(directory)
 
 

@@ -227,12 +227,19 @@ def open_checkpoint(path: str | Path, device: str | torch.device = "cpu"):
     path = locate(path)
     model, extra = load_checkpoint(path, device)
     for key, kind in (("objective", str), ("codec", dict)):
-        if not isinstance(extra.get(key), kind):
+        if extra.get(key) is not None and not isinstance(extra[key], kind):
+            form = '{"kind": …}' if kind is dict else '"flow" or "ddpm"'
+            raise CheckpointError(f"{path / 'config.json'}: {key} must be {form}, got {extra[key]!r}")
+        if extra.get(key) is None:
             raise CheckpointError(
                 f"{path / 'config.json'} does not say the model's {key}; "
                 'save it with extra={"objective": "flow" or "ddpm", "codec": {"kind": …}}'
             )
     check_keys([extra["objective"]], set(SCHEDULERS.values()), "objective")
+    try:
+        Policy.of(extra.get("policy"))
+    except ConfigError as error:
+        raise CheckpointError(f"{path / 'config.json'}: policy {extra['policy']!r}: {error}") from error
     names, channels = extra.get("class_names"), extra.get("guidance_channels")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise CheckpointError(f"{path / 'config.json'}: class_names must be a list of text, got {names!r}")

@@ -43,9 +43,9 @@ def make_scheduler(
             f"use {' or '.join(fitting)}"
         )
     if not 1 <= steps <= TRAIN_STEPS:
-        raise ConfigError(f"steps must be in [1, {TRAIN_STEPS}], got {steps}")
+        raise ConfigError(f"steps must be in [1, {TRAIN_STEPS}], got {steps!r}")
     if not 0 < shift < float("inf"):
-        raise ConfigError(f"shift must be positive and finite, got {shift}")
+        raise ConfigError(f"shift must be positive and finite, got {shift!r}")
     if objective == "flow":
         heun = name == "flow-heun"
         kind = diffusers.FlowMatchHeunDiscreteScheduler if heun else diffusers.FlowMatchEulerDiscreteScheduler

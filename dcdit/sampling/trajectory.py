@@ -117,7 +117,7 @@ def plan_trajectory(
     if calibration is not None and seconds_per_image is None:
         raise ConfigError("calibration is of seconds_per_image: give it as well")
     if not 0 <= eta <= 1 or (eta and scheduler != "ddim"):
-        raise ConfigError(f"eta must be in [0, 1] and is of the scheduler ddim, got {eta} and {scheduler}")
+        raise ConfigError(f"eta must be in [0, 1] and is of the scheduler ddim, got {eta!r} and {scheduler}")
     if uncond_drop_fraction is None:
         uncond_drop_fraction = drop_fraction
     if edit is not None:

@@ -265,6 +265,8 @@ def _read_value(text: str) -> Any:
     """The value of key=value: YAML, but without comments, so that #808080 is a text."""
     import yaml
 
+    if any("\udc80" <= letter <= "\udcff" for letter in text):
+        return text  # a path in letters that the locale does not have, which YAML would refuse
     *_, last, _ = yaml.scan(text)  # then the end of the stream
     return text if text[last.end_mark.index :].strip() else _read_yaml(text)
 

@@ -71,12 +71,19 @@ def compare(
         differences.append(("data", f"{key} {old_data[key]}", f"{key} {new_data[key]}"))
     refused = [(key, a, b) for key, a, b in differences if not any(key == k or key.startswith(f"{k}.") for k in allow)]
     if refused:
-        changes = ", ".join(f"{key}={a}, this run asks for {b}" for key, a, b in refused)
+        changes = ", ".join(f"{key}={shown(a)}, this run asks for {shown(b)}" for key, a, b in refused)
         keys = ",".join(key for key, *_ in refused)
+        begun = " (init is read where a run begins, and not again)" if "init" in keys.split(",") else ""
         raise ConfigError(
             f"the run at step {step} was trained with {changes}; give another output, or go on with --allow {keys}"
+            + begun
         )
     return [{"step": step, "key": key, "from": a, "to": b} for key, a, b in differences]
+
+
+def shown(value: Any) -> Any:
+    """A value of a configuration in a message, where an empty text would be nothing at all."""
+    return value if value != "" else "''"
 
 
 def diverged(how: str, step: int, saved: int) -> DCDiTError:
