@@ -277,6 +277,7 @@ def test_every_field_of_the_configuration_reaches_the_diffusers_model():
         "encoder_stride": 2,
         "norm_groups": 16,
         "segment_mean": True,
+        "mean_positions": True,
         "keep_grid": 3,
         "direct_init": True,
     }

@@ -270,8 +270,10 @@ def test_products_in_float32_may_be_tf32_beside_half_precision(dtype, products):
         ({"class_labels": 3}, "list of ids in .*, got 3"),
         ({"class_labels": "cat"}, "list of ids in .*, got 'cat'"),
         ({"num_inference_steps": "2"}, "num_inference_steps must be an integer of at least 1, got '2'"),
-        ({"guidance_scale": None}, "guidance_scale must be a Real or Tensor, got a NoneType"),
-        ({"guidance_scale": float("nan")}, "guidance_scale must be finite, got nan"),
+        ({"guidance_scale": None}, "guidance_scale must be a finite number, got None"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number, got nan"),
+        ({"guidance_scale": torch.ones(2)}, "guidance_scale must be a finite number, got tensor"),
+        ({"callback_on_step_end": 3}, "callback_on_step_end must be called as a function, got 3"),
         ({"generator": 3}, "generator must be a Generator, got a int; torch.Generator"),
         ({"latents": [1]}, "latents must be a Tensor or NoneType, got a list"),
         ({"num_inference_steps": 0}, "num_inference_steps must be an integer of at least 1, got 0"),
@@ -300,6 +302,10 @@ def test_a_transformer_names_what_it_cannot_be():
     with pytest.raises(ConfigError, match="out_channels must be 4 or 8, got 5"):
         DCDiTTransformer2DModel(out_channels=5)
     model = transformer()
+    with pytest.raises(ConfigError, match="drop_fraction must be a number, a tensor, a list or a function, got None"):
+        model.set_drop_fraction(None)
+    with pytest.raises(ConfigError, match="class_labels must be a Tensor, got a list"):
+        model(torch.zeros(2, 4, 6, 6), torch.zeros(2), [0, 1])
     model.set_drop_fraction(torch.zeros(3))
     with pytest.raises(ConfigError, match="needs 2 values, got 3"):
         model(torch.zeros(2, 4, 6, 6), torch.zeros(2), torch.zeros(2, dtype=torch.long))

@@ -185,9 +185,12 @@ def test_targets_of_the_wrong_kind(tmp_path, capsys):
         (["a", "a"], "is a folder, expected the name of a .pt file"),
         (["a", "/"], "is a folder, expected the name of a .pt file"),
         (["a", "file"], "it is there and is no .pt or .pth file; give another name"),
+        (["a", "b.pt", "--sigma=3"], "--sigma is of a .pt, and "),
+        (["a", "b.pt", "--which=model"], "a checkpoint's folder: leave it out"),
         ([RELEASE, "file"], "is a file, expected a folder for config.json and model.safetensors"),
     ):
-        assert main(["convert", *(str(tmp_path / word) for word in words)]) == 2
+        words = [word if str(word).startswith("--") else str(tmp_path / word) for word in words]
+        assert main(["convert", *words]) == 2
         assert message in capsys.readouterr().err
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from dcdit import DCDiT, DCDiTConfig, DynamicChunking
 from dcdit.checkpoints import to_dit
 from dcdit.errors import ConfigError
-from dcdit.model import PlainDiT, cast_weights, dcdit_flops, sampling_dtype
+from dcdit.model import PlainDiT, cast_weights, dcdit_flops, dit_flops, sampling_dtype
 from dcdit.sampling import Policy
 from dcdit.training import TrainConfig, load_config, ratio_loss, train, upcycle
 from dcdit.training.launch import make_accelerator
@@ -21,7 +21,10 @@ WRONG = {
     "dtype must be a dtype, got a str": lambda: cast_weights(LINEAR, "bfloat16"),
     "config must be a model's configuration, as model.config, got a Linear": lambda: sampling_dtype(LINEAR, "cpu"),
     "config must be a DCDiTConfig, got a str": lambda: dcdit_flops("digits", 49),
-    "tokens must be a number, got '49'": lambda: dcdit_flops(CONFIG, "49"),
+    "tokens must be a number of at least 0, got '49'": lambda: dcdit_flops(CONFIG, "49"),
+    "tokens must be a number of at least 0, got -5": lambda: dit_flops(CONFIG, -5),
+    "tokens must be a number of at least 0, got nan": lambda: dcdit_flops(CONFIG, float("nan")),
+    "overrides must be a list or tuple, got a str; such as ['steps=100']": lambda: load_config("a.yaml", "steps=3"),
     "config must be a DCDiTConfig or DiTConfig, got a str": lambda: PlainDiT("digits"),
     "model must be a PlainDiT, got a str": lambda: to_dit("digits"),
     "teacher must be a PlainDiT, got a str; load_dit reads one": lambda: upcycle("dit.pt", CONFIG),

@@ -119,9 +119,11 @@ class DCDiTPipeline(DiffusionPipeline):
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._check(callback_on_step_end_tensor_inputs, output_type, num_inference_steps, drop_fraction)
-        check_kind(guidance_scale, (Real, torch.Tensor), "guidance_scale")
-        if not math.isfinite(guidance_scale):
-            raise ConfigError(f"guidance_scale must be finite, got {guidance_scale}")
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ConfigError(f"callback_on_step_end must be called as a function, got {callback_on_step_end!r}")
+        number = isinstance(guidance_scale, Real) or getattr(guidance_scale, "shape", None) == ()
+        if not (number and math.isfinite(guidance_scale)):
+            raise ConfigError(f"guidance_scale must be a finite number, got {guidance_scale!r}")
         model, device = self.transformer.model, self._execution_device
         self._guidance_scale = guidance_scale
         if not self.do_classifier_free_guidance and (uncond_drop_fraction is not None or Policy.of(policy).guidance):

@@ -122,6 +122,8 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
         Each a number in [0, 1); a tensor, one for each row of the half that it is for; a list, each number for an equal
         share of the time from 1000 (noise) to 0 (data); or a function of the timestep.
         """
+        if drop_fraction is None:
+            raise ConfigError("drop_fraction must be a number, a tensor, a list or a function, got None")
         self.budgets = (drop_fraction, drop_fraction if uncond_drop_fraction is None else uncond_drop_fraction)
 
     def set_policy(
@@ -165,6 +167,7 @@ class DCDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMi
 
         Returns `.sample` (B, out_channels, H, W), or a tuple of it without `return_dict`.
         """
+        check_kind(class_labels, torch.Tensor, "class_labels")
         null = self.model.config.num_classes
         if null < DIT_NULL:
             class_labels = torch.where(class_labels == DIT_NULL, null, class_labels)

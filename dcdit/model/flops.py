@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from numbers import Real
 
 from torch import nn
@@ -21,8 +22,6 @@ def dcdit_flops(config: DCDiTConfig, tokens: float, router: nn.Module | None = N
     A `router` of your own says its multiply-adds by `macs(cells)`; raises ConfigError where it does not.
     """
     check_kind(config, DCDiTConfig, "config")
-    if not isinstance(tokens, Real):
-        raise ConfigError(f"tokens must be a number, got {tokens!r}")
     width, narrow, cells = config.hidden_size, config.encoder_width, config.cells
     conv_stack: float
     if config.encoder_stride == 1:
@@ -45,7 +44,7 @@ def dcdit_flops(config: DCDiTConfig, tokens: float, router: nn.Module | None = N
 
 
 def dit_flops(config: DCDiTConfig, tokens: float) -> float:
-    """GFLOP of one image through the plain DiT of equal backbone on `tokens` tokens (2×2 patches)."""
+    """GFLOP of an image by the plain DiT of equal backbone on `tokens` tokens (2×2 patches). Raises ConfigError."""
     patches = 4 * config.in_channels + 4 * config.out_channels
     return 2e-9 * (_blocks(config, tokens) + tokens * patches * config.hidden_size)
 
@@ -63,7 +62,9 @@ def _macs(router: nn.Module, cells: int) -> float:
 
 
 def _blocks(config: DCDiTConfig, tokens: float) -> float:
-    """Multiply-adds of the DiT blocks: qkv, proj and MLP, attention, modulators."""
+    """Multiply-adds of the DiT blocks: qkv, proj and MLP, attention, modulators. Raises ConfigError."""
+    if not (isinstance(tokens, Real) and 0 <= tokens < math.inf):
+        raise ConfigError(f"tokens must be a number of at least 0, got {tokens!r}")
     width = config.hidden_size
     linears = tokens * (4 + 2 * config.mlp_ratio) * width**2
     return config.depth * (linears + 2 * tokens**2 * width + 6 * width**2)

@@ -212,6 +212,7 @@ def load_config(path: str | Path, overrides: list[str] = (), kind: type = TrainC
     """
     import yaml
 
+    check_kind(overrides, (list, tuple), "overrides", "such as ['steps=100']")
     try:
         values = _read_yaml(read_text(expanded(path))) or {}
     except FileNotFoundError as error:
