@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "check":
         given = {"OUT": args.out, "--codec": args.codec, "--scale": args.scale, "--batch-size": args.batch_size}
         for name in (name for name, value in given.items() if value):
-            raise ConfigError(f"{name} is of dcdit data encode, check writes nothing: leave {given[name]} out")
+            raise ConfigError(f"{name} is of dcdit data encode, check writes nothing: leave it out")
     args.batch_size = 8 if args.batch_size is None else args.batch_size
     if args.size < 1 or args.batch_size < 1 or not 0 <= args.scale < math.inf:
         given = f"{args.size}, {args.batch_size} and {args.scale:g}"
