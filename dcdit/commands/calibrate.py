@@ -44,9 +44,9 @@ def run(args: argparse.Namespace) -> None:
 
     if args.rounds < 1:
         raise ConfigError(f"rounds must be at least 1, got {args.rounds}")
-    if args.output is not None and args.output.is_dir():
-        raise ConfigError(f"--output must be a file, got the folder {args.output}")
     if args.output is not None:
+        if args.output.is_dir():
+            raise ConfigError(f"--output must be a file, got the folder {args.output}")
         check_file(args.output, ".json")
     if args.training and args.precision == "bfloat16":
         raise ConfigError("--training is in float32: leave --precision bfloat16 out")

@@ -29,9 +29,9 @@ def run(args: argparse.Namespace) -> None:
     from ..data.picture_sets import open_set
     from ..pictures.evaluation import Features, agreement, compare
 
-    if args.output and (args.output.is_dir() or not args.output.absolute().parent.is_dir()):
-        raise ConfigError(f"--output must be a file in a folder that is there, got {args.output}")
     if args.output:
+        if args.output.is_dir() or not args.output.absolute().parent.is_dir():
+            raise ConfigError(f"--output must be a file in a folder that is there, got {args.output}")
         check_file(args.output, ".json")
     samples = open_set(args.samples)
     first = next(samples.batches())

@@ -39,30 +39,28 @@ def check_foreign(name: str | os.PathLike, kind: type | None = None, subfolder: 
         )
     folder = expanded(name) / (subfolder or "")
     if kind and (folder / "config.json").is_file():
-        found = _class_name(folder / "config.json")
+        found = _read(folder / "config.json").get("_class_name")
         if found not in [one.__name__ for one in kind.__mro__]:
             raise ConfigError(f"{folder} must hold a {kind.__name__}, got a {found}")
 
 
-def _class_name(file: Path) -> Any:
-    """`_class_name` of a file of diffusers. Raises CheckpointError where it is not JSON."""
+def _read(file: Path) -> dict[str, Any]:
+    """A config.json of diffusers; empty where it is no mapping. Raises CheckpointError where it is not JSON."""
     try:
         config = read_json(file)
     except ValueError as error:
         raise CheckpointError(f"{file} is not JSON: {error}") from error
-    return config.get("_class_name") if isinstance(config, dict) else None
+    return config if isinstance(config, dict) else {}
 
 
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     """config.json of a model's folder. Raises CheckpointError where there is none of a class of diffusers."""
     file = expanded(folder) / "config.json"
     try:
-        config = read_json(file)
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
+        config = _read(file)
     except OSError as error:
         raise CheckpointError(f"{folder} must be a folder of diffusers with config.json: {error}") from error
-    name = config.get("_class_name") if isinstance(config, dict) else None
+    name = config.get("_class_name")
     if not isinstance(name, str) or not issubclass(getattr(diffusers, name, object), diffusers.ModelMixin):
         known = f"diffusers {diffusers.__version__}"  # older ones lack the newer families
         raise CheckpointError(f"{file} must name a model of {known} as _class_name, got {name}")
