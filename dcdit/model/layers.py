@@ -110,9 +110,9 @@ def linear_gelu(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     over the hidden features of an MLP in place of three. On a CPU that is for bfloat16, in oneDNN; PyTorch's own GELU
     takes longer there than the product.
     """
-    half = x.dtype in (torch.float16, torch.bfloat16) if x.is_cuda else onednn_takes(x)
-    if half and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and is_plain(layer):
-        if layer.weight.dtype == x.dtype and layer.bias is not None:
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a compiled x has an unknown number of rows
+        half = x.dtype in (torch.float16, torch.bfloat16) if x.is_cuda else onednn_takes(x)
+        if half and is_plain(layer) and layer.weight.dtype == x.dtype and layer.bias is not None:
             if not x.is_cuda:
                 return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "gelu", [], "tanh")
             hidden = torch.ops.aten._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
