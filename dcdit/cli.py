@@ -39,6 +39,8 @@ class _Parser(argparse.ArgumentParser):
 def _meant(message: str, prog: str) -> str:
     """What was meant by words that no option takes, where that is plain."""
     words = message.removeprefix("unrecognized arguments: ").split() if message.startswith("unrecognized") else []
+    if words and words[0] in ("--resume", "--continue"):
+        return ": the same command again goes on where it ended"
     if words and words[0].startswith("--") and prog in ("dcdit train", "dcdit upcycle"):
         return ": keys of the configuration are given as steps=1000"
     return ": lists are written as 1,3,5" if words and all(word.isdecimal() for word in words) else ""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .checkpoints.hub import hub_options
+from .checkpoints.looks import own_folder
 from .errors import ConfigError, DataError, one_line
 from .files import expanded
 from .model.config import check_keys
@@ -102,6 +103,8 @@ def _load_vae(pretrained: str):
     source = str(folder) if folder.exists() else pretrained
     subfolder = "vae" if (folder / "vae").is_dir() else None
     try:
+        if own := own_folder(folder):
+            raise ValueError(f"the folder holds a {own}")
         options = {} if folder.exists() else hub_options(pretrained)
         vae = diffusers.AutoModel.from_pretrained(source, subfolder=subfolder, **options)
         if not (hasattr(vae, "encode") and hasattr(vae, "decode")):
@@ -109,4 +112,4 @@ def _load_vae(pretrained: str):
         return vae.eval().requires_grad_(False).float()
     except (OSError, ValueError, RuntimeError, AttributeError) as error:  # CheckpointError among them
         reason = one_line(error)
-        raise ConfigError(f"codec.pretrained {pretrained!r} cannot be loaded: {reason}") from error
+        raise ConfigError(f"the autoencoder {pretrained!r} of the codec cannot be loaded: {reason}") from error

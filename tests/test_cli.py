@@ -62,6 +62,7 @@ def test_unknown_commands_and_options(capsys):
     rejected(capsys, ["sample", "x", "--format", "gif"], "gif", "png")
     rejected(capsys, ["sample", "x", "--classes", "3", "7", "9"], "arguments: 7 9: lists are written as 1,3,5; see")
     rejected(capsys, ["train", "x.yaml", "--steps=3"], "--steps=3: keys of the configuration are given as steps=1000;")
+    rejected(capsys, ["train", "x.yaml", "--resume"], "--resume: the same command again goes on where it ended;")
     rejected(capsys, ["sample", "x", "--cfg", "3"], "unrecognized arguments: --cfg 3; see dcdit sample --help")
 
 
@@ -254,6 +255,7 @@ def test_a_backend_that_is_none(good, tmp_path, capsys, monkeypatch):
 
 def test_sample_refuses_what_only_it_takes(good, tmp_path, capsys):
     cases = {"--batch-size 0": "batch size", "--per-class 0": "one image", "--per-class 3 --num 3": "not allowed with"}
+    cases["--per-class 1 --num 3"] = "not allowed with"  # also the default
     for words, mention in cases.items():
         rejected(capsys, ["sample", good, "--cpu", "--output", tmp_path / "out", *words.split()], mention)
     assert not list(tmp_path.iterdir())

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dcdit.checkpoints.folder import ASSETS
 from dcdit.codecs import make_codec
 from dcdit.data.image_folder import ImageFolder
 from dcdit.data.sources import Digits, Latents, load_digits, make_source
@@ -214,6 +215,8 @@ def test_autoencoder_kl_scales_the_posterior_mean(tmp_path):
     torch.testing.assert_close(doubled.encode(images), 2 * latents)
     with pytest.raises(ConfigError, match="cannot be loaded"):
         make_codec("autoencoder_kl", pretrained=str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match=r"the autoencoder '.*digits' of the codec .*loaded: .* holds a DC-DiT$"):
+        make_codec("autoencoder_kl", pretrained=str(ASSETS / "digits"))
 
 
 def test_unknown_codecs_and_options():
@@ -278,3 +281,11 @@ def test_drop_fraction_is_zero_in_the_warm_up_then_one_of_the_choices():
 def test_a_class_id_out_of_range_is_one_line(workers):
     with pytest.raises(DataError, match=r"^class id 3 of item \d+ is outside \[0, 3\)$"):
         next(batches(stream(source=Unknown()), 0, 1, workers=workers))
+
+
+def test_a_class_id_out_of_range_names_its_file(tmp_path):
+    for folder, values in (("features", np.zeros(SHAPE, np.float32)), ("labels", np.array(3))):
+        (tmp_path / f"a_{folder}").mkdir()
+        np.save(tmp_path / f"a_{folder}" / "cat.npy", values)
+    with pytest.raises(DataError, match=r"^class id 3 of item cat\.npy is outside \[0, 3\)$"):
+        next(batches(stream(source=Latents(tmp_path, SHAPE)), 0, 1))

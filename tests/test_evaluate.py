@@ -90,8 +90,11 @@ def test_sets_of_every_kind(tmp_path, monkeypatch):
 
 
 def test_what_is_wrong_is_said(tmp_path):
-    with pytest.raises(DataError, match="expected a folder of pictures"):
-        open_set(tmp_path / "nothing")
+    (tmp_path / "notes.txt").write_text("")
+    for name, found in (("nothing", "nothing there"), ("notes.txt", "a file")):
+        with pytest.raises(DataError, match=f"expected a folder of pictures.*, found {found}$"):
+            open_set(tmp_path / name)
+    (tmp_path / "notes.txt").unlink()
     save_png(tmp_path / "grid.png", np.zeros((99, 99, 3), np.uint8))
     with pytest.raises(DataError, match=r"has no pictures of dcdit sample .* and is no folder of class folders: "):
         open_set(tmp_path)

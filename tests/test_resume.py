@@ -348,6 +348,7 @@ def test_the_head_of_a_run(tiny, tmp_path, capsys):
         ("codec.pretrained=stabilityai/sd-vae-ft-ema", "codec.pretrained is of codec.kind=autoencoder_kl"),
         ("spend.least=0.5", "spend.least is of kind=sparse"),
         ("min_snr=0", "min_snr is of objective=ddpm"),
+        ("validation.steps=5", "validation.steps is of validation.every"),  # once, though two keys would read it
         ("data.kind=digits", None),
     ],
 )

@@ -247,7 +247,8 @@ def test_options_are_checked_before_the_output_is_touched(more, message, checkpo
         ("objective", 3, """config.json: objective must be "flow" or "ddpm", got 3"""),
         ("policy", "rho=2", "config.json: policy 'rho=2': rho must be in [0, 1), got 2"),
         ("policy", 2, "config.json: policy 2: a policy must be a Policy or text"),
-        ("objective", "x", "unknown objective key 'x'"),
+        ("objective", "x", "config.json: unknown objective key 'x'"),
+        ("codec", {"kind": "x"}, "config.json: unknown codec key 'x'"),
     ],
 )
 def test_what_a_checkpoint_says_of_its_use_is_checked(key, value, message, checkpoint, tmp_path, capsys):

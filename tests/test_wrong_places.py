@@ -1,5 +1,6 @@
 """Paths that hold something else than was meant: the answer says what is there, and what is near."""
 
+import json
 import runpy
 import shutil
 
@@ -56,6 +57,11 @@ def test_folders_that_diffusers_wrote(tmp_path, capsys):
     rejected(capsys, ["sample", folder, "--cpu"], "of diffusers, expected a dcdit config", how)
     DCDiTTransformer2DModel.from_pretrained(folder).model.save_pretrained(tmp_path / "ours")
     assert main(["info", str(tmp_path / "ours")]) == 0
+    config = {"_class_name": "FluxTransformer2DModel", "dynamic_chunking": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))  # as `dcdit upcycle --family` writes it
+    rejected(
+        capsys, ["sample", tmp_path, "--cpu"], "a FluxTransformer2DModel of diffusers", "load_dynamic_chunking reads"
+    )
 
 
 def test_a_preset_in_small_letters(capsys):

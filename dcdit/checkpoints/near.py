@@ -32,8 +32,10 @@ def near_name(path: Path) -> str:
 
 
 def own_class(config: dict[str, Any]) -> str:
-    """How the folder of our class of diffusers becomes one of dcdit."""
+    """How the folder of our class of diffusers becomes one of dcdit, and what reads a chunked transformer's."""
     name = config.get("_class_name")
+    if "dynamic_chunking" in config:
+        return "; dcdit.integrations.attention.load_dynamic_chunking reads it"
     if name != "DCDiTTransformer2DModel":
         return ""
     return f": {name}.from_pretrained(…).model.save_pretrained(…) writes one"

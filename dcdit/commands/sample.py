@@ -30,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_sampling_options(parser)
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--per-class", type=int, default=1, metavar="N", help="images of each class (1)")
+    amount.add_argument("--per-class", type=int, metavar="N", help="images of each class (1)")
     amount.add_argument("--num", type=int, metavar="N", help="images in all, the classes taking turns")
     parser.add_argument(
         "--size", type=picture_size, metavar="HxW", help="height and width in pixels, such as 192x320 (the model's own)"
@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> None:
     model, objective, codec = open_checkpoint(checkpoint, state.device)
     model = prepared(model, args)
     ids = parse_classes(args.classes, model.config.num_classes, model.use.get("class_names"))
-    count = args.num if args.num is not None else len(ids) * args.per_class
+    per_class = 1 if args.per_class is None else args.per_class  # no default: argparse excludes none that is given
+    count = args.num if args.num is not None else len(ids) * per_class
     if count < 1 or args.batch_size < 1:
         raise ConfigError(f"expected at least one image and a batch size of at least 1, got {count}, {args.batch_size}")
     options = sampling_arguments(args, objective, codec, model)

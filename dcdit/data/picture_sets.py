@@ -53,7 +53,10 @@ def open_set(path: str | Path, size: int | None = None) -> PictureSet:
         return _from_npz(path)
     if not path.is_dir():
         if not any(Path(f"{path}{IMAGES}{end}").is_file() for end in ("", ".gz")):
-            raise DataError(f"{path}: expected a folder of pictures, an .npz, or the beginning of idx files' names")
+            found = "a file" if path.exists() else "nothing there"
+            raise DataError(
+                f"{path}: expected a folder of pictures, an .npz, or the beginning of idx files' names, found {found}"
+            )
         source = Idx(path)
         parts = np.array_split(source.images, -(-len(source) // BATCH))
         return PictureSet(str(path), len(source), source.labels.astype(np.int64), map(_colours, parts))

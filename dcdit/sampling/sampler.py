@@ -235,7 +235,6 @@ def open_checkpoint(path: str | Path, device: str | torch.device = "cpu"):
                 f"{path / 'config.json'} does not say the model's {key}; "
                 'save it with extra={"objective": "flow" or "ddpm", "codec": {"kind": …}}'
             )
-    check_keys([extra["objective"]], set(SCHEDULERS.values()), "objective")
     try:
         Policy.of(extra.get("policy"))
     except ConfigError as error:
@@ -250,7 +249,11 @@ def open_checkpoint(path: str | Path, device: str | torch.device = "cpu"):
         )
     if channels is not None and type(channels) is not int:
         raise CheckpointError(f"{path / 'config.json'}: guidance_channels must be an integer, got {channels!r}")
-    codec = make_codec(**extra["codec"])
+    try:
+        check_keys([extra["objective"]], set(SCHEDULERS.values()), "objective")
+        codec = make_codec(**extra["codec"])
+    except ConfigError as error:
+        raise ConfigError(f"{path / 'config.json'}: {error}") from error
     try:
         to_uint8(codec.decode(torch.zeros(1, model.config.in_channels, *model.config.input_size, device=device)))
     except (RuntimeError, ValueError) as error:

@@ -118,7 +118,9 @@ class TrainingStream(Dataset):
         grid = [side // self.unit for side in image.shape[1:]] if self.unit else self.latent_shape[1:]
         noise = rng.standard_normal((self.latent_shape[0], *grid), dtype=np.float32)
         if not 0 <= label < self.null_label:
-            raise DataError(f"class id {label} of item {self.order[place]} is outside [0, {self.null_label})")
+            item, files = int(self.order[place]), getattr(self.source, "names", None)
+            name = files[item] if files else item
+            raise DataError(f"class id {label} of item {name} is outside [0, {self.null_label})")
         return {
             "image": torch.from_numpy(np.ascontiguousarray(image)),
             "noise": torch.from_numpy(noise),

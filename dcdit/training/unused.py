@@ -29,13 +29,13 @@ READERS: tuple[tuple[str, str, Callable[[TrainConfig], object]], ...] = (
 
 def unused(config: TrainConfig) -> list[str]:
     """Such keys with what would read them: those that `load_config` read, and those without their default."""
-    default, lines = TrainConfig(), list[str]()
+    default, readers = TrainConfig(), dict[str, str]()
     for names, reader, reads in READERS:
         for key in (key for name in names.split() for key in _keys(name)):
             given = key in config.given or attrgetter(key)(config) != attrgetter(key)(default)
             if given and not reads(config):
-                lines.append(f"{key} is of {reader}")
-    return lines
+                readers.setdefault(key, reader)
+    return [f"{key} is of {reader}" for key, reader in readers.items()]
 
 
 def _keys(name: str) -> list[str]:
