@@ -11,8 +11,9 @@ from typing import Any
 
 from .errors import DataError
 
+WEIGHTS = "model.safetensors"  # of our checkpoints, beside their config.json
 # Files that stand in the folder of a checkpoint, of ours or of diffusers, and in none that a command writes into.
-CHECKPOINTS = "model.safetensors", "diffusion_pytorch_model.safetensors", "model_index.json"
+CHECKPOINTS = WEIGHTS, "diffusion_pytorch_model.safetensors", "model_index.json"
 
 
 def expanded(name: str | Path) -> Path:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError, first_line
-from ..files import check_file, expanded, naming, read_json, replacing, sync
+from ..files import WEIGHTS, check_file, expanded, naming, read_json, replacing, sync
 from ..model.config import DCDiTConfig, preset_of_size
 from ..model.dcdit import DCDiT
 from .near import folder_of, near_folder, near_name, own_class
@@ -29,7 +29,7 @@ from .safe_pickle import check_pointer, read_state
 from .systems_folder import empty_system, system_of
 from .weights_fit import check_grid, check_header, compare_shapes, header_shapes, shapes_of, some_of
 
-FILES = ("config.json", "model.safetensors")
+FILES = ("config.json", WEIGHTS)
 KEPT = ("README.md", "LICENSE", "LICENSE.md", ".gitattributes")  # further files of repositories
 ASSETS = Path(__file__).parents[1] / "assets"
 SHIPPED = ("digits",)  # checkpoints in ASSETS
@@ -74,7 +74,7 @@ def save_checkpoint(directory: str | Path, model: DCDiT, extra: dict[str, Any] |
         own = {"own_parts": model.own_parts} if getattr(model, "own_parts", None) else {}
         config = {**system_of(model), "model": model.config.to_dict(), **own, **extra}
         with naming(directory):
-            (temporary / "model.safetensors").write_bytes(save(_tensors(model)))
+            (temporary / WEIGHTS).write_bytes(save(_tensors(model)))
             (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             for name in FILES:
                 sync(temporary / name)
@@ -250,7 +250,7 @@ def _check_hub_options(hub: dict[str, Any]) -> None:
 
 def weights_hash(directory: Path) -> str:
     """A short hash of a checkpoint's weights: their length, beginning and end."""
-    file = directory / "model.safetensors"
+    file = directory / WEIGHTS
     with open(file, "rb") as stream:
         digest = hashlib.sha256(str(file.stat().st_size).encode() + stream.read(2**20))
         stream.seek(max(0, file.stat().st_size - 2**20))

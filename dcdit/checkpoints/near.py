@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-WEIGHTS = "model.safetensors"
+from ..files import WEIGHTS
 
 
 def folder_of(file: Path) -> str:

@@ -115,6 +115,15 @@ class Run:
         return load(self.folder / stage).to(self.captions.device).eval()
 
 
+def read_config(file: Path) -> dict[str, Any]:
+    """The values of a configuration. One with `base`, a configuration beside it, gives what differs in some parts."""
+    values = yaml.safe_load(read_text(file))
+    if "base" not in values:
+        return values
+    config = read_config(file.with_name(values.pop("base")))
+    return {**config, **{part: {**config[part], **changes} for part, changes in values.items()}}
+
+
 def main(argv: list[str] | None = None) -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -127,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, nargs=3, metavar=("DENSE", "UPCYCLE", "JUDGE"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    config = yaml.safe_load(read_text(args.config))
+    config = read_config(args.config)
     if args.seconds:
         for stage, seconds in zip(STAGES, args.seconds, strict=True):
             config[stage]["seconds"] = seconds
