@@ -9,6 +9,13 @@ from typing import Any
 from dcdit.errors import DCDiTError
 
 
+def positive(text: str) -> int:
+    """A type of argparse: an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return int(text)
+
+
 def known(read: Callable[[str], Any]) -> Callable[[str], str]:
     """A type of argparse: the text itself, refused in one line where `read` refuses it."""
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from .arguments import positive
 from .cases import GROUPS, Case, select
 from .gate import check, one_line
 from .machine import ROOT
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("base", help="git ref to compare with")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--groups", type=lambda s: tuple(s.split(",")), default=GROUPS)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=positive, default=15)
     args = parser.parse_args(argv)
     slower = 0
     with checkout(args.base) as tree, Side(ROOT, args.device) as ours, Side(tree, args.device) as base:

@@ -21,7 +21,7 @@ from dcdit import DCDiT, DCDiTConfig, preset
 from dcdit.model import embedders, layers
 from dcdit_kernels import _triton_support, use_backend
 
-from .arguments import known
+from .arguments import known, positive
 from .models import cast_net
 
 COPY = 3.0e12  # bytes a second of an H100
@@ -118,8 +118,8 @@ def count(config: DCDiTConfig, batch: int, tokens: int, dtype: torch.dtype = tor
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.count", description=__doc__.splitlines()[0])
     parser.add_argument("presets", nargs="+", type=known(preset))
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64])
-    parser.add_argument("--stride", type=int, default=1, help="encoder_stride")
+    parser.add_argument("--batch", nargs="+", type=positive, default=[1, 8, 64])
+    parser.add_argument("--stride", type=positive, default=1, help="encoder_stride")
     args = parser.parse_args(argv)
     print("| model | B | launches outside, in the blocks | MB | GFLOP | floor, ms | fused DiT/2, ms |\n|" + "---|" * 7)
     for name in args.presets:

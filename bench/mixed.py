@@ -16,6 +16,8 @@ import torch
 from dcdit.model.config import preset
 from dcdit.model.dcdit import DCDiT
 
+from .arguments import positive
+
 SIZES = [(14, 14), (8, 20), (20, 8), (10, 12)] * 2
 
 
@@ -30,7 +32,7 @@ def loop(model: DCDiT, samples: list[torch.Tensor], t: torch.Tensor, y: torch.Te
 def main() -> None:
     """Print the median seconds of both, and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=positive, default=30)
     args = parser.parse_args()
     torch.manual_seed(0)
     model = DCDiT(preset("digits")).eval()

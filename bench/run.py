@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from .arguments import positive
 from .cases import GROUPS, Case, compiled_too, select
 from .lists import LISTS, at_hand
 from .machine import ROOT, describe, rates
@@ -220,7 +221,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=540, help="seconds; cases that would begin later are cut")
     parser.add_argument("--grace", type=float, default=60, help="seconds past the budget for a case that has begun")
     parser.add_argument("--limit", type=float, default=120, help="seconds of one case; a fresh process goes on")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=positive, default=20)
     parser.add_argument("--seconds", type=float, default=2.0, help="of the rounds of one case")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--end", type=float, help="seconds since 1970 at which all is over, whatever the budget")

@@ -28,7 +28,7 @@ from dcdit.model.rival_macs import (
     sparse_on,
 )
 
-from .arguments import known
+from .arguments import known, positive
 from .timing import captured, cpu_clock, gpu_wall_clock, interleave
 
 TIME = 500.0
@@ -99,8 +99,8 @@ def main() -> None:
     """Print one line for each model: GMAC, milliseconds, and the realised saving."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("presets", nargs="*", type=known(preset), default=["DC-DiT-S/N4", "DC-DiT-B/N4"])
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batch", type=positive, default=4)
+    parser.add_argument("--rounds", type=positive, default=9)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--processor-time", action="store_true", help="on a CPU that others use: of all threads")
     args = parser.parse_args()

@@ -17,6 +17,8 @@ import torch
 from dcdit import Batcher
 from dcdit.sampling import open_checkpoint, sample
 
+from .arguments import positive
+
 
 def one_by_one(model, asked: list[dict], options: dict) -> tuple[list[torch.Tensor], list[float]]:
     """The latents, and the seconds of each."""
@@ -49,8 +51,8 @@ def batched(model, asked: list[dict], moments: list[float], options: dict) -> tu
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--requests", type=positive, default=32)
+    parser.add_argument("--steps", type=positive, default=20)
     parser.add_argument("--float64", action="store_true", help="weights and features; the time is then no measure")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from .arguments import positive
 from .machine import ROOT
 
 # Name → what Python runs, and seconds.
@@ -34,7 +35,7 @@ def processor_seconds(command: Sequence[str]) -> float:
 def main(argv: list[str] | None = None) -> int:
     """Print a line for each command."""
     parser = argparse.ArgumentParser(prog="python -m bench.start_time", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="of all commands in turn (5)")
+    parser.add_argument("--rounds", type=positive, default=5, help="of all commands in turn (5)")
     rounds = range(parser.parse_args(argv).rounds)
     taken = [[processor_seconds([sys.executable, *words.split()]) for words, _ in LIMITS.values()] for _ in rounds]
     late = 0

@@ -24,6 +24,7 @@ from torch import nn
 from dcdit import enable_cuda_graph
 from dcdit.integrations.attention import add_dynamic_chunking
 
+from .arguments import positive
 from .timing import interleave
 from .transformers import flops
 
@@ -115,7 +116,7 @@ def clock(call: Callable[[], Any], device: str, host: list[float]) -> Callable[[
 def main() -> None:
     """Print a row for each variant; one that fails costs a line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=positive, default=9)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no further variant is made")
     args = parser.parse_args()

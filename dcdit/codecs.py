@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .checkpoints.hub import hub_options
+from .checkpoints.hub import hub_options, why_not
 from .checkpoints.looks import own_folder
-from .errors import ConfigError, DataError, one_line
+from .errors import ConfigError, DataError
 from .files import expanded
 from .model.config import check_keys
 
@@ -101,7 +101,7 @@ def _load_vae(pretrained: str):
         raise ConfigError("codec autoencoder_kl needs diffusers: pip install diffusers") from error
     folder = expanded(pretrained)
     source = str(folder) if folder.exists() else pretrained
-    subfolder = "vae" if (folder / "vae").is_dir() else None
+    subfolder, options = "vae" if (folder / "vae").is_dir() else None, {}
     try:
         if own := own_folder(folder):
             raise ValueError(f"the folder holds a {own}")
@@ -111,5 +111,5 @@ def _load_vae(pretrained: str):
             raise ValueError(f"{type(vae).__name__} is no autoencoder")
         return vae.eval().requires_grad_(False).float()
     except (OSError, ValueError, RuntimeError, AttributeError) as error:  # CheckpointError among them
-        reason = one_line(error)
+        reason = why_not(error, options)
         raise ConfigError(f"the autoencoder {pretrained!r} of the codec cannot be loaded: {reason}") from error

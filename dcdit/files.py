@@ -12,6 +12,7 @@ from typing import Any
 from .errors import DataError
 
 WEIGHTS = "model.safetensors"  # of our checkpoints, beside their config.json
+KINDS = ".pt", ".pth", ".safetensors", ".json", ".yaml", ".csv", ".npz", ".png"  # endings that say what a file is
 # Files that stand in the folder of a checkpoint, of ours or of diffusers, and in none that a command writes into.
 CHECKPOINTS = WEIGHTS, "diffusion_pytorch_model.safetensors", "model_index.json"
 
@@ -92,9 +93,13 @@ def check_folder(directory: Path, data: str | Path = "") -> Path:
 
 
 def check_file(path: Path, *endings: str) -> None:
-    """Raise DataError where a file with none of these endings is there: by a slip a picture would be replaced."""
+    """Raise DataError where a file with none of these endings is there, which a slip would replace, or where the name
+    ends as that of another kind."""
+    kind = f"{' or '.join(endings)} file; give another name"
     if path.is_file() and path.suffix not in endings:
-        raise DataError(f"cannot write {path}: it is there and is no {' or '.join(endings)} file; give another name")
+        raise DataError(f"cannot write {path}: it is there and is no {kind}")
+    if path.suffix in KINDS and path.suffix not in endings:
+        raise DataError(f"cannot write {path}: what is written is a {kind}")
 
 
 @contextmanager

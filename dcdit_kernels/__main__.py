@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 import sys
@@ -72,8 +73,9 @@ def operators(device: str) -> tuple[list[str], bool]:
     return lines, run
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Print all of it; 1 where an operator cannot run."""
+    argparse.ArgumentParser(prog="python -m dcdit_kernels", description=__doc__).parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lines, run = operators(device)
     lines = [*versions(), *compiled(), *gpus(), "", f"Operators on {device}:", *lines]

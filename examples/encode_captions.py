@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
-from dcdit.errors import DataError
+from dcdit.errors import DataError, first_sentence
 from dcdit.files import read_text, replacing
 
 KINDS = {".png", ".jpg", ".jpeg", ".webp"}
@@ -84,8 +84,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--empty", type=int, default=10, help="every so many-th caption is empty; 0: none")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    pipe = DiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=torch.bfloat16).to(args.device)
-    print(f"{encode_folder(pipe, args.pictures, args.samples, args.side, args.empty)} samples in {args.samples}")
+    try:
+        pipe = DiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=torch.bfloat16).to(args.device)
+        count = encode_folder(pipe, args.pictures, args.samples, args.side, args.empty)
+    except (DataError, OSError) as error:
+        parser.error(first_sentence(error))
+    print(f"{count} samples in {args.samples}")
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def test_autoencoders_without_a_posterior(tmp_path):
         make_codec("autoencoder_kl", pretrained=str(tmp_path / "unet"))
 
 
-def test_autoencoder_kl_scales_the_posterior_mean(tmp_path):
+def test_autoencoder_kl_scales_the_posterior_mean(tmp_path, monkeypatch):
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
@@ -215,6 +215,9 @@ def test_autoencoder_kl_scales_the_posterior_mean(tmp_path):
     torch.testing.assert_close(doubled.encode(images), 2 * latents)
     with pytest.raises(ConfigError, match="cannot be loaded"):
         make_codec("autoencoder_kl", pretrained=str(tmp_path / "nowhere"))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: (_ for _ in ()).throw(ConnectionError()))
+    with pytest.raises(ConfigError, match="the Hub cannot be reached, and in its cache someone/vae "):
+        make_codec("autoencoder_kl", pretrained="someone/vae")
     with pytest.raises(ConfigError, match=r"the autoencoder '.*digits' of the codec .*loaded: .* holds a DC-DiT$"):
         make_codec("autoencoder_kl", pretrained=str(ASSETS / "digits"))
 

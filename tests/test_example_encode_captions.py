@@ -12,7 +12,7 @@ from transformer_families import FAMILIES, make
 from dcdit.data.conditioned import Conditioned
 from dcdit.errors import DataError
 from dcdit.integrations.velocities import VELOCITIES
-from examples.encode_captions import encode_folder
+from examples.encode_captions import encode_folder, main
 
 
 def folder(path):
@@ -47,6 +47,12 @@ def test_samples_fit_the_model(family, tmp_path):
     assert all(h * w <= 32 * 32 for h, w in sides)
     assert sides[0][0] < sides[0][1] and sides[1] == sides[0][::-1] and sides[2][1] > 1.5 * sides[2][0]
     assert encode_folder(pipe, tmp_path / "pictures", tmp_path / "samples") == 0  # all there
+
+
+def test_a_folder_without_a_pipeline_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), str(tmp_path), str(tmp_path / "samples")])
+    assert "error: Error no file named model_index.json found in directory" in capsys.readouterr().err
 
 
 def test_latents_are_those_of_a_pipeline(tmp_path, monkeypatch):

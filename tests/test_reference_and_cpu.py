@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import dcdit_kernels as K
+from dcdit_kernels.__main__ import main as diagnose
 
 GRIDS = [(7, 9), (1, 13), (5, 1)]
 SHARES = ["all", "one", "quarter", "empty"]
@@ -333,6 +334,12 @@ def test_the_diagnosis_survives_what_it_diagnoses():
     assert done.returncode == 1 and not done.stderr
     assert "unknown backend 'cuda'; expected one of auto, native, triton, reference" in done.stdout
     assert done.stdout.startswith("dcdit_kernels ")  # and more lines
+
+
+def test_the_diagnosis_takes_no_options(capsys):
+    with pytest.raises(SystemExit):
+        diagnose(["--backend", "native"])
+    assert "python -m dcdit_kernels: error: unrecognized arguments: --backend native" in capsys.readouterr().err
 
 
 def test_operators_name_what_came():

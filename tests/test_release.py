@@ -116,7 +116,12 @@ def test_keys_map_one_to_one(tmp_path):
     for model in (DyDCDiT(TINY), PlainDiT(TINY)):
         with pytest.raises(CheckpointError, match=f"no place for a {type(model).__name__}, expected a DC-DiT"):
             save_release(tmp_path / "out.pt", model)
-    for key, system in {"blocks.0.attn_rate.router.weight": "DyDiT", "x_embedder.proj.weight": "a plain DiT"}.items():
+    own = "weights of dcdit, which are read as a folder"
+    for key, system in {
+        "blocks.0.attn_rate.router.weight": "DyDiT",
+        "x_embedder.proj.weight": "a plain DiT",
+        next(key for key in state if key.startswith("class_embed")): own,
+    }.items():
         with pytest.raises(
             CheckpointError, match=f"expected DC-DiT's public release, these weights look like {system}"
         ):
@@ -185,6 +190,7 @@ def test_targets_of_the_wrong_kind(tmp_path, capsys):
         (["a", "a"], "is a folder, expected the name of a .pt file"),
         (["a", "/"], "is a folder, expected the name of a .pt file"),
         (["a", "file"], "it is there and is no .pt or .pth file; give another name"),
+        (["a", "b.safetensors"], "what is written is a .pt or .pth file; give another name"),
         (["a", "b.pt", "--sigma=3"], "--sigma is of a .pt, and "),
         (["a", "b.pt", "--which=model"], "a checkpoint's folder: leave it out"),
         ([RELEASE, "file"], "is a file, expected a folder for config.json and model.safetensors"),

@@ -234,6 +234,16 @@ def test_options_are_checked_before_the_output_is_touched(more, message, checkpo
     assert not list(tmp_path.iterdir())
 
 
+def test_a_size_far_beyond_the_models_own_is_said(checkpoint, tmp_path, capsys):
+    options = ("--steps", "1", "--guidance", "1", "--num", "1", "--drop-fraction", "0.9")
+    for size, words_of in (
+        ("96x80", ""),
+        ("120x80", "warning: 80 times the model's own cells; attention takes its square"),
+    ):
+        assert main(words(checkpoint, tmp_path / size, *options, "--size", size)) == 0
+        assert capsys.readouterr().err.strip() == words_of
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

@@ -119,8 +119,12 @@ def test_classes_by_name():
     names = ["cat", "dog", "7", "big, red"]
     assert parse_classes("dog, cat,0-1", 4, names) == [1, 0, 0, 1]
     assert parse_classes("7", 4, names) == [2] and parse_classes("big, red", 4, names) == [3]
-    with pytest.raises(ConfigError, match="unknown class key 'dgo'; did you mean 'dog'"):
+    with pytest.raises(
+        ConfigError, match=r"unknown class key 'dgo'; did you mean 'dog'\? known: cat, dog, 7, big, red$"
+    ):
         parse_classes("dgo", 4, names)
+    with pytest.raises(ConfigError, match=r"unknown class key 'x'; known: class0, .*, class39 and 960 more$"):
+        parse_classes("x", 1000, [f"class{i}" for i in range(1000)])
     with pytest.raises(ConfigError, match="must look like 0-9 or 1,3,5, got ''"):
         parse_classes("", 4)
 

@@ -10,6 +10,7 @@ from PIL import Image
 from test_cli import EXTRA, TINY, rejected
 
 from bench.count import main as count
+from bench.serving import main as serve
 from dcdit.checkpoints.folder import save_checkpoint
 from dcdit.cli import main
 from dcdit.errors import ConfigError
@@ -69,6 +70,14 @@ def test_a_preset_in_small_letters(capsys):
     with pytest.raises(SystemExit):
         count(["DC-DiT-Z/N4"])
     assert "unknown preset name 'DC-DiT-Z/N4'; did you mean 'DC-DiT-S/N4'?" in capsys.readouterr().err
+
+
+def test_benches_need_one_of_what_they_count(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["serving", "--requests", "0"])
+    for start in (serve, lambda: count(["DC-DiT-S/N4", "--batch", "0"])):
+        with pytest.raises(SystemExit):
+            start()
+        assert "expected an integer of at least 1, got '0'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["dit_diffusers", "moving_digits", "pixart", "serve", "upcycle_flux", "video", "vit"])

@@ -12,6 +12,7 @@ import argparse
 import numpy as np
 import torch
 
+from bench.arguments import positive
 from dcdit import DCDiT
 from dcdit.pictures.classifier import DigitClassifier
 from dcdit.pictures.images import to_uint8
@@ -30,8 +31,8 @@ class Shared(DCDiT):
 def main() -> None:
     """Print a line for each budget."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num", type=int, default=500)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--num", type=positive, default=500)
+    parser.add_argument("--steps", type=positive, default=12)
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--drop-fractions", type=float, nargs="+", default=[0.0, 0.5])
     args = parser.parse_args()

@@ -19,6 +19,7 @@ from dcdit.model.flops import dcdit_flops
 from dcdit.pictures.images import to_uint8
 from dcdit.sampling import open_checkpoint, sample
 
+from ..arguments import positive
 from ..quality.pictures import IMAGES
 from .tables import Judge
 
@@ -71,8 +72,8 @@ def main() -> None:
     import matplotlib.pyplot as plt
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num", type=int, default=400, help="digits drawn for each point")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--num", type=positive, default=400, help="digits drawn for each point")
+    parser.add_argument("--steps", type=positive, default=12)
     parser.add_argument("--guidance", type=float, default=1.5)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from bench.arguments import known
+from bench.arguments import known, positive
 from dcdit import DCDiT
 from dcdit.pictures.images import to_uint8
 from dcdit.sampling import Policy, sample
@@ -78,8 +78,8 @@ def main() -> None:
     parser.add_argument(
         "policies", nargs="*", type=known(Policy.of), default=POLICIES, help="as of dcdit sample --policy"
     )
-    parser.add_argument("--per-class", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--per-class", type=positive, default=3)
+    parser.add_argument("--steps", type=positive, default=25)
     parser.add_argument("--guidance", type=float, default=2.0)
     args = parser.parse_args()
     model, classify = DCDiT.from_pretrained("digits"), DigitClassifier()

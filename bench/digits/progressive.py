@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.arguments import known
+from bench.arguments import known, positive
 from bench.digits.policies import measure, print_rows
 from bench.quality import judge
 from dcdit import DCDiT
@@ -81,9 +81,9 @@ def main() -> None:
     """Teach, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teach", type=int, default=400, metavar="STEPS")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=positive, default=32)
     parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--per-class", type=int, default=3)
+    parser.add_argument("--per-class", type=positive, default=3)
     parser.add_argument(
         "--model", type=known(locate), default="digits", help="a folder of a DC-DiT of 10 classes, in flow matching"
     )

@@ -12,6 +12,7 @@ import argparse
 
 import torch
 
+from bench.arguments import positive
 from dcdit.codecs import make_codec
 from dcdit.model.dcdit import DCDiT
 from dcdit.model.untrained_routers import DifferenceRouter
@@ -54,7 +55,7 @@ def recognised(model: DCDiT, judge: DigitClassifier, samples: int, tokens: int) 
 def main() -> None:
     """Print a table: a row for each router, a column for each number of tokens."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--samples", type=positive, default=200)
     samples = parser.parse_args().samples
     judge = DigitClassifier()
     print(f"| router | {' | '.join(f'{n} tokens' for n in TOKENS)} |\n|---|{'---|' * len(TOKENS)}")

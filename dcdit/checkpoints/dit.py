@@ -13,7 +13,7 @@ from ..files import expanded
 from ..model.config import DCDiTConfig
 from ..model.plain_dit import PlainDiT
 from .folder import load_state
-from .hub import hub_options
+from .hub import hub_options, why_not
 from .looks import PLAIN, foreign_class, looks_like, own_folder
 from .release_keys import PARTS
 from .safe_pickle import inverse, read_state, shape_of, swap_parts, swap_prefix
@@ -177,7 +177,7 @@ def _read_diffusers(source: str | Path, config: DCDiTConfig) -> dict[str, torch.
             source, subfolder="transformer" if pipeline else None, output_loading_info=True, **options
         )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = why_not(error, options)
         raise CheckpointError(f"{source} is neither a .pt nor a DiT that diffusers can read: {reason}") from error
     if loaded["missing_keys"]:
         raise CheckpointError(f"missing keys in checkpoint: {', '.join(sorted(loaded['missing_keys'])[:4])}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, one_line
 
 
 def hub_options(name: str) -> dict[str, Any]:
@@ -24,3 +24,10 @@ def hub_options(name: str) -> dict[str, Any]:
     except Exception:  # no network, offline mode, a server that is down: the cache can still be read
         return {"local_files_only": True}
     return {}
+
+
+def why_not(error: Exception, options: dict[str, Any]) -> str:
+    """Why `from_pretrained` failed with `hub_options`: diffusers says that the repository lacks a file where it is the
+    cache that does."""
+    cached = "the Hub cannot be reached, and in its cache " if options and isinstance(error, OSError) else ""
+    return cached + one_line(error)

@@ -17,6 +17,7 @@ _SIGNS = (
     (".attn_rate.", "DyDiT"),
     ("transformer_blocks.", "a DiT of diffusers"),
     ("x_embedder.", PLAIN),
+    ("class_embed.", "weights of dcdit, which are read as a folder with its config.json"),
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import math
 import os
 import sys
 
@@ -81,6 +82,9 @@ def run(args: argparse.Namespace) -> None:
     config = model.config
     if args.size:
         options["size"] = latent_size(args.size, config, codec)
+        times = math.prod(options["size"]) / math.prod(config.input_size)
+        if times > 64:
+            print(f"warning: {times:.0f} times the model's own cells; attention takes its square", file=sys.stderr)
         config = dataclasses.replace(config, input_size=options["size"])
     settings = settings_of(args, checkpoint, ids)
     if args.seconds_per_image is not None:

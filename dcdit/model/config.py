@@ -190,5 +190,8 @@ def check_keys(given, known, what: str) -> None:
             names = {name.lower(): name for name in known}
             near = difflib.get_close_matches(str(key).lower(), names, n=1, cutoff=0.65)
             near = near or [name for name in names if sorted(name) == sorted(str(key).lower())]  # lr for rl
-            hint = f"; did you mean {names[near[0]]!r}?" if near else f"; known: {', '.join(known)}"
+            more = f" and {len(known) - 40} more" if len(known) > 40 else ""  # of a thousand classes
+            all_known = f"known: {', '.join(known[:40])}{more}"
+            hint = f"; did you mean {names[near[0]]!r}?" if near else f"; {all_known}"
+            hint += f" {all_known}" if near and len(known) <= 8 else ""  # the nearest may be another than was meant
             raise ConfigError(f"unknown {what} {'name' if what == 'preset' else 'key'} {key!r}{hint}")
