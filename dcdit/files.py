@@ -18,11 +18,13 @@ CHECKPOINTS = WEIGHTS, "diffusion_pytorch_model.safetensors", "model_index.json"
 
 
 def expanded(name: str | Path) -> Path:
-    """The path with ~ and ~user replaced. Raises DataError where there is no such home folder."""
+    """The path with ~ and ~user replaced. Raises DataError where there is no such home folder, and for no path."""
     try:
         return Path(name).expanduser()
     except RuntimeError as error:
         raise DataError(f"{name}: there is no such home folder, give the whole path") from error
+    except TypeError as error:
+        raise DataError(f"a file or folder must be given by its name, got a {type(name).__name__}") from error
 
 
 def read_text(file: Path) -> str:

@@ -52,7 +52,10 @@ class Packing:
             shaped("Packing", "lengths", lengths, None)
             device = lengths.device if device is None else device
             lengths = lengths.tolist()
-        fits = all(isinstance(length, int) and length >= 0 for length in lengths)
+        try:
+            fits = all(isinstance(length, int) and length >= 0 for length in lengths)
+        except TypeError:  # a number
+            fits = False
         require(fits, "Packing: lengths must be integers of 0 or more, got {}", lengths)
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
         return Packing.from_cu_seqlens(cu_seqlens, max(lengths, default=0), sum(lengths), exact=True)

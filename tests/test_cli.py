@@ -61,6 +61,7 @@ def test_unknown_commands_and_options(capsys):
     rejected(capsys, ["sample", "x", "--steps", "many"], "--steps", "many")
     rejected(capsys, ["sample", "x", "--format", "gif"], "gif", "png")
     rejected(capsys, ["sample", "x", "--classes", "3", "7", "9"], "arguments: 7 9: lists are written as 1,3,5; see")
+    rejected(capsys, ["sample", "x", "--drop-fraction", "0", ".5"], "arguments: .5: lists are written as 1,3,5; see")
     rejected(capsys, ["train", "x.yaml", "--steps=3"], "--steps=3: keys of the configuration are given as steps=1000;")
     rejected(capsys, ["train", "x.yaml", "--resume"], "--resume: the same command again goes on where it ended;")
     rejected(capsys, ["sample", "x", "--cfg", "3"], "unrecognized arguments: --cfg 3; see dcdit sample --help")

@@ -45,7 +45,7 @@ def test_from_lengths_and_offsets(lengths):
     assert not spare.exact and spare.max_seqlen == 9 and same(spare, Packing(**fields(spare)))
 
 
-@pytest.mark.parametrize("lengths", [[3, -1], [1.5], torch.tensor([2.5]), torch.tensor([[2]])])
+@pytest.mark.parametrize("lengths", [5, [3, -1], [1.5], torch.tensor([2.5]), torch.tensor([[2]])])
 def test_bad_lengths_are_named(lengths):
     with pytest.raises(ValueError, match="lengths must"):
         Packing.from_lengths(lengths)

@@ -91,6 +91,9 @@ def test_a_scheduler_of_another_objective_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="FlowMatchEulerDiscreteScheduler does not integrate this model"):
         noise = DCDiTTransformer2DModel.from_dcdit(model)
         quiet(DCDiTPipeline(noise, FlowMatchEulerDiscreteScheduler()))([1], output_type="latent")
+    for predicted in ("v_prediction", "sample"):  # would be taken for noise
+        with pytest.raises(ConfigError, match=f"prediction_type epsilon of DDIMScheduler, got {predicted}"):
+            quiet(DCDiTPipeline(noise, DDIMScheduler(prediction_type=predicted)))([1], output_type="latent")
 
 
 def test_the_shift_of_a_vae_is_used(vae):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from dcdit.checkpoints.folder import load_checkpoint, save_checkpoint
 from dcdit.checkpoints.safe_pickle import read_pickle
-from dcdit.errors import CheckpointError
+from dcdit.errors import CheckpointError, DataError
 from dcdit.model.dcdit import DCDiT
 from dcdit.model.precision import cast_weights
 
@@ -55,6 +55,8 @@ def test_folders_that_hold_something_else_are_named(tmp_path):
     (tmp_path / "a" / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="is that of a AutoencoderKL of diffusers, expected a dcdit config"):
         DCDiT.from_pretrained(tmp_path / "a")
+    with pytest.raises(DataError, match="must be given by its name, got a dict"):
+        DCDiT.from_pretrained({"a": torch.zeros(2)})
     save_file({"a": torch.zeros(2)}, tmp_path / "weights")  # without a suffix
     with pytest.raises(CheckpointError, match=r"weights is a safetensors file, expected a .pt"):
         read_pickle(tmp_path / "weights")
@@ -152,3 +154,13 @@ def test_a_directory_with_other_files_is_left_alone(tmp_path):
     with pytest.raises(CheckpointError, match=r"holds more than a checkpoint \(thesis.tex\)"):
         DCDiT(TINY).save_pretrained(tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("name", [".", ""])
+def test_the_working_directory_is_left_alone(name, tmp_path, monkeypatch):
+    """It would be renamed, and the shell be left in a folder that is not there."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(CheckpointError, match="cannot be the working directory: give another"):
+        DCDiT(TINY).save_pretrained(name)
+    assert [file.name for file in tmp_path.rglob("*")] == ["here"]

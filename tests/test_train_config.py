@@ -36,6 +36,7 @@ def digits(tmp_path):
         ("num_classes=3", "unknown config key 'num_classes'; did you mean 'model.num_classes'?"),
         ("learning_rate=1", "unknown config key 'learning_rate'; known: output, kind"),
         ("device=cuda", "unknown config key 'device'; known: output, kind"),
+        ("model.patch_size=2", "unknown model key 'patch_size'; did you mean 'input_size'? known: input_size, in_"),
         ("model.dropout=0.1", "unknown model key 'dropout'; known: input_size"),
         ("output=", "output must be text, got None"),
         ('output=""', "output must be a folder, got an empty name"),

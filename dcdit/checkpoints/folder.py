@@ -43,6 +43,8 @@ def load_state(model: DCDiT, state: dict[str, torch.Tensor]) -> None:
 
 def check_place(directory: Path) -> None:
     """Raise CheckpointError where a directory holds anything but a checkpoint and its description."""
+    if directory.exists() and directory.samefile("."):
+        raise CheckpointError("a checkpoint replaces its folder, which cannot be the working directory: give another")
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is a file, expected a folder for {' and '.join(FILES)}")
     entries = [entry.name for entry in directory.iterdir()] if directory.exists() else []

@@ -195,9 +195,12 @@ class DCDiTPipeline(DiffusionPipeline):
     def _check(self, tensor_inputs: list[str], output_type: str, steps: int, drop_fraction: DropFraction) -> None:
         objective = self.transformer.config.get("objective")
         kind = type(self.scheduler).__name__
-        flow = kind.startswith("FlowMatch") or self.scheduler.config.get("prediction_type") == "flow_prediction"
+        predicted = self.scheduler.config.get("prediction_type", "epsilon")
+        flow = kind.startswith("FlowMatch") or predicted == "flow_prediction"
         if objective is not None and flow != (objective == "flow"):
             raise ConfigError(f"{kind} does not integrate this model, which was trained by {objective}")
+        if objective == "ddpm" and predicted != "epsilon":
+            raise ConfigError(f"the model predicts the noise, prediction_type epsilon of {kind}, got {predicted}")
         for name in tensor_inputs:
             if name not in self._callback_tensor_inputs:
                 raise ConfigError(f"callbacks can see {', '.join(self._callback_tensor_inputs)}, got {name!r}")
