@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from dcdit.errors import DCDiTError
@@ -14,6 +15,29 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
     return int(text)
+
+
+def existing(text: str) -> Path:
+    """A type of argparse: the path of a file or folder that is there."""
+    if not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"there is nothing at {text}")
+    return Path(text)
+
+
+def add_device(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Add `--device`, cpu or cuda: by default what there is. cuda is refused where torch sees no GPU."""
+    import torch
+
+    there = torch.cuda.is_available()
+
+    def check(text: str) -> str:
+        if text == "cuda" and not there:
+            raise argparse.ArgumentTypeError("cuda needs a GPU, and torch finds none")
+        return text
+
+    parser.add_argument(
+        "--device", type=check, choices=["cpu", "cuda"], default=default or ("cuda" if there else "cpu")
+    )
 
 
 def known(read: Callable[[str], Any]) -> Callable[[str], str]:

@@ -17,9 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
-from .arguments import positive
+from .arguments import add_device, positive
 from .cases import GROUPS, Case, select
 from .gate import check, one_line
 from .machine import ROOT
@@ -34,7 +32,7 @@ ORDER = ("dcdit", "native", "triton", "reference")  # a user gets the first that
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.splitlines()[0])
     parser.add_argument("base", help="git ref to compare with")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     parser.add_argument("--groups", type=lambda s: tuple(s.split(",")), default=GROUPS)
     parser.add_argument("--rounds", type=positive, default=15)
     args = parser.parse_args(argv)

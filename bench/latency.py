@@ -18,7 +18,7 @@ import torch
 from dcdit import DCDiT, graphed
 from dcdit.model.precision import cast_weights
 
-from .arguments import positive
+from .arguments import add_device, positive
 from .cases import Case
 from .models import make_net
 
@@ -65,7 +65,7 @@ def measure(case: Case, device: str, batches: int) -> dict[str, list[float]]:
 def main(argv: list[str] | None = None) -> None:
     """Print a line for each size and batch size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     parser.add_argument("--batches", type=positive, default=100)
     args = parser.parse_args(argv)
     sizes = [("S", 32), ("B", 32)] if args.device == "cuda" else [("digits", 14)]

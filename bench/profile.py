@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from .arguments import add_device
 from .cases import select
 from .lists import at_hand, largest
 from .lists import forward as passes
@@ -77,7 +78,7 @@ def kernels(device: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.profile", description=__doc__)
     parser.add_argument("what", choices=["step", "forward", "kernels"])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    add_device(parser, "cuda")
     parser.add_argument("--trace", help="file of the trace, .json or .json.gz")
     args = parser.parse_args()
     if args.what == "step":

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+from .arguments import existing
 from .cases import GROUPS, MODELS, Case
 from .headline import component_flops, fastest, saving
 from .machine import ROOT
@@ -39,10 +40,12 @@ faster than the baseline. A variant that missed its float64 budget is **failed**
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--results", type=existing, default=ROOT / "bench" / "results")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "benchmarks.md")
     args = parser.parse_args(argv)
     runs = newest(args.results)
+    if not runs:
+        parser.error(f"no results in {args.results}: expected the JSON of python -m bench.run")
     parts = [INTRO]
     if not any(run["device"] == "cuda" for run, _, _ in runs):
         parts.append("**No GPU has been measured yet.** `make gpu` on a machine with one writes its result.\n")

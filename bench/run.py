@@ -54,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.worker:
         work(args)
         return 0
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("bench.run: this Python's torch sees no GPU", file=sys.stderr)
+        return 2
     header = describe(args.device)
     output = args.output or unused(header)
     before = json.loads(output.read_text()) if output.exists() else {}

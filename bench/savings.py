@@ -28,7 +28,7 @@ from dcdit.model.rival_macs import (
     sparse_on,
 )
 
-from .arguments import known, positive
+from .arguments import add_device, known, positive
 from .timing import captured, cpu_clock, gpu_wall_clock, interleave
 
 TIME = 500.0
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("presets", nargs="*", type=known(preset), default=["DC-DiT-S/N4", "DC-DiT-B/N4"])
     parser.add_argument("--batch", type=positive, default=4)
     parser.add_argument("--rounds", type=positive, default=9)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    add_device(parser, "cpu")
     parser.add_argument("--processor-time", action="store_true", help="on a CPU that others use: of all threads")
     args = parser.parse_args()
     for name in args.presets:

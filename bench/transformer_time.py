@@ -24,7 +24,7 @@ from torch import nn
 from dcdit import enable_cuda_graph
 from dcdit.integrations.attention import add_dynamic_chunking
 
-from .arguments import positive
+from .arguments import add_device, positive
 from .timing import interleave
 from .transformers import flops
 
@@ -117,13 +117,9 @@ def main() -> None:
     """Print a row for each variant; one that fails costs a line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=positive, default=9)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    add_device(parser, "cpu")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no further variant is made")
     args = parser.parse_args()
-    if args.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {args.rounds}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU, and PyTorch finds none")
     begin = time.perf_counter()
     torch.set_num_threads(1)
     untouched, inputs = stack(args.device)

@@ -42,7 +42,7 @@ def _meant(message: str, prog: str) -> str:
     if words and words[0] in ("--resume", "--continue"):
         return ": the same command again goes on where it ended"
     if words and words[0].startswith("--") and prog in ("dcdit train", "dcdit upcycle"):
-        return ": keys of the configuration are given as steps=1000"
+        return ": a configuration is a file and keys, such as my.yaml steps=1000"
     return ": lists are written as 1,3,5" if words and all(word.replace(".", "").isdecimal() for word in words) else ""
 
 

@@ -16,7 +16,8 @@ def draw_curves(metrics: Path, picture: Path, window: int = 25) -> None:
     """Loss and share of cells kept over the steps, as running means of `window` logged ones."""
     import matplotlib.pyplot as plt
 
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
+    rows = [line for line in lines if "diffusion_loss" in line]  # losses on held-out items have lines of their own
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     titles = {"diffusion_loss": "velocity loss", "kept": "share of cells kept (after the drop)"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
@@ -37,7 +38,10 @@ def main() -> None:
     parser.add_argument("metrics", type=Path)
     parser.add_argument("picture", type=Path)
     args = parser.parse_args()
-    draw_curves(args.metrics, args.picture)
+    try:
+        draw_curves(args.metrics, args.picture)
+    except (OSError, ValueError) as error:
+        parser.error(f"from {args.metrics}, a metrics.jsonl of dcdit train, to {args.picture}: {error}")
 
 
 if __name__ == "__main__":

@@ -84,6 +84,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--empty", type=int, default=10, help="every so many-th caption is empty; 0: none")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device} needs a GPU, and torch finds none")
     try:
         pipe = DiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=torch.bfloat16).to(args.device)
         count = encode_folder(pipe, args.pictures, args.samples, args.side, args.empty)

@@ -20,6 +20,7 @@ from torch import nn
 
 from dcdit.codecs import make_codec
 from dcdit.data.sources import Digits, load_digits
+from dcdit.errors import DCDiTError
 from dcdit.model.config import preset
 from dcdit.model.dcdit import DCDiT
 from dcdit.model.plain_dit import PlainDiT
@@ -140,12 +141,15 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=CONFIG.depth, help="blocks of the teacher (those of the digits)")
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
-    if args.stage == "teacher":
-        train_teacher(args.folder, args.steps, args.depth)
-    elif args.stage == "draw":
-        draw(args.folder, Path("docs/images/upcycling.png"))
-    else:
-        train_dcdit(args.folder, args.stage)
+    try:
+        if args.stage == "teacher":
+            train_teacher(args.folder, args.steps, args.depth)
+        elif args.stage == "draw":
+            draw(args.folder, Path("docs/images/upcycling.png"))
+        else:
+            train_dcdit(args.folder, args.stage)
+    except (DCDiTError, OSError) as error:  # such as the file of a stage that has not run
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

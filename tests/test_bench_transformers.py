@@ -50,4 +50,5 @@ def test_options_that_cannot_be_used(words, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         transformer_time.main()
     line = capsys.readouterr().err.splitlines()[-1]
-    assert ("--rounds must be at least 1, got" if words[0] == "--rounds" else "--device cuda needs a GPU") in line
+    says = "expected an integer of at least 1, got" if words[0] == "--rounds" else "cuda needs a GPU"
+    assert f"argument {words[0]}: {says}" in line

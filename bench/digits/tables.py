@@ -23,6 +23,7 @@ from dcdit.pictures.classifier import DigitClassifier
 from dcdit.pictures.conv_classifier import fit
 from dcdit.pictures.evaluation import Features, frechet
 
+from ..arguments import existing
 from ..machine import read_lines
 from .parts import MADE, draw, load, load_pictures
 from .show import show
@@ -107,7 +108,7 @@ def main() -> None:
     parser.add_argument("stage", choices=["free", "judge", "show"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--dit", type=Path, default=PLAIN_DITS[6])
+    parser.add_argument("--dit", type=existing, default=PLAIN_DITS[6])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
     parser.add_argument("--per-class", type=int, default=5)
     args = parser.parse_args()

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 import numpy as np
 
+from ..arguments import existing
 from ..machine import read_lines
 from .study import DRAWN, RESULTS
 
@@ -22,7 +22,7 @@ KEYS = ("step", "diffusion_loss", "kept")
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=existing)
     args = parser.parse_args()
     for name in (RESULTS.name, DRAWN):
         for file in sorted(args.folder.glob(f"runs/*/{name}")):

@@ -21,6 +21,8 @@ import tarfile
 import time
 from pathlib import Path
 
+from ..arguments import existing
+
 ROOT = Path(__file__).parents[2]
 CALL = (sys.executable, "-m", "bench.quality")
 LEAST, MOST = 2000, 40_000  # steps: where there is no rate, and at most
@@ -32,7 +34,7 @@ def main() -> None:
     """See the module."""
     begin = time.time()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("list", type=Path)
+    parser.add_argument("list", type=existing)
     parser.add_argument("--limit", type=float, required=True, help="seconds of the whole")
     parser.add_argument("--probe", type=float, default=60, help="of these, seconds for the rates at most")
     parser.add_argument("--judging", type=float, default=50, help="of these, seconds to draw and judge in at the end")

@@ -36,6 +36,7 @@ from dcdit.training.config import TrainConfig, load_config
 from dcdit.training.run_output import average
 
 from .. import machine
+from ..arguments import add_device
 from ..euler import stand_in
 from . import judge, sets
 from .lockstep import train_together
@@ -226,7 +227,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--cell", type=int, default=2, choices=[1, 2], help="pixels of a cell's side")
     parser.add_argument("--data", type=Path, default=sets.FASHION, help="idx files, or a folder of classes")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder for the runs")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     return parser
 
 

@@ -12,7 +12,7 @@ from ..errors import CheckpointError, check_kind
 from ..files import expanded
 from ..model.config import DCDiTConfig
 from ..model.plain_dit import PlainDiT
-from .folder import load_state
+from .folder import SHIPPED, load_state
 from .hub import hub_options, why_not
 from .looks import PLAIN, foreign_class, looks_like, own_folder
 from .release_keys import PARTS
@@ -119,7 +119,10 @@ def check_source(source: str | Path) -> None:
     """Raise CheckpointError for the name of a DiT that is neither a file or folder nor a repository's."""
     path = expanded(source)
     if not path.exists() and (path.suffix or path.parent.exists() or str(source).count("/") != 1):
-        raise CheckpointError(f"there is no DiT at {source}")
+        named = ", which names a DC-DiT" if str(source) in SHIPPED else ""
+        raise CheckpointError(
+            f"there is no DiT at {source}{named}: expected a .pt, or a folder or repository of diffusers"
+        )
 
 
 def load_dit(source: str | Path, config: DCDiTConfig, convention: str = "dit") -> PlainDiT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,9 @@ def check_allowed(allow: Sequence[str], config: dict[str, Any]) -> None:
     known = {"data", *_paths(config)}
     for key in allow:
         if key not in known:
-            raise ConfigError(f"--allow {key}: there is no such key")
+            near = [name for name in known if name.endswith(f".{key}")] or difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "expected keys of the configuration, such as optim.lr"
+            raise ConfigError(f"--allow {key}: there is no such key; {hint}")
 
 
 def describe_data(source) -> dict[str, Any]:

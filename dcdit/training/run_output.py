@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,12 @@ def position(step: int, steps: int) -> str:
     if step > steps:
         return f"at step {step} already, past the {steps} that are asked for"
     return f"resuming at step {step} of {steps}" if step else f"from step 0 of {steps}"
+
+
+def say_saved(accelerator, step: int, output: Path) -> None:
+    """Say on stderr which step a run that ends early has saved; 0: none."""
+    if step:
+        accelerator.print(f"step {step} is saved in {output}, where the same command goes on", file=sys.stderr)
 
 
 def look(trainer) -> None:

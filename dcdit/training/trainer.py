@@ -31,7 +31,7 @@ from .objectives import SUB_BATCH, make_objective, ratio_loss
 from .parts import in_parts, moved, weights_of
 from .progress import Progress
 from .resume import Change, check_allowed, describe_data, diverged, saved_run
-from .run_output import average, look, place, use
+from .run_output import average, look, place, say_saved, use
 from .state import EMA, Metrics, load_state, save_state
 from .step_graphs import StepGraphs
 from .validation import Validation
@@ -202,9 +202,10 @@ class Trainer:
         return self.output / "model"
 
     def save_interrupted(self) -> None:
-        """Save the steps since the last save; not half an update."""
+        """Save the steps since the last save, not half an update, and say so."""
         if self.saved != self.step and not self.updating:
             self._save()
+        say_saved(self.accelerator, self.saved, self.output)
 
     def close(self) -> None:
         """Let others have the output, and end the trackers."""

@@ -24,6 +24,7 @@ import torch
 import yaml
 from torch import nn
 
+from dcdit.errors import one_line
 from dcdit.files import read_text
 from dcdit.integrations.attention import add_dynamic_chunking, load_dynamic_chunking
 from dcdit.interrupts import raised
@@ -136,7 +137,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, nargs=3, metavar=("DENSE", "UPCYCLE", "JUDGE"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    config = read_config(args.config)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device} needs a GPU, and torch finds none")
+    try:
+        config = read_config(args.config)
+    except (OSError, yaml.YAMLError) as error:
+        parser.error(one_line(error))
     if args.seconds:
         for stage, seconds in zip(STAGES, args.seconds, strict=True):
             config[stage]["seconds"] = seconds

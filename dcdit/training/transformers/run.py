@@ -30,7 +30,7 @@ from ..launch import make_accelerator
 from ..objectives import FlowMatching
 from ..progress import Progress
 from ..resume import check_allowed, describe_data, diverged, saved_run
-from ..run_output import position
+from ..run_output import position, say_saved
 from ..state import EMA, Metrics, load_state, save_state, whole
 from .config import TransformerConfig
 from .lora import Learned, add_lora, merged, save_adapters
@@ -283,6 +283,7 @@ def train_transformer(config: TransformerConfig, allow: Sequence[str] = ()) -> P
         except (KeyboardInterrupt, DataError):  # what came before a sample that cannot be read is not lost
             if run.saved != run.step and not run.updating and not config.fsdp:  # split weights need every process
                 run.save()
+            say_saved(run.accelerator, run.saved, run.output)
             raise
         finally:
             run.held.close()
