@@ -145,7 +145,8 @@ def test_training_has_a_table_of_its_own(model, tmp_path, monkeypatch, capsys):
     ("more", "message"),
     [
         (["--training", "--precision", "bfloat16"], "--training is in float32: leave --precision bfloat16 out"),
-        (["--batch-sizes", "1,0"], "expected batch sizes such as 1,8,64, got '1,0'"),
+        (["--batch-sizes", "1,0"], "expected batch sizes such as 1,8,64, at most 1048576, got '1,0'"),
+        (["--batch-sizes", "100000000"], "at most 1048576, got '100000000'"),
         (["--output", "."], "--output must be a file, got the folder ."),
         (["--output", "README.md"], "cannot write README.md: it is there and is no .json file; give another name"),
         (["--rounds", "0"], "rounds must be at least 1, got 0"),

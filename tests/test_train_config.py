@@ -4,9 +4,19 @@ import math
 
 import pytest
 
-from dcdit.errors import ConfigError
+from dcdit.checkpoints.folder import save_checkpoint
+from dcdit.data.image_folder import ImageFolder
+from dcdit.data.sources import Latents
+from dcdit.errors import ConfigError, DataError
 from dcdit.model.config import DCDiTConfig, preset
-from dcdit.training.config import load_config
+from dcdit.model.dcdit import DCDiT
+from dcdit.model.plain_dit import PlainDiT
+from dcdit.sampling.edits import read_edit
+from dcdit.training.config import TrainConfig, load_config
+from dcdit.training.config_groups import DataConfig, OptimConfig
+from dcdit.training.objectives import DDPM, FlowMatching
+from dcdit.training.resume import check_allowed
+from dcdit.training.transformers.config import TransformerConfig
 from dcdit.training.unused import unused
 
 
@@ -150,3 +160,36 @@ def test_an_override_has_no_comment(override, value, digits):
 )
 def test_keys_that_a_run_does_not_read(overrides, names, digits):
     assert [line.split(" is of ")[0] for line in unused(load_config(digits, overrides))] == names
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TrainConfig(steps="2"), "steps must be an integer, got '2'"),
+        (lambda: TrainConfig(drop_fractions=("a",)), "drop_fractions must be a number, got 'a'"),
+        (lambda: TrainConfig(optim=OptimConfig(lr=None)), "optim.lr must be a number, got None"),
+        (lambda: TrainConfig(data=DataConfig(kind="folders")), "data.kind must be one of digits, folder"),
+        (lambda: TrainConfig(optim={"lr": 1e-3}), "optim must be a OptimConfig, got a dict"),
+        (lambda: TransformerConfig(source="a", latents="b", batch_size=2.5), "batch_size must be an integer, got 2.5"),
+        (lambda: check_allowed("optim.lr", {}), "allow must be a list of keys, got 'optim.lr'"),
+        (lambda: FlowMatching(0), "shift must be positive and finite, got 0"),
+        (lambda: FlowMatching("3"), "shift must be positive and finite, got '3'"),
+        (lambda: DDPM(True, min_snr=-1), "min_snr must be finite and not negative, got -1"),
+        (lambda: PlainDiT(DCDiTConfig(), patch=3), "patch must divide input_size (32, 32), got 3"),
+        (lambda: PlainDiT(DCDiTConfig(), patch=0), "patch must divide input_size (32, 32), got 0"),
+        (lambda: ImageFolder(".", "16"), "size must be from 1 to 16384 pixels, got '16'"),
+        (lambda: ImageFolder(".", 20_000), "size must be from 1 to 16384 pixels, got 20000"),
+        (lambda: Latents(".", 4), "shape must be that of each latent, (C, H, W), got 4"),
+        (lambda: read_edit("a", "b", None, None, 28, "cpu"), "pixels must be (height, width) of the pictures"),
+        (lambda: save_checkpoint("a", DCDiT(preset("digits")), extra="flow"), "extra must be a dict, got a str"),
+    ],
+)
+def test_values_from_python_are_looked_at_as_those_from_yaml_are(make, message):
+    with pytest.raises((ConfigError, DataError)) as error:
+        make()
+    assert message in str(error.value)
+
+
+def test_python_may_give_what_yaml_may():
+    config = TrainConfig(drop_fractions=[0, 0.5], optim=OptimConfig(lr=1, ema_decay=0.9))
+    assert config.drop_fractions == (0.0, 0.5) and config.optim == OptimConfig(lr=1.0, ema_decay=(0.9,))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CheckpointError, ConfigError, first_line
+from ..errors import CheckpointError, ConfigError, check_kind, first_line
 from ..files import WEIGHTS, check_file, expanded, naming, read_json, replacing, sync
 from ..model.config import DCDiTConfig, preset_of_size
 from ..model.dcdit import DCDiT
@@ -67,6 +67,7 @@ def save_checkpoint(directory: str | Path, model: DCDiT, extra: dict[str, Any] |
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise CheckpointError(f"a checkpoint is of a model such as a DCDiT, got a {type(model).__name__}")
     extra = getattr(model, "use", {}) if extra is None else extra
+    check_kind(extra, dict, "extra", 'such as {"objective": "flow"}')
     directory = expanded(directory)
     check_place(directory)
     directory = directory.resolve() if directory.is_symlink() else directory  # a link stays, its target is replaced

@@ -14,8 +14,8 @@ from .options import add_precision, in_precision
 def batch_sizes(text: str) -> list[int]:
     """Numbers such as 1,8,64. For argparse."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise argparse.ArgumentTypeError(f"expected batch sizes such as 1,8,64, got {text!r}")
+    if not all(part.isdecimal() and 0 < int(part) <= 2**20 for part in parts):
+        raise argparse.ArgumentTypeError(f"expected batch sizes such as 1,8,64, at most 1048576, got {text!r}")
     return sorted({int(part) for part in parts})
 
 

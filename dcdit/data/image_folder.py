@@ -16,6 +16,7 @@ from .folders import Place, need_folder, place_of, walk
 from .picture_files import SUFFIXES, check_colour, read_fitted, upright_size
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+MOST = 2**14  # pixels of a side; a picture of so many takes 3 GB
 LOOKED_AT = 64  # pictures that the description opens
 
 
@@ -28,13 +29,15 @@ class ImageFolder:
     Classes are numbered in the natural order of their names (2 before 10); links are followed, but not to folders
     above. Names that begin with a dot, such as .ipynb_checkpoints, count neither as classes nor as pictures. Other
     left-out files and links are counted in `skipped`; `shared` has a line for a folder that links put into two classes.
-    Raises DataError where there is no picture, or where the sub-folders are splits such as train and val.
+    Raises DataError where there is no picture, where the sub-folders are splits such as train and val, and for no size.
     """
 
     encoded = False
 
     def __init__(self, path: str | Path, size: int, background: str = "white", buckets: int = 0) -> None:
         check_colour(background)
+        if not isinstance(size, int) or not 1 <= size <= MOST:
+            raise DataError(f"size must be from 1 to {MOST} pixels, got {size!r}")
         self.root, self.size, self.background = expanded(path), size, background
         self.buckets = buckets
         need_folder(self.root, "a sub-folder of pictures per class")

@@ -80,6 +80,8 @@ class Latents:
     encoded = True
 
     def __init__(self, path: str | Path, shape: tuple[int, int, int], buckets: int = 0) -> None:
+        if not isinstance(shape, tuple) or len(shape) != 3:
+            raise DataError(f"shape must be that of each latent, (C, H, W), got {shape!r}")
         self.root = root = expanded(path)
         self.class_names, self.codec = _read_dataset(root)
         need_folder(root, "one folder *_features, such as imagenet256_features")

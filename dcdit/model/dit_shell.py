@@ -10,7 +10,7 @@ from torch import nn
 
 from dcdit_kernels import Packing, adaln_modulate
 
-from ..errors import check_kind
+from ..errors import ConfigError, check_kind
 from .blocks import Stream
 from .config import DCDiTConfig
 from .dit_config import DiTConfig
@@ -30,6 +30,8 @@ class DiTShell(nn.Module):
     def __init__(self, config: Any, patch: int) -> None:
         super().__init__()
         check_kind(config, (DCDiTConfig, DiTConfig), "config")
+        if not isinstance(patch, int) or patch < 1 or any(side % patch for side in config.input_size):
+            raise ConfigError(f"patch must divide input_size {config.input_size}, got {patch!r}")
         self.config = config
         self.patch, self.grid = patch, tuple(n // patch for n in config.input_size)
         width = config.hidden_size

@@ -76,6 +76,8 @@ def read_edit(
     """
     from PIL import Image
 
+    if not isinstance(pixels, tuple) or len(pixels) != 2:
+        raise ConfigError(f"pixels must be (height, width) of the pictures to make, got {pixels!r}")
     picture = read_picture(Path(image))
     try:
         with Image.open(mask) as opened:

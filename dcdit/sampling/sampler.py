@@ -236,7 +236,7 @@ def open_checkpoint(path: str | Path, device: str | torch.device = "cpu"):
                 'save it with extra={"objective": "flow" or "ddpm", "codec": {"kind": …}}'
             )
     try:
-        Policy.of(extra.get("policy"))
+        Policy.of(extra.get("policy")).wrap(model)
     except ConfigError as error:
         raise CheckpointError(f"{path / 'config.json'}: policy {extra['policy']!r}: {error}") from error
     names, channels = extra.get("class_names"), extra.get("guidance_channels")
@@ -247,8 +247,11 @@ def open_checkpoint(path: str | Path, device: str | torch.device = "cpu"):
         raise CheckpointError(
             f"{path / 'config.json'}: class_names must be {most} different names at most, got {names}"
         )
-    if channels is not None and type(channels) is not int:
-        raise CheckpointError(f"{path / 'config.json'}: guidance_channels must be an integer, got {channels!r}")
+    most = model.config.in_channels
+    if channels is not None and (type(channels) is not int or not 1 <= channels <= most):
+        raise CheckpointError(
+            f"{path / 'config.json'}: guidance_channels must be an integer from 1 to {most}, got {channels!r}"
+        )
     try:
         check_keys([extra["objective"]], set(SCHEDULERS.values()), "objective")
         codec = make_codec(**extra["codec"])

@@ -133,8 +133,7 @@ class TrainConfig:
     given = frozenset[str]()  # keys that `load_config` read, with dots; no field
 
     def __post_init__(self) -> None:
-        for name, kind in GROUPS.items():
-            check_kind(getattr(self, name), kind, name)
+        check_types(self)
         check_limits(self, LIMITS)
         for rho in self.drop_fractions:
             if not 0 <= rho < 1 - 2**-25:  # from there on float32 has 1
@@ -291,6 +290,18 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     return cls.from_dict(given) if cls is DCDiTConfig else cls(**given)
 
 
+def check_types(config: Any, prefix: str = "") -> None:
+    """Fields of a configuration as its types say, also where it was made in Python. Raises ConfigError."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if not dataclasses.is_dataclass(hint):
+            object.__setattr__(config, name, _convert(hint, value, prefix + name))
+            continue
+        check_kind(value, hint, prefix + name)
+        if hint is not DCDiTConfig:  # which looks after itself
+            check_types(value, f"{prefix}{name}.")
+
+
 def _convert(hint: Any, value: Any, name: str, others: str = "") -> Any:
     """`value` as the type that the field has. YAML reads 1e-3 as text and 4 as an integer; both are fine floats.
     `others` is what else the field takes."""
@@ -308,7 +319,7 @@ def _convert(hint: Any, value: Any, name: str, others: str = "") -> Any:
         # One value stands for a list of it, a size for both sides.
         single = isinstance(value, int | float | str)
         items = [value] * (1 if Ellipsis in args else len(args)) if single else value
-        if not isinstance(items, list):
+        if not isinstance(items, list | tuple):
             raise ConfigError(f"{name} must be a list, got {value!r}")
         if Ellipsis not in args and len(items) != len(args):
             raise ConfigError(f"{name} must be a list of {len(args)}, got {value!r}")

@@ -24,6 +24,8 @@ class FlowMatching:
     """
 
     def __init__(self, shift: float = 1.0) -> None:
+        if not isinstance(shift, int | float) or not 0 < shift < math.inf:
+            raise ConfigError(f"shift must be positive and finite, got {shift!r}")
         self.location = math.log(shift)
 
     def draw_time(self, rng: np.random.Generator) -> float:
@@ -53,6 +55,8 @@ class DDPM:
     steps = 1000
 
     def __init__(self, learn_sigma: bool, min_snr: float = 0.0) -> None:
+        if not isinstance(min_snr, int | float) or not 0 <= min_snr < math.inf:
+            raise ConfigError(f"min_snr must be finite and not negative, got {min_snr!r}")
         self.learn_sigma = learn_sigma
         beta = torch.linspace(1e-4, 0.02, self.steps, dtype=torch.float64)
         alpha_bar = (1 - beta).cumprod(0)

@@ -95,6 +95,8 @@ def diverged(how: str, step: int, saved: int) -> DCDiTError:
 
 def check_allowed(allow: Sequence[str], config: dict[str, Any]) -> None:
     """Raise ConfigError for a name that is neither "data" nor a key or group of keys of a configuration."""
+    if isinstance(allow, str):
+        raise ConfigError(f"allow must be a list of keys, got {allow!r}")
     known = {"data", *_paths(config)}
     for key in allow:
         if key not in known:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ...errors import ConfigError
 from ...integrations.families import Family
-from ..config import RUN_LIMITS, check_limits
+from ..config import RUN_LIMITS, check_limits, check_types
 from ..config_groups import OptimConfig
 
 LIMITS = (
@@ -67,6 +67,7 @@ class TransformerConfig:
         for name in ("source", "latents", "output"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} must be a folder, got an empty name")
+        check_types(self)
         check_limits(self, LIMITS)
         if not self.drop_fractions or not all(0 <= rho < 1 for rho in self.drop_fractions):
             raise ConfigError(f"drop_fractions must be values in [0, 1), got {self.drop_fractions}")
