@@ -284,6 +284,9 @@ def test_encode_goes_on_and_trains(tmp_path, capsys, monkeypatch):
         image, wanted = source.load(index, flip=False)
         torch.testing.assert_close(torch.from_numpy(latent), codec.encode(torch.from_numpy(image)[None])[0])
         assert label == wanted
+    (out / "latents_features" / "2.npy").unlink()  # its label is still there
+    assert main([*words, "--cpu", "--skip-broken"]) == 0 and "3 latents in" in capsys.readouterr().out
+    assert Latents(out, (4, 8, 8)).names == ["0.npy", "2.npy", "5.npy"]
     monkeypatch.setattr(AutoencoderKL, "encode", lambda *args: pytest.fail("encoded again"))
     assert main([*words, "--cpu", "--skip-broken"]) == 0
     assert main([*words[:-4], "--size", "16", "--cpu"]) == 2

@@ -45,7 +45,8 @@ def encode_folder(
     settings = {"class_names": source.class_names, "codec": use, "size": source.size, "buckets": source.buckets}
     settings |= {"pictures": len(source), "fingerprint": source.fingerprint()}
     _begin(target / DATASET, settings)
-    todo = [i for i in range(len(source)) if not (labels / f"{i}.npy").exists()]
+    there = [{path.name for path in folder.iterdir()} for folder in (features, labels)]
+    todo = [i for i in range(len(source)) if not all(f"{i}.npy" in names for names in there)]
     todo.sort(key=lambda i: source.shapes[i])  # full batches of each size
     progress(len(source) - len(todo))
     broken = []
