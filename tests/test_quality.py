@@ -245,6 +245,7 @@ def test_a_call_on_a_gpu(data, tmp_path, stand_in, monkeypatch):
     monkeypatch.setattr("bench.quality.judge.fit", lambda images, labels, **_: study.judge.ConvClassifier(10).eval())
     monkeypatch.setattr(study, "SAMPLES", {**study.SAMPLES, "steps": 2})
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    monkeypatch.setattr(study, "add_device", lambda parser: parser.add_argument("--device"))  # takes a GPU not there
     results = tmp_path / "quality.jsonl"
     words = f"quality grid plain --device cuda --steps 3 --until 0 --samples 10 --data {data} --runs {tmp_path}/runs"
     monkeypatch.setattr("sys.argv", [*words.split(), "--results", str(results)])
