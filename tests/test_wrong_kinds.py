@@ -8,8 +8,19 @@ from torch import nn
 from dcdit import DCDiT, DCDiTConfig, DynamicChunking
 from dcdit.checkpoints import to_dit
 from dcdit.errors import ConfigError
-from dcdit.model import PlainDiT, cast_weights, dcdit_flops, dit_flops, sampling_dtype
-from dcdit.sampling import Policy
+from dcdit.model import (
+    DiTConfig,
+    DyDiT,
+    PatchDiT,
+    PlainDiT,
+    SparseDiT,
+    cast_weights,
+    dcdit_flops,
+    dit_flops,
+    float32_products,
+    sampling_dtype,
+)
+from dcdit.sampling import Policy, make_scheduler
 from dcdit.training import TrainConfig, load_config, ratio_loss, train, upcycle
 from dcdit.training.launch import make_accelerator
 
@@ -26,6 +37,12 @@ WRONG = {
     "tokens must be a number of at least 0, got nan": lambda: dcdit_flops(CONFIG, float("nan")),
     "overrides must be a list or tuple, got a str; such as ['steps=100']": lambda: load_config("a.yaml", "steps=3"),
     "config must be a DCDiTConfig or DiTConfig, got a str": lambda: PlainDiT("digits"),
+    "config must have a depth, as a DCDiTConfig has, got a DiTConfig": lambda: PlainDiT(DiTConfig()),
+    "config must be a DyDiTConfig, got a DCDiTConfig": lambda: DyDiT(CONFIG),
+    "config must be a SparseDiTConfig, got a DCDiTConfig": lambda: SparseDiT(CONFIG),
+    "config must be a PatchDiTConfig, got a DCDiTConfig": lambda: PatchDiT(CONFIG),
+    "precision must be highest, high, medium or None, got 'fast'": lambda: float32_products("fast").__enter__(),
+    "steps must be in [1, 1000], got '4'": lambda: make_scheduler("flow-euler", "flow", "4"),
     "model must be a PlainDiT, got a str": lambda: to_dit("digits"),
     "teacher must be a PlainDiT, got a str; load_dit reads one": lambda: upcycle("dit.pt", CONFIG),
     "config must be a DCDiTConfig, got a dict": lambda: upcycle(PlainDiT(CONFIG), {}),

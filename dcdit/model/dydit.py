@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_kind
 from .blocks import Stream
 from .dit_config import DyDiTConfig
 from .dit_shell import DiTShell, dense_packing
@@ -22,6 +22,7 @@ class DyDiT(DiTShell):
     """(B, C, H, W) → (B, C or 2C, H, W). It computes everything and masks; `tabulate` computes less."""
 
     def __init__(self, config: DyDiTConfig) -> None:
+        check_kind(config, DyDiTConfig, "config")
         super().__init__(config, config.patch)
         sizes = config.hidden_size, config.num_heads, config.mlp_ratio
         self.blocks = nn.ModuleList(DyBlock(*sizes) for _ in range(config.depth))

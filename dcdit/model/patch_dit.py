@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_kind
 from .dit_config import PatchDiTConfig
 from .embedders import sincos_2d
 from .layers import check_dtype, gelu_tanh
@@ -21,6 +21,7 @@ class PatchDiT(PlainDiT):
     config: PatchDiTConfig
 
     def __init__(self, config: PatchDiTConfig) -> None:
+        check_kind(config, PatchDiTConfig, "config")
         super().__init__(config, config.patch)
         self.coarse = nn.ModuleDict({str(scale): CoarsePatches(config, scale) for scale in config.scales[1:]})
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..errors import ConfigError
 from .blocks import DiTBlock
 from .config import DCDiTConfig
 from .dit_config import DiTConfig
@@ -21,6 +22,8 @@ class PlainDiT(DiTShell):
 
     def __init__(self, config: DCDiTConfig | DiTConfig, patch: int = 2) -> None:
         super().__init__(config, patch)
+        if not hasattr(config, "depth"):
+            raise ConfigError(f"config must have a depth, as a DCDiTConfig has, got a {type(config).__name__}")
         self.blocks = nn.ModuleList(self.block(config) for _ in range(config.depth))
 
     def block(self, config: Any) -> PlainBlock:

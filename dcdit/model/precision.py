@@ -62,6 +62,8 @@ def float32_products(precision: str | None) -> Iterator[None]:
     of the tensor cores' rate or less. TF32 holds features in half precision exactly and rounds the weights to 11 bits;
     the router's convolutions are in TF32 by PyTorch's default.
     """
+    if precision not in (None, "highest", "high", "medium"):
+        raise ConfigError(f"precision must be highest, high, medium or None, got {precision!r}")
     # PyTorch refuses to tell the one setting where the other has said TF32.
     if precision is None or torch.backends.cuda.matmul.fp32_precision == "tf32":
         yield

@@ -10,7 +10,7 @@ from torch import nn
 
 from dcdit_kernels import Packing
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_kind
 from .blocks import DiTBlock, Stream
 from .dit_config import SparseDiTConfig, fitting_size
 from .dit_shell import DiTShell, dense_packing
@@ -25,6 +25,7 @@ class SparseDiT(DiTShell):
     """
 
     def __init__(self, config: SparseDiTConfig) -> None:
+        check_kind(config, SparseDiTConfig, "config")
         super().__init__(config, config.patch)
         sizes = config.hidden_size, config.num_heads, config.mlp_ratio
         self.pooling = nn.ModuleList(PoolingBlock(*sizes) for _ in range(config.pooling))

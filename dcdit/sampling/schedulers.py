@@ -42,7 +42,7 @@ def make_scheduler(
             f"scheduler {name} integrates {SCHEDULERS[name]}, this model was trained by {objective}: "
             f"use {' or '.join(fitting)}"
         )
-    if not 1 <= steps <= TRAIN_STEPS:
+    if not isinstance(steps, int) or not 1 <= steps <= TRAIN_STEPS:
         raise ConfigError(f"steps must be in [1, {TRAIN_STEPS}], got {steps!r}")
     if not 0 < shift < float("inf"):
         raise ConfigError(f"shift must be positive and finite, got {shift!r}")
