@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from .arguments import add_device, positive
+from .arguments import add_device, positive, several
 from .cases import GROUPS, Case, select
 from .gate import check, one_line
 from .machine import ROOT
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.splitlines()[0])
     parser.add_argument("base", help="git ref to compare with")
     add_device(parser)
-    parser.add_argument("--groups", type=lambda s: tuple(s.split(",")), default=GROUPS)
+    parser.add_argument("--groups", type=several("group", GROUPS), default=GROUPS)
     parser.add_argument("--rounds", type=positive, default=15)
     args = parser.parse_args(argv)
     slower = 0

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from .arguments import positive
+from .arguments import positive, several
 from .cases import GROUPS, Case, compiled_too, select
 from .lists import LISTS, at_hand
 from .machine import ROOT, describe, rates
@@ -215,9 +215,9 @@ def write(path: Path, result: dict) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--groups", type=lambda s: tuple(s.split(",")), default=GROUPS, help="of " + ",".join(GROUPS))
+    parser.add_argument("--groups", type=several("group", GROUPS), default=GROUPS, help="of " + ",".join(GROUPS))
     parser.add_argument(
-        "--cases", type=lambda s: s.split(","), help="named lists in place of groups: " + ",".join(LISTS)
+        "--cases", type=several("list", LISTS), help="named lists in place of groups: " + ",".join(LISTS)
     )
     parser.add_argument("--quick", action="store_true", help="the first case of each group only")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out what Inductor compiles")
@@ -230,14 +230,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--end", type=float, help="seconds since 1970 at which all is over, whatever the budget")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    unknown = set(args.groups) - set(GROUPS)
-    if unknown:
-        parser.error(f"unknown group {', '.join(sorted(unknown))}; known: {', '.join(GROUPS)}")
-    unknown = set(args.cases or ()) - set(LISTS)
-    if unknown:
-        parser.error(f"unknown list {', '.join(sorted(unknown))}; known: {', '.join(LISTS)}")
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

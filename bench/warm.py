@@ -14,7 +14,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from .arguments import add_device
+from .arguments import add_device, several
 from .cases import Case
 from .lists import LISTS, Wanted, at_hand
 from .machine import ROOT
@@ -60,7 +60,7 @@ def warm(case: Case, names: tuple[str, ...], device: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.warm", description=__doc__.splitlines()[0])
     add_device(parser, "cuda")
-    parser.add_argument("--cases", type=lambda s: s.split(","), required=True, help="of " + ",".join(LISTS))
+    parser.add_argument("--cases", type=several("list", LISTS), required=True, help="of " + ",".join(LISTS))
     parser.add_argument("--only", type=int, help="the case of this number, in this process")
     args = parser.parse_args(argv)
     wanted = todo(args.cases, args.device)

@@ -24,7 +24,7 @@ import torch
 import yaml
 from torch import nn
 
-from dcdit.errors import one_line
+from dcdit.errors import DCDiTError, one_line
 from dcdit.files import read_text
 from dcdit.integrations.attention import add_dynamic_chunking, load_dynamic_chunking
 from dcdit.interrupts import raised
@@ -149,7 +149,10 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device(args.device)
     with float32_products("high" if device.type == "cuda" else None):  # TF32; see docs/transformers.md for bfloat16
         torch.manual_seed(0)
-        run = Run(args.folder, config, args.digits, device)
+        try:
+            run = Run(args.folder, config, args.digits, device)
+        except DCDiTError as error:
+            parser.error(str(error))
         left = [stage for stage in STAGES if not (args.folder / stage).exists()]
         with raised():
             for stage in args.stages or left:
