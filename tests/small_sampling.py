@@ -4,7 +4,7 @@ import torch
 
 from dcdit.model.config import DCDiTConfig
 from dcdit.model.dcdit import DCDiT
-from dcdit.sampling.trajectory import image_generator
+from dcdit.sampling.denoising import image_generator
 
 SIZES = {"input_size": (6, 5), "in_channels": 3, "num_classes": 4, "hidden_size": 32, "depth": 1, "num_heads": 1}
 

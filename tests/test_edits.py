@@ -11,7 +11,7 @@ from dcdit.errors import ConfigError
 from dcdit.model.config import DCDiTConfig
 from dcdit.model.dcdit import DCDiT
 from dcdit.sampling import Batcher, Edit, sample
-from dcdit.sampling.trajectory import image_generator
+from dcdit.sampling.denoising import image_generator
 
 SIZES = {"input_size": (6, 5), "num_classes": 4, "hidden_size": 32, "depth": 1, "num_heads": 1, "encoder_width": 32}
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from small_sampling import initial, predict, tiny
 
+from dcdit.sampling.denoising import guide, image_generator
 from dcdit.sampling.sampler import sample
-from dcdit.sampling.trajectory import guide, image_generator
 
 ROUNDING = 1e-3  # of float32, which the first x_0 = (x − …)/√ᾱ magnifies by 160
 

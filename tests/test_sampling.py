@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dcdit.errors import DCDiTError
 from dcdit.model.config import DCDiTConfig
 from dcdit.model.precision import cast_weights
+from dcdit.sampling.denoising import image_generator
 from dcdit.sampling.drop_fraction import drop_table
 from dcdit.sampling.sampler import sample
 from dcdit.sampling.schedulers import SCHEDULERS, make_scheduler
-from dcdit.sampling.trajectory import image_generator
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,12 @@ from ..errors import ConfigError, check_kind
 from ..model.dcdit import DCDiT
 from ..model.guess_router import clean_guess, takes_guess
 from ..model.precision import float32_products
+from ..sampling.denoising import guide
 from ..sampling.drop_fraction import DropFraction, drop_table
 from ..sampling.policy import Policy
 from ..sampling.policy_run import PolicyRun
 from ..sampling.sampler import class_ids
 from ..sampling.schedulers import set_timesteps
-from ..sampling.trajectory import guide
 from .reading import check_foreign
 from .transformer import DCDiTTransformer2DModel
 

@@ -14,8 +14,9 @@ from ..errors import ConfigError, DCDiTError
 from ..model.config import check_keys
 from ..model.dcdit import DCDiT
 from ..model.precision import float32_products
+from .denoising import Denoising, budget_of
 from .sampler import class_ids
-from .trajectory import Denoising, Trajectory, budget_of, plan_trajectory
+from .trajectory import Trajectory, plan_trajectory
 
 # Of one request; `plan_trajectory` has them from `sample`.
 OPTIONS = [

@@ -25,6 +25,7 @@ from ..model.graphs import Graphed
 from ..model.precision import float32_products
 from ..model.routing import Routing
 from ..pictures.images import to_uint8
+from .denoising import Denoising, budget_of
 from .drop_fraction import DropFraction
 from .edits import Edit
 from .paced import Paced
@@ -32,7 +33,7 @@ from .policy import Policy
 from .schedulers import SCHEDULERS
 from .token_budget import Tokens
 from .trace import Decided, Samples, Step, Trace
-from .trajectory import Denoising, budget_of, plan_trajectory
+from .trajectory import plan_trajectory
 
 
 @torch.no_grad()
