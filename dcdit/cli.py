@@ -33,14 +33,17 @@ NO_MEMORY = ("OutOfMemoryError", "MemoryError", "can't allocate memory", "not en
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         """One line, like every other complaint."""
-        self.exit(2, f"{self.prog}: {message}{_meant(message, self.prog)}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {message}{_meant(message, self)}; see {self.prog} --help\n")
 
 
-def _meant(message: str, prog: str) -> str:
+def _meant(message: str, parser: argparse.ArgumentParser) -> str:
     """What was meant by words that no option takes, where that is plain."""
+    prog, places = parser.prog, [action.dest for action in parser._actions if not action.option_strings]
     words = message.removeprefix("unrecognized arguments: ").split() if message.startswith("unrecognized") else []
     if words and words[0] in ("--resume", "--continue"):
         return ": the same command again goes on where it ended"
+    if words and words[0].startswith("--") and words[0][2:].partition("=")[0] in places:
+        return f": give its value alone, without {words[0].partition('=')[0]}"
     if words and words[0].startswith("--") and prog in ("dcdit train", "dcdit upcycle"):
         return ": a configuration is a file and keys, such as my.yaml steps=1000"
     return ": lists are written as 1,3,5" if words and all(word.replace(".", "").isdecimal() for word in words) else ""

@@ -64,7 +64,8 @@ def test_unknown_commands_and_options(capsys):
     rejected(capsys, ["sample", "x", "--drop-fraction", "0", ".5"], "arguments: .5: lists are written as 1,3,5; see")
     as_words = ": a configuration is a file and keys, such as my.yaml steps=1000;"
     rejected(capsys, ["train", "x.yaml", "--steps=3"], "--steps=3" + as_words)
-    rejected(capsys, ["train", "--config", "x.yaml"], "--config" + as_words)
+    rejected(capsys, ["train", "--config", "x.yaml"], "--config: give its value alone, without --config;")
+    rejected(capsys, ["data", "check", "--folder", "x"], "--folder: give its value alone, without --folder;")
     rejected(capsys, ["train", "x.yaml", "--resume"], "--resume: the same command again goes on where it ended;")
     rejected(capsys, ["sample", "x", "--cfg", "3"], "unrecognized arguments: --cfg 3; see dcdit sample --help")
 

@@ -223,6 +223,14 @@ def test_a_signal_saves_the_step_it_falls_into(tiny, tmp_path, monkeypatch, caps
     assert run(tiny, tmp_path / "a", "save_every=100") == run(tiny, tmp_path / "b")
 
 
+def test_models_that_lack_files_are_written_again(tiny, tmp_path):
+    words = ["steps=2", "optim.ema_decay=[0.9,0.99]"]
+    run(tiny, tmp_path / "a", *words)
+    for name in ("model/config.json", "model-0.99/model.safetensors"):
+        (tmp_path / "a" / name).unlink()
+        assert run(tiny, tmp_path / "a", *words)[0] == 0 and (tmp_path / "a" / name).exists()
+
+
 def test_one_run_in_an_output(tiny, tmp_path, capsys):
     (tmp_path / "a").mkdir()
     with locked(tmp_path / "a"):

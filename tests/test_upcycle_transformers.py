@@ -273,6 +273,8 @@ def test_a_full_disk_leaves_what_was_saved(tmp_path, capsys, monkeypatch):
     assert main(command) == 0
     ours, want = (load_file(tmp_path / run / "last.safetensors") for run in ("run", "whole"))
     assert all(torch.equal(ours[key], want[key]) for key in want)
+    (tmp_path / "run/model/diffusion_pytorch_model.safetensors").unlink()
+    assert main(command) == 0 and load_dynamic_chunking(tmp_path / "run/model") is not None  # written again
 
 
 def test_nan(tmp_path, capsys):

@@ -14,7 +14,7 @@ import torch
 
 from dcdit_kernels._plan_input import NaNError
 
-from ..checkpoints.folder import check_place, save_checkpoint
+from ..checkpoints.folder import FILES, check_place, save_checkpoint
 from ..codecs import make_codec
 from ..data.sources import check_codec, make_source, pixels_of_a_cell
 from ..errors import ConfigError, DCDiTError
@@ -191,7 +191,8 @@ class Trainer:
                     look(self)
                 if config.max_minutes and self._time_is_up(start):
                     break
-        if self.saved != self.step or not (self.output / "model").exists():
+        models = [place(self, decay) for decay in config.optim.ema_decay]
+        if self.saved != self.step or not all((model / file).exists() for model in models for file in FILES):
             self._save()
         self.accelerator.wait_for_everyone()
         if self.graphs:

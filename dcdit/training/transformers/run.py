@@ -175,7 +175,8 @@ class TransformerUpcycler:
                         self._report(progress, numbers)
                     if self.step % config.save_every == 0:
                         self.save()
-        if self.saved != self.step or not (self.output / "model").exists():
+        kinds = {file.suffix for file in (self.output / "model").glob("*")}
+        if self.saved != self.step or not {".json", ".safetensors"} <= kinds:
             self.save()
         self.accelerator.wait_for_everyone()
         self.accelerator.print(f"model after step {self.step}: {self.output / 'model'}")
