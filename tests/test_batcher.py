@@ -120,7 +120,7 @@ def test_bad_requests_are_named(model):
             batcher.submit(label, **options)
     assert not batcher.step()
     with pytest.raises(ConfigError, match="a Batcher is for a DCDiT, got a PlainDiT"):
-        Batcher(PlainDiT(model.config), objective="flow")
+        Batcher(PlainDiT(model.config, 1), objective="flow")
     with pytest.raises(ConfigError, match="unknown request key 'guidence'; did you mean 'guidance'"):
         Batcher(model, objective="flow", guidence=2.0)
     with pytest.raises(ConfigError, match="a request needs objective"):
