@@ -85,12 +85,17 @@ def _cell(values: list[float], how: str) -> str:
 
 def drawn_table(results: list[dict]) -> str:
     """A row for each run, drop fraction and guidance."""
-    rows = ["| set | variant | steps | seed | pictures | " + " | ".join(DRAWN_COLUMNS) + " |"]
-    rows.append("|---" * (len(DRAWN_COLUMNS) + 5) + "|")
+    keys = {"set": "set", "N": "ratio", "cell's side": "cell", "steps": "steps", "seed": "seed"}
+    keys |= {"variant": "variant", "pictures": "samples"}
+    rows = ["| " + " | ".join([*keys, *DRAWN_COLUMNS]) + " |", "|---" * (len(keys) + len(DRAWN_COLUMNS)) + "|"]
     order = list(VARIANTS)
-    by_run = lambda r: (r["set"], -r["steps"], r["seed"], order.index(r["variant"]), r["guidance"], r["drop_fraction"])  # noqa: E731
-    for run in sorted(results, key=by_run):
-        cells = [str(run[key]) for key in ("set", "variant", "steps", "seed", "samples")]
+
+    def by_run(r: dict) -> tuple:
+        run = r["set"], r["ratio"], r["cell"], -r["steps"], r["seed"], order.index(r["variant"])
+        return *run, r["guidance"], r["drop_fraction"]
+
+    for run in sorted(({**SCALE, **run} for run in results), key=by_run):
+        cells = [str(run[key]) for key in keys.values()]
         cells += [_cell([run[key] * factor], how) for key, how, factor in DRAWN_COLUMNS.values()]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
