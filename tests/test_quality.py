@@ -82,7 +82,7 @@ def test_a_run_has_one_line(data, tmp_path, monkeypatch, capsys):
     tables.main()
     text = page.read_text()
     assert "old" not in text and text.startswith("before") and "\nbetween\n" in text and text.endswith("after\n")
-    assert text.count("| mended | 2 | 0 | 10 | ") == 4 and "at guidance" not in text
+    assert text.count(" | 4 | 2 | 2 | 0 | mended | 10 | ") == 4 and "at guidance" not in text
     (joined,) = tables.joined([line], list(again.values()))
     assert "_at_" not in str(tables.joined([{**line, "ratio": 16}], list(again.values())))
     assert {key: joined[key] for key in joined if "_at_" in key} == {
