@@ -207,8 +207,10 @@ def test_bad_input(model):
     for share in (0, 1.5, float("nan")):
         with pytest.raises(ConfigError, match=rf"the share of open gates must be in \(0, 1\], got {share}"):
             model.tabulate([5], share)
-    with pytest.raises(ConfigError, match="has 2 blocks, the DiT to start from has 3"):
+    with pytest.raises(ConfigError, match="has depth 2, the DiT to start from has 3"):
         DyDiT.from_dit(PlainDiT(DyDiTConfig(**TINY | {"depth": 3})), DyDiTConfig(**TINY))
+    with pytest.raises(ConfigError, match="has num_heads 2, the DiT to start from has 4"):  # of equal shapes
+        DyDiT.from_dit(PlainDiT(DyDiTConfig(**TINY | {"num_heads": 4})), DyDiTConfig(**TINY))
     x, t, y = torch.zeros(1, 4, 16, 16), torch.tensor([7]), torch.tensor([0])
     with pytest.raises(ValueError, match="t must be one of the 2 timesteps that were tabulated, got 7"):
         model.tabulate([5, 6])(x, t, y)

@@ -237,7 +237,7 @@ def test_bad_input(tmp_path):
     for scale in (3, 2.0, "2", None):
         with pytest.raises(ConfigError, match=f"scale must be one of 1, 2, 4, got {scale}"):
             model(*batch(), scale)
-    with pytest.raises(ConfigError, match="blocks 2, the DiT to start from has 3"):
+    with pytest.raises(ConfigError, match="depth 2, the DiT to start from has 3"):
         patched(dit(depth=3))
     for net, text, words in (
         (dit(), "patches=1", "patches is of a PatchDiT, this model is a PlainDiT"),

@@ -211,7 +211,7 @@ def test_starts_from_a_dit():
     assert torch.equal(net.groups[0].generate.kv.weight, torch.cat([k, v]))
     assert torch.equal(net.top[0].qkv.weight, plain.blocks[7].qkv.weight)
     assert torch.equal(net.groups[0].merge_dense.weight, torch.eye(32)) and not net.groups[0].merge_sparse.weight.any()
-    with pytest.raises(ConfigError, match=r"8 blocks.*has 7"):
+    with pytest.raises(ConfigError, match=r"depth 8.*has 7"):
         SparseDiT.from_dit(PlainDiT(as_plain(config, 7), config.patch), config)
 
 

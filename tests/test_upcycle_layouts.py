@@ -161,6 +161,10 @@ def test_what_does_not_fit_is_named(theirs, tmp_path, monkeypatch):
             load_dit(source, sizes)
     with pytest.raises(ConfigError, match="cond_norm=True"):
         upcycle(PlainDiT(CONFIG), config(cond_norm=False))
+    for name, value in (("hidden_size", 32), ("depth", 3), ("num_heads", 4), ("mlp_ratio", 2.0)):
+        text = f"the DCDiT has {name} {value}, the DiT to start from has {getattr(CONFIG, name)}"
+        with pytest.raises(ConfigError, match=text):
+            upcycle(PlainDiT(CONFIG), config(**{name: value}))
 
 
 @pytest.mark.parametrize(

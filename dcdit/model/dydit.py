@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..errors import ConfigError, check_kind
+from ..errors import check_kind
 from .blocks import Stream
 from .dit_config import DyDiTConfig
 from .dit_shell import DiTShell, dense_packing
 from .dydit_block import DyBlock
 from .gates import Gates
-from .plain_dit import PlainDiT
+from .plain_dit import PlainDiT, check_start
 from .width_table import WidthTable
 
 
@@ -29,10 +29,9 @@ class DyDiT(DiTShell):
 
     @classmethod
     def from_dit(cls, dit: PlainDiT, config: DyDiTConfig) -> DyDiT:
-        """A DyDiT with the weights of a DiT and every gate open. Raises ConfigError where the depths differ."""
-        if len(dit.blocks) != config.depth:
-            raise ConfigError(f"the DyDiT has {config.depth} blocks, the DiT to start from has {len(dit.blocks)}")
+        """A DyDiT with the weights of a DiT and every gate open. Raises ConfigError where sizes differ."""
         model = cls(config)
+        check_start(model, dit)
         model.load_state_dict(dit.state_dict(), strict=False)
         return model
 

@@ -12,7 +12,7 @@ from ..errors import ConfigError, check_kind
 from .dit_config import PatchDiTConfig
 from .embedders import sincos_2d
 from .layers import check_dtype, gelu_tanh
-from .plain_dit import PlainBlock, PlainDiT
+from .plain_dit import PlainBlock, PlainDiT, check_start
 
 
 class PatchDiT(PlainDiT):
@@ -34,12 +34,10 @@ class PatchDiT(PlainDiT):
         """A PatchDiT on a frozen DiT: its own weights alone require gradients.
 
         Each scale begins with the DiT's embedding and de-embedding, resized; adapters and vectors begin at 0. Raises
-        ConfigError where the depths or patches differ.
+        ConfigError where sizes differ.
         """
-        for name, ours, theirs in (("blocks", config.depth, len(dit.blocks)), ("patch", config.patch, dit.patch)):
-            if ours != theirs:
-                raise ConfigError(f"the PatchDiT has {name} {ours}, the DiT to start from has {theirs}")
         model = cls(config)
+        check_start(model, dit)
         base = dit.state_dict()
         model.load_state_dict(base, strict=False)
         for name, parameter in model.named_parameters():

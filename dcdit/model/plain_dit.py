@@ -9,12 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_kind
 from .blocks import DiTBlock
 from .config import DCDiTConfig
 from .dit_config import DiTConfig
 from .dit_shell import DiTShell
 from .mixed import Samples, by_size, check_inputs
+
+# What the blocks of two models must share, and what is around the blocks of DiTs.
+BLOCKS = ("hidden_size", "depth", "num_heads", "mlp_ratio")
+SIZES = (*BLOCKS, "patch", "input_size", "in_channels", "num_classes", "learn_sigma")
 
 
 class PlainDiT(DiTShell):
@@ -63,3 +67,13 @@ class PlainBlock(DiTBlock):
         out = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)))
         h = h + gate1 * self.proj(out.transpose(1, 2).flatten(2))
         return h + gate2 * (mlp or self.mlp)(self.norm(h) * (1 + scale2) + shift2)
+
+
+def check_start(model: nn.Module, dit: PlainDiT, names: Sequence[str] = SIZES) -> None:
+    """Raise ConfigError unless `dit` is a PlainDiT that `model`, with a `config`, can take weights from: its sizes of
+    these `names` are the model's. The number of heads shows in no shape."""
+    check_kind(dit, PlainDiT, "the DiT to start from", "load_dit reads one")
+    for name in names:
+        ours, theirs = getattr(model.config, name), getattr(dit if name == "patch" else dit.config, name)
+        if ours != theirs:
+            raise ConfigError(f"the {type(model).__name__} has {name} {ours}, the DiT to start from has {theirs}")

@@ -10,11 +10,11 @@ from torch import nn
 
 from dcdit_kernels import Packing
 
-from ..errors import ConfigError, check_kind
+from ..errors import check_kind
 from .blocks import DiTBlock, Stream
 from .dit_config import SparseDiTConfig, fitting_size
 from .dit_shell import DiTShell, dense_packing
-from .plain_dit import PlainDiT
+from .plain_dit import PlainDiT, check_start
 from .sparse_blocks import CrossBlock, PoolingBlock
 
 
@@ -37,11 +37,10 @@ class SparseDiT(DiTShell):
         """A SparseDiT with the blocks of a DiT of its depth, in their order.
 
         q, kv and the pooling blocks' v are slices of qkv. The merge layers begin as 0 and the identity: the dense
-        tokens pass, and the sparse ones are heard by attention. Raises ConfigError where the depths differ.
+        tokens pass, and the sparse ones are heard by attention. Raises ConfigError where sizes differ.
         """
-        if len(dit.blocks) != config.depth:
-            raise ConfigError(f"the SparseDiT has {config.depth} blocks, the DiT to start from has {len(dit.blocks)}")
         model = cls(config)
+        check_start(model, dit)
         around = {key: value for key, value in dit.state_dict().items() if not key.startswith("blocks.")}
         model.load_state_dict(around, strict=False)
         blocks = [module for module in model.modules() if isinstance(module, DiTBlock)]

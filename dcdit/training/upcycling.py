@@ -13,7 +13,7 @@ from ..errors import CheckpointError, ConfigError, check_kind
 from ..model.config import DCDiTConfig
 from ..model.dcdit import DCDiT
 from ..model.embedders import sincos_2d
-from ..model.plain_dit import PlainDiT
+from ..model.plain_dit import BLOCKS, PlainDiT, check_start
 from ..model.routing import Routing
 from .config import TrainConfig
 from .trainer import Trainer
@@ -24,13 +24,14 @@ def upcycle(teacher: PlainDiT, config: DCDiTConfig) -> DCDiT:
 
     Needs `config.cond_norm`. The position table counts in the teacher's patches, the unit that the blocks know. Where
     the teacher has another number of classes, the student's embeddings are fresh and trained, but for "no class".
-    Raises ConfigError.
+    Raises ConfigError, where the sizes of the blocks differ too.
     """
     check_kind(teacher, PlainDiT, "teacher", "load_dit reads one")
     check_kind(config, DCDiTConfig, "config")
     if not config.cond_norm:
         raise ConfigError("an upcycled model needs cond_norm=True in its configuration")
     model = DCDiT(config)
+    check_start(model, teacher, BLOCKS)
     pairs = [(model.main.blocks, teacher.blocks), (model.time_embed, teacher.time_embed)]
     same_classes = model.class_embed.weight.shape == teacher.class_embed.weight.shape
     if same_classes:
