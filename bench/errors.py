@@ -7,6 +7,7 @@ kernels run in its interpreter, under `gpu_arithmetic`.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 
@@ -37,6 +38,7 @@ def examples() -> dict[str, Example]:
 
 def main() -> None:
     """Print the table."""
+    argparse.ArgumentParser(prog="python -m bench.errors", description=__doc__.splitlines()[0]).parse_args()
     print("| operator | tensor | " + " | ".join(f"{b}, {str(d)[6:]}" for d in DTYPES for b in BACKENDS) + " |")
     print("|---|---|" + "---|" * len(DTYPES) * len(BACKENDS))
     for name, example in examples().items():

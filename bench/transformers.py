@@ -7,6 +7,7 @@ them.
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable
 from unittest.mock import patch
@@ -169,6 +170,7 @@ def memory(name: str) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m bench.transformers", description=__doc__.splitlines()[0]).parse_args()
     heads = (
         (compute, "| model | image tokens | untouched, TFLOPs | all kept | half | a quarter |"),
         (memory, "| model | parameters, 10⁹ | weights, GB | activations, GB | half | a quarter |"),

@@ -30,6 +30,8 @@ import torch
         ("examples.encode_captions", ["pipe", "in", "out", "--device", "cuda:1"], "--device cuda:1 needs a GPU"),
         ("examples.digits_curves", ["metrics.jsonl", "out.png"], "from metrics.jsonl, a metrics.jsonl of dcdit train"),
         ("examples.upcycle_digits", ["draw", "."], "No such file or directory: 'scratch.json'"),
+        ("bench.errors", ["--device", "cpu"], "unrecognized arguments: --device cpu"),
+        ("bench.transformers", ["--quick"], "unrecognized arguments: --quick"),
     ],
 )
 def test_one_line(module, words, says, monkeypatch, capsys, tmp_path):
