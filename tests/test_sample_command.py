@@ -114,6 +114,18 @@ def test_signals_end_a_block_of_work_and_never_cut_it(number, heard):
     assert done == ["whole"] and [signal.getsignal(n) for n in SIGNALS] == before
 
 
+def test_a_signal_in_a_destructor_is_not_lost(heard):
+    """Python drops what a destructor raises, and the run would go on."""
+
+    class Last:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted), raised():
+        Last()
+        time.sleep(10)
+
+
 def test_a_picture_that_was_cut_off_is_drawn_again(checkpoint, tmp_path):
     assert main(words(checkpoint, tmp_path / "a", "--num", 3, "--format", "png")) == 0
     whole = pictures(tmp_path / "a")
