@@ -70,7 +70,7 @@ def operators(device: str) -> tuple[list[str], bool]:
         except BackendError as error:
             lines.append(str(error))
             run = False
-    return lines, run
+    return list(dict.fromkeys(lines)), run  # a back-end that is none is one line
 
 
 def main(argv: list[str] | None = None) -> int:

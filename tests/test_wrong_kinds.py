@@ -30,6 +30,7 @@ LINEAR, PROB = nn.Linear(2, 2), torch.full((1, 4), 0.6)
 WRONG = {
     "model must be a Module, got a str": lambda: cast_weights("digits", torch.bfloat16),
     "dtype must be a dtype, got a str": lambda: cast_weights(LINEAR, "bfloat16"),
+    "dtype must be a floating point one, got torch.int8": lambda: cast_weights(LINEAR, torch.int8),
     "config must be a model's configuration, as model.config, got a Linear": lambda: sampling_dtype(LINEAR, "cpu"),
     "config must be a DCDiTConfig, got a str": lambda: dcdit_flops("digits", 49),
     "tokens must be a number of at least 0, got '49'": lambda: dcdit_flops(CONFIG, "49"),

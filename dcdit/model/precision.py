@@ -41,10 +41,13 @@ def cast_weights(model: Model, dtype: torch.dtype) -> Model:
     """The model itself, its weights in `dtype`, except for router and residual path.
 
     For inference: autocast would cast the weights in every step or keep a second copy of them, and would normalise in
-    float32. Inputs x are then of that dtype. Raises ConfigError for anything else than a module and a dtype.
+    float32. Inputs x are then of that dtype. Raises ConfigError for anything else than a module and a real
+    floating point dtype.
     """
     check_kind(model, nn.Module, "model")
     check_kind(dtype, torch.dtype, "dtype")
+    if not dtype.is_floating_point:
+        raise ConfigError(f"dtype must be a floating point one, got {dtype}")
     for name, part in model.named_children():
         if name not in WIDE:
             part.to(dtype)
