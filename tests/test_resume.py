@@ -25,7 +25,6 @@ from dcdit.model.dcdit import DCDiT
 from dcdit.training.batches import TrainingStream
 from dcdit.training.config import TrainConfig, load_config
 from dcdit.training.objectives import FlowMatching
-from dcdit.training.progress import Progress
 from dcdit.training.resume import SHAPING, compare
 from dcdit.training.trainer import Trainer
 from dcdit.training.unused import unused
@@ -395,17 +394,3 @@ def test_the_launcher_is_obeyed_or_refused(name, value, words, message, tiny, tm
         assert status == 0 and losses == plain and os.environ[name] == value
     else:
         assert status == 2 and message in capsys.readouterr().err and not (tmp_path / "a").exists()
-
-
-def test_progress_in_a_log_is_whole_lines_now_and_then(capsys, monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr("dcdit.training.progress.time.monotonic", lambda: clock[0])
-    progress = Progress(100, 200)
-    for _ in range(100):
-        clock[0] += 1
-        progress.advance()
-        progress.report("loss 1")
-    progress.close()
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 10 and lines[0] == "step 110 of 200: loss 1, 0:01:30 left"
-    assert lines[-1] == "step 200 of 200: loss 1, 0:00:00 left" and "\r" not in "".join(lines)

@@ -190,8 +190,8 @@ def check_keys(given, known, what: str) -> None:
             names = {name.lower(): name for name in known}
             near, sure = (difflib.get_close_matches(str(key).lower(), names, n=1, cutoff=c) for c in (0.65, 0.8))
             near = near or [name for name in names if sorted(name) == sorted(str(key).lower())]  # lr for rl
-            more = f" and {len(known) - 40} more" if len(known) > 40 else ""  # of a thousand classes
-            all_known = f"known: {', '.join(known[:40])}{more}"
-            hint = f"; did you mean {names[near[0]]!r}?" if near else f"; {all_known}"
-            hint += f" {all_known}" if near and (len(known) <= 8 or not sure) else ""  # another may have been meant
-            raise ConfigError(f"unknown {what} {'name' if what == 'preset' else 'key'} {key!r}{hint}")
+            hints = [f"did you mean {names[near[0]]!r}?"] if near else []
+            if not sure or len(known) <= 8:  # another may have been meant
+                more = f" and {len(known) - 40} more" if len(known) > 40 else ""  # of a thousand classes
+                hints.append(f"known: {', '.join(known[:40])}{more}")
+            raise ConfigError(f"unknown {what} {'name' if what == 'preset' else 'key'} {key!r}; {' '.join(hints)}")
