@@ -280,6 +280,7 @@ def test_every_field_of_the_configuration_reaches_the_diffusers_model():
         "mean_positions": True,
         "keep_grid": 3,
         "direct_init": True,
+        "predict_clean": True,
     }
     config = DCDiTConfig(**fields, learn_sigma=False, cond_norm=True)
     default = DCDiTConfig()

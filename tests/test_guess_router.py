@@ -11,9 +11,10 @@ from graph_stand_in import run_again
 from test_quality_rivals import TINY as RIVAL
 
 from dcdit.errors import ConfigError
+from dcdit.model.clean_latents import clean_guess
 from dcdit.model.dcdit import DCDiT
 from dcdit.model.graphs import Graphed
-from dcdit.model.guess_router import GuessRouter, clean_guess
+from dcdit.model.guess_router import GuessRouter
 from dcdit.model.routing import Routing, regular_cells, route, rows_known
 from dcdit.sampling.batcher import Batcher
 from dcdit.sampling.sampler import sample

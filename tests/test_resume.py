@@ -168,7 +168,7 @@ def test_keys_that_shape_weights():
     values = {"input_size": 28, "in_channels": 3, "num_classes": 5, "hidden_size": 192, "depth": 2, "num_heads": 4}
     values |= {"encoder_width": 64, "encoder_stride": 2, "norm_groups": 16, "mlp_ratio": 2.0, "target_ratio": 5.0}
     values |= {"router": "cosine", "sigma": 2.0, "learn_sigma": True, "cond_norm": True, "segment_mean": True}
-    values |= {"mean_positions": True, "keep_grid": 2, "direct_init": True}
+    values |= {"mean_positions": True, "keep_grid": 2, "direct_init": True, "predict_clean": True}
     base = PRESETS["digits"]
     assert values.keys() == base.to_dict().keys()
 

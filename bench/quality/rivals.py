@@ -7,9 +7,9 @@ import math
 import torch
 from torch import nn
 
+from dcdit.model.clean_latents import clean_guess, velocity_to
 from dcdit.model.config import DCDiTConfig
 from dcdit.model.dcdit import DCDiT
-from dcdit.model.guess_router import clean_guess
 from dcdit.model.layers import init_linears
 from dcdit.model.plain_dit import PlainDiT
 from dcdit.model.routing import Routing, regular_cells
@@ -121,6 +121,8 @@ class PlainRival(PlainDiT):
     def forward(self, x, t, y, drop_fraction=0.0, return_routing: bool = False, **limits):
         """As DCDiT's; the routing is a regular grid with as many tokens as patches, whose rows `limits` may fix."""
         out = super().forward(x, t, y)
+        if self.config.predict_clean:
+            out = velocity_to(x, out, t)
         if not return_routing:
             return out
         own = regular_cells(self.config.input_size, self.patch, x.device).float().expand(len(x), -1)

@@ -53,6 +53,7 @@ FIXED = ["model.segment_mean=true", "model.norm_groups=8"]
 MENDED = [*FIXED, "model.keep_grid={kept}"]
 DIRECT = "model.direct_init=true"
 PLACES = "model.mean_positions=true"
+CLEAN = "model.predict_clean=true"
 # Name → the kind of rival, and its changes to bench/quality/study.yaml.
 VARIANTS: dict[str, tuple[str, list[str]]] = {
     "learned": ("learned", []),
@@ -72,8 +73,12 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "guess-direct": ("learned", [*FIXED, DIRECT, "model.router=guess"]),
     "direct-places": ("learned", [*MENDED, DIRECT, PLACES]),
     "guess-places": ("learned", [*FIXED, DIRECT, "model.router=guess", PLACES]),
+    "guess-clean": ("learned", [*FIXED, DIRECT, "model.router=guess", PLACES, CLEAN]),
+    "grid-clean": ("grid", [*FIXED, DIRECT, CLEAN]),
+    "direct-clean": ("learned", [*MENDED, DIRECT, PLACES, CLEAN]),
     "latents": ("latents", ["model.norm_groups=8", DIRECT, "model.depth=5"]),
     "plain": ("plain", []),
+    "plain-clean": ("plain", [CLEAN]),
     "plain-guess": ("plain-guess", []),
 }
 # Width → the sizes of the model.

@@ -17,8 +17,9 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..codecs import latent_scaling
 from ..errors import ConfigError, check_kind
+from ..model.clean_latents import clean_guess
 from ..model.dcdit import DCDiT
-from ..model.guess_router import clean_guess, takes_guess
+from ..model.guess_router import takes_guess
 from ..model.precision import float32_products
 from ..sampling.denoising import guide
 from ..sampling.drop_fraction import DropFraction, drop_table

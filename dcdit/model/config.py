@@ -26,7 +26,9 @@ class DCDiTConfig:
     paper's is its own cell. With `mean_positions` besides, a token's position is the mean of theirs, which says where
     they are and how far apart. `keep_grid` k > 0 keeps every k-th cell of every k-th row besides the router's; they
     count towards 1/N. `direct_init` starts the stem with its centre tap alone and the residual path as the identity, so
-    that cells reach the decoder from the first step; the paper's start with nine taps and zeros. `router` is the
+    that cells reach the decoder from the first step; the paper's start with nine taps and zeros. With `predict_clean`
+    the last layer makes clean latents, and the model returns the velocity to them, for flow matching; the paper's makes
+    the noise or velocity itself. `router` is the
     paper's "predictability" (v2) or "cosine" (v1), or "guess": the cells with most contrast in the model's own guess of
     the clean latents, without parameters, for flow matching and an N that is a square.
     Raises ConfigError when the sizes do not fit together.
@@ -51,6 +53,7 @@ class DCDiTConfig:
     mean_positions: bool = False
     keep_grid: int = 0
     direct_init: bool = False
+    predict_clean: bool = False
 
     def __post_init__(self) -> None:
         size = self.input_size
@@ -79,7 +82,7 @@ class DCDiTConfig:
         for name in ("mlp_ratio", "target_ratio", "sigma"):
             if not isinstance(getattr(self, name), int | float):
                 raise ConfigError(f"{name} must be a number, got {getattr(self, name)!r}")
-        for name in ("learn_sigma", "cond_norm", "segment_mean", "mean_positions", "direct_init"):
+        for name in ("learn_sigma", "cond_norm", "segment_mean", "mean_positions", "direct_init", "predict_clean"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.mean_positions and not self.segment_mean:
@@ -102,8 +105,9 @@ class DCDiTConfig:
             )
         if self.router not in ROUTERS:
             raise ConfigError(f"router must be one of {ROUTERS}, got {self.router!r}")
-        if self.router == "guess" and self.learn_sigma:
-            raise ConfigError("router guess is for flow matching: set learn_sigma to false")
+        for name, asked in (("router guess", self.router == "guess"), ("predict_clean", self.predict_clean)):
+            if asked and self.learn_sigma:
+                raise ConfigError(f"{name} is for flow matching: set learn_sigma to false")
         if not 1 <= self.hidden_size * self.mlp_ratio < math.inf:
             raise ConfigError(
                 f"mlp_ratio must be finite and at least 1/hidden_size = 1/{self.hidden_size}, got {self.mlp_ratio}"

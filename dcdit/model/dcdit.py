@@ -16,11 +16,12 @@ from dcdit_kernels import Packing
 
 from ..errors import ConfigError
 from .blocks import MainNetwork
+from .clean_latents import clean_guess, velocity_to
 from .config import DCDiTConfig
 from .conv_blocks import Stem, make_decoder, make_encoder
 from .embedders import TimestepEmbedding, positions_of, sincos_2d
 from .final_layer import FinalLayer
-from .guess_router import GuessRouter, clean_guess
+from .guess_router import GuessRouter
 from .layers import WideLinear, init_linears
 from .mixed import MixedRouting, check_inputs, forward_mixed
 from .routers import make_router
@@ -167,7 +168,7 @@ class DCDiT(nn.Module):
         if isinstance(drop_fraction, torch.Tensor) or drop_fraction != 0.0:
             limits["drop_fraction"] = drop_fraction
         if not isinstance(x, torch.Tensor):
-            outs, mixed = forward_mixed(self, x, *self.condition(t, y), limits, routing, backbone_inputs)
+            outs, mixed = forward_mixed(self, x, t, *self.condition(t, y), limits, routing, backbone_inputs)
             return (outs, mixed) if return_routing else outs
         grid = tuple(x.shape[2:])
         if routing is not None:
@@ -186,6 +187,8 @@ class DCDiT(nn.Module):
             routing = self.route(wide, c, **told, **limits)
         tokens = self.backbone(self.gather(h, routing), c, routing.plan, **backbone_inputs)
         out = self.decode(tokens, wide, routing, outer)
+        if self.config.predict_clean:
+            out = velocity_to(x, out, t)
         return (out, routing) if return_routing else out
 
     def condition(self, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,7 +215,8 @@ class DCDiT(nn.Module):
             count = self.router.count(grid)  # type: ignore[operator]  # known, so that the host waits for nothing
             routing = route(functools.partial(self.router, grid=grid), wide, c, grid=grid, budget_per_sample=count)
             tokens = self.backbone(self.gather(h, routing), c, routing.plan, **inputs)
-            return clean_guess(x, self.decode(tokens, wide, routing, outer), t)
+            out = self.decode(tokens, wide, routing, outer)
+            return clean_guess(x, velocity_to(x, out, t) if self.config.predict_clean else out, t)
 
     def route(
         self,
@@ -264,7 +268,8 @@ class DCDiT(nn.Module):
         return self.main(tokens, c, packing, **inputs)
 
     def decode(self, tokens: torch.Tensor, h: torch.Tensor, routing: Routing, outer: torch.Tensor) -> torch.Tensor:
-        """Tokens (capacity, D) back on the grid, with h (B, L, D) beside them → the prediction (B, C or 2C, H, W)."""
+        """Tokens (capacity, D) back on the grid, with h (B, L, D) beside them → the prediction (B, C or 2C, H, W); with
+        config.predict_clean clean latents."""
         (height, width), stride = routing.plan.grid, self.config.encoder_stride
         refilled = routing.dechunk(tokens, self.residual_proj(h), self.config.sigma)
         batch, _, features = refilled.shape

@@ -73,11 +73,6 @@ def contrast(picture: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def clean_guess(x: torch.Tensor, velocity: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """x, velocity (B, C, H, W), t (B,) from 0 to 1000 → the clean latents by flow matching's straight path."""
-    return x - velocity * (t / 1000).to(x.dtype).view(-1, 1, 1, 1)
-
-
 def takes_guess(model: Any) -> bool:
     """Whether a model routes by a guess; a model without a router does not."""
     return getattr(model, "takes_guess", False)

@@ -14,6 +14,7 @@ from dcdit_kernels import ChunkPlan, Packing, pack_rows, unpack_rows
 from dcdit_kernels._plan_input import check_values
 from dcdit_kernels.packing import kept_for_backward
 
+from .clean_latents import velocity_to
 from .routing import Routing
 
 if TYPE_CHECKING:
@@ -143,13 +144,14 @@ def check_samples(samples: Any) -> None:
 def forward_mixed(
     model: DCDiT,
     samples: Sequence[torch.Tensor],
+    t: torch.Tensor,
     c: torch.Tensor,
     outer: torch.Tensor,
     budget: dict[str, Any],
     routing: Any,
     backbone_inputs: dict[str, Any],
 ) -> tuple[list[torch.Tensor], MixedRouting]:
-    """`DCDiT.forward` of a list: the predictions and the routing. c and outer (B, D) come from `condition`."""
+    """`DCDiT.forward` of a list: the predictions and the routing. t (B,); c and outer (B, D) come from `condition`."""
     sizes = sizes_of(samples)
     indices = tuple(map(tuple, sizes.values()))
     if isinstance(routing, MixedRouting):
@@ -169,6 +171,8 @@ def forward_mixed(
     packed = model.backbone(pack_rows(torch.cat(tokens), rows), c, routing.packing, **backbone_inputs)
     tokens = unpack_rows(packed, rows, len(rows)).split([part.plan.capacity for part in routing.parts])
     outs = [model.decode(*args) for args in zip(tokens, wide, routing.parts, outers, strict=True)]
+    if model.config.predict_clean:
+        outs = [velocity_to(*args) for args in zip(xs, outs, t[order].split(counts), strict=True)]
     return unsorted(outs, indices), routing
 
 

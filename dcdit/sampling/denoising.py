@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..errors import DCDiTError
-from ..model.guess_router import clean_guess, takes_guess
+from ..model.clean_latents import clean_guess
+from ..model.guess_router import takes_guess
 from .schedulers import TRAIN_STEPS
 from .trajectory import Trajectory
 

@@ -133,8 +133,12 @@ def plan_trajectory(
     own = getattr(inner, "use", {}).get("objective")
     if own not in (None, objective):
         raise ConfigError(f"objective must be {own}, in which the model was trained, got {objective}")
-    if takes_guess(inner) and objective != "flow":
-        raise ConfigError(f"a model with router guess has objective flow, got {objective}")
+    for name, asked in (
+        ("router guess", takes_guess(inner)),
+        ("predict_clean", getattr(config, "predict_clean", False)),
+    ):
+        if asked and objective != "flow":
+            raise ConfigError(f"a model with {name} has objective flow, got {objective}")
     if isinstance(inner, DiTShell) and size != config.input_size:
         raise ConfigError(f"size must be {config.input_size}, that of the {type(inner).__name__}, got {size}")
     make = functools.partial(make_scheduler, scheduler, objective, steps, config.learn_sigma, clip, shift)

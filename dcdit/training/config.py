@@ -177,9 +177,13 @@ class TrainConfig:
                     raise ConfigError(f"data.buckets and {name} exclude each other: leave one of them out")
         if self.cuda_graph and self.tokens_per_batch:
             raise ConfigError("cuda_graph and tokens_per_batch exclude each other: leave one of them out")
+        for name, asked in (
+            ("router guess", self.model.router == "guess"),
+            ("predict_clean", self.model.predict_clean),
+        ):
+            if asked and self.objective != "flow":
+                raise ConfigError(f"{name} is for objective: flow, got {self.objective}")
         if self.model.router == "guess":
-            if self.objective != "flow":
-                raise ConfigError(f"router guess is for objective: flow, got {self.objective}")
             for key in ("cuda_graph", "compile", "data.buckets"):
                 if attrgetter(key)(self):
                     raise ConfigError(f"router guess and {key} exclude each other: leave one of them out")
