@@ -238,11 +238,13 @@ def test_a_full_disk_is_one_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("norm_groups", 8), ("segment_mean", True), ("keep_grid", 4), ("encoder_stride", 2)]
+    ("name", "value"),
+    [("norm_groups", 8), ("segment_mean", True), ("keep_grid", 4), ("encoder_stride", 2), ("predict_clean", True)],
 )
 def test_what_the_release_does_not_compute_is_refused(name, value):
     """Its loader would take the weights and compute another model."""
-    config = DCDiTConfig(**{"input_size": (4, 4), "hidden_size": 32, "num_heads": 1, "encoder_width": 32, name: value})
+    sizes = {"input_size": (4, 4), "hidden_size": 32, "num_heads": 1, "encoder_width": 32, "learn_sigma": False}
+    config = DCDiTConfig(**{**sizes, name: value})
     with pytest.raises(CheckpointError, match=f"the public release has {name} .* only, this model's is {value}"):
         release_content({}, config, {})
 

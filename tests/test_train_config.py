@@ -154,6 +154,7 @@ def test_an_override_has_no_comment(override, value, digits):
         (["from=a", "upcycle.distill_steps=5", "validation.every=1", "validation.items=2"], []),
         (["validation.every=1", "validation.steps=3"], ["validation.steps"]),
         (["kind=sparse", "drop_warmup=3"], ["drop_warmup"]),
+        (["kind=sparse", "model.predict_clean=true"], ["model.predict_clean"]),
         (["model.router=guess", "ratio_weight=1"], ["ratio_weight"]),
         (["ratio_weight=1"], []),
     ],

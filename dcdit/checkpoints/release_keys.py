@@ -162,7 +162,7 @@ def release_content(state: dict[str, torch.Tensor], config: DCDiTConfig, extra: 
     height, width = config.input_size
     if height != width:
         raise CheckpointError(f"the public release takes square grids only, this model's is {height}×{width}")
-    for name in ("router", "encoder_stride", "norm_groups", "segment_mean", "keep_grid"):
+    for name in ("router", "encoder_stride", "norm_groups", "segment_mean", "keep_grid", "predict_clean"):
         only, ours = getattr(DCDiTConfig, name), getattr(config, name)
         if ours != only:
             raise CheckpointError(f"the public release has {name} {only} only, this model's is {ours}")

@@ -18,6 +18,11 @@ READERS: tuple[tuple[str, str, Callable[[TrainConfig], object]], ...] = (
     ("validation", "validation.every", lambda run: run.validation.every),
     ("validation.steps validation.guidance", "validation.samples", lambda run: run.validation.samples),
     ("drop_fractions drop_warmup ratio_weight", "kind=dcdit", lambda run: run.kind == "dcdit" or run.init),
+    (
+        "model.router model.segment_mean model.mean_positions model.keep_grid model.direct_init model.predict_clean",
+        "kind=dcdit",
+        lambda run: run.kind == "dcdit" or run.init,
+    ),
     ("ratio_weight", "a router that learns", lambda run: run.model.router != "guess"),
     ("drop_fractions", "a run without budgets", lambda run: not run.budgets),
     ("batch_size", "a run without tokens_per_batch", lambda run: not run.tokens_per_batch),
