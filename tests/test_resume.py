@@ -360,6 +360,7 @@ def test_the_head_of_a_run(tiny, tmp_path, capsys):
         ("spend.least=0.5", "spend.least is of kind=sparse"),
         ("min_snr=0", "min_snr is of objective=ddpm"),
         ("validation.steps=5", "validation.steps is of validation.every"),  # once, though two keys would read it
+        ("validation.every=0", None),  # it turns validation off
         ("data.kind=digits", None),
     ],
 )

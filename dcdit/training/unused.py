@@ -38,7 +38,7 @@ def unused(config: TrainConfig) -> list[str]:
     for names, reader, reads in READERS:
         for key in (key for name in names.split() for key in _keys(name)):
             given = key in config.given or attrgetter(key)(config) != attrgetter(key)(default)
-            if given and not reads(config):
+            if given and key != reader and not reads(config):
                 readers.setdefault(key, reader)
     return [f"{key} is of {reader}" for key, reader in readers.items()]
 
