@@ -15,7 +15,7 @@ def clean_guess(x: torch.Tensor, velocity: torch.Tensor, t: torch.Tensor) -> tor
 def velocity_to(x: torch.Tensor, clean: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """x, clean (B, C, H, W), t (B,) from 0 to 1000 → the velocity (x − clean)/max(σ, LEAST), of clean's dtype.
 
-    A model whose output is `clean` is trained in its velocity (arXiv 2511.13720, section 4.3).
+    `clean` is the output of a model whose loss is that of the velocity: JiT (arXiv 2511.13720).
     """
     sigma = (t / 1000).clamp(min=LEAST).view(-1, 1, 1, 1)
     return ((x - clean) / sigma).to(clean.dtype)
