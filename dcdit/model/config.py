@@ -19,18 +19,18 @@ class DCDiTConfig:
     """Sizes of a DC-DiT. The defaults are DC-DiT-S/N4 at 256 px.
 
     `input_size` is the latent grid (H, W), `target_ratio` is N: about 1/N of the cells are kept. `cond_norm` puts a
-    LayerNorm on the conditioning of encoder and decoder, for upcycled models. `norm_groups` are groups of GroupNorms
-    in encoder and decoder: `encoder_width` should be at least twice as many, or each group has one channel and takes
-    away the time and class just added to it. The paper's `encoder_stride` is 1; 2 runs encoder and decoder on blocks of
-    2×2 cells, at a fifth of their FLOPs. With `segment_mean` a token is the mean of the cells that it will refill; the
+    LayerNorm on the conditioning of encoder and decoder, for upcycled models. `norm_groups` are groups of GroupNorms in
+    encoder and decoder: `encoder_width` should be at least twice as many, or each group has one channel and takes away
+    the time and class just added to it. The paper's `encoder_stride` is 1; 2 runs encoder and decoder on blocks of 2×2
+    cells, at a fifth of their FLOPs. With `segment_mean` a token is the mean of the cells that it will refill; the
     paper's is its own cell. With `mean_positions` besides, a token's position is the mean of theirs, which says where
     they are and how far apart. `keep_grid` k > 0 keeps every k-th cell of every k-th row besides the router's; they
     count towards 1/N. `direct_init` starts the stem with its centre tap alone and the residual path as the identity, so
     that cells reach the decoder from the first step; the paper's start with nine taps and zeros. With `predict_clean`
     the last layer makes clean latents, and the model returns the velocity to them, for flow matching; the paper's makes
-    the noise or velocity itself. `router` is the
-    paper's "predictability" (v2) or "cosine" (v1), or "guess": the cells with most contrast in the model's own guess of
-    the clean latents, without parameters, for flow matching and an N that is a square.
+    the noise or velocity itself. `router` is the paper's "predictability" (v2) or "cosine" (v1), or "guess": the cells
+    with most contrast in the model's own guess of the clean latents, without parameters, for flow matching and an N
+    that is a square.
     Raises ConfigError when the sizes do not fit together.
     """
 
