@@ -74,8 +74,6 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "direct-places": ("learned", [*MENDED, DIRECT, PLACES]),
     "guess-places": ("learned", [*FIXED, DIRECT, "model.router=guess", PLACES]),
     "guess-clean": ("learned", [*FIXED, DIRECT, "model.router=guess", PLACES, CLEAN]),
-    "grid-clean": ("grid", [*FIXED, DIRECT, CLEAN]),
-    "direct-clean": ("learned", [*MENDED, DIRECT, PLACES, CLEAN]),
     "latents": ("latents", ["model.norm_groups=8", DIRECT, "model.depth=5"]),
     "plain": ("plain", []),
     "plain-clean": ("plain", [CLEAN]),

@@ -17,9 +17,9 @@ READERS: tuple[tuple[str, str, Callable[[TrainConfig], object]], ...] = (
     ("upcycle", "dcdit upcycle, or a key from", lambda run: run.upcycle.source),
     ("validation", "validation.every", lambda run: run.validation.every),
     ("validation.steps validation.guidance", "validation.samples", lambda run: run.validation.samples),
-    ("drop_fractions drop_warmup ratio_weight", "kind=dcdit", lambda run: run.kind == "dcdit" or run.init),
     (
-        "model.router model.segment_mean model.mean_positions model.keep_grid model.direct_init model.predict_clean",
+        "drop_fractions drop_warmup ratio_weight model.router model.segment_mean model.mean_positions "
+        "model.keep_grid model.direct_init model.predict_clean",
         "kind=dcdit",
         lambda run: run.kind == "dcdit" or run.init,
     ),
